@@ -1,0 +1,33 @@
+"""The whole TinyMIM chain on ImageNet-1K: MAE-L -> B -> S -> T, then fine-tuning of each student.
+
+python -m tinymim_jax run --config=configs/imagenet/chain.py --workdir=runs/imagenet
+
+Options, after a colon and separated by commas:
+  data=PATH     an ImageFolder tree with train/ and val/; without it, tfds' imagenet2012
+  teacher=PATH  the folder of a trained MAE-L stage; the chain then starts at distill_b
+  code          the released code's values where they differ from the supplement's
+
+Cost: not measured here. By matmul FLOPs (`bench step`), mae_l is by far the longest; bring a checkpoint instead.
+Expected: ImageNet top-1 85.0 (B), 83.0 (S), 75.8 (T), TinyMIM Tables 3 and 8.
+"""
+
+from tinymim_jax import config, recipes
+
+
+def get_config(arg: str = "") -> config.Config:
+    o = recipes.options(arg, data="", teacher="", code=False)
+    train, val = recipes.imagenet(True, o["data"]), recipes.imagenet(False, o["data"])
+    mae_l = config.Init(path=o["teacher"]) if o["teacher"] else config.Init(stage="mae_l")
+    stages = {} if o["teacher"] else {"mae_l": recipes.mae(recipes.vit("large", dtype="bfloat16"), train)}
+    links = [
+        ("large", mae_l, "base"),
+        ("base", config.Init("distill_b"), "small"),
+        ("small", config.Init("distill_s"), "tiny"),
+    ]
+    for teacher_size, init, size in links:
+        teacher = recipes.teacher_from(teacher_size, init, size)
+        stages[f"distill_{size[0]}"] = recipes.distill(size, teacher, train, code=o["code"])
+    for size in ("base", "small", "tiny"):
+        init = config.Init(f"distill_{size[0]}")
+        stages[f"finetune_{size[0]}"] = recipes.finetune(size, init, train, val, code=o["code"])
+    return config.Config("imagenet", stages)

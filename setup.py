@@ -1,0 +1,44 @@
+"""Packaging."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="tinymim_jax",
+    version="0.1.0",
+    description="TinyMIM in JAX: distil a large masked-image-modelling ViT into a small one",
+    long_description=Path(__file__).with_name("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["tinymim_jax", "tinymim_jax.*"]),
+    install_requires=[
+        "absl-py",
+        "array_record",
+        "chex>=0.1.90",
+        "etils[epath]",
+        "flax>=0.12",
+        "grain>=0.2.15",
+        "importlib_resources",  # tensorflow-datasets imports it and does not say so
+        "jax>=0.10,<0.13",
+        "matplotlib",
+        "ml_collections>=1.1",
+        "msgpack",
+        "numpy",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.12",
+        "pillow",
+        "rich",
+        "scikit-learn",
+        "tensorboardX",
+        "tensorflow-datasets>=4.9.9",
+        "tqdm",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda13]"],
+        "torch": ["torch>=2.6"],
+        "test": ["pytest", "pytest-xdist", "ruff"],
+    },
+)

@@ -1,0 +1,79 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tinymim_jax.config import InputError
+from tinymim_jax.data.decode import decode
+
+
+def encoded(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def flat(mode, colour, size=(6, 4)):
+    return Image.new(mode, size, colour)
+
+
+CASES = {
+    "grey": (encoded(flat("L", 90)), (90, 90, 90)),
+    "rgb jpeg": (encoded(flat("RGB", (200, 30, 60)), "JPEG", quality=95), (200, 30, 60)),
+    "rgba": (encoded(flat("RGBA", (10, 20, 30, 128))), (10, 20, 30)),
+    "palette": (encoded(flat("RGB", (250, 100, 50)).quantize(4)), (250, 100, 50)),
+    "bilevel": (encoded(flat("1", 1)), (255, 255, 255)),
+    "16-bit grey": (encoded(Image.fromarray(np.full((4, 6), 100 * 257, np.uint16))), (100, 100, 100)),
+    "cmyk jpeg": (encoded(flat("CMYK", (0, 255, 255, 0)), "JPEG", quality=95), (255, 0, 0)),
+    "webp": (encoded(flat("RGB", (9, 99, 199)), "WEBP", lossless=True), (9, 99, 199)),
+    "bmp": (encoded(flat("RGB", (9, 99, 199)), "BMP"), (9, 99, 199)),
+    "array": (np.full((4, 6, 3), 7, np.uint8), (7, 7, 7)),
+    "grey array": (np.full((4, 6, 1), 8, np.uint8), (8, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_mode_becomes_rgb(name):
+    data, colour = CASES[name]
+    image = decode(data, "x.JPEG")
+    assert (image.mode, image.size) == ("RGB", (6, 4))
+    np.testing.assert_allclose(np.asarray(image).reshape(-1, 3), np.tile(colour, (24, 1)), atol=3)
+
+
+def test_sixteen_bits_keep_their_range():
+    ramp = np.linspace(0, 65535, 24).astype(np.uint16).reshape(4, 6)
+    out = np.asarray(decode(encoded(Image.fromarray(ramp)), "x"))[..., 0]
+    np.testing.assert_allclose(out, ramp / 257, atol=0.51)
+
+
+def noisy_jpeg():
+    return encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)), "JPEG")
+
+
+BAD = {
+    "empty": b"",
+    "text": b"<html>404 Not Found</html>",
+    "truncated": noisy_jpeg()[:1500],
+    "truncated png": encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)))[:3000],
+    "postscript": encoded(flat("RGB", (1, 2, 3)), "EPS"),
+    "float array": np.zeros((4, 4, 3), np.float32),
+    "four channels": np.zeros((4, 4, 4), np.uint8),
+    "empty array": np.zeros((0, 4, 3), np.uint8),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_undecodable_is_named_in_one_line(name):
+    with pytest.raises(
+        InputError, match=r"^a/b\.JPEG: cannot be decoded as an image \(.+\); .*on_bad_image=skip$"
+    ) as e:
+        decode(BAD[name], "a/b.JPEG")
+    assert "\n" not in str(e.value)
+    assert "0x" not in str(e.value)  # no address of a buffer
+
+
+def test_decompression_bomb(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(InputError, match="decompression bomb"):
+        decode(noisy_jpeg(), "x")

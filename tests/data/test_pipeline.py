@@ -1,0 +1,250 @@
+import io
+import multiprocessing
+import threading
+import time
+import types
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from tinymim_jax import config
+from tinymim_jax import mesh as mesh_lib
+from tinymim_jax.config import Data, InputError
+from tinymim_jax.data import pipeline
+from tinymim_jax.data.augment import transform
+from tinymim_jax.data.decode import decode
+from tinymim_jax.data.pipeline import EvalRows, TrainRows, epoch_order, eval_batches, image_rng, train_batches
+from tinymim_jax.data.sources import open_source
+
+
+class Numbered:
+    """n images, all pixels of image i equal to i, its label i % 7; a class, so that workers can import it."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, index):
+        return {"image": np.full((6, 6, 3), index, np.uint8), "label": index % 7}
+
+    def describe(self, index):
+        return f"number {index}"
+
+    def labels(self):
+        return np.arange(self.n) % 7
+
+
+class Backend(Numbered):
+    """Its labels tell whether the process that reads them has opened a jax backend."""
+
+    def __getitem__(self, index):
+        from jax._src import xla_bridge
+
+        return {"image": np.zeros((6, 6, 3), np.uint8), "label": int(xla_bridge.backends_are_initialized())}
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return mesh_lib.make_mesh(config.Mesh())
+
+
+def train(mesh, data=None, source=None, start=0, stop=6, batch_size=8, seed=5):
+    data = data or Data("digits", image_size=6)
+    source = source or Numbered(21)
+    return list(train_batches(data, source, batch_size=batch_size, seed=seed, start=start, stop=stop, mesh=mesh))
+
+
+def evaluate(mesh, source, batch_size, **fields):
+    data = Data("digits", **{"image_size": 6, "transform": "eval", **fields})
+    return list(eval_batches(data, source, batch_size=batch_size, mesh=mesh))
+
+
+def assert_same(batches, others):
+    assert len(batches) == len(others) > 0
+    for batch, other in zip(batches, others, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, batch, other)
+
+
+def no_grain_threads():
+    for _ in range(100):
+        if not any("grain-prefetch" in t.name for t in threading.enumerate()):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_shapes_and_types(mesh):
+    for batch in (train(mesh, stop=1)[0], evaluate(mesh, Numbered(5), 8)[0]):
+        described = {k: (v.shape, v.dtype.name) for k, v in batch.items()}
+        assert described == {
+            "image": ((8, 6, 6, 3), "uint8"),
+            "label": ((8,), "int32"),
+            "is_valid": ((8,), "bool"),
+            "index": ((8,), "int32"),
+        }
+        assert batch["image"].sharding == mesh_lib.batch_sharding(mesh)
+
+
+def test_every_epoch_sees_each_image_at_most_once_in_its_own_order(mesh):
+    batches = train(mesh, stop=6)  # 21 // 8 = 2 steps an epoch
+    orders = [np.concatenate([batches[2 * e + s]["index"] for s in range(2)]) for e in range(3)]
+    for epoch, order in enumerate(orders):
+        np.testing.assert_array_equal(order, epoch_order(21, 5, epoch)[:16])
+        assert len(set(order.tolist())) == 16
+    assert not np.array_equal(orders[0], orders[1])
+    whole = train(mesh, source=Numbered(16), stop=2)
+    assert sorted(np.concatenate([b["index"] for b in whole])) == list(range(16))
+
+
+def test_contents_belong_to_the_index(mesh):
+    for batch in train(mesh) + evaluate(mesh, Numbered(21), 8)[:2]:
+        index = np.asarray(batch["index"])
+        np.testing.assert_array_equal(batch["image"], np.broadcast_to(index[:, None, None, None], (8, 6, 6, 3)))
+        np.testing.assert_array_equal(batch["label"], index % 7)
+        assert np.asarray(batch["is_valid"]).all()
+
+
+def test_an_image_is_a_function_of_seed_epoch_and_index(mesh):
+    data = Data("digits", image_size=10, rand_augment="rand-m9-mstd0.5-inc1")
+    source = open_source(data)
+    batch = train(mesh, data, source, start=1297 // 8 + 2, stop=1297 // 8 + 3)[0]
+    for image, index in zip(batch["image"], np.asarray(batch["index"]), strict=True):
+        expected = transform(decode(source[int(index)]["image"], ""), data, image_rng(5, 1, int(index)))
+        np.testing.assert_array_equal(image, expected)
+
+
+def test_streams_do_not_meet():
+    draws = {image_rng(s, e, i).integers(2**62) for s in range(3) for e in range(3) for i in range(3)}
+    draws |= {image_rng(2**32, 0, 0).integers(2**62)}
+    assert len(draws) == 28
+    orders = {tuple(epoch_order(50, s, e).tolist()) for s in range(3) for e in range(3)}
+    assert len(orders) == 9
+
+
+def test_resuming_in_the_middle_of_an_epoch_gives_the_same_batches(mesh):
+    data, source = Data("digits", image_size=10), open_source(Data("digits", per_class=2))
+    whole = train(mesh, data, source, stop=7)
+    assert_same(whole[3:], train(mesh, data, source, start=3, stop=7))
+    assert train(mesh, data, source, start=7, stop=7) == []
+
+
+def test_order_does_not_depend_on_threads_or_workers(mesh):
+    source = open_source(Data("digits"))
+    runs = [
+        train(mesh, Data("digits", image_size=10, threads=t, workers=w, prefetch=p), source, stop=5)
+        for t, w, p in ((1, 0, 1), (4, 0, 5), (0, 0, 0), (2, 2, 4))
+    ]
+    for run in runs[1:]:
+        assert_same(runs[0], run)
+
+
+def test_workers_more_than_batches_and_without_devices(mesh):
+    jax.devices()
+    here = evaluate(mesh, Backend(8), 8)[0]["label"]
+    there = evaluate(mesh, Backend(8), 8, workers=3)[0]["label"]
+    assert np.asarray(here).all() and not np.asarray(there).any()
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(21, 8), (16, 8), (3, 8), (17, 1)])
+def test_evaluation_sees_every_image_once_in_order(mesh, n, batch_size):
+    batches = evaluate(mesh, Numbered(n), batch_size)
+    index = np.concatenate([b["index"] for b in batches])
+    valid = np.concatenate([b["is_valid"] for b in batches])
+    np.testing.assert_array_equal(index[valid], np.arange(n))
+    assert valid[:n].all() and (index[n:] == -1).all() and not valid[n:].any()
+    assert len(index) == -(-n // batch_size) * batch_size
+    assert not np.concatenate([b["image"] for b in batches])[n:].any()
+
+
+@pytest.mark.parametrize("num_processes", [2, 4])
+def test_processes_share_the_same_global_batch(num_processes):
+    data = Data("digits", image_size=10)
+    source = open_source(data)
+    evaluation = Data("digits", image_size=10, transform="eval")
+    few = open_source(Data("digits", per_class=1))  # 10 images: the last processes have nothing but padding
+    for make, step in (
+        (lambda p, n: TrainRows(data, source, 8, p, n, 3), 200),
+        (lambda p, n: EvalRows(evaluation, few, 8, p, n), 1),
+    ):
+        parts = [make(p, num_processes)(step) for p in range(num_processes)]
+        assert all(len(part["index"]) == 8 // num_processes for part in parts)
+        joined = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
+        assert_same([joined], [make(0, 1)(step)])
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Ten images of one class, the fourth cut short."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "train" / "only").mkdir(parents=True)
+    for i in range(10):
+        buffer = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(buffer, "JPEG")
+        content = buffer.getvalue()
+        (tmp_path / "train" / "only" / f"{i}.jpg").write_bytes(content[: len(content) // 2] if i == 3 else content)
+    return tmp_path
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_image_stops(mesh, tree, workers):
+    data = Data("folder", path=str(tree), image_size=6, transform="eval", workers=workers)
+    with pytest.raises(InputError, match=r"only/3\.jpg: cannot be decoded as an image .*on_bad_image=skip$"):
+        list(eval_batches(data, open_source(data), batch_size=2, mesh=mesh))
+    assert no_grain_threads()
+
+
+def test_bad_image_is_skipped(mesh, tree, caplog):
+    data = Data("folder", path=str(tree), image_size=6, transform="eval", on_bad_image="skip")
+    batches = list(eval_batches(data, open_source(data), batch_size=5, mesh=mesh))
+    valid = np.concatenate([b["is_valid"] for b in batches])
+    assert valid.tolist() == [i != 3 for i in range(10)]
+    assert np.concatenate([b["index"] for b in batches]).tolist() == list(range(10))
+    images = np.concatenate([b["image"] for b in batches])
+    assert [bool(i.any()) for i in images] == valid.tolist()
+    assert "3.jpg" in caplog.text
+    trained = train(
+        mesh, Data("folder", path=str(tree), image_size=6, on_bad_image="skip"), open_source(data), 0, 1, 10
+    )
+    assert np.asarray(trained[0]["is_valid"]).tolist() == [i != 3 for i in trained[0]["index"]]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_leaving_early_releases_threads_and_processes(mesh, workers):
+    data = Data("digits", image_size=6, workers=workers)
+    batches = train_batches(data, Numbered(64), batch_size=8, seed=0, start=0, stop=10_000, mesh=mesh)
+    next(batches)
+    assert len(multiprocessing.active_children()) == workers
+    assert any("grain-prefetch" in t.name for t in threading.enumerate())
+    batches.close()
+    assert no_grain_threads()
+    assert not multiprocessing.active_children()
+
+
+def test_errors_are_raised_at_the_call(mesh):
+    data = Data("digits", image_size=6)
+    arguments = {"batch_size": 8, "seed": 0, "start": 0, "stop": 1, "mesh": mesh}
+    with pytest.raises(InputError, match="batch_size 8 is more than the 7 images"):
+        train_batches(data, Numbered(7), **arguments)
+    with pytest.raises(InputError, match=r"run\.seed is -1"):
+        train_batches(data, Numbered(8), **{**arguments, "seed": -1})
+    with pytest.raises(InputError, match="batch_size 8 is not a multiple of the 3 devices"):
+        train_batches(data, Numbered(8), **{**arguments, "mesh": types.SimpleNamespace(size=3)})
+    with pytest.raises(InputError, match="set it to 'eval'"):
+        eval_batches(data, Numbered(8), batch_size=8, mesh=mesh)
+
+
+def test_batch_must_divide_by_processes(mesh, monkeypatch):
+    evaluation = Data("digits", image_size=6, transform="eval")
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    with pytest.raises(InputError, match="batch_size 8 is not a multiple of the 3 processes"):
+        eval_batches(evaluation, Numbered(8), batch_size=8, mesh=mesh)
+    with pytest.raises(InputError, match="not a multiple"):
+        train_batches(Data("digits"), Numbered(8), batch_size=8, seed=0, start=0, stop=1, mesh=mesh)
+
+
+def test_steps_per_epoch():
+    assert pipeline.steps_per_epoch(Numbered(21), 8) == 2

@@ -1,0 +1,38 @@
+"""`python -m tinymim_jax COMMAND`."""
+
+import importlib
+import sys
+
+import absl.logging
+
+from tinymim_jax.config import InputError
+
+COMMANDS = {
+    "run": "run a chain of stages, or go on with it",
+    "bench": "measure speed, as JSON",
+    "report": "make the tables and pictures of a finished run again",
+}
+
+
+def main(argv: list[str]) -> int:
+    """Runs one command; the exit status: 0, 2 on bad input, 130 after an interruption."""
+    if not argv or argv[0] in ("-h", "--help"):
+        lines = [f"  {name:8} {text}" for name, text in COMMANDS.items()]
+        print("\n".join(["usage: python -m tinymim_jax COMMAND ...", "", *lines, "", "COMMAND --help says more."]))
+        return 0
+    absl.logging.set_verbosity(absl.logging.ERROR)  # orbax's warnings are about its own files
+    try:
+        if argv[0] not in COMMANDS:
+            raise InputError(f"unknown command {argv[0]!r}; choose one of {', '.join(COMMANDS)}")
+        importlib.import_module(f"tinymim_jax.commands.{argv[0]}").main(argv[1:])
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(f"interrupted: {stop}" if str(stop) else "interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

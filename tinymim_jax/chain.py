@@ -1,0 +1,157 @@
+"""A chain: its stages in order, each fed by earlier ones."""
+
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from tinymim_jax import checkpoint, config, handoff, optim
+from tinymim_jax.config import Config, InputError, Stage
+from tinymim_jax.data import sources
+from tinymim_jax.mesh import make_mesh
+from tinymim_jax.models import vit
+from tinymim_jax.plan import Plan, make_plan, teacher_init
+from tinymim_jax.train import run_stage, write_json
+
+
+def run_chain(cfg: Config, workdir: Path, only: str | None = None) -> dict[str, Any]:
+    """Runs the stages that are not finished (or just `only`) and writes WORKDIR/results.json, which it returns.
+
+    Raises InputError for bad input, a finished stage whose config was edited among it, before any stage runs.
+    """
+    check_stage_name(cfg, only)
+    for name, stage in cfg.stages.items():
+        check_unedited(stage, workdir / name)
+    mesh = make_mesh(cfg.mesh)
+    for name in cfg.stages if only is None else [only]:
+        if handoff.finished(workdir / name):
+            print(f"{name}: finished, skipped", flush=True)
+        else:
+            run_stage(cfg.stages[name], name, workdir, mesh)
+    results = collect(cfg, workdir)
+    write_json(workdir / "results.json", results)
+    return results
+
+
+def check_stage_name(cfg: Config, name: str | None) -> None:
+    """Raises InputError if `name` is given and is not a stage."""
+    if name is not None and name not in cfg.stages:
+        raise InputError(f"--stage={name}: no such stage; choose one of {', '.join(cfg.stages)}")
+
+
+def check_unedited(stage: Stage, folder: Path) -> None:
+    """Raises InputError with the differences if `folder` holds this stage with another config."""
+    if not (folder / "stage.json").exists():
+        return
+    changes = config.differences(config.to_dict(handoff.read_stage(folder)), config.to_dict(stage))
+    if changes:
+        raise InputError(
+            f"{folder} was run with another config ({'; '.join(changes)}); undo the edit, choose another --workdir,"
+            f" or delete {folder} to run it again"
+        )
+
+
+def collect(cfg: Config, workdir: Path) -> dict[str, Any]:
+    """The metrics of every finished stage in `workdir`, and each of `cfg.compare`'s tables that is complete."""
+    others = sorted(done.parent.name for done in workdir.glob("*/DONE"))
+    stages = {
+        name: json.loads((workdir / name / "DONE").read_text())["metrics"]
+        for name in dict.fromkeys([*cfg.stages, *others])
+        if handoff.finished(workdir / name)
+    }
+    tables = {}
+    for title, table in cfg.compare.items():
+        if all(name in stages for row in table.rows.values() for name in row):
+            rows = {label: summary([stages[name][table.metric] for name in row]) for label, row in table.rows.items()}
+            tables[title] = {"metric": table.metric, "rows": rows}
+    return {"config": cfg.name, "stages": stages, "compare": tables}
+
+
+def summary(values: list[float]) -> dict[str, Any]:
+    """Mean, standard error of the mean (None for one value) and the values themselves."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "stderr": error, "values": values}
+
+
+def describe_chain(cfg: Config, workdir: Path, only: str | None = None) -> str:
+    """What `run_chain` would do, worked out from shapes alone; reads no data but its size, writes nothing."""
+    check_stage_name(cfg, only)
+    plans: dict[str, Plan] = {}
+    text = []
+    for name, stage in cfg.stages.items():
+        check_unedited(stage, workdir / name)
+        try:
+            plans[name], lines = _describe_stage(cfg, name, workdir, plans)
+        except InputError as error:
+            raise InputError(f"stage {name}: {error}") from None
+        if only in (None, name):
+            text += [f"{name}: {lines[0]}", *(f"  {line}" for line in lines[1:])]
+    return "\n".join(text)
+
+
+def _describe_stage(cfg: Config, name: str, workdir: Path, plans: dict[str, Plan]) -> tuple[Plan, list[str]]:
+    stage = cfg.stages[name]
+    init = teacher_init(stage)
+    teacher = _source_model(cfg, init, workdir) if init else None
+    plan = make_plan(stage, teacher, stage.data.num_examples or len(sources.open_source(stage.data)))
+    lines = [_length(plan), _model(plan), _optimizer(plan)]
+    if init:
+        spec, frozen = stage.task.teacher, handoff.shapes(plan.frozen)
+        report = handoff.match(frozen, _source_shapes(init, workdir, plans), handoff.for_teacher(init))
+        heads = vit.heads_of(plan.task.teacher_cfg, spec.block)
+        lines.append(f"teacher {init.stage or init.path}: block {spec.block} of {teacher.depth}, {heads} heads")
+        lines += [f"  {line}" for line in report.lines()]
+    if stage.init:
+        report = handoff.match(handoff.shapes(plan.params), _source_shapes(stage.init, workdir, plans), stage.init)
+        lines += [f"init from {stage.init.stage or stage.init.path}", *(f"  {line}" for line in report.lines())]
+    else:
+        lines.append("init: scratch")
+    return plan, [*lines, *plan.untrained_line(), _status(workdir / name)]
+
+
+def _source_model(cfg: Config, init: config.Init, workdir: Path) -> config.ViT:
+    folder = handoff.source_folder(init, workdir)
+    if init.stage is not None and not (folder / "stage.json").exists():
+        return cfg.stages[init.stage].model
+    return handoff.read_stage(folder).model
+
+
+def _source_shapes(init: config.Init, workdir: Path, plans: dict[str, Plan]) -> handoff.Shapes:
+    if init.stage is not None:
+        return handoff.shapes(plans[init.stage].params)
+    return handoff.shapes(checkpoint.model_shapes(handoff.source_folder(init, workdir))["params"])
+
+
+def _length(plan: Plan) -> str:
+    run, task = plan.stage.run, plan.stage.task.kind
+    epochs = f"{run.epochs:g} epochs x {plan.steps_per_epoch} steps = " if run.epochs is not None else ""
+    return f"{task}, {epochs}{plan.total_steps} steps of {run.batch_size} images"
+
+
+def _model(plan: Plan) -> str:
+    m = plan.stage.model
+    sizes = {key: math.prod(leaf.shape) for key, leaf in handoff.flatten(plan.params).items()}
+    trained = sum(sizes.values()) - sum(sizes[key] for key in plan.untrained())
+    heads = f"{m.num_heads} heads" + (f" ({m.last_block_heads} in the last block)" if m.last_block_heads else "")
+    return (
+        f"model: width {m.width}, {m.depth} blocks, {heads}, {m.image_size} px in patches of {m.patch_size}, {m.dtype};"
+        f" {sum(sizes.values()):,} parameters, {trained:,} trained"
+    )
+
+
+def _optimizer(plan: Plan) -> str:
+    o, batch = plan.stage.optim, plan.stage.run.batch_size
+    scaling = f" ({o.lr:g} x {batch} / {o.lr_batch})" if o.lr_batch else ""
+    layers = f", layer decay {o.layer_decay:g}" if o.layer_decay != 1 else ""
+    return (
+        f"optimiser: lr {optim.peak_lr(o, batch):g}{scaling}, warm-up {o.warmup_epochs:g} epochs, min lr {o.min_lr:g},"
+        f" weight decay {o.weight_decay:g}, betas {o.b1:g} {o.b2:g}{layers}"
+    )
+
+
+def _status(folder: Path) -> str:
+    if handoff.finished(folder):
+        return "status: finished, would be skipped"
+    steps = checkpoint.steps(folder)
+    return f"status: would go on from step {max(steps)}" if steps else "status: would start"

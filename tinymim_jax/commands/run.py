@@ -1,0 +1,43 @@
+"""`run`: a chain, or one stage of it."""
+
+import os
+from pathlib import Path
+
+from absl import flags
+
+from tinymim_jax.commands.flags import new_flags, parse
+
+USAGE = """python -m tinymim_jax run --config=FILE[:options] [--workdir=DIR] [--stage=NAME] [--dry_run]
+
+  --config=FILE[:options]           the experiment; options are listed at the top of FILE
+  --config.stages.NAME.FIELD=VALUE  changes one field
+  --workdir=DIR                     where results go (default: runs/ and the config's name); the same DIR again goes on
+  --stage=NAME                      run this stage only
+  --dry_run                         print what would happen, and touch nothing"""
+
+
+def main(argv: list[str]) -> None:
+    """Runs the command with its arguments; raises InputError on bad ones."""
+    values = new_flags(USAGE)
+    flags.DEFINE_string("workdir", None, "where results go", flag_values=values)
+    flags.DEFINE_string("stage", None, "run this stage only", flag_values=values)
+    flags.DEFINE_bool("dry_run", False, "print the plan only", flag_values=values)
+    cfg = parse(values, argv)
+    workdir = Path(values.workdir or f"runs/{cfg.name}").expanduser()
+
+    import jax
+
+    from tinymim_jax import chain, report
+
+    if values.dry_run:
+        print(chain.describe_chain(cfg, workdir, values.stage))
+        return
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        # Stages that differ in seed or weights only then compile once.
+        jax.config.update("jax_compilation_cache_dir", str((workdir / "jax_cache").absolute()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    results = chain.run_chain(cfg, workdir, values.stage)
+    if jax.process_index() == 0:
+        print(report.table(results))
+        for picture in report.write(workdir, list(results["stages"])):
+            print(f"wrote {picture}")

@@ -1,0 +1,388 @@
+"""What an experiment is: typed dataclasses, checked once, stored as JSON.
+
+A config file returns a `Config`. Every field has its default here and nowhere else.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any, Literal, Union
+
+
+class InputError(ValueError):
+    """What the user gave is wrong; the message is one line that says what and how to mend it."""
+
+
+@dataclasses.dataclass
+class ViT:
+    """A plain vision transformer (`models.vit.VisionTransformer`)."""
+
+    width: int  # D
+    depth: int  # number of blocks
+    num_heads: int  # H of every block but the last
+    last_block_heads: int | None = None  # H of the last block; None: num_heads
+    mlp_ratio: float = 4.0  # hidden width of the MLP over D
+    image_size: int = 224  # pixels a side
+    patch_size: int = 16  # pixels a side
+    posembed: Literal["fixed", "trainable"] = "fixed"  # sin-cos table, frozen or a starting point
+    pool: Literal["cls", "mean"] = "cls"  # norm then CLS | mean of patch tokens then fc_norm
+    num_classes: int = 0  # 0: no head
+    drop_path: float = 0.0  # stochastic depth, per sample, per residual branch
+    drop_path_shape: Literal["constant", "linear"] = "constant"  # constant: none in the last block
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters are float32
+    remat: bool = False  # recompute each block in the backward pass
+
+
+@dataclasses.dataclass
+class Decoder:
+    """The MAE decoder."""
+
+    width: int = 512
+    depth: int = 8
+    num_heads: int = 16
+
+
+@dataclasses.dataclass
+class Data:
+    """A data set, read and cropped on the host."""
+
+    source: Literal["digits", "folder", "tfds", "array_record"]
+    split: str = "train"  # digits, folder: a sub-folder; tfds: a split; array_record: a file prefix
+    path: str = ""  # folder: the tree; array_record: the folder of shards; tfds: data_dir
+    name: str = ""  # tfds: the builder's name
+    num_examples: int | None = None  # the size, when known before the data is at hand
+    per_class: int | None = None  # keep only this many images of each class
+    subset_seed: int = 0  # which ones
+    image_size: int = 224
+    transform: Literal["train", "eval"] = "train"  # random-resized-crop and flip | resize and centre crop
+    crop_scale: tuple[float, float] = (0.2, 1.0)  # train: area of the crop
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # train: aspect of the crop
+    hflip: float = 0.5  # train: probability
+    rand_augment: str = ""  # train: e.g. "rand-m9-mstd0.5-inc1"; "": none
+    crop_pct: float = 0.875  # eval: the shorter side becomes image_size / crop_pct
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # PIL's, antialiased
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    on_bad_image: Literal["stop", "skip"] = "stop"  # skip: left out of the loss and counted
+    threads: int = 2  # batches read in parallel in each process
+    workers: int = 0  # worker processes; 0: threads only
+    prefetch: int = 4  # batches kept ready
+
+
+@dataclasses.dataclass
+class Init:
+    """Where weights come from. Exactly one of `stage` and `path`."""
+
+    stage: str | None = None  # an earlier stage of this chain
+    path: str | None = None  # a stage's folder, of any run
+    rename: dict[str, str] = dataclasses.field(default_factory=dict)  # regex -> replacement, on the source's keys
+    skip: tuple[str, ...] = ()  # regexes: keys of the source that may be left out
+    fresh: tuple[str, ...] = ()  # regexes: keys of this model that may keep their initial values
+    regroup_heads: bool = False  # re-read fused qkv channels with another number of heads
+    resize_posembed: bool = False  # bicubic, to this model's grid
+
+
+@dataclasses.dataclass
+class Mae:
+    """Masked auto-encoding (He et al. 2022)."""
+
+    kind: Literal["mae"] = "mae"
+    decoder: Decoder = dataclasses.field(default_factory=Decoder)
+    mask_ratio: float = 0.75
+    norm_pix_loss: bool = True  # the target is each patch, normalised
+
+
+@dataclasses.dataclass
+class Teacher:
+    """The frozen network whose relations are matched; its sizes come from its own `stage.json`."""
+
+    init: Init
+    block: int  # target block, from 1
+    heads: int | None = None  # heads of the target block; None: as it was trained
+
+
+@dataclasses.dataclass
+class Distill:
+    """Token-relation distillation (TinyMIM, section 3.1.2)."""
+
+    teacher: Teacher
+    kind: Literal["distill"] = "distill"
+    student_block: int = 12  # the block whose q, k, v are matched, from 1
+    relations: tuple[Literal["qk", "vv", "qq", "kk"], ...] = ("qk", "vv")
+    color_jitter: float = 0.4  # brightness, contrast, saturation of the student's view
+
+
+@dataclasses.dataclass
+class Classify:
+    """Supervised training or fine-tuning."""
+
+    kind: Literal["classify"] = "classify"
+    label_smoothing: float = 0.1
+    mixup: float = 0.8  # alpha of Beta; 0: off
+    cutmix: float = 1.0  # alpha of Beta; 0: off
+    mix_prob: float = 1.0  # probability that a batch is mixed
+    switch_prob: float = 0.5  # probability of cutmix where both are on
+    erasing: float = 0.25  # probability of random erasing, per image
+
+
+@dataclasses.dataclass
+class Optim:
+    """AdamW with linear warm-up and cosine decay, set at each step."""
+
+    lr: float  # peak, for a batch of lr_batch
+    lr_batch: int | None = 256  # lr is multiplied by batch_size / lr_batch; None: used as it is
+    min_lr: float = 0.0  # where the cosine ends; not scaled
+    warmup_epochs: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    decay: tuple[str, ...] = (".*/kernel", ".*/(cls|mask)_token")  # regexes of decayed parameters
+    no_decay: tuple[str, ...] = (".*/bias", ".*/scale", ".*/pos_embed")  # and of the others
+    freeze: tuple[str, ...] = ()  # regexes of parameters that are not trained
+    layer_decay: float = 1.0  # lr of block i times layer_decay^(depth + 1 - i)
+    clip_norm: float | None = None  # of the gradient, global
+    accum_steps: int = 1  # micro-batches a step
+    ema: float | None = None  # decay of the averaged weights; None: off
+
+
+@dataclasses.dataclass
+class Run:
+    """How long and how often."""
+
+    batch_size: int  # images a step, over all devices
+    epochs: float | None = None  # exactly one of epochs and steps
+    steps: int | None = None
+    seed: int = 0
+    log_every: int = 50  # steps
+    checkpoint_every: int = 1000  # steps
+    eval_every: int = 0  # steps; 0: at the end only
+    keep: int = 2  # checkpoints
+
+
+@dataclasses.dataclass
+class Classification:
+    """Top-1 and top-5 accuracy, in percent."""
+
+    data: Data
+    kind: Literal["classification"] = "classification"
+    batch_size: int = 256
+
+
+@dataclasses.dataclass
+class Knn:
+    """Weighted k-nearest-neighbour accuracy of frozen features, in percent."""
+
+    data: Data  # the queries
+    bank: Data  # the labelled neighbours
+    kind: Literal["knn"] = "knn"
+    k: tuple[int, ...] = (10, 20)
+    temperature: float = 0.07
+    batch_size: int = 256
+
+
+Task = Mae | Distill | Classify
+Eval = Classification | Knn
+
+
+@dataclasses.dataclass
+class Stage:
+    """One run of the loop."""
+
+    task: Task
+    model: ViT
+    data: Data
+    optim: Optim
+    run: Run
+    init: Init | None = None  # None: from scratch
+    evals: dict[str, Eval] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class Mesh:
+    """Devices as a grid; the batch is split over both axes, large parameters over fsdp."""
+
+    data: int = -1  # -1: all that are left
+    fsdp: int = 1
+
+
+@dataclasses.dataclass
+class Compare:
+    """A table of one metric over groups of stages that differ by seed."""
+
+    metric: str  # as in results.json, e.g. "test/top1"
+    rows: dict[str, tuple[str, ...]]  # label -> stages
+
+
+@dataclasses.dataclass
+class Config:
+    """A chain: stages in order, each fed by earlier ones."""
+
+    name: str
+    stages: dict[str, Stage]
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
+    compare: dict[str, Compare] = dataclasses.field(default_factory=dict)
+
+
+# Fields that change the speed or the bookkeeping of a stage, never its result.
+RUNTIME_FIELDS = ("threads", "workers", "prefetch", "log_every", "checkpoint_every", "keep", "num_examples")
+
+
+def to_dict(value: Any) -> Any:
+    """A config (or any part of one) as plain JSON types."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {k: to_dict(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [to_dict(v) for v in value]
+    return value
+
+
+def from_dict(kind: Any, value: Any, where: str = "config") -> Any:
+    """The inverse of `to_dict`: builds `kind` from JSON types; raises InputError naming the field."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return _dataclass_from_dict(kind, value, where)
+    if origin is Literal:
+        if value not in args:
+            raise InputError(f"{where}: unknown choice {value!r}; choose one of {', '.join(map(repr, args))}")
+        return value
+    if origin in (Union, types.UnionType):
+        return _union_from_dict(args, value, where)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)) or (args[-1] is not ... and len(value) != len(args)):
+            raise InputError(f"{where}: expected a tuple {kind}, got {value!r}")
+        kinds = [args[0]] * len(value) if args[-1] is ... else args
+        return tuple(from_dict(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise InputError(f"{where}: expected a dict, got {value!r}")
+        return {k: from_dict(args[1], v, f"{where}.{k}") for k, v in value.items()}
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise InputError(f"{where}: expected {kind.__name__}, got {value!r}")
+    return value
+
+
+def _dataclass_from_dict(kind: type, value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: expected the fields of {kind.__name__}, got {value!r}")
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(value) - set(hints))
+    if unknown:
+        raise InputError(f"{where}.{unknown[0]}: no such field; {kind.__name__} has {', '.join(hints)}")
+    required = [f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING]
+    missing = [name for name in required if name not in value]
+    if missing:
+        raise InputError(f"{where}.{missing[0]}: {kind.__name__} needs this field")
+    return kind(**{k: from_dict(hints[k], v, f"{where}.{k}") for k, v in value.items()})
+
+
+def _union_from_dict(options: tuple, value: Any, where: str) -> Any:
+    if value is None and types.NoneType in options:
+        return None
+    options = [o for o in options if o is not types.NoneType]
+    if len(options) == 1:
+        return from_dict(options[0], value, where)
+    kinds = {o.kind: o for o in options}  # dataclasses told apart by their `kind`
+    name = value.get("kind") if isinstance(value, dict) else value
+    if name not in kinds:
+        raise InputError(f"{where}.kind: unknown choice {name!r}; choose one of {', '.join(map(repr, kinds))}")
+    return from_dict(kinds[name], value, where)
+
+
+def check(config: Config) -> Config:
+    """A checked, independent copy of `config`; raises InputError on a wrong type, choice or combination."""
+    config = from_dict(Config, to_dict(config))
+    earlier: list[str] = []
+    for name, stage in config.stages.items():
+        _check_stage(f"stages.{name}", stage)
+        for init in sources(stage):
+            if init.stage is not None and init.stage not in earlier:
+                raise InputError(
+                    f"stages.{name}: takes weights from stage {init.stage!r}, which is not an earlier stage;"
+                    f" those are: {', '.join(earlier) or 'none'}"
+                )
+        earlier.append(name)
+    for title, table in config.compare.items():
+        for row in table.rows.values():
+            for stage_name in row:
+                if stage_name not in config.stages:
+                    raise InputError(f"compare.{title}: there is no stage {stage_name!r}")
+    return config
+
+
+def sources(stage: Stage) -> Iterator[Init]:
+    """Every hand-over that feeds `stage`: its initial weights, then its teacher."""
+    if stage.init is not None:
+        yield stage.init
+    if isinstance(stage.task, Distill):
+        yield stage.task.teacher.init
+
+
+def _check_stage(where: str, stage: Stage) -> None:
+    model, run, optim = stage.model, stage.run, stage.optim
+    _check_ranges(where, stage)
+    if model.image_size % model.patch_size:
+        raise InputError(
+            f"{where}.model: image_size {model.image_size} is not a multiple of patch_size {model.patch_size}"
+        )
+    if stage.data.image_size != model.image_size:
+        raise InputError(
+            f"{where}: data.image_size {stage.data.image_size} differs from model.image_size {model.image_size}"
+        )
+    if model.width % 4:
+        raise InputError(f"{where}.model: width {model.width} is not a multiple of 4, which sin-cos positions need")
+    for field in ("num_heads", "last_block_heads"):
+        heads = getattr(model, field)
+        if heads is not None and (heads < 1 or model.width % heads):
+            raise InputError(f"{where}.model: width {model.width} is not a multiple of {field} {heads}")
+    if (run.epochs is None) == (run.steps is None):
+        raise InputError(f"{where}.run: set exactly one of epochs and steps")
+    if run.batch_size < 1 or run.batch_size % optim.accum_steps:
+        raise InputError(f"{where}: batch_size {run.batch_size} is not a multiple of accum_steps {optim.accum_steps}")
+    for init in sources(stage):
+        if (init.stage is None) == (init.path is None):
+            raise InputError(f"{where}: an init needs exactly one of stage and path")
+    if isinstance(stage.task, Classify) and model.num_classes < 2:
+        raise InputError(f"{where}.model: classify needs num_classes of at least 2, got {model.num_classes}")
+    if isinstance(stage.task, Distill) and not 1 <= stage.task.student_block <= model.depth:
+        raise InputError(
+            f"{where}.task: student_block {stage.task.student_block} is beyond the student's {model.depth} blocks"
+        )
+
+
+def _check_ranges(where: str, stage: Stage) -> None:
+    data, run = stage.data, stage.run
+    checks = {
+        "run.seed": (run.seed, run.seed >= 0, "at least 0"),
+        "run.log_every": (run.log_every, run.log_every >= 1, "at least 1"),
+        "run.checkpoint_every": (run.checkpoint_every, run.checkpoint_every >= 1, "at least 1"),
+        "run.keep": (run.keep, run.keep >= 1, "at least 1"),
+        "optim.accum_steps": (stage.optim.accum_steps, stage.optim.accum_steps >= 1, "at least 1"),
+        "data.crop_pct": (data.crop_pct, 0 < data.crop_pct <= 1, "above 0 and at most 1"),
+        "data.threads": (data.threads, data.threads >= 1, "at least 1"),
+        "data.workers": (data.workers, data.workers >= 0, "at least 0"),
+        "data.prefetch": (data.prefetch, data.prefetch >= 1, "at least 1"),
+        "model.drop_path": (stage.model.drop_path, 0 <= stage.model.drop_path < 1, "at least 0 and below 1"),
+    }
+    for field, (value, is_good, range_) in checks.items():
+        if not is_good:
+            raise InputError(f"{where}.{field} is {value}; it must be {range_}")
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """Lines "field: old -> new" between two `to_dict` results, leaving out `RUNTIME_FIELDS`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(k for k in new if k not in old)]
+        return [
+            line
+            for k in keys
+            if k not in RUNTIME_FIELDS
+            for line in differences(old.get(k), new.get(k), f"{where}.{k}" if where else k)
+        ]
+    return [] if old == new else [f"{where}: {json.dumps(old)} -> {json.dumps(new)}"]

@@ -1,0 +1,46 @@
+"""Encoded bytes -> an RGB image."""
+
+import io
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from tinymim_jax.config import InputError
+
+# Raster formats only: opening an EPS file would start Ghostscript.
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
+
+
+def decode(image: bytes | np.ndarray, name: str) -> Image.Image:
+    """The image in RGB, whatever its file name or mode; raises InputError that begins with `name`."""
+    if isinstance(image, np.ndarray):
+        return _from_array(image, name)
+    try:
+        with Image.open(io.BytesIO(image), formats=FORMATS) as opened:
+            return _to_rgb(opened)
+    except UnidentifiedImageError as error:
+        reason = f"none of {', '.join(FORMATS)}" if image else "no bytes"
+        raise _undecodable(name, reason) from error
+    except Exception as error:  # damaged bytes raise OSError, SyntaxError, struct.error, DecompressionBombError...
+        raise _undecodable(name, " ".join(str(error).split())) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip at 255
+        scaled = np.clip(np.asarray(image).astype(np.float32) / 257, 0, 255)
+        image = Image.fromarray(np.round(scaled).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def _from_array(image: np.ndarray, name: str) -> Image.Image:
+    if image.ndim == 3 and image.shape[-1] == 1:
+        image = image[..., 0]
+    if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[-1] == 3)) or not image.size:
+        raise _undecodable(name, f"{image.dtype}{list(image.shape)} is not uint8[H, W, 3]")
+    return Image.fromarray(image).convert("RGB")
+
+
+def _undecodable(name: str, reason: str) -> InputError:
+    return InputError(
+        f"{name}: cannot be decoded as an image ({reason}); remove or replace it, or set data.on_bad_image=skip"
+    )

@@ -1,0 +1,123 @@
+"""Augmentation on the device: pure functions of a key and a batch of images, float32 [B, H, W, 3]."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from tinymim_jax.config import Classify
+
+GREY = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL's mode L
+ERASE_AREA = (0.02, 1 / 3)  # of the image
+ERASE_LOG_ASPECT = (math.log(0.3), math.log(1 / 0.3))  # height over width
+ERASE_ATTEMPTS = 10
+
+
+def to_float(images: jax.Array) -> jax.Array:
+    """uint8 [B, H, W, 3] -> float32 in [0, 1]."""
+    return images.astype(jnp.float32) / 255
+
+
+def normalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
+    """(images - mean) / std, per channel."""
+    return (images - jnp.asarray(mean, images.dtype)) / jnp.asarray(std, images.dtype)
+
+
+def color_jitter(key: jax.Array, images: jax.Array, strength: float) -> jax.Array:
+    """Brightness, contrast and saturation by U(1 - s, 1 + s), in random order, per image; images in [0, 1].
+
+    The semantics are those of torchvision's ColorJitter on float tensors.
+    """
+    if strength == 0:
+        return images
+    factor_key, order_key = jax.random.split(key)
+    shape = (images.shape[0], 3)
+    factors = jax.random.uniform(factor_key, shape, images.dtype, max(0.0, 1 - strength), 1 + strength)
+    order = jnp.argsort(jax.random.uniform(order_key, shape), axis=1)
+    return jitter_in_order(images, factors, order)
+
+
+def jitter_in_order(images: jax.Array, factors: jax.Array, order: jax.Array) -> jax.Array:
+    """Adjustment order[b, r] is the r-th of image b; 0, 1, 2 are brightness, contrast, saturation by factors[b]."""
+    weights = jnp.asarray(GREY, images.dtype)
+    for r in range(3):
+        # All three blend towards something: black, the mean grey, or each pixel's grey.
+        which = order[:, r, None, None, None]
+        factor = jnp.take_along_axis(factors, order[:, r, None], axis=1)[..., None, None]
+        grey = jnp.sum(images * weights, axis=-1, keepdims=True)
+        mean = jnp.mean(grey, axis=(1, 2), keepdims=True)
+        target = jnp.where(which == 0, 0.0, jnp.where(which == 1, mean, grey))
+        images = jnp.clip(factor * images + (1 - factor) * target, 0, 1)
+    return images
+
+
+def mix(key: jax.Array, images: jax.Array, soft_labels: jax.Array, cfg: Classify) -> tuple[jax.Array, jax.Array]:
+    """Mixup or cutmix of each image with its partner in the flipped batch; one draw a batch; labels [B, C].
+
+    The semantics are those of timm's Mixup in batch mode.
+    """
+    if cfg.mix_prob == 0 or (cfg.mixup == 0 and cfg.cutmix == 0):
+        return images, soft_labels
+    on_key, switch_key, mixup_key, cutmix_key, box_key = jax.random.split(key, 5)
+    if cfg.mixup == 0 or cfg.cutmix == 0:
+        use_cutmix = jnp.asarray(cfg.mixup == 0)
+    else:
+        use_cutmix = jax.random.bernoulli(switch_key, cfg.switch_prob)
+    ones = jnp.ones(images.shape[1:3])
+    lam_mixup = jax.random.beta(mixup_key, cfg.mixup, cfg.mixup) if cfg.mixup else 1.0
+    lam_cutmix = jax.random.beta(cutmix_key, cfg.cutmix, cfg.cutmix) if cfg.cutmix else 1.0
+    own = jnp.where(use_cutmix, 1.0 - cutmix_box(box_key, lam_cutmix, *ones.shape), lam_mixup * ones)
+    own = jnp.where(jax.random.bernoulli(on_key, cfg.mix_prob), own, ones).astype(images.dtype)
+    lam = jnp.mean(own)  # after clipping of the box: the share of pixels that are the image's own
+    images = images * own[..., None] + images[::-1] * (1 - own[..., None])
+    return images, soft_labels * lam + soft_labels[::-1] * (1 - lam)
+
+
+def cutmix_box(key: jax.Array, lam: jax.Array | float, height: int, width: int) -> jax.Array:
+    """bool [H, W], True inside a box of sides sqrt(1 - lam), its centre uniform, clipped at the border."""
+    side = jnp.sqrt(1 - jnp.asarray(lam))
+    row_key, col_key = jax.random.split(key)
+    rows = _interval(jax.random.randint(row_key, (), 0, height), side, height)
+    cols = _interval(jax.random.randint(col_key, (), 0, width), side, width)
+    return rows[:, None] & cols[None, :]
+
+
+def _interval(centre: jax.Array, side: jax.Array, length: int) -> jax.Array:
+    half = jnp.floor(length * side).astype(jnp.int32) // 2
+    position = jnp.arange(length)
+    return (position >= centre - half) & (position < centre + half)
+
+
+def random_erasing(key: jax.Array, images: jax.Array, prob: float) -> jax.Array:
+    """One rectangle of N(0, 1) noise in each image with probability `prob`; images are normalised.
+
+    The semantics are those of timm's RandomErasing in pixel mode with count 1.
+    """
+    if prob == 0:
+        return images
+    on_key, box_key, noise_key = jax.random.split(key, 3)
+    batch, height, width, _ = images.shape
+    erased = erasing_boxes(box_key, batch, height, width)
+    erased &= jax.random.bernoulli(on_key, prob, (batch, 1, 1))
+    noise = jax.random.normal(noise_key, images.shape, images.dtype)
+    return jnp.where(erased[..., None], noise, images)
+
+
+def erasing_boxes(key: jax.Array, batch: int, height: int, width: int) -> jax.Array:
+    """bool [B, H, W], True inside the first of ten drawn rectangles that is smaller than the image, if any."""
+    area_key, aspect_key, place_key = jax.random.split(key, 3)
+    shape = (batch, ERASE_ATTEMPTS)
+    area = height * width * jax.random.uniform(area_key, shape, minval=ERASE_AREA[0], maxval=ERASE_AREA[1])
+    aspect = jnp.exp(jax.random.uniform(aspect_key, shape, minval=ERASE_LOG_ASPECT[0], maxval=ERASE_LOG_ASPECT[1]))
+    h = jnp.round(jnp.sqrt(area * aspect)).astype(jnp.int32)
+    w = jnp.round(jnp.sqrt(area / aspect)).astype(jnp.int32)
+    fits = (h < height) & (w < width)
+    first = jnp.argmax(fits, axis=1)[:, None]
+    h, w = jnp.take_along_axis(h, first, axis=1), jnp.take_along_axis(w, first, axis=1)  # [B, 1]
+    place = jax.random.uniform(place_key, (2, batch, 1))
+    top = jnp.floor(place[0] * (height - h + 1)).astype(jnp.int32)
+    left = jnp.floor(place[1] * (width - w + 1)).astype(jnp.int32)
+    row, col = jnp.arange(height), jnp.arange(width)
+    rows = (row >= top) & (row < top + h) & jnp.any(fits, axis=1, keepdims=True)
+    cols = (col >= left) & (col < left + w)
+    return rows[:, :, None] & cols[:, None, :]

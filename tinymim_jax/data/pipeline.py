@@ -1,0 +1,180 @@
+"""Records -> batches on the devices. Every draw is a function of (seed, epoch, index): the state is the step."""
+
+import collections
+import dataclasses
+import functools
+import gc
+import logging
+from collections.abc import Iterator
+
+import chex
+import grain
+import jax
+import numpy as np
+from absl import flags
+
+from tinymim_jax import mesh as mesh_lib
+from tinymim_jax.config import Data, InputError
+from tinymim_jax.data.augment import transform
+from tinymim_jax.data.decode import decode
+from tinymim_jax.data.sources import Source
+
+# What a generator is for. It comes first and the seed last: zeros at the end of a seed sequence do not count.
+ORDER_STREAM, IMAGE_STREAM = 1, 2
+DEVICE_BATCHES = 2  # the one in use and the one under way
+
+log = logging.getLogger(__name__)
+
+
+def train_batches(
+    data: Data, source: Source, *, batch_size: int, seed: int, start: int, stop: int, mesh: jax.sharding.Mesh
+) -> Iterator[dict[str, jax.Array]]:
+    """The batches of steps start to stop - 1, each epoch in its own order, its last incomplete batch dropped.
+
+    A batch is image uint8 [B, S, S, 3], label int32 [B], is_valid bool [B] (False: could not be read) and index
+    int32 [B] (the record's number in `source`). Raises InputError, also while iterating.
+    """
+    if batch_size > len(source):
+        raise InputError(f"batch_size {batch_size} is more than the {len(source)} images; use at most that")
+    if seed < 0:
+        raise InputError(f"run.seed is {seed}; it must not be negative")
+    rows = TrainRows(data, source, batch_size, jax.process_index(), jax.process_count(), seed)
+    return _batches(rows, start, stop, mesh)
+
+
+def eval_batches(
+    data: Data, source: Source, *, batch_size: int, mesh: jax.sharding.Mesh
+) -> Iterator[dict[str, jax.Array]]:
+    """Every record once, in order, as `train_batches`; the last batch is filled up with is_valid False, index -1."""
+    if data.transform != "eval":
+        raise InputError(f"data.transform is {data.transform!r}, which is random; set it to 'eval' to evaluate")
+    rows = EvalRows(data, source, batch_size, jax.process_index(), jax.process_count())
+    return _batches(rows, 0, -(-len(source) // batch_size), mesh)
+
+
+def steps_per_epoch(source: Source, batch_size: int) -> int:
+    """Whole batches in one pass over `source`."""
+    return len(source) // batch_size
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalRows:
+    """Step -> this process's rows of the batch, as numpy; the batch is the same for any number of processes.
+
+    Sent to worker processes by pickle: it must not touch a device.
+    """
+
+    data: Data
+    source: Source
+    batch_size: int  # over all processes
+    process: int
+    num_processes: int
+
+    def __call__(self, step: int) -> dict[str, np.ndarray]:
+        epoch, index = self.numbers(step)
+        per_process = self.batch_size // self.num_processes
+        index = index[self.process * per_process :][:per_process]
+        size = self.data.image_size
+        image = np.zeros((per_process, size, size, 3), np.uint8)
+        label = np.zeros(per_process, np.int32)
+        is_valid = np.zeros(per_process, bool)
+        for row in np.flatnonzero(index >= 0):
+            try:
+                image[row], label[row] = self._read(epoch, int(index[row]))
+                is_valid[row] = True
+            except InputError as error:
+                if self.data.on_bad_image == "stop":
+                    raise
+                log.warning("skipped: %s", error)
+        return {"image": image, "label": label, "is_valid": is_valid, "index": index.astype(np.int32)}
+
+    def numbers(self, step: int) -> tuple[int, np.ndarray]:
+        """(epoch, record numbers int64 [batch_size]) of the whole batch; -1: no record."""
+        index = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        return 0, np.where(index < len(self.source), index, -1)
+
+    def rng(self, epoch: int, index: int) -> np.random.Generator:
+        """The generator of one image; evaluation draws nothing from it."""
+        return image_rng(0, epoch, index)
+
+    def _read(self, epoch: int, index: int) -> tuple[np.ndarray, int]:
+        record = self.source[index]
+        image = decode(record["image"], self.source.describe(index))
+        return transform(image, self.data, self.rng(epoch, index)), record["label"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainRows(EvalRows):
+    """As `EvalRows`, but each epoch has its own order and only whole batches."""
+
+    seed: int
+
+    def numbers(self, step: int) -> tuple[int, np.ndarray]:
+        epoch, position = divmod(step, steps_per_epoch(self.source, self.batch_size))
+        order = epoch_order(len(self.source), self.seed, epoch)
+        return epoch, order[position * self.batch_size :][: self.batch_size]
+
+    def rng(self, epoch: int, index: int) -> np.random.Generator:
+        return image_rng(self.seed, epoch, index)
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of 0..n-1, int64 [n], read-only."""
+    order = np.random.default_rng((ORDER_STREAM, epoch, seed)).permutation(n)
+    order.setflags(write=False)
+    return order
+
+
+def image_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """The generator of image `index` in `epoch`."""
+    return np.random.default_rng((IMAGE_STREAM, epoch, index, seed))
+
+
+def _batches(rows: EvalRows, start: int, stop: int, mesh: jax.sharding.Mesh) -> Iterator[dict[str, jax.Array]]:
+    """Checks here, at the call; reads in the generator, at the first batch."""
+    mesh_lib.check_batch(rows.batch_size, mesh)
+    if rows.batch_size % rows.num_processes:
+        raise InputError(f"batch_size {rows.batch_size} is not a multiple of the {rows.num_processes} processes")
+    return _to_devices(rows, start, stop, mesh)
+
+
+def _to_devices(rows: EvalRows, start: int, stop: int, mesh: jax.sharding.Mesh) -> Iterator[dict[str, jax.Array]]:
+    if start >= stop:
+        return
+    host = iter(_host_dataset(rows, start, stop))
+    ready: collections.deque[dict[str, jax.Array]] = collections.deque()
+    try:
+        for batch in host:
+            ready.append(_checked(mesh_lib.put_batch(batch, mesh), rows))
+            if len(ready) == DEVICE_BATCHES:
+                yield ready.popleft()
+        yield from ready
+    except InputError as error:
+        raise InputError(*error.args) from None  # without the note that grain adds to it
+    finally:
+        host.close()  # stops its threads and worker processes, also when the caller leaves early
+        if rows.data.workers:
+            host = batch = None
+            gc.collect()  # grain's iterators are cycles that keep the last batches in shared memory
+
+
+def _host_dataset(rows: EvalRows, start: int, stop: int) -> grain.IterDataset:
+    data = rows.data
+    workers = min(data.workers, stop - start)
+    kept = -(-data.prefetch // max(1, workers))  # by each worker
+    options = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=kept)
+    dataset = grain.MapDataset.range(start, stop).map(rows).to_iter_dataset(options)
+    if not workers:
+        return dataset
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # grain reads a flag of its own; outside absl's app nobody has parsed any
+    return dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+
+
+def _checked(batch: dict[str, jax.Array], rows: EvalRows) -> dict[str, jax.Array]:
+    size = rows.data.image_size
+    chex.assert_shape(batch["image"], (rows.batch_size, size, size, 3))
+    chex.assert_shape([batch[k] for k in ("label", "is_valid", "index")], (rows.batch_size,))
+    chex.assert_type([batch[k] for k in ("image", "label", "is_valid", "index")], [np.uint8, np.int32, bool, np.int32])
+    return batch

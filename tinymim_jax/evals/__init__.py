@@ -1,0 +1,17 @@
+"""Evaluators: what is measured of a stage."""
+
+import jax
+
+from tinymim_jax import config
+from tinymim_jax.evals.base import Evaluator
+from tinymim_jax.evals.classification import Classification
+from tinymim_jax.evals.probes import Knn
+
+EVALS = {"classification": Classification, "knn": Knn}
+
+
+def make_evaluator(cfg: config.Eval, mesh: jax.sharding.Mesh) -> Evaluator:
+    """The evaluator that `cfg` describes, its data opened."""
+    if cfg.kind not in EVALS:
+        raise ValueError(f"unknown eval {cfg.kind!r}; choose one of {', '.join(EVALS)}")
+    return EVALS[cfg.kind](cfg, mesh)

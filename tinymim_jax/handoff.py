@@ -1,0 +1,192 @@
+"""From another stage's checkpoint to this stage's parameters: strict, and reported.
+
+`match` decides from shapes alone, so a dry run finds every mismatch; `transfer` moves the arrays.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.traverse_util
+import jax
+import numpy as np
+
+from tinymim_jax import checkpoint, config
+from tinymim_jax.config import Init, InputError
+from tinymim_jax.models import posembed, vit
+from tinymim_jax.optim import matches
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a hand-over does with each key, "encoder/block1/..."."""
+
+    target: Shapes
+    source: Shapes
+    moves: dict[str, str]  # this model's key -> the source's
+    fresh: list[str]  # keys that keep their initial values
+    skipped: list[str]  # keys of the source that are left out
+    regrouped: dict[str, tuple[int, int]]  # key -> heads before and after
+    resized: dict[str, tuple[int, int]]  # key -> patches a side before and after
+
+    def lines(self) -> list[str]:
+        """For people: one line per kind of treatment."""
+        text = [f"loaded {len(self.moves)} arrays"]
+        for heads in dict.fromkeys(self.regrouped.values()):
+            keys = [key for key, value in self.regrouped.items() if value == heads]
+            text.append(f"regrouped {heads[0]} -> {heads[1]} heads: {fold(keys, self.target)}")
+        text += [f"resized {key}: {old} x {old} -> {new} x {new} patches" for key, (old, new) in self.resized.items()]
+        text += [f"re-initialised: {fold(self.fresh, self.target)}"] if self.fresh else []
+        return text + ([f"skipped: {fold(self.skipped, self.source)}"] if self.skipped else [])
+
+
+def fold(keys: Iterable[str], among: Iterable[str]) -> str:
+    """`keys` in a line: a module whose keys `among` are all in is named alone, neighbouring blocks are a range."""
+    keys = list(keys)
+    others = {prefix for key in set(among) - set(keys) for prefix in _prefixes(key)}
+    names = dict.fromkeys(next((p for p in _prefixes(key) if p not in others), key) for key in keys)
+    groups: dict[str, list[int]] = {}
+    for name in names:
+        block = re.search(r"block(\d+)", name)
+        groups.setdefault(re.sub(r"block\d+", "block{}", name), []).extend([int(block[1])] if block else [])
+    return ", ".join(template.replace("{}", _ranges(blocks)) for template, blocks in groups.items())
+
+
+def _prefixes(key: str) -> list[str]:
+    """ "a/b/c" -> ["a", "a/b", "a/b/c"]."""
+    parts = key.split("/")
+    return ["/".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def _ranges(numbers: list[int]) -> str:
+    runs: list[list[int]] = []
+    for n in sorted(numbers):
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return "+".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """Nested dict -> {"a/b/c": leaf}."""
+    return flax.traverse_util.flatten_dict(tree, sep="/")
+
+
+def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """{"a/b/c": shape} of a nested dict of arrays."""
+    return {key: tuple(leaf.shape) for key, leaf in flatten(tree).items()}
+
+
+def match(target: Shapes, source: Shapes, init: Init) -> Report:
+    """How `source` fills `target`; raises InputError naming every key that neither fits nor is excused by `init`."""
+    renamed = {_rename(key, init.rename): key for key in source}
+    report = Report(target, source, {}, [], [], {}, {})
+    problems = []
+    for key, shape in target.items():
+        if key not in renamed:
+            (report.fresh if matches(init.fresh, key) else problems).append(key)
+            continue
+        report.moves[key] = renamed[key]
+        old = source[renamed[key]]
+        if old == shape:
+            continue
+        if _is_regrouping(key, old, shape):
+            report.regrouped[key] = (old[-2], shape[-2])
+            if not init.regroup_heads:
+                raise InputError(
+                    f"{key} has {old[-2]} heads in the source and {shape[-2]} here; use the same number of heads,"
+                    " or set init.regroup_heads=True to re-read the channels"
+                )
+        elif key.endswith("pos_embed") and old[-1] == shape[-1]:
+            report.resized[key] = (_side(old), _side(shape))
+            if not init.resize_posembed:
+                raise InputError(
+                    f"{key} is for {_side(old)} x {_side(old)} patches in the source and {_side(shape)} x"
+                    f" {_side(shape)} here; use the same image and patch size, or set init.resize_posembed=True"
+                )
+        else:
+            raise InputError(f"{key} is {old} in the source and {shape} here: the two models differ in size")
+    if problems:
+        raise InputError(
+            f"the source lacks {fold(problems, target)}; name what may start from its initial values in init.fresh"
+        )
+    unused = [key for new, key in renamed.items() if new not in target]
+    surplus = [key for key in unused if not matches(init.skip, key)]
+    if surplus:
+        raise InputError(f"this model has no {fold(surplus, source)}; name what may be left out in init.skip")
+    report.skipped.extend(unused)
+    return report
+
+
+def _rename(key: str, rename: Mapping[str, str]) -> str:
+    for pattern, replacement in rename.items():
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def _is_regrouping(key: str, old: tuple[int, ...], new: tuple[int, ...]) -> bool:
+    """The same fused qkv channels, [..., 3, H, E], split into other heads."""
+    return "/attn/qkv/" in key and old[:-2] == new[:-2] and old[-2] * old[-1] == new[-2] * new[-1]
+
+
+def _side(shape: tuple[int, ...]) -> int:
+    return round((shape[1] - 1) ** 0.5)
+
+
+def transfer(target: Any, source: Any, report: Report) -> Any:
+    """`target`, a nested dict of arrays, with the arrays of `source` that `report` moves, in its dtypes."""
+    filled, arrays = flatten(target), flatten(source)
+    for key, source_key in report.moves.items():
+        array, shape = np.asarray(arrays[source_key]), filled[key].shape
+        if key in report.resized:
+            array = posembed.resize(array, report.resized[key][1])
+        filled[key] = array.reshape(shape).astype(filled[key].dtype)
+    return flax.traverse_util.unflatten_dict(filled, sep="/")
+
+
+def for_teacher(init: Init) -> Init:
+    """`init` for a teacher: it is cut off after its target block, and what that leaves over is skipped."""
+    return dataclasses.replace(init, skip=(".*",))
+
+
+def source_folder(init: Init, workdir: Path) -> Path:
+    """Where `init` points: a stage of this workdir or any stage's folder."""
+    return workdir / init.stage if init.stage is not None else Path(init.path).expanduser()
+
+
+def read_stage(folder: Path) -> config.Stage:
+    """The stage that was run in `folder`, from its own `stage.json`; raises InputError if it is not one."""
+    file = folder / "stage.json"
+    if not file.is_file():
+        raise InputError(f"{folder} is not the folder of a stage: it has no stage.json")
+    try:
+        saved = json.loads(file.read_text())["stage"]
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{file} is damaged; run its stage again") from None
+    return config.from_dict(config.Stage, saved, str(file))
+
+
+def finished(folder: Path) -> bool:
+    """Whether the stage in `folder` ran to its end."""
+    return (folder / "DONE").is_file()
+
+
+def read_params(folder: Path) -> Any:
+    """A finished stage's parameters as numpy arrays: the averaged ones if it kept an average."""
+    if not finished(folder):
+        raise InputError(f"{folder} has no finished stage: run that stage first")
+    model = checkpoint.read_model(folder)
+    return model.get("ema") or model["params"]
+
+
+def load(path: str | Path) -> tuple[vit.VisionTransformer, dict[str, Any]]:
+    """The encoder of the stage in folder `path`: (model, variables); see `tinymim_jax.load`."""
+    folder = Path(path).expanduser()
+    model = vit.build(read_stage(folder).model)
+    return model, {"params": jax.tree.map(jax.numpy.asarray, read_params(folder)["encoder"])}

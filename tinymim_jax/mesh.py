@@ -1,0 +1,68 @@
+"""Devices as a (data, fsdp) grid, and where each array lives on it."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from tinymim_jax import config
+from tinymim_jax.config import InputError
+
+FSDP_MIN_SIZE = 2**16  # smaller arrays are cheaper to keep whole than to gather
+
+
+def make_mesh(cfg: config.Mesh, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """A mesh with axes data and fsdp over `devices` (default: all); raises InputError if they do not fill it."""
+    devices = jax.devices() if devices is None else devices
+    data = len(devices) // cfg.fsdp if cfg.data == -1 else cfg.data
+    if data * cfg.fsdp != len(devices):
+        raise InputError(
+            f"mesh: data {cfg.data} x fsdp {cfg.fsdp} does not fill {len(devices)} devices;"
+            " set mesh.data=-1 and an fsdp that divides their number"
+        )
+    return jax.make_mesh((data, cfg.fsdp), ("data", "fsdp"), (AxisType.Auto, AxisType.Auto), devices=devices)
+
+
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """The first axis is split over all devices."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def state_sharding(mesh: jax.sharding.Mesh, tree: Any) -> Any:
+    """Per leaf: large arrays are split over fsdp along their longest divisible axis, the others are whole.
+
+    The rule reads shapes only, so optimiser moments land beside their parameters.
+    """
+    fsdp = mesh.shape["fsdp"]
+
+    def rule(leaf: Any) -> NamedSharding:
+        axes = [i for i, n in enumerate(leaf.shape) if n % fsdp == 0]
+        if fsdp == 1 or not axes or np.prod(leaf.shape) < FSDP_MIN_SIZE:
+            return replicated(mesh)
+        axis = max(axes, key=lambda i: leaf.shape[i])
+        return NamedSharding(mesh, PartitionSpec(*[None] * axis, "fsdp"))
+
+    return jax.tree.map(rule, tree)
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+    """This process's rows of a batch -> global arrays; raises InputError if the devices do not divide it."""
+    sharding = batch_sharding(mesh)
+    rows = {len(v) for v in batch.values()}.pop()
+    check_batch(rows * jax.process_count(), mesh)
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+
+def check_batch(batch_size: int, mesh: jax.sharding.Mesh) -> None:
+    """Raises InputError unless the devices of `mesh` share `batch_size` images equally."""
+    if batch_size % mesh.size:
+        raise InputError(
+            f"batch_size {batch_size} is not a multiple of the {mesh.size} devices;"
+            f" use {max(1, batch_size // mesh.size) * mesh.size}"
+        )

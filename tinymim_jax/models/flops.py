@@ -1,0 +1,33 @@
+"""FLOPs counted by hand: the matmuls that the method needs, a multiply-add counting as 2."""
+
+from tinymim_jax.config import ViT
+
+
+def num_tokens(cfg: ViT) -> int:
+    """N: patches and CLS."""
+    return (cfg.image_size // cfg.patch_size) ** 2 + 1
+
+
+def embed(cfg: ViT, tokens: int | None = None) -> float:
+    """Of the patch embedding of one image; `tokens` incl. CLS, None: all."""
+    return 2.0 * ((tokens or num_tokens(cfg)) - 1) * 3 * cfg.patch_size**2 * cfg.width
+
+
+def forward(cfg: ViT, *, tokens: int | None = None, target_block: int | None = None) -> float:
+    """Of one image's forward pass, up to q, k, v of `target_block` if there is one."""
+    n, d = tokens or num_tokens(cfg), cfg.width
+    qkv = 2.0 * n * d * 3 * d
+    block = qkv + 4.0 * n * n * d + 2.0 * n * d * d + 4.0 * n * d * int(d * cfg.mlp_ratio)
+    blocks = cfg.depth * block if target_block is None else (target_block - 1) * block + qkv
+    return embed(cfg, n) + blocks + 2.0 * d * cfg.num_classes
+
+
+def forward_backward(cfg: ViT, *, tokens: int | None = None, target_block: int | None = None) -> float:
+    """Of one image's forward and backward pass; pixels get no gradient."""
+    return 3 * forward(cfg, tokens=tokens, target_block=target_block) - embed(cfg, tokens)
+
+
+def relations(teacher: ViT, student: ViT, count: int) -> float:
+    """Of `count` relations of one image: the teacher's forward, the student's forward and backward."""
+    n = num_tokens(student)
+    return count * 2.0 * n * n * (teacher.width + 3 * student.width)

@@ -1,0 +1,43 @@
+"""Fixed sin-cos positions, and their bicubic resizing."""
+
+import numpy as np
+
+
+def sincos(grid: int, width: int) -> np.ndarray:
+    """Positions [1, 1 + grid^2, width] float32, zeros for CLS (MAE util/pos_embed.py).
+
+    The first half of the channels encodes the column, the second the row; each is [sin, cos].
+    """
+    omega = 10000.0 ** -(np.arange(width // 4) / (width / 4))
+    angles = np.arange(grid)[:, None] * omega
+    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # [grid, width / 2]
+    columns = np.broadcast_to(axis[None, :], (grid, grid, width // 2))
+    rows = np.broadcast_to(axis[:, None], (grid, grid, width // 2))
+    table = np.concatenate([columns, rows], axis=-1).reshape(grid * grid, width)
+    return np.concatenate([np.zeros((1, width)), table])[None].astype(np.float32)
+
+
+def resize(posembed: np.ndarray, grid: int) -> np.ndarray:
+    """Patch positions of [1, 1 + g^2, D] resampled to [1, 1 + grid^2, D]; the CLS entry is kept.
+
+    Bicubic with a = -0.75, half-pixel centres and no antialiasing, as torch's `interpolate` does it
+    (`jax.image.resize` uses a = -0.5).
+    """
+    cls, table = posembed[:, :1], posembed[0, 1:]
+    old = round(len(table) ** 0.5)
+    weights = _bicubic_weights(old, grid)
+    table = np.einsum("ir,jc,rcd->ijd", weights, weights, table.reshape(old, old, -1).astype(np.float64))
+    return np.concatenate([cls, table.reshape(1, grid * grid, -1)], axis=1).astype(posembed.dtype)
+
+
+def _bicubic_weights(old: int, new: int, a: float = -0.75) -> np.ndarray:
+    """[new, old] rows of interpolation weights, borders repeated."""
+    centre = (np.arange(new) + 0.5) * old / new - 0.5
+    left = np.floor(centre).astype(int)
+    weights = np.zeros((new, old))
+    for tap in range(-1, 3):
+        x = np.abs(centre - (left + tap))
+        near = (a + 2) * x**3 - (a + 3) * x**2 + 1
+        far = a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a
+        np.add.at(weights, (np.arange(new), np.clip(left + tap, 0, old - 1)), np.where(x <= 1, near, far))
+    return weights

@@ -1,0 +1,121 @@
+"""One vision transformer for teacher, student, fine-tuning and features."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from tinymim_jax import config
+from tinymim_jax.config import InputError
+from tinymim_jax.models import layers, posembed
+from tinymim_jax.models.layers import Block, BlockTrace, patchify
+
+
+@flax.struct.dataclass
+class ViTOutput:
+    """tokens [B, N, D]: the last block's output, normed if pool is "cls". logits [B, C] if there is a head."""
+
+    tokens: jax.Array
+    trace: Mapping[int, BlockTrace]
+    logits: jax.Array | None = None
+
+
+class VisionTransformer(nn.Module):
+    """A plain ViT; the fields are those of `config.ViT`. Blocks are numbered from 1, as in the paper."""
+
+    width: int
+    depth: int
+    num_heads: int
+    last_block_heads: int | None = None
+    mlp_ratio: float = 4.0
+    image_size: int = 224
+    patch_size: int = 16
+    posembed: str = "fixed"
+    pool: str = "cls"
+    num_classes: int = 0
+    drop_path: float = 0.0
+    drop_path_shape: str = "constant"
+    dtype: str = "float32"
+    remat: bool = False
+
+    @nn.compact
+    def __call__(
+        self, images: jax.Array, *, capture: Sequence[int] = (), train: bool = False, keep: jax.Array | None = None
+    ) -> ViTOutput:
+        """Encodes normalised images.
+
+        Args:
+          images: [B, image_size, image_size, 3] float.
+          capture: blocks whose trace is returned. Under jit, blocks that nothing reads are not computed.
+          train: drop path on (needs the rng "drop_path").
+          keep: [B, K] indices of the patches to see; None: all.
+        """
+        self._check_input(images, capture)
+        dtype = jnp.dtype(self.dtype)
+        x = self._embed(images.astype(dtype), keep)
+        block_class = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
+        hidden, trace = int(self.width * self.mlp_ratio), {}
+        for i in range(1, self.depth + 1):
+            block = block_class(heads_of(self, i), hidden, self._drop_path(i), dtype, name=f"block{i}")
+            x, block_trace = block(x, train)
+            if i in capture:
+                trace[i] = block_trace
+        if self.pool == "cls":
+            x = layers.layer_norm(dtype, "norm")(x)
+        return ViTOutput(x, trace, self._head(x) if self.num_classes else None)
+
+    def _check_input(self, images: jax.Array, capture: Sequence[int]) -> None:
+        if images.shape[1:3] != (self.image_size, self.image_size):
+            raise InputError(f"images are {images.shape[1:3]}, the model wants {self.image_size} x {self.image_size}")
+        beyond = [i for i in capture if not 1 <= i <= self.depth]
+        if beyond:
+            raise InputError(f"block {beyond[0]} is beyond the model's {self.depth} blocks")
+
+    def _embed(self, images: jax.Array, keep: jax.Array | None) -> jax.Array:
+        """Patch embedding plus positions, CLS in front: [B, N, D]."""
+        grid = self.image_size // self.patch_size
+        pos = self.param("pos_embed", lambda _: jnp.asarray(posembed.sincos(grid, self.width))).astype(images.dtype)
+        cls_token = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width)).astype(images.dtype)
+        patches, patch_pos = patchify(images, self.patch_size), pos[:, 1:]
+        if keep is not None:
+            patches = jnp.take_along_axis(patches, keep[..., None], axis=1)
+            patch_pos = patch_pos[0][keep]
+        values = patches.shape[-1]
+        # torch's default for a convolution's bias, which MAE and TinyMIM keep.
+        bias_init = nn.initializers.uniform(2 * values**-0.5)
+        embed = nn.Dense(
+            self.width,
+            kernel_init=layers.xavier,
+            bias_init=lambda *a: bias_init(*a) - values**-0.5,
+            dtype=images.dtype,
+            name="patch_embed",
+        )
+        x = embed(patches) + patch_pos
+        cls = jnp.broadcast_to(cls_token + pos[:, :1], (len(x), 1, self.width))
+        return jnp.concatenate([cls, x], axis=1)
+
+    def _drop_path(self, block: int) -> float:
+        if self.drop_path_shape == "linear":
+            return self.drop_path * (block - 1) / max(self.depth - 1, 1)
+        return self.drop_path if block < self.depth else 0.0
+
+    def _head(self, x: jax.Array) -> jax.Array:
+        """[B, N, D] -> logits [B, C], float32."""
+        if self.pool == "mean":
+            pooled = layers.layer_norm(jnp.float32, "fc_norm")(x[:, 1:].astype(jnp.float32).mean(axis=1))
+        else:
+            pooled = x[:, 0].astype(jnp.float32)
+        return nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(2e-5), name="head")(pooled)
+
+
+def build(cfg: config.ViT) -> VisionTransformer:
+    """The module that `cfg` describes."""
+    return VisionTransformer(**dataclasses.asdict(cfg))
+
+
+def heads_of(cfg: "config.ViT | VisionTransformer", block: int) -> int:
+    """The number of heads of `block` (from 1)."""
+    return cfg.last_block_heads if block == cfg.depth and cfg.last_block_heads else cfg.num_heads

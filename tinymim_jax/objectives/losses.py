@@ -1,0 +1,34 @@
+"""Reconstruction and classification losses, per image."""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+
+def normalize_patches(patches: jax.Array) -> jax.Array:
+    """Each patch [..., P] to mean 0 and variance 1 (unbiased, eps 1e-6), the target of `norm_pix_loss`."""
+    mean = patches.mean(axis=-1, keepdims=True)
+    var = patches.var(axis=-1, ddof=1, keepdims=True)
+    return (patches - mean) * jax.lax.rsqrt(var + 1e-6)
+
+
+def masked_mse(pred: jax.Array, target: jax.Array, is_masked: jax.Array) -> jax.Array:
+    """Mean squared error over the masked patches: pred, target [B, L, P], is_masked [B, L] -> [B], float32.
+
+    Every image masks the same number of patches, so the mean of this over B is MAE's loss.
+    """
+    chex.assert_equal_shape([pred, target])
+    chex.assert_equal_shape([pred, is_masked], dims=(0, 1))
+    error = jnp.square(pred.astype(jnp.float32) - target).mean(axis=-1)
+    return jnp.sum(error * is_masked, axis=1) / jnp.sum(is_masked, axis=1)
+
+
+def smooth_one_hot(labels: jax.Array, num_classes: int, smoothing: float) -> jax.Array:
+    """Labels [B] -> [B, C]: s/C everywhere and 1 - s more on the label."""
+    return jax.nn.one_hot(labels, num_classes) * (1 - smoothing) + smoothing / num_classes
+
+
+def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """-sum_c targets log softmax(logits): two [B, C] -> [B], float32."""
+    chex.assert_equal_shape([logits, targets])
+    return -jnp.sum(targets * jax.nn.log_softmax(logits.astype(jnp.float32)), axis=-1)

@@ -1,0 +1,69 @@
+"""A stage made concrete before any data is read or any array made: task, steps, schedule, optimiser, shapes."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from tinymim_jax import config, handoff, optim
+from tinymim_jax.config import InputError, Stage
+from tinymim_jax.tasks import make_task
+from tinymim_jax.tasks.base import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What `train` runs, `run --dry_run` prints and `bench` measures."""
+
+    stage: Stage
+    task: Task
+    steps_per_epoch: int
+    total_steps: int
+    schedule: optim.Schedule
+    labels: Any  # per parameter: "freeze" | "decay" | "no_decay"
+    tx: optax.GradientTransformation
+    params: Any  # jax.ShapeDtypeStruct per parameter
+    frozen: Any  # and per frozen array
+
+    def untrained(self) -> list[str]:
+        """The parameters that keep their values."""
+        return [name for name, label in handoff.flatten(self.labels).items() if label == "freeze"]
+
+    def untrained_line(self) -> list[str]:
+        """The same for people; [] if all are trained."""
+        frozen = self.untrained()
+        return [f"not trained, not decayed: {handoff.fold(frozen, handoff.flatten(self.labels))}"] if frozen else []
+
+
+def make_plan(stage: Stage, teacher: config.ViT | None, num_examples: int) -> Plan:
+    """Works `stage` out; `teacher` as it was trained. Raises InputError on what does not fit together."""
+    run, cfg = stage.run, stage.optim
+    if run.batch_size > num_examples:
+        raise InputError(f"batch_size {run.batch_size} is more than the {num_examples} images; make it smaller")
+    steps_per_epoch = num_examples // run.batch_size
+    total_steps = run.steps if run.epochs is None else round(run.epochs * steps_per_epoch)
+    task = make_task(stage, teacher)
+    variables, frozen = jax.eval_shape(task.init, jax.random.key(0), example_batch(stage))
+    params = variables["params"]
+    labels = optim.rules(params, cfg, task.untrained)
+    schedule = optim.make_schedule(cfg, run.batch_size, steps_per_epoch, total_steps)
+    tx = optim.make_optimizer(cfg, schedule, labels, optim.lr_scales(params, cfg.layer_decay, stage.model.depth))
+    return Plan(stage, task, steps_per_epoch, total_steps, schedule, labels, tx, params, frozen)
+
+
+def teacher_init(stage: Stage) -> config.Init | None:
+    """Where the teacher of `stage` comes from, if it has one."""
+    return stage.task.teacher.init if isinstance(stage.task, config.Distill) else None
+
+
+def example_batch(stage: Stage, batch_size: int = 1) -> dict[str, np.ndarray]:
+    """A batch of zeros in the pipeline's shapes."""
+    size = stage.data.image_size
+    return {
+        "image": np.zeros((batch_size, size, size, 3), np.uint8),
+        "label": np.zeros(batch_size, np.int32),
+        "is_valid": np.ones(batch_size, bool),
+        "index": np.zeros(batch_size, np.int32),
+    }

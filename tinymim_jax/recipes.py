@@ -1,0 +1,146 @@
+"""Published hyper-parameters, each once: functions that return a filled, fresh `Stage`.
+
+Where the TinyMIM supplement and the released code differ, the supplement is the default and `code=True` the other.
+"""
+
+import dataclasses
+from typing import Any
+
+from tinymim_jax.config import (
+    Classification,
+    Classify,
+    Data,
+    Decoder,
+    Distill,
+    Init,
+    InputError,
+    Mae,
+    Optim,
+    Run,
+    Stage,
+    Teacher,
+    ViT,
+)
+
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {"width": 192, "depth": 12, "num_heads": 3},
+    "small": {"width": 384, "depth": 12, "num_heads": 6},
+    "base": {"width": 768, "depth": 12, "num_heads": 12},
+    "large": {"width": 1024, "depth": 24, "num_heads": 16},
+    "huge": {"width": 1280, "depth": 32, "num_heads": 16, "patch_size": 14},
+}
+LAST_BLOCK_HEADS = {"tiny": 12, "small": 12, "base": 16}  # of the student: those of its teacher's target block
+TEACHER_BLOCK = {"large": 18, "base": 12, "small": 12}  # target block (Table 10)
+FINETUNE_SKIP = ("encoder/norm/.*", "decoder/.*")  # of the source: a mean-pooling classifier has neither
+FINETUNE_FRESH = ("encoder/(fc_norm|head)/.*",)  # of the classifier: new in fine-tuning
+
+
+def options(arg: str, **defaults: bool | str) -> dict[str, Any]:
+    """Parses what follows the colon in --config=FILE:arg, "word,key=value"; raises InputError on an unknown one."""
+    chosen = dict(defaults)
+    for part in filter(None, (arg or "").split(",")):
+        key, has_value, value = part.partition("=")
+        if key not in defaults or bool(has_value) == isinstance(defaults[key], bool):
+            known = ", ".join(k if isinstance(v, bool) else f"{k}=..." for k, v in defaults.items())
+            raise InputError(f"config option {part!r}: unknown; the options are: {known or 'none'}")
+        chosen[key] = value if has_value else True
+    return chosen
+
+
+def vit(size: str, **overrides: Any) -> ViT:
+    """A ViT of a named size; raises ValueError that lists the names."""
+    if size not in SIZES:
+        raise ValueError(f"unknown size {size!r}; choose one of {', '.join(SIZES)}")
+    return ViT(**{**SIZES[size], **overrides})
+
+
+def imagenet(train: bool, path: str = "", **overrides: Any) -> Data:
+    """ImageNet-1K: the ImageFolder tree `path`/{train,val}, or without a path tfds' imagenet2012."""
+    where = (
+        {"source": "folder", "path": path, "split": "train" if train else "val"}
+        if path
+        else {"source": "tfds", "name": "imagenet2012", "split": "train" if train else "validation"}
+    )
+    size = 1_281_167 if train else 50_000
+    transform = "train" if train else "eval"
+    return Data(**{**where, "num_examples": size, "transform": transform, "threads": 16, **overrides})
+
+
+def mae(model: ViT, data: Data, *, epochs: float = 1600, warmup_epochs: float = 40) -> Stage:
+    """MAE pre-training (He et al. 2022, PRETRAIN.md): batch 4096, lr 2.4e-3, decoder 512 x 8."""
+    return Stage(
+        task=Mae(decoder=Decoder(512, 8, 16), mask_ratio=0.75, norm_pix_loss=True),
+        model=model,
+        data=data,
+        optim=Optim(lr=1.5e-4, warmup_epochs=warmup_epochs, b1=0.9, b2=0.95, weight_decay=0.05),
+        run=Run(batch_size=4096, epochs=epochs),
+    )
+
+
+def distill(size: str, teacher: Teacher, data: Data, *, epochs: float = 300, code: bool = False) -> Stage:
+    """TinyMIM pre-training (supplement, Table 1), 300 or 100 epochs.
+
+    code: min lr 0 for 1e-5, and ViT-T with 6 heads for 3 (main_pretrain.py, models_tinymim.py).
+    """
+    heads = {"num_heads": 6} if code and size == "tiny" else {}
+    return Stage(
+        task=Distill(teacher=teacher, student_block=12, relations=("qk", "vv"), color_jitter=0.4),
+        model=vit(size, last_block_heads=LAST_BLOCK_HEADS[size], drop_path=0.1, dtype="bfloat16", **heads),
+        data=data,
+        optim=Optim(
+            lr=1.5e-4, min_lr=0.0 if code else 1e-5, warmup_epochs=epochs / 20, b1=0.9, b2=0.95, weight_decay=0.05
+        ),
+        run=Run(batch_size=4096, epochs=epochs),
+    )
+
+
+def teacher_from(size: str, init: Init, student: str) -> Teacher:
+    """A teacher of a named size at its target block, read with the heads of `student`'s last block.
+
+    TinyMIM-B's block 12 was trained with 16 heads and teaches S with 12, as in the released code. TinyMIM-S's has
+    the 12 that T needs; the released code reads it with 6 and stops there with an error.
+    """
+    regroup = size == "base"
+    heads = LAST_BLOCK_HEADS[student] if regroup else None
+    return Teacher(dataclasses.replace(init, regroup_heads=regroup), TEACHER_BLOCK[size], heads)
+
+
+def finetune(
+    size: str, init: Init | None, train: Data, val: Data, *, num_classes: int = 1000, code: bool = False
+) -> Stage:
+    """ImageNet fine-tuning of a 300-epoch model (supplement, Table 2).
+
+    T and S: 200 epochs, batch 2048, lr 5e-3, drop path 0.1. B: 100 epochs, batch 1024, lr 2e-3, drop path 0.2.
+    code: Adam's b2 0.999 for 0.95 (main_finetune.py). All heads are regrouped to 3, 6 and 12 (models_vit.py).
+    """
+    is_base = size == "base"
+    batch_size = 1024 if is_base else 2048
+    if init is not None:
+        init = dataclasses.replace(init, skip=FINETUNE_SKIP, fresh=FINETUNE_FRESH, regroup_heads=True)
+    return Stage(
+        task=Classify(label_smoothing=0.1, mixup=0.8, cutmix=1.0, mix_prob=1.0, switch_prob=0.5, erasing=0.25),
+        model=vit(
+            size,
+            posembed="trainable",
+            pool="mean",
+            num_classes=num_classes,
+            drop_path=0.2 if is_base else 0.1,
+            drop_path_shape="linear",
+            dtype="bfloat16",
+        ),
+        data=dataclasses.replace(train, crop_scale=(0.08, 1.0), rand_augment="rand-m9-mstd0.5-inc1"),
+        optim=Optim(
+            lr=5e-4 if is_base else 6.25e-4,
+            min_lr=1e-6,
+            warmup_epochs=5,
+            b1=0.9,
+            b2=0.999 if code else 0.95,
+            weight_decay=0.05,
+            decay=(".*/kernel",),
+            no_decay=(".*/bias", ".*/scale", ".*/(pos_embed|cls_token)"),
+            layer_decay=0.65,
+        ),
+        run=Run(batch_size=batch_size, epochs=100 if is_base else 200, eval_every=10 * (1_281_167 // batch_size)),
+        init=init,
+        evals={"val": Classification(data=val)},
+    )

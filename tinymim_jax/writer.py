@@ -1,0 +1,45 @@
+"""Scalars to `metrics.jsonl` and TensorBoard."""
+
+import json
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+
+
+class Writer:
+    """Appends scalars under `folder`; lines at or after `start` are dropped first, so a resumed run has no repeats."""
+
+    def __init__(self, folder: Path, start: int = 0):
+        self.path = folder / "metrics.jsonl"
+        kept = [line for line in read(self.path) if line["step"] <= start]
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self.file = self.path.open("a")
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """One line {"step": step, name: value, ...}, flushed."""
+        self.file.write(json.dumps({"step": step, **scalars}) + "\n")
+        self.file.flush()
+        for name, value in scalars.items():
+            self.board.add_scalar(name, value, step)
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+        self.board.close()
+
+
+def read(path: Path) -> list[dict[str, float]]:
+    """The lines of a `metrics.jsonl`, without a last one cut short by a crash; [] if there is no file."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
