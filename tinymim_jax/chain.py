@@ -92,8 +92,7 @@ def describe_chain(cfg: Config, workdir: Path, only: str | None = None) -> str:
 
 def _describe_stage(cfg: Config, name: str, workdir: Path, plans: dict[str, Plan]) -> tuple[Plan, list[str]]:
     stage = cfg.stages[name]
-    init = teacher_init(stage)
-    teacher = _source_model(cfg, init, workdir) if init else None
+    init, teacher = teacher_init(stage), teacher_model(cfg, name, workdir)
     plan = make_plan(stage, teacher, stage.data.num_examples or len(sources.open_source(stage.data)))
     lines = [_length(plan), _model(plan), _optimizer(plan)]
     if init:
@@ -103,14 +102,19 @@ def _describe_stage(cfg: Config, name: str, workdir: Path, plans: dict[str, Plan
         lines.append(f"teacher {init.stage or init.path}: block {spec.block} of {teacher.depth}, {heads} heads")
         lines += [f"  {line}" for line in report.lines()]
     if stage.init:
-        report = handoff.match(handoff.shapes(plan.params), _source_shapes(stage.init, workdir, plans), stage.init)
+        source, untrained = _source_shapes(stage.init, workdir, plans), _source_untrained(stage.init, workdir, plans)
+        report = handoff.match(handoff.shapes(plan.params), source, stage.init, untrained)
         lines += [f"init from {stage.init.stage or stage.init.path}", *(f"  {line}" for line in report.lines())]
     else:
         lines.append("init: scratch")
     return plan, [*lines, *plan.untrained_line(), _status(workdir / name)]
 
 
-def _source_model(cfg: Config, init: config.Init, workdir: Path) -> config.ViT:
+def teacher_model(cfg: Config, name: str, workdir: Path) -> config.ViT | None:
+    """The model that stage `name` learns from, as it was (or is to be) trained; None if it has no teacher."""
+    init = teacher_init(cfg.stages[name])
+    if init is None:
+        return None
     folder = handoff.source_folder(init, workdir)
     if init.stage is not None and not (folder / "stage.json").exists():
         return cfg.stages[init.stage].model
@@ -121,6 +125,12 @@ def _source_shapes(init: config.Init, workdir: Path, plans: dict[str, Plan]) -> 
     if init.stage is not None:
         return handoff.shapes(plans[init.stage].params)
     return handoff.shapes(checkpoint.model_shapes(handoff.source_folder(init, workdir))["params"])
+
+
+def _source_untrained(init: config.Init, workdir: Path, plans: dict[str, Plan]) -> list[str]:
+    if init.stage is not None:
+        return plans[init.stage].untrained()
+    return handoff.read_untrained(handoff.source_folder(init, workdir))
 
 
 def _length(plan: Plan) -> str:

@@ -69,7 +69,7 @@ def read_model(folder: Path) -> dict[str, Any]:
 
 def steps(folder: Path) -> list[int]:
     """The steps that stage folder `folder` has whole checkpoints of."""
-    return list(ocp.utils.checkpoint_steps(folder / FOLDER)) if (folder / FOLDER).is_dir() else []
+    return sorted(ocp.utils.checkpoint_steps(folder / FOLDER)) if (folder / FOLDER).is_dir() else []
 
 
 def _newest(folder: Path) -> Path:

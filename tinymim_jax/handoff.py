@@ -6,7 +6,7 @@
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class Report:
     skipped: list[str]  # keys of the source that are left out
     regrouped: dict[str, tuple[int, int]]  # key -> heads before and after
     resized: dict[str, tuple[int, int]]  # key -> patches a side before and after
+    untrained: list[str]  # loaded keys that the source's own stage did not train
 
     def lines(self) -> list[str]:
         """For people: one line per kind of treatment."""
@@ -41,6 +42,7 @@ class Report:
             keys = [key for key, value in self.regrouped.items() if value == heads]
             text.append(f"regrouped {heads[0]} -> {heads[1]} heads: {fold(keys, self.target)}")
         text += [f"resized {key}: {old} x {old} -> {new} x {new} patches" for key, (old, new) in self.resized.items()]
+        text += [f"not trained by the source: {fold(self.untrained, self.target)}"] if self.untrained else []
         text += [f"re-initialised: {fold(self.fresh, self.target)}"] if self.fresh else []
         return text + ([f"skipped: {fold(self.skipped, self.source)}"] if self.skipped else [])
 
@@ -83,16 +85,21 @@ def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {key: tuple(leaf.shape) for key, leaf in flatten(tree).items()}
 
 
-def match(target: Shapes, source: Shapes, init: Init) -> Report:
-    """How `source` fills `target`; raises InputError naming every key that neither fits nor is excused by `init`."""
+def match(target: Shapes, source: Shapes, init: Init, untrained: Sequence[str] = ()) -> Report:
+    """How `source` fills `target`; raises InputError naming every key that neither fits nor is excused by `init`.
+
+    `untrained` are the source's keys that its own stage did not train; the report says which were loaded.
+    """
     renamed = {_rename(key, init.rename): key for key in source}
-    report = Report(target, source, {}, [], [], {}, {})
+    report = Report(target, source, {}, [], [], {}, {}, [])
     problems = []
     for key, shape in target.items():
         if key not in renamed:
             (report.fresh if matches(init.fresh, key) else problems).append(key)
             continue
         report.moves[key] = renamed[key]
+        if renamed[key] in untrained:
+            report.untrained.append(key)
         old = source[renamed[key]]
         if old == shape:
             continue
@@ -162,14 +169,22 @@ def source_folder(init: Init, workdir: Path) -> Path:
 
 def read_stage(folder: Path) -> config.Stage:
     """The stage that was run in `folder`, from its own `stage.json`; raises InputError if it is not one."""
+    return config.from_dict(config.Stage, _stage_json(folder, "stage"), str(folder / "stage.json"))
+
+
+def read_untrained(folder: Path) -> list[str]:
+    """The parameters that the stage in `folder` did not train; raises InputError if it is not a stage's folder."""
+    return _stage_json(folder, "untrained")
+
+
+def _stage_json(folder: Path, field: str) -> Any:
     file = folder / "stage.json"
     if not file.is_file():
         raise InputError(f"{folder} is not the folder of a stage: it has no stage.json")
     try:
-        saved = json.loads(file.read_text())["stage"]
+        return json.loads(file.read_text())[field]
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{file} is damaged; run its stage again") from None
-    return config.from_dict(config.Stage, saved, str(file))
 
 
 def finished(folder: Path) -> bool:

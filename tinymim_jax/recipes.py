@@ -77,19 +77,23 @@ def mae(model: ViT, data: Data, *, epochs: float = 1600, warmup_epochs: float = 
     )
 
 
-def distill(size: str, teacher: Teacher, data: Data, *, epochs: float = 300, code: bool = False) -> Stage:
-    """TinyMIM pre-training (supplement, Table 1), 300 or 100 epochs.
+def student(size: str, *, code: bool = False) -> ViT:
+    """The ViT that is distilled: drop path 0.1 and, in its last block, its teacher's heads.
 
-    code: min lr 0 for 1e-5, and ViT-T with 6 heads for 3 (main_pretrain.py, models_tinymim.py).
+    code: ViT-T with 6 heads for 3 (models_tinymim.py).
     """
     heads = {"num_heads": 6} if code and size == "tiny" else {}
+    return vit(size, last_block_heads=LAST_BLOCK_HEADS[size], drop_path=0.1, dtype="bfloat16", **heads)
+
+
+def distill(model: ViT, teacher: Teacher, data: Data, *, epochs: float = 300, code: bool = False) -> Stage:
+    """TinyMIM pre-training (supplement, Table 1), 300 or 100 epochs; code: min lr 0 for 1e-5 (main_pretrain.py)."""
+    min_lr = 0.0 if code else 1e-5
     return Stage(
-        task=Distill(teacher=teacher, student_block=12, relations=("qk", "vv"), color_jitter=0.4),
-        model=vit(size, last_block_heads=LAST_BLOCK_HEADS[size], drop_path=0.1, dtype="bfloat16", **heads),
+        task=Distill(teacher=teacher, student_block=model.depth, relations=("qk", "vv"), color_jitter=0.4),
+        model=model,
         data=data,
-        optim=Optim(
-            lr=1.5e-4, min_lr=0.0 if code else 1e-5, warmup_epochs=epochs / 20, b1=0.9, b2=0.95, weight_decay=0.05
-        ),
+        optim=Optim(lr=1.5e-4, min_lr=min_lr, warmup_epochs=epochs / 20, b1=0.9, b2=0.95, weight_decay=0.05),
         run=Run(batch_size=4096, epochs=epochs),
     )
 
@@ -105,32 +109,32 @@ def teacher_from(size: str, init: Init, student: str) -> Teacher:
     return Teacher(dataclasses.replace(init, regroup_heads=regroup), TEACHER_BLOCK[size], heads)
 
 
-def finetune(
-    size: str, init: Init | None, train: Data, val: Data, *, num_classes: int = 1000, code: bool = False
-) -> Stage:
-    """ImageNet fine-tuning of a 300-epoch model (supplement, Table 2).
+def classifier(size: str, num_classes: int = 1000) -> ViT:
+    """The ViT that is fine-tuned: 3, 6 or 12 heads in every block (models_vit.py), mean pooling, trained positions."""
+    return vit(
+        size,
+        posembed="trainable",
+        pool="mean",
+        num_classes=num_classes,
+        drop_path=0.2 if size == "base" else 0.1,
+        drop_path_shape="linear",
+        dtype="bfloat16",
+    )
 
-    T and S: 200 epochs, batch 2048, lr 5e-3, drop path 0.1. B: 100 epochs, batch 1024, lr 2e-3, drop path 0.2.
-    code: Adam's b2 0.999 for 0.95 (main_finetune.py). All heads are regrouped to 3, 6 and 12 (models_vit.py).
+
+def finetune(model: ViT, init: Init | None, train: Data, val: Data, *, code: bool = False) -> Stage:
+    """Fine-tuning with the values for ViT-T and S (supplement, Table 2): 200 epochs, batch 2048, lr 5e-3.
+
+    code: Adam's b2 0.999 for 0.95 (main_finetune.py).
     """
-    is_base = size == "base"
-    batch_size = 1024 if is_base else 2048
     if init is not None:
         init = dataclasses.replace(init, skip=FINETUNE_SKIP, fresh=FINETUNE_FRESH, regroup_heads=True)
     return Stage(
         task=Classify(label_smoothing=0.1, mixup=0.8, cutmix=1.0, mix_prob=1.0, switch_prob=0.5, erasing=0.25),
-        model=vit(
-            size,
-            posembed="trainable",
-            pool="mean",
-            num_classes=num_classes,
-            drop_path=0.2 if is_base else 0.1,
-            drop_path_shape="linear",
-            dtype="bfloat16",
-        ),
+        model=model,
         data=dataclasses.replace(train, crop_scale=(0.08, 1.0), rand_augment="rand-m9-mstd0.5-inc1"),
         optim=Optim(
-            lr=5e-4 if is_base else 6.25e-4,
+            lr=6.25e-4,
             min_lr=1e-6,
             warmup_epochs=5,
             b1=0.9,
@@ -140,7 +144,19 @@ def finetune(
             no_decay=(".*/bias", ".*/scale", ".*/(pos_embed|cls_token)"),
             layer_decay=0.65,
         ),
-        run=Run(batch_size=batch_size, epochs=100 if is_base else 200, eval_every=10 * (1_281_167 // batch_size)),
+        run=Run(batch_size=2048, epochs=200),
         init=init,
         evals={"val": Classification(data=val)},
     )
+
+
+def finetune_imagenet(size: str, init: Init, path: str = "", *, code: bool = False) -> Stage:
+    """ImageNet fine-tuning of a 300-epoch model (supplement, Table 2); `path` as in `imagenet`.
+
+    ViT-B differs: 100 epochs, batch 1024, lr 2e-3, drop path 0.2.
+    """
+    stage = finetune(classifier(size), init, imagenet(True, path), imagenet(False, path), code=code)
+    if size == "base":
+        stage.optim.lr, stage.run.batch_size, stage.run.epochs = 5e-4, 1024, 100
+    stage.run.eval_every = 10 * (stage.data.num_examples // stage.run.batch_size)
+    return stage

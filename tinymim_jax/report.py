@@ -77,7 +77,7 @@ def reconstructions(stage: config.Stage, name: str, workdir: Path) -> matplotlib
     batch, images = _samples(stage, runner.source)
     task, patch = runner.plan.task, stage.model.patch_size
     params = handoff.read_params(workdir / name)
-    out, target = task.reconstruct(params, batch, _rngs(), train=False)
+    out, _ = task.reconstruct(params, batch, _rngs(), train=False)
     pixels = _patches(images, patch)
     pred = np.asarray(out.pred)
     if stage.task.norm_pix_loss:  # back to each patch's own mean and contrast, which the model was not asked for

@@ -125,9 +125,9 @@ class Runner:
 
     def _hand_over(self, what: str, target: Any, init: config.Init) -> Any:
         folder = handoff.source_folder(init, self.workdir)
-        params = handoff.read_params(folder)
+        params, untrained = handoff.read_params(folder), handoff.read_untrained(folder)
         try:
-            report = handoff.match(handoff.shapes(target), handoff.shapes(params), init)
+            report = handoff.match(handoff.shapes(target), handoff.shapes(params), init, untrained)
         except InputError as error:
             raise InputError(f"stage {self.name}, {what} from {folder}: {error}") from None
         self.report += [f"{what} from {folder}: {report.lines()[0]}", *(f"  {line}" for line in report.lines()[1:])]
@@ -164,10 +164,11 @@ class Runner:
             for metric, value in evaluator(self.predict, variables, self.frozen).items()
         }
 
-    def jit_step(self) -> TrainStep:
-        """The train step, compiled; the state is donated and nothing else is."""
-        out = (self.shardings, mesh_lib.replicated(self.mesh))
-        return jax.jit(make_train_step(self.plan), donate_argnums=0, out_shardings=out)
+
+def jit_step(plan: Plan, mesh: jax.sharding.Mesh, shardings: TrainState) -> TrainStep:
+    """The train step for `jit`: the state is donated and nothing else is."""
+    out = (shardings, mesh_lib.replicated(mesh))
+    return jax.jit(make_train_step(plan), donate_argnums=0, out_shardings=out)
 
 
 def items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -192,7 +193,7 @@ def run_stage(stage: Stage, name: str, workdir: Path, mesh: jax.sharding.Mesh) -
         checkpoints = stack.enter_context(Checkpoints(runner.folder, run.keep))
         state, log = runner.start(checkpoints)
         first = int(state.step)
-        write_json(runner.folder / "stage.json", describe(stage))
+        write_json(runner.folder / "stage.json", describe(runner.plan))
         lines = [f"{name}: {total} steps of {run.batch_size} images", *runner.report, *runner.plan.untrained_line()]
         print("\n  ".join(lines), flush=True)
         writer = stack.enter_context(Writer(runner.folder, first))
@@ -213,7 +214,7 @@ def run_stage(stage: Stage, name: str, workdir: Path, mesh: jax.sharding.Mesh) -
         stack.enter_context(progress.bar)
         stop = stack.enter_context(StopRequest())
         rng = jax.device_put(jax.random.fold_in(jax.random.key(run.seed), 1), mesh_lib.replicated(mesh))
-        train_step = runner.jit_step()
+        train_step = jit_step(runner.plan, mesh, runner.shardings)
 
         for step in range(first + 1, total + 1):
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
@@ -245,10 +246,10 @@ def run_stage(stage: Stage, name: str, workdir: Path, mesh: jax.sharding.Mesh) -
     return results
 
 
-def describe(stage: Stage) -> dict[str, Any]:
+def describe(plan: Plan) -> dict[str, Any]:
     """The contents of `stage.json`: everything needed to build the stage again, and what it ran on."""
     versions = {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")}
-    return {"stage": config.to_dict(stage), "versions": versions}
+    return {"stage": config.to_dict(plan.stage), "untrained": plan.untrained(), "versions": versions}
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -13,21 +13,19 @@ Expected: ImageNet top-1 85.0 (B), 83.0 (S), 75.8 (T), TinyMIM Tables 3 and 8.
 
 from tinymim_jax import config, recipes
 
+LINKS = (("large", "mae_l", "base"), ("base", "distill_b", "small"), ("small", "distill_s", "tiny"))
+
 
 def get_config(arg: str = "") -> config.Config:
     o = recipes.options(arg, data="", teacher="", code=False)
-    train, val = recipes.imagenet(True, o["data"]), recipes.imagenet(False, o["data"])
-    mae_l = config.Init(path=o["teacher"]) if o["teacher"] else config.Init(stage="mae_l")
+    train = recipes.imagenet(True, o["data"])
     stages = {} if o["teacher"] else {"mae_l": recipes.mae(recipes.vit("large", dtype="bfloat16"), train)}
-    links = [
-        ("large", mae_l, "base"),
-        ("base", config.Init("distill_b"), "small"),
-        ("small", config.Init("distill_s"), "tiny"),
-    ]
-    for teacher_size, init, size in links:
+    for teacher_size, source, size in LINKS:
+        init = config.Init(path=o["teacher"]) if o["teacher"] and source == "mae_l" else config.Init(stage=source)
         teacher = recipes.teacher_from(teacher_size, init, size)
-        stages[f"distill_{size[0]}"] = recipes.distill(size, teacher, train, code=o["code"])
-    for size in ("base", "small", "tiny"):
-        init = config.Init(f"distill_{size[0]}")
-        stages[f"finetune_{size[0]}"] = recipes.finetune(size, init, train, val, code=o["code"])
+        student = recipes.student(size, code=o["code"])
+        stages[f"distill_{size[0]}"] = recipes.distill(student, teacher, train, code=o["code"])
+    for *_, size in LINKS:
+        init = config.Init(stage=f"distill_{size[0]}")
+        stages[f"finetune_{size[0]}"] = recipes.finetune_imagenet(size, init, o["data"], code=o["code"])
     return config.Config("imagenet", stages)

@@ -12,6 +12,5 @@ from tinymim_jax import config, recipes
 
 def get_config(arg: str = "") -> config.Config:
     o = recipes.options(arg, init="runs/imagenet/distill_s", data="", code=False)
-    train, val = recipes.imagenet(True, o["data"]), recipes.imagenet(False, o["data"])
-    stage = recipes.finetune("small", config.Init(path=o["init"]), train, val, code=o["code"])
+    stage = recipes.finetune_imagenet("small", config.Init(path=o["init"]), o["data"], code=o["code"])
     return config.Config("imagenet", {"finetune_s": stage})

@@ -13,6 +13,6 @@ from tinymim_jax import config, recipes
 def get_config(arg: str = "") -> config.Config:
     o = recipes.options(arg, teacher="runs/imagenet/distill_b", data="", short=False, code=False)
     teacher = recipes.teacher_from("base", config.Init(path=o["teacher"]), "small")
-    epochs = 100 if o["short"] else 300
-    stage = recipes.distill("small", teacher, recipes.imagenet(True, o["data"]), epochs=epochs, code=o["code"])
+    model, data = recipes.student("small", code=o["code"]), recipes.imagenet(True, o["data"])
+    stage = recipes.distill(model, teacher, data, epochs=100 if o["short"] else 300, code=o["code"])
     return config.Config("imagenet", {"distill_s": stage})

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from absl import flags
 from ml_collections import config_flags
@@ -10,40 +10,49 @@ from ml_collections import config_flags
 from tinymim_jax import config
 from tinymim_jax.config import Config, InputError
 
+# A field with choices is read as a string here; `config.check` knows the choices.
+config_flags.register_flag_parser_for_type(Literal, flags.ArgumentParser())
+
 
 def new_flags(usage: str) -> flags.FlagValues:
     """An empty set of flags; `usage` is shown by --help."""
     values = flags.FlagValues()
-    flags.DEFINE_bool("help", False, usage, short_name="h", flag_values=values)
+    flags.DEFINE_bool("help", False, usage, flag_values=values)
     return values
 
 
 def parse(values: flags.FlagValues, argv: list[str]) -> Config:
     """Parses `argv` into `values` and the checked config; raises InputError, or SystemExit(0) after printing help."""
-    path = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
-    if path is not None and not Path(path.split(":", 1)[0]).is_file():
-        raise InputError(f"--config={path}: there is no file {path.split(':', 1)[0]}")
-    config_flags.DEFINE_config_file("config", None, "the experiment", flag_values=values, sys_argv=["", *argv])
-    try:
-        if path is not None:
-            _check_overrides(_load(path), argv)
-        rest = values(["", *argv])[1:]
-    except flags.Error as error:
-        raise InputError(" ".join(str(error).split())) from None
-    if values.help:
-        print(values.find_module_defining_flag and values["help"].help)
+    if not argv or "--help" in argv or "-h" in argv:
+        print(values["help"].help)
         raise SystemExit(0)
-    if rest:
-        raise InputError(f"unexpected argument {rest[0]!r}; see --help")
+    path = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
     if path is None:
         raise InputError("--config=FILE is needed, e.g. --config=configs/digits/chain.py")
+    if not Path(path.split(":", 1)[0]).is_file():
+        raise InputError(f"--config={path}: there is no file {path.split(':', 1)[0]}")
+    _check_overrides(_load(path), argv)
+    config_flags.DEFINE_config_file("config", None, "the experiment", flag_values=values, sys_argv=["", *argv])
+    try:
+        rest = values(["", *argv])[1:]
+    except (flags.Error, TypeError, ValueError) as error:  # the last two: a value that does not suit its field
+        raise InputError(" ".join(str(error).split())) from None
+    if rest:
+        raise InputError(f"unexpected argument {rest[0]!r}; see --help")
     return config.check(values.config)
 
 
 def _load(path: str) -> Config:
+    """The config as the file gives it; an error in the file is raised as it was there."""
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["", f"--config={path}"])
-    values(["", f"--config={path}"])
+    try:
+        values(["", f"--config={path}"])
+    except flags.Error as error:
+        cause: BaseException = error
+        while cause.__context__ is not None:  # ml_collections wraps it, with a traceback in the message
+            cause = cause.__context__
+        raise cause from None
     return values.config
 
 
@@ -56,6 +65,8 @@ def _check_overrides(loaded: Config, argv: list[str]) -> None:
         node: Any = loaded
         for part in name.split(".")[1:]:
             part = part.split("[")[0]
+            if node is None:
+                break  # an optional part that ml_collections will create
             fields = list(node) if isinstance(node, dict) else [f.name for f in _fields(node)]
             if part not in fields:
                 raise InputError(f"--{name}: there is no {part!r}; choose one of {', '.join(fields) or 'none'}")

@@ -1,0 +1,79 @@
+"""CIFAR-10, the chain MAE-L -> B -> S -> T with fine-tuning of each student, at 32 px in patches of 4.
+
+python -m tinymim_jax run --config=configs/cifar10/chain.py:data=PATH --workdir=runs/cifar10
+python -m tinymim_jax run --config=configs/cifar10/chain.py:short,data=PATH --workdir=runs/cifar10_short
+
+Options: data=PATH, an ImageFolder tree with train/ and test/ (default: tfds' cifar10); short, for a CPU: 5,000 images
+and narrow models.
+Cost: the preset is sized for one GPU and was not measured; `short` is in README.md, with its result.
+Expected: no published number at these sizes.
+"""
+
+import dataclasses
+
+from tinymim_jax import recipes
+from tinymim_jax.config import Config, Data, Decoder, Init, Knn, Stage, Teacher, ViT
+
+SIZES = {"l": (384, 12, 12), "b": (256, 12, 8), "s": (192, 12, 6), "t": (96, 12, 3)}  # width, blocks, heads
+SHORT_SIZES = {"l": (96, 6, 8), "b": (72, 6, 6), "s": (64, 6, 4), "t": (48, 6, 3)}
+MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)
+
+
+def vit(size: str, short: bool, **fields: object) -> ViT:
+    width, depth, heads = (SHORT_SIZES if short else SIZES)[size]
+    dtype = "float32" if short else "bfloat16"
+    return ViT(width, depth, heads, image_size=32, patch_size=4, dtype=dtype, **fields)
+
+
+def data(path: str, short: bool, split: str, per_class: int | None) -> Data:
+    where = {"source": "folder", "path": path} if path else {"source": "tfds", "name": "cifar10"}
+    host = {} if short else {"workers": 8}
+    return Data(split=split, per_class=per_class, image_size=32, crop_pct=1.0, mean=MEAN, std=STD, **where, **host)
+
+
+def evaluation(source: Data, per_class: int | None) -> Data:
+    return dataclasses.replace(source, transform="eval", per_class=per_class)
+
+
+def get_config(arg: str = "") -> Config:
+    o = recipes.options(arg, data="", short=False)
+    short = o["short"]
+    epochs, batch_size = (20, 128) if short else (200, 1024)
+    train = data(o["data"], short, "train", 500 if short else None)
+    test = evaluation(data(o["data"], short, "test", None), 100 if short else None)
+    knn = Knn(test, evaluation(train, train.per_class), k=(20,))
+
+    def pretrained(stage: Stage) -> Stage:
+        stage.optim = dataclasses.replace(stage.optim, lr=1e-3, lr_batch=None, warmup_epochs=epochs / 10, min_lr=0.0)
+        stage.run = dataclasses.replace(stage.run, batch_size=batch_size, epochs=epochs, log_every=20)
+        stage.evals = {"knn": knn}
+        return stage
+
+    def mae_l() -> Stage:
+        stage = recipes.mae(vit("l", short), train)
+        stage.task.decoder = Decoder(64, 2, 4) if short else Decoder(192, 4, 6)
+        return pretrained(stage)
+
+    def distill(size: str, source: str, block: int, heads: int) -> Stage:
+        model = vit(size, short, last_block_heads=heads, drop_path=0.0 if short else 0.1)
+        return pretrained(recipes.distill(model, Teacher(Init(source), block), train))
+
+    def finetune(size: str) -> Stage:
+        model = vit(size, short, pool="mean", num_classes=10, posembed="trainable")
+        stage = recipes.finetune(model, Init(f"distill_{size}"), train, test)
+        stage.optim = dataclasses.replace(stage.optim, lr=1e-3, lr_batch=None, warmup_epochs=2, layer_decay=0.8)
+        stage.run = dataclasses.replace(stage.run, batch_size=batch_size, epochs=10 if short else 100, log_every=20)
+        return stage
+
+    depth, heads, block = (6, 8, 5) if short else (12, 12, 9)
+    stages = {
+        "mae_l": mae_l(),
+        "distill_b": distill("b", "mae_l", block, heads),
+        "distill_s": distill("s", "distill_b", depth, heads),
+        "distill_t": distill("t", "distill_s", depth, heads),
+        **{f"finetune_{size}": finetune(size) for size in "bst"},
+    }
+    # T as it is before anything is learnt, for comparison.
+    stages["untrained_t"] = distill("t", "distill_s", depth, heads)
+    stages["untrained_t"].run = dataclasses.replace(stages["untrained_t"].run, epochs=0)
+    return Config("cifar10", stages)

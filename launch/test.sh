@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Lint, format and the whole test suite. Further arguments go to pytest, e.g. -k relation.
+source "$(dirname "$0")/env.sh"
+ruff check .
+ruff format --check .
+python -m pytest "$@"

@@ -1,0 +1,123 @@
+"""`run` as a user types it: what it does, and one line with exit status 2 for each kind of bad input."""
+
+import json
+
+import pytest
+
+from tinymim_jax.__main__ import main
+
+CONFIG = """
+from tests.conftest import tiny_classify, tiny_distill, tiny_mae
+from tinymim_jax.config import Config
+
+def get_config(arg=""):
+    return Config("tiny", {"mae": tiny_mae(), "distill": tiny_distill(), "finetune": tiny_classify()})
+"""
+
+
+@pytest.fixture
+def config_file(tmp_path, monkeypatch):
+    import jax
+
+    path = tmp_path / "config.py"
+    path.write_text(CONFIG)
+    monkeypatch.chdir(tmp_path)
+    yield path
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
+def test_a_run_from_start_to_end(config_file, tmp_path, capsys):
+    argv = ["run", f"--config={config_file}", "--workdir=work"]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert "val/top1" in out and "wrote work/report/loss.png" in out
+    results = json.loads((tmp_path / "work" / "results.json").read_text())
+    assert list(results["stages"]) == ["mae", "distill", "finetune"]
+    assert main(argv) == 0
+    assert capsys.readouterr().out.count("finished, skipped") == 3
+    assert main(["report", "work"]) == 0
+    assert "wrote work/report/distill_distill.png" in capsys.readouterr().out
+
+
+def test_a_dry_run_touches_nothing_and_names_its_default_workdir(config_file, tmp_path, capsys):
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["run", f"--config={config_file}", "--dry_run", "--config.stages.mae.run.batch_size=20"]) == 0
+    assert "mae: mae, 4 steps of 20 images" in capsys.readouterr().out
+    assert [p for p in sorted(tmp_path.rglob("*")) if "__pycache__" not in str(p)] == before
+
+
+def test_an_interruption_says_how_to_go_on(config_file, capsys, stop_at):
+    stop_at(1)
+    assert main(["run", f"--config={config_file}", "--workdir=work"]) == 130
+    assert "interrupted: stage mae stopped at step 1 of 4; run the same command to go on" in capsys.readouterr().err
+
+
+STAGE = "--config.stages"
+BAD = {
+    "no config": ([], r"--config=FILE is needed"),
+    "no such file": (["--config=nofile.py"], "there is no file nofile.py"),
+    "unknown flag": (["{config}", "--wrkdir=x"], "wrkdir"),
+    "stray argument": (["{config}", "train"], "unexpected argument 'train'"),
+    "unknown field": (["{config}", f"{STAGE}.mae.optim.learning_rate=1"], "there is no 'learning_rate'; choose one of lr"),
+    "unknown stage in a field": (["{config}", f"{STAGE}.nope.optim.lr=1"], "there is no 'nope'; choose one of mae"),
+    "wrong type": (["{config}", f"{STAGE}.mae.optim.lr=fast"], "could not convert string to float: 'fast'"),
+    "unknown choice": (["{config}", f"{STAGE}.mae.model.dtype=int8"], "choose one of 'float32', 'bfloat16'"),
+    "unknown --stage": (["{config}", "--stage=x"], "no such stage; choose one of mae, distill, finetune"),
+    "missing stage": (["{config}", "--stage=distill"], "is not the folder of a stage"),
+    "missing checkpoint": (
+        ["{config}", f"{STAGE}.distill.task.teacher.init.stage=none", f"{STAGE}.distill.task.teacher.init.path=gone", "--stage=distill"],
+        "gone is not the folder of a stage",
+    ),
+    "head mismatch": (
+        ["{config}", "--dry_run", f"{STAGE}.distill.model.last_block_heads=3"],
+        "the student's block 2 has 3 heads, the teacher's block 2 has 6; set model.last_block_heads=6",
+    ),
+    "width mismatch": (["{config}", "--dry_run", f"{STAGE}.finetune.model.width=24"], "the two models differ in size"),
+    "heads do not divide": (["{config}", f"{STAGE}.mae.model.num_heads=5"], "width 24 is not a multiple of num_heads 5"),
+    "empty data folder": (
+        ["{config}", f"{STAGE}.mae.data.source=folder", f"{STAGE}.mae.data.path=empty", f"{STAGE}.mae.data.per_class=none"],
+        "has no class folders",
+    ),
+    "class without images": (
+        ["{config}", f"{STAGE}.mae.data.source=folder", f"{STAGE}.mae.data.path=hollow", f"{STAGE}.mae.data.per_class=none"],
+        "a class folder without images",
+    ),
+    "patch does not divide": (["{config}", f"{STAGE}.mae.model.patch_size=5"], "image_size 16 is not a multiple of patch_size 5"),
+    "accumulation does not divide": (["{config}", f"{STAGE}.mae.optim.accum_steps=3"], "not a multiple of accum_steps 3"),
+    "batch larger than data": (["{config}", f"{STAGE}.mae.run.batch_size=64"], "batch_size 64 is more than the 40 images"),
+    "target block beyond depth": (
+        ["{config}", "--dry_run", f"{STAGE}.distill.task.teacher.block=4"],
+        "teacher.block 4 is beyond the teacher's 3 blocks",
+    ),
+    "student block beyond depth": (["{config}", f"{STAGE}.distill.task.student_block=3"], "beyond the student's 2 blocks"),
+    "loss is not finite": (["{config}", f"{STAGE}.mae.optim.lr=1e38"], "stage mae: the loss is not finite at step"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_line_and_status_2(case, config_file, tmp_path, capsys):
+    argv, message = BAD[case]
+    (tmp_path / "empty" / "train").mkdir(parents=True)
+    (tmp_path / "hollow" / "train" / "cat").mkdir(parents=True)
+    assert main(["run", "--workdir=work", *[a.replace("{config}", f"--config={config_file}") for a in argv]]) == 2
+    err = [line for line in capsys.readouterr().err.splitlines() if "img/s" not in line]
+    assert len(err) == 1 and err[0].startswith("error: ") and message in err[0], err
+    half_written = [
+        p for p in (tmp_path / "work").rglob("*") if p.name in ("DONE", "results.json") or "partial" in p.name
+    ]
+    assert half_written == []
+    if case != "loss is not finite":
+        assert not [p for p in (tmp_path / "work").rglob("*") if p.is_file()]
+
+
+def test_a_batch_that_the_devices_do_not_share_equally(config_file):
+    import os
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    root = Path(__file__).parent.parent.parent
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=3", "PYTHONPATH": str(root)}
+    argv = [sys.executable, "-m", "tinymim_jax", "run", f"--config={config_file}", "--workdir=work"]
+    done = subprocess.run(argv, capture_output=True, text=True, env=env, check=False)
+    assert (done.returncode, done.stderr) == (2, "error: batch_size 8 is not a multiple of the 3 devices; use 6\n")

@@ -1,0 +1,102 @@
+"""Shared fixtures: tiny configs on the embedded digits, and one compilation cache for the whole session."""
+
+import dataclasses
+import os
+import tempfile
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "tinymim_jax_test_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+import pytest
+
+from tinymim_jax import recipes
+from tinymim_jax.config import (
+    Classification,
+    Config,
+    Data,
+    Decoder,
+    Init,
+    Knn,
+    Mesh,
+    Optim,
+    Run,
+    Stage,
+    Teacher,
+    ViT,
+)
+from tinymim_jax.mesh import make_mesh
+
+TRAIN = Data("digits", image_size=16, per_class=4, hflip=0.0)
+TEST = dataclasses.replace(TRAIN, split="test", transform="eval", crop_pct=1.0)
+IMAGE = {"image_size": 16, "patch_size": 8}
+
+
+def _short(stage: Stage) -> Stage:
+    stage.optim = Optim(lr=1e-3, lr_batch=None, warmup_epochs=0.2)
+    stage.run = Run(batch_size=8, steps=4, log_every=3, checkpoint_every=2)
+    stage.data = dataclasses.replace(TRAIN)
+    return stage
+
+
+def tiny_mae() -> Stage:
+    """Four steps of MAE on a 2-block, 24-wide ViT."""
+    stage = _short(recipes.mae(ViT(24, 3, 6, **IMAGE), TRAIN))
+    stage.task.decoder = Decoder(16, 1, 2)
+    stage.evals = {"knn": Knn(TEST, dataclasses.replace(TEST, split="train"), k=(3,))}
+    return stage
+
+
+def tiny_distill(source: str = "mae", block: int = 2) -> Stage:
+    """Four steps of distillation into a narrower ViT."""
+    model = ViT(16, 2, 2, last_block_heads=6, drop_path=0.1, **IMAGE)
+    model.width = 12
+    return _short(recipes.distill(model, Teacher(Init(source), block), TRAIN))
+
+
+def tiny_classify(source: str | None = "distill") -> Stage:
+    """Four steps of fine-tuning with everything on."""
+    model = ViT(12, 2, 2, pool="mean", num_classes=10, posembed="trainable", drop_path=0.1, **IMAGE)
+    stage = recipes.finetune(model, Init(source) if source else None, TRAIN, TEST)
+    optim = stage.optim
+    stage = _short(stage)
+    stage.optim = dataclasses.replace(optim, lr=1e-3, lr_batch=None, warmup_epochs=0.2)
+    stage.data.rand_augment = "rand-m9-mstd0.5-inc1"
+    stage.evals = {"val": Classification(TEST, batch_size=16)}
+    return stage
+
+
+@pytest.fixture
+def chain() -> Config:
+    """mae -> distill -> finetune, four steps each."""
+    stages = {"mae": tiny_mae(), "distill": tiny_distill(), "finetune": tiny_classify()}
+    return Config("tiny", stages)
+
+
+@pytest.fixture(scope="session")
+def mesh():
+    """One device."""
+    return make_mesh(Mesh())
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """stop_at(step): the next runs are sent Ctrl-C after that step, once."""
+    import os
+    import signal
+
+    from tinymim_jax import progress
+
+    def arrange(step: int) -> None:
+        add = progress.Progress.add
+
+        def interrupting(self, at, metrics):
+            add(self, at, metrics)
+            if at == step:
+                monkeypatch.setattr(progress.Progress, "add", add)
+                os.kill(os.getpid(), signal.SIGINT)
+
+        monkeypatch.setattr(progress.Progress, "add", interrupting)
+
+    return arrange

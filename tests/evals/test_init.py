@@ -1,0 +1,24 @@
+import types
+
+import jax
+import pytest
+
+from tinymim_jax import config, evals, mesh
+from tinymim_jax.config import Data
+
+DIGITS = Data("digits", split="test", image_size=8, transform="eval", crop_pct=1.0, per_class=2)
+ONE = mesh.make_mesh(config.Mesh(), jax.devices()[:1])
+
+
+def test_each_kind_has_its_evaluator():
+    assert type(evals.make_evaluator(config.Classification(DIGITS), ONE)) is evals.Classification
+    assert type(evals.make_evaluator(config.Knn(DIGITS, DIGITS), ONE)) is evals.Knn
+
+
+def test_the_table_holds_every_kind_of_the_schema():
+    assert set(evals.EVALS) == {kind.kind for kind in config.Eval.__args__}
+
+
+def test_an_unknown_kind():
+    with pytest.raises(ValueError, match="unknown eval 'linear'; choose one of classification, knn"):
+        evals.make_evaluator(types.SimpleNamespace(kind="linear"), ONE)

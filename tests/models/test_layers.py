@@ -1,0 +1,125 @@
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.models import reference
+from tinymim_jax.models import layers
+
+
+def normal(*shape, seed=0, scale=1.0):
+    return np.random.default_rng(seed).normal(0, scale, shape).astype(np.float32)
+
+
+def make(module, *args, seed=0):
+    return reference.random_params(lambda key, x: module.init(key, x, *args[1:]), args[0], seed=seed)
+
+
+def test_patchify_against_a_loop():
+    images = normal(2, 6, 6, 3)
+    np.testing.assert_array_equal(layers.patchify(images, 2), reference.patchify(images, 2))
+
+
+def test_patchify_of_an_oblong():
+    image = np.arange(2 * 4 * 3).reshape(1, 2, 4, 3)
+    out = layers.patchify(image, 2)
+    assert out.shape == (1, 2, 12)
+    np.testing.assert_array_equal(out[0, 1], image[0, :, 2:].ravel())  # row, column, channel
+
+
+def test_layer_norm():
+    x = normal(4, 32, scale=1e-3)  # a variance of 1e-6: the epsilon shows
+    module = layers.layer_norm(jnp.float32)
+    params = make(module, x)
+    reference.close(module.apply({"params": params}, x), reference.layer_norm(params, reference.f64(x)), 2e-6)
+
+
+def test_layer_norm_of_a_large_mean():
+    # E[x^2] - E[x]^2 would lose the variance altogether.
+    x = 3000 + normal(4, 256)
+    out = layers.layer_norm(jnp.float32).apply({"params": {"scale": np.ones(256), "bias": np.zeros(256)}}, x)
+    centred = reference.f64(x) - reference.f64(x).mean(-1, keepdims=True)
+    np.testing.assert_allclose(out, centred / centred.std(-1, keepdims=True), atol=2e-3)
+
+
+def test_layer_norm_statistics_in_float32():
+    x = jnp.asarray(64 + normal(4, 512), jnp.bfloat16)
+    module = layers.layer_norm(jnp.bfloat16)
+    params = {"scale": np.ones(512, np.float32), "bias": np.zeros(512, np.float32)}
+    out = module.apply({"params": params}, x)
+    assert out.dtype == jnp.bfloat16
+    expected = reference.layer_norm(params, reference.f64(x))
+    np.testing.assert_allclose(reference.f64(out), expected, rtol=2**-8, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attention(dtype):
+    # Logits around 100: rounded to bfloat16 they would be off by up to 0.25, and the weights by a quarter.
+    q, k, v = (jnp.asarray(normal(2, 3, 5, 4, seed=s, scale=7.0 if s < 2 else 1.0), dtype) for s in range(3))
+    out = layers.attention(q, k, v)
+    assert out.dtype == dtype
+    q, k, v = map(reference.f64, (q, k, v))
+    expected = np.zeros(v.shape)
+    for b, h in itertools.product(range(2), range(3)):
+        expected[b, h] = reference.softmax(q[b, h] @ k[b, h].T / 2) @ v[b, h]
+    np.testing.assert_allclose(reference.f64(out), expected, rtol=1e-4 if dtype == "float32" else 0.02, atol=2e-2)
+    if dtype == "float32":
+        reference.close(out, expected)
+
+
+def test_attention_module_groups_channels_as_three_heads_width():
+    x = normal(2, 5, 12)
+    module = layers.Attention(num_heads=3, dtype=jnp.float32)
+    params = make(module, x)
+    assert params["qkv"]["kernel"].shape == (12, 3, 3, 4)
+    assert params["qkv"]["bias"].shape == (3, 3, 4)
+    out, qkv = reference.jit(module.apply)({"params": params}, x)
+    expected, expected_qkv = reference.attention(params, reference.f64(x), 3)
+    reference.close(out, expected)
+    for actual, wanted in zip(qkv, expected_qkv, strict=True):
+        assert actual.shape == (2, 5, 3, 4)
+        reference.close(actual, wanted)
+
+
+def test_mlp_has_the_exact_gelu():
+    x = normal(2, 40, 8, scale=3.0)
+    one = {"kernel": np.eye(8, dtype=np.float32), "bias": np.zeros(8, np.float32)}
+    out = layers.Mlp(8, jnp.float32).apply({"params": {"fc1": one, "fc2": one}}, x)
+    np.testing.assert_allclose(out, reference.gelu(reference.f64(x)), atol=1e-6)  # the tanh form is off by 5e-4
+
+
+def test_block():
+    x = normal(2, 5, 12)
+    module = layers.Block(4, 20, 0.3, jnp.float32)
+    params = make(module, x, False)
+    out, trace = reference.jit(lambda p: module.apply({"params": p}, x, False))(params)  # no rng: nothing is dropped
+    np.testing.assert_array_equal(out, trace.out)
+    for name, expected in reference.block(params, reference.f64(x), 4).items():
+        reference.close(getattr(trace, name), expected)
+
+
+def test_drop_path_is_per_sample_and_per_branch():
+    rate, batch = 0.25, 400
+    x = normal(batch, 2, 8)
+    module = layers.Block(2, 8, rate, jnp.float32)
+    params = make(module, x, False)
+    apply = reference.jit(lambda key: module.apply({"params": params}, x, True, rngs={"drop_path": key}))
+    out, trace = apply(jax.random.key(3))
+    # out = x + a attn_out + b mlp_out: solve for a and b of each sample.
+    factors = []
+    for b in range(batch):
+        branches = np.stack([np.ravel(trace.attn_out[b]), np.ravel(trace.mlp_out[b])], axis=1)
+        solution, residual, *_ = np.linalg.lstsq(branches, np.ravel(out[b] - x[b]), rcond=None)
+        assert residual < 1e-8  # one factor a branch for all tokens and channels
+        factors.append(solution)
+    factors = np.array(factors)
+    kept = np.round(factors * (1 - rate))
+    np.testing.assert_allclose(factors, kept / (1 - rate), atol=1e-3)  # 0, or scaled up by what is kept
+    assert set(np.unique(kept)) == {0, 1}
+    np.testing.assert_allclose(kept.mean(axis=0), 1 - rate, atol=0.07)  # 3 standard deviations
+    both = (kept.sum(axis=1) == 2).mean()
+    np.testing.assert_allclose(both, (1 - rate) ** 2, atol=0.08)  # the two branches are drawn apart
+    assert not np.array_equal(out, apply(jax.random.key(4))[0])
+    np.testing.assert_array_equal(out, apply(jax.random.key(3))[0])

@@ -1,0 +1,89 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.models import reference
+from tinymim_jax.objectives import losses
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(1, 2, shape).astype(np.float32)
+
+
+def test_normalize_patches_has_the_unbiased_variance():
+    patches = normal(2, 3, 12)
+    expected = np.zeros(patches.shape)
+    for i, j in np.ndindex(2, 3):
+        patch = reference.f64(patches[i, j])
+        variance = sum((x - patch.mean()) ** 2 for x in patch) / 11
+        expected[i, j] = (patch - patch.mean()) / np.sqrt(variance + 1e-6)
+    reference.close(losses.normalize_patches(patches), expected, 1e-6)
+
+
+def test_normalize_patches_of_one_colour():
+    patches = np.full((1, 2, 48), 0.7, np.float32)
+    np.testing.assert_allclose(losses.normalize_patches(patches), 0, atol=1e-3)
+    faint = np.tile(np.float32([0.001, -0.001]), 24)[None, None]  # a variance of 1e-6: eps halves it
+    np.testing.assert_allclose(np.abs(losses.normalize_patches(faint)), (48 / 47 + 1) ** -0.5, rtol=1e-5)
+
+
+def test_masked_mse_counts_masked_patches_only():
+    pred, target = normal(3, 4, 6), normal(3, 4, 6, seed=1)
+    is_masked = np.array([[1, 0, 1, 0], [1, 1, 0, 0], [0, 0, 1, 1]], bool)
+    out = losses.masked_mse(pred, target, is_masked)
+    assert out.shape == (3,)
+    error = ((reference.f64(pred) - reference.f64(target)) ** 2).mean(-1)
+    np.testing.assert_allclose(out, [error[i][is_masked[i]].mean() for i in range(3)], rtol=1e-6)
+    np.testing.assert_allclose(out.mean(), (error * is_masked).sum() / is_masked.sum(), rtol=1e-6)
+
+
+def test_masked_mse_in_float32():
+    pred = jnp.asarray(normal(1, 2, 6), jnp.bfloat16)
+    out = losses.masked_mse(pred, normal(1, 2, 6, seed=1), np.ones((1, 2), bool))
+    assert out.dtype == jnp.float32
+    expected = ((np.asarray(pred, np.float64) - normal(1, 2, 6, seed=1)) ** 2).mean()
+    np.testing.assert_allclose(out, [expected], rtol=1e-6)
+
+
+def test_masked_mse_asserts_shapes():
+    with pytest.raises(AssertionError):
+        losses.masked_mse(normal(2, 4, 6), normal(2, 4, 5), np.ones((2, 4), bool))
+    with pytest.raises(AssertionError):
+        losses.masked_mse(normal(2, 4, 6), normal(2, 4, 6), np.ones((2, 3), bool))
+
+
+def test_smooth_one_hot():
+    out = losses.smooth_one_hot(np.array([2, 0]), 4, 0.1)
+    np.testing.assert_allclose(out, [[0.025, 0.025, 0.925, 0.025], [0.925, 0.025, 0.025, 0.025]], rtol=1e-6)
+    np.testing.assert_array_equal(losses.smooth_one_hot(np.array([1]), 3, 0.0), [[0, 1, 0]])
+
+
+def test_soft_cross_entropy():
+    logits, targets = normal(3, 5), reference.softmax(reference.f64(normal(3, 5, seed=1)))
+    out = losses.soft_cross_entropy(logits, targets.astype(np.float32))
+    expected = [
+        -sum(t * np.log(p) for t, p in zip(*row, strict=True))
+        for row in zip(targets, reference.softmax(reference.f64(logits)), strict=True)
+    ]
+    np.testing.assert_allclose(out, expected, rtol=1e-5)
+
+
+def test_soft_cross_entropy_is_finite_at_extremes():
+    value, grad = jax.value_and_grad(lambda x: losses.soft_cross_entropy(x, jnp.array([[0.0, 1.0]])).sum())(
+        jnp.array([[200.0, 0.0]])
+    )
+    np.testing.assert_allclose(value, 200, rtol=1e-6)
+    np.testing.assert_allclose(grad, [[1, -1]], atol=1e-6)
+
+
+def test_soft_cross_entropy_in_float32():
+    logits = jnp.asarray(normal(2, 3), jnp.bfloat16)
+    out = losses.soft_cross_entropy(logits, jnp.ones((2, 3)) / 3)
+    assert out.dtype == jnp.float32
+    np.testing.assert_allclose(out, -reference.log_softmax(reference.f64(logits)).mean(-1), rtol=1e-5)
+
+
+def test_soft_cross_entropy_asserts_shapes():
+    with pytest.raises(AssertionError):
+        losses.soft_cross_entropy(normal(2, 3), normal(2, 4))

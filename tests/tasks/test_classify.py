@@ -1,0 +1,146 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.models import reference
+from tests.tasks import stages
+from tinymim_jax.models import flops
+from tinymim_jax.tasks import classify
+
+PLAIN = {"mixup": 0.0, "cutmix": 0.0, "erasing": 0.0}
+
+
+@functools.cache
+def compiled(pool="mean", **task):
+    return stages.Compiled(stages.classify({**PLAIN, **task}, pool=pool))
+
+
+def forward(params, batch, pool):
+    """Features and logits in float64."""
+    p = params["encoder"]
+    tokens = reference.vit(p, stages.normalised(batch["image"]), 4, (2, 2))[-1]["out"]
+    if pool == "cls":
+        features = reference.layer_norm(p["norm"], tokens)[:, 0]
+        return features, reference.linear(p["head"], features)
+    features = tokens[:, 1:].mean(axis=1)
+    return features, reference.linear(p["head"], reference.layer_norm(p["fc_norm"], features))
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_predict(pool):
+    batch = stages.batch()
+    out = compiled(pool).predict(batch)
+    features, logits = forward(compiled(pool).params, batch, pool)
+    reference.close(out.features, features)
+    reference.close(out.logits, logits)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_labels_are_smoothed_in_training_only(train):
+    batch = stages.batch(is_valid=[1, 1, 0, 1])
+    loss, _ = compiled(label_smoothing=0.1).loss(batch, train=train)
+    smoothing = 0.1 if train else 0.0
+    targets = np.full((4, 5), smoothing / 5)
+    targets[np.arange(4), batch["label"]] += 1 - smoothing
+    log_p = reference.log_softmax(forward(compiled().params, batch, "mean")[1])
+    np.testing.assert_allclose(loss, -(targets * log_p).sum(axis=1)[[0, 1, 3]].mean(), rtol=1e-5)
+
+
+def test_images_are_normalised_then_erased_then_mixed(monkeypatch):
+    calls = []
+
+    def erase(key, images, prob):
+        calls.append(("erase", jax.random.key_data(key), images, prob))
+        return images + 1
+
+    def mix(key, images, targets, cfg):
+        calls.append(("mix", jax.random.key_data(key), images, targets, cfg))
+        return images * 2, targets[::-1]
+
+    monkeypatch.setattr(classify, "random_erasing", erase)
+    monkeypatch.setattr(classify, "mix", mix)
+    task = stages.classify({"erasing": 0.3, "label_smoothing": 0.2})
+    batch, seen = stages.batch(), []
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(4, 5)), jnp.float32)
+
+    class Model:
+        def apply(self, variables, images, **kwargs):
+            seen.append((images, kwargs))
+            return stages_output(logits)
+
+    task.model = Model()
+    loss, _ = task.loss({"encoder": {}}, {}, {}, batch, stages.rngs(), train=True)
+    (first, erase_key, clean, prob), (second, mix_key, erased, targets, cfg) = calls
+    assert (first, second, prob, cfg) == ("erase", "mix", 0.3, task.task)
+    assert not np.array_equal(erase_key, mix_key)
+    np.testing.assert_allclose(clean, stages.normalised(batch["image"]), atol=1e-5)
+    np.testing.assert_array_equal(erased, clean + 1)
+    np.testing.assert_array_equal(seen[0][0], erased * 2)
+    assert seen[0][1]["train"] is True
+    assert np.allclose(np.unique(targets), [0.04, 0.84])
+    expected = -(reference.f64(targets)[::-1] * reference.log_softmax(reference.f64(logits))).sum(axis=1).mean()
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    task.loss({"encoder": {}}, {}, {}, batch, stages.rngs(), train=False)
+    assert len(calls) == 2  # neither outside training
+    np.testing.assert_allclose(seen[1][0], stages.normalised(batch["image"]), atol=1e-5)
+    assert seen[1][1]["train"] is False
+
+
+def stages_output(logits):
+    return classify.vit.ViTOutput(jnp.zeros((4, 17, 16)), {}, logits)
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_an_invalid_image_leaks_into_no_partner(kind, monkeypatch):
+    """It has been mixed into its partner, the mirrored row, which is left out too."""
+    monkeypatch.setattr(classify, "mix", lambda key, x, y, cfg: ((x + x[::-1]) / 2, (y + y[::-1]) / 2))
+    run = stages.Compiled(stages.classify({**PLAIN, kind: 1.0}))
+    batch, other = (stages.batch(is_valid=[1, 0, 1, 1]) for _ in range(2))
+    other["image"][1], other["label"][1] = 255 - other["image"][1], (other["label"][1] + 1) % 5
+    results = [run.loss(data)[1].metrics["loss"] for data in (batch, other)]
+    assert results[0].count == 2  # rows 0 and 3
+    np.testing.assert_array_equal(results[0].sum, results[1].sum)
+
+
+def test_no_partner_is_lost_where_nothing_is_mixed():
+    run = compiled(mixup=0.8, cutmix=1.0, mix_prob=0.0)
+    assert run.loss(stages.batch(is_valid=[1, 0, 1, 1]))[1].metrics["loss"].count == 3
+
+
+def test_drop_path_in_training_only():
+    run, batch = stages.standard("classify"), stages.batch()  # drop path 0.3
+    targets = np.eye(5)[batch["label"]]
+    plain = -(targets * reference.log_softmax(forward(run.params, batch, "cls")[1])).sum(axis=1).mean()
+    np.testing.assert_allclose(run.loss(batch, train=False)[0], plain, rtol=1e-5)
+    assert run.task.task.erasing == 0  # nothing else is random
+    assert len({float(run.loss(batch, seed)[0]) for seed in range(4)}) > 1
+
+
+def test_untrained():
+    zero, names = stages.zero_gradients(stages.standard("classify"))
+    assert not zero  # positions are read too, and must be named to stay as they are
+    assert stages.declared(stages.classify(), names) == {"encoder/pos_embed"}
+    assert stages.declared(stages.classify(posembed="trainable"), names) == set()
+    assert "encoder/norm/scale" in names and "encoder/fc_norm/scale" not in names
+
+
+def test_untrained_with_mean_pooling():
+    zero, names = stages.zero_gradients(compiled("mean"))
+    assert not zero
+    assert stages.declared(stages.classify(pool="mean"), names) == {"encoder/pos_embed"}
+    assert "encoder/norm/scale" not in names and "encoder/fc_norm/scale" in names
+
+
+def test_flops():
+    task = stages.classify()
+    assert task.flops_per_image() == flops.forward_backward(stages.vit(num_classes=5))
+
+
+def test_bfloat16_loss_is_float32():
+    task = stages.classify(PLAIN, dtype="bfloat16")
+    args = (*stages.weights(task), stages.batch(), stages.rngs())
+    loss, _ = jax.eval_shape(lambda p, f, b, r: task.loss(p, {}, f, b, r, train=True), *args)
+    assert loss.dtype == jnp.float32

@@ -1,0 +1,120 @@
+import json
+import statistics
+
+import pytest
+
+from tinymim_jax import chain as chain_lib
+from tinymim_jax import config, handoff
+from tinymim_jax.config import Compare, InputError
+
+
+def snapshot(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture
+def finished(chain, tmp_path):
+    chain.compare = {"table": Compare("knn/top1_k3", {"a": ("mae",)})}
+    return chain, tmp_path, chain_lib.run_chain(config.check(chain), tmp_path)
+
+
+def test_a_chain_runs_in_order_and_is_not_run_twice(finished, capsys):
+    chain, workdir, results = finished
+    assert list(results["stages"]) == ["mae", "distill", "finetune"]
+    assert json.loads((workdir / "results.json").read_text()) == results
+    assert 0 <= results["stages"]["finetune"]["val/top1"] <= 100
+    assert results["compare"]["table"]["rows"]["a"]["values"] == [results["stages"]["mae"]["knn/top1_k3"]]
+    before = snapshot(workdir)
+    capsys.readouterr()
+    assert chain_lib.run_chain(config.check(chain), workdir) == results
+    assert snapshot(workdir) == before
+    assert [line for line in capsys.readouterr().out.splitlines() if "finished, skipped" in line] == [
+        f"{name}: finished, skipped" for name in results["stages"]
+    ]
+
+    # An edited config of a finished stage is refused, with the difference, before anything runs.
+    chain.stages["mae"].optim.lr = 5e-4
+    for call in (chain_lib.run_chain, chain_lib.describe_chain):
+        with pytest.raises(InputError, match=r"mae was run with another config \(optim\.lr: 0\.001 -> 0\.0005\)"):
+            call(config.check(chain), workdir)
+    assert snapshot(workdir) == before
+
+    # Fields that only change speed may be edited.
+    chain.stages["mae"].optim.lr, chain.stages["mae"].run.log_every = 1e-3, 7
+    assert chain_lib.run_chain(config.check(chain), workdir) == results
+
+
+def test_one_stage_needs_its_sources(chain, tmp_path):
+    with pytest.raises(InputError, match="no stage"):
+        chain_lib.run_chain(chain, tmp_path, only="distill")
+    assert not (tmp_path / "distill").exists()
+    results = chain_lib.run_chain(chain, tmp_path, only="mae")
+    assert list(results["stages"]) == ["mae"]
+    with pytest.raises(InputError, match=r"--stage=x: no such stage; choose one of mae, distill, finetune"):
+        chain_lib.run_chain(chain, tmp_path, only="x")
+
+
+def test_a_description_says_what_would_happen_and_touches_nothing(chain, tmp_path):
+    text = chain_lib.describe_chain(chain, tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+    for line in (
+        "mae: mae, 4 steps of 8 images",
+        "model: width 12, 2 blocks, 2 heads (6 in the last block), 16 px in patches of 8, float32;",
+        "teacher mae: block 2 of 3, 6 heads",
+        "skipped: decoder, encoder/block3, encoder/norm",
+        "regrouped 6 -> 2 heads: encoder/block2/attn/qkv",
+        "not trained by the source: encoder/block2/attn/proj, encoder/block2/mlp, encoder/block2/norm2",
+        "status: would start",
+    ):
+        assert line in text
+    assert chain_lib.describe_chain(chain, tmp_path / "work", "mae").count("status") == 1
+
+
+def test_a_description_finds_a_hand_over_that_would_fail(chain, tmp_path):
+    chain.stages["finetune"].init.regroup_heads = False
+    with pytest.raises(InputError, match="stage finetune: encoder/block2/attn/qkv/.* 6 heads in the source and 2"):
+        chain_lib.describe_chain(chain, tmp_path)
+    chain.stages["finetune"].init.regroup_heads = True
+    chain.stages["distill"].model.width, chain.stages["distill"].model.last_block_heads = 16, None
+    with pytest.raises(InputError, match="the student's block 2 has 2 heads, the teacher's block 2 has 6"):
+        chain_lib.describe_chain(chain, tmp_path)
+
+
+def test_an_unfinished_stage_is_described_with_its_step(chain, mesh, tmp_path, stop_at):
+    stop_at(3)
+    with pytest.raises(KeyboardInterrupt):
+        chain_lib.run_chain(chain, tmp_path)
+    assert "status: would go on from step 3" in chain_lib.describe_chain(chain, tmp_path)
+
+
+def test_ctrl_c_in_the_second_stage_changes_no_result(finished, tmp_path_factory, stop_at):
+    chain, _, results = finished
+    workdir = tmp_path_factory.mktemp("cut")
+    chain_lib.run_chain(chain, workdir, only="mae")
+    stop_at(2)
+    with pytest.raises(KeyboardInterrupt, match="stage distill stopped at step 2 of 4"):
+        chain_lib.run_chain(chain, workdir)
+    assert chain_lib.run_chain(chain, workdir) == results
+
+
+def test_a_teacher_from_another_workdir(chain, tmp_path):
+    chain_lib.run_chain(chain, tmp_path / "a", only="mae")
+    del chain.stages["mae"], chain.stages["finetune"]
+    init = chain.stages["distill"].task.teacher.init
+    init.stage, init.path = None, str(tmp_path / "a" / "mae")
+    assert "block 2 of 3" in chain_lib.describe_chain(chain, tmp_path / "b")
+    assert chain_lib.run_chain(chain, tmp_path / "b")["stages"]["distill"]["loss"] > 0
+    init.path = str(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"nowhere is not the folder of a stage: it has no stage\.json"):
+        chain_lib.run_chain(chain, tmp_path / "c")
+    assert not (tmp_path / "c").exists() or not handoff.finished(tmp_path / "c" / "distill")
+
+
+def test_a_summary_is_a_mean_and_its_standard_error():
+    values = [80.0, 84.0, 88.0]
+    assert chain_lib.summary(values) == {
+        "mean": 84.0,
+        "stderr": pytest.approx(statistics.stdev(values) / 3**0.5),
+        "values": values,
+    }
+    assert chain_lib.summary([1.0])["stderr"] is None

@@ -1,0 +1,166 @@
+"""Every file in configs/ loads, and shrunk to a few pixels runs two steps of each stage, interrupted after the first."""
+
+import ast
+import dataclasses
+import importlib.util
+import math
+from pathlib import Path
+
+import pytest
+
+from tinymim_jax import chain as chain_lib
+from tinymim_jax import config
+from tinymim_jax.config import Classification, Data, Decoder, Distill, Knn, Mae
+from tinymim_jax.mesh import make_mesh
+from tinymim_jax.train import Interrupted, run_stage
+
+ROOT = Path(__file__).parent.parent / "configs"
+FILES = sorted(str(p.relative_to(ROOT)) for p in ROOT.rglob("*.py"))
+CHAINS = [
+    "cifar10/chain.py",
+    "cifar10/chain.py:short",
+    "digits/chain.py",
+    "imagenet/chain.py",
+    "imagenet/chain.py:code",
+]
+WIDTH = 48  # every head count in use divides it
+
+
+def load(name):
+    path, _, arg = name.partition(":")
+    spec = importlib.util.spec_from_file_location("config_file", ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return config.check(module.get_config(arg))
+
+
+def shrink_depth(depth):
+    return max(2, depth // 6)
+
+
+def shrink_block(block, depth):
+    return math.ceil(block * shrink_depth(depth) / depth)
+
+
+def shrink_data(data):
+    split = "test" if data.transform == "eval" else "train"
+    where = Data("digits", split=split, image_size=16, per_class=2, transform=data.transform)
+    return dataclasses.replace(where, rand_augment=data.rand_augment, crop_scale=data.crop_scale)
+
+
+def shrink(stage, teacher_depth):
+    """The same stage on 16 px digits in four patches, 48 wide, two steps of 8."""
+    depth = stage.model.depth
+    stage.model = dataclasses.replace(stage.model, width=WIDTH, depth=shrink_depth(depth), image_size=16, patch_size=8)
+    if stage.model.num_classes:
+        stage.model.num_classes = 10
+    if isinstance(stage.task, Mae):
+        stage.task.decoder = Decoder(16, 1, 4)
+    if isinstance(stage.task, Distill):
+        stage.task.student_block = shrink_block(stage.task.student_block, depth)
+        stage.task.teacher.block = shrink_block(stage.task.teacher.block, teacher_depth)
+    stage.data = shrink_data(stage.data)
+    steps = 0 if stage.run.epochs == 0 else 2
+    stage.run = dataclasses.replace(stage.run, batch_size=8, epochs=None, steps=steps, eval_every=0)
+    stage.optim.warmup_epochs = 0.1
+    for cfg in stage.evals.values():
+        cfg.data = shrink_data(cfg.data)
+        if isinstance(cfg, Knn):
+            cfg.bank, cfg.k = shrink_data(cfg.bank), (3,)
+        cfg.batch_size = 16
+    return stage
+
+
+def shrink_chain(cfg, sources=None):
+    """All stages but repetitions with another seed; `sources` is where stages named by path lie."""
+    depths = {name: stage.model.depth for name, stage in cfg.stages.items()}
+    stages = {}
+    for name, stage in cfg.stages.items():
+        if name[-1] in "123456789":
+            continue
+        teacher_depth = 0
+        for init in config.sources(stage):
+            if init.path is not None:
+                init.path = str(sources / Path(init.path).name)
+                depths[Path(init.path).name] = 24 if init.path.endswith("mae_l") else 12
+        if isinstance(stage.task, Distill):
+            init = stage.task.teacher.init
+            teacher_depth = depths[init.stage or Path(init.path).name]
+        stages[name] = shrink(stage, teacher_depth)
+    return config.check(config.Config(cfg.name, stages))
+
+
+def run_interrupted(cfg, workdir, stop_at):
+    mesh = make_mesh(cfg.mesh)
+    for name, stage in cfg.stages.items():
+        if stage.run.steps:
+            stop_at(1)
+            with pytest.raises(Interrupted):
+                run_stage(stage, name, workdir, mesh)
+        results = run_stage(stage, name, workdir, mesh)
+        assert all(math.isfinite(value) for value in results.values())
+        assert any("/" in key for key in results) == bool(stage.evals)
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory):
+    """Where the shrunk ImageNet chain was run, for the files that start from one of its stages."""
+    return tmp_path_factory.mktemp("imagenet")
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_chain_runs_and_resumes(name, imagenet, tmp_path, stop_at):
+    workdir = imagenet if name == "imagenet/chain.py" else tmp_path
+    run_interrupted(shrink_chain(load(name)), workdir, stop_at)
+
+
+@pytest.mark.parametrize("name", [f for f in FILES if f not in CHAINS])
+def test_a_single_stage_runs_and_resumes(name, imagenet, tmp_path, stop_at):
+    run_interrupted(shrink_chain(load(name), imagenet), tmp_path, stop_at)
+
+
+def test_the_single_stages_are_those_of_the_chain():
+    chain = load("imagenet/chain.py")
+    names = [f"imagenet/{n}.py" for n in ("mae_l", *(f"{a}_{b}" for a in ("tinymim", "finetune") for b in "bst"))]
+    assert sorted(names) == [f for f in FILES if f.startswith("imagenet/") and f not in CHAINS]
+    for name in names:
+        for stage_name, stage in load(name).stages.items():
+            for init in config.sources(stage):
+                init.stage, init.path = Path(init.path).name, None
+            assert stage == chain.stages[stage_name], name
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_header_gives_command_cost_and_expectation(name):
+    header = ast.get_docstring(ast.parse((ROOT / name).read_text()))
+    assert f"python -m tinymim_jax run --config=configs/{name}" in header
+    assert "Cost" in header and ("xpected" in header or "result" in header)
+
+
+def test_the_plan_of_the_imagenet_chain(tmp_path):
+    text = chain_lib.describe_chain(load("imagenet/chain.py"), tmp_path)
+    for line in (
+        "distill_b: distill, 300 epochs x 312 steps = 93600 steps of 4096 images",
+        "optimiser: lr 0.0024 (0.00015 x 4096 / 256), warm-up 15 epochs, min lr 1e-05",
+        "teacher mae_l: block 18 of 24, 16 heads",
+        "teacher distill_b: block 12 of 12, 12 heads",
+        "regrouped 16 -> 12 heads: encoder/block12/attn/qkv",
+        "regrouped 12 -> 3 heads: encoder/block12/attn/qkv",
+        "85,798,656 parameters",
+    ):
+        assert line in text
+    assert [line.split(":")[0] for line in text.splitlines() if not line.startswith(" ")] == [
+        "mae_l", "distill_b", "distill_s", "distill_t", "finetune_b", "finetune_s", "finetune_t",
+    ]  # fmt: skip
+
+
+def test_a_trained_teacher_replaces_the_first_stage():
+    chain = load("imagenet/chain.py:teacher=somewhere/mae_l,data=tree")
+    assert "mae_l" not in chain.stages
+    assert chain.stages["distill_b"].task.teacher.init.path == "somewhere/mae_l"
+    assert chain.stages["distill_b"].data.source == "folder" and chain.stages["distill_b"].data.path == "tree"
+
+
+def test_classification_is_what_finetuning_is_judged_by():
+    for stage in load("imagenet/chain.py").stages.values():
+        assert all(isinstance(e, Classification) for e in stage.evals.values())

@@ -1,0 +1,42 @@
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tinymim_jax
+from tinymim_jax.config import InputError
+from tinymim_jax.train import run_stage
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = "import sys, tinymim_jax; print(sorted({'jax', 'torch', 'tensorflow', 'orbax'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_running_needs_neither_torch_nor_tensorflow():
+    code = (
+        "import sys, tinymim_jax.commands.run, tinymim_jax.chain, tinymim_jax.report;"
+        "print(sorted({'torch', 'tensorflow'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_load_gives_a_model_with_relations(chain, mesh, tmp_path):
+    run_stage(chain.stages["mae"], "mae", tmp_path, mesh)
+    run_stage(chain.stages["distill"], "distill", tmp_path, mesh)
+    run_stage(chain.stages["finetune"], "finetune", tmp_path, mesh)
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 16, 3)), jnp.float32)
+    model, variables = tinymim_jax.load(tmp_path / "distill")
+    out = model.apply(variables, images, capture=(1, 2))
+    assert out.tokens.shape == (2, 5, 12) and out.logits is None
+    assert out.trace[1].q.shape == (2, 5, 2, 6) and out.trace[2].q.shape == (2, 5, 6, 2)
+    model, variables = tinymim_jax.load(str(tmp_path / "finetune"))
+    assert model.apply(variables, images).logits.shape == (2, 10)
+    assert model.pool == "mean"
+
+
+def test_load_of_something_else(tmp_path):
+    with pytest.raises(InputError, match=r"is not the folder of a stage: it has no stage\.json"):
+        tinymim_jax.load(tmp_path)

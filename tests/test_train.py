@@ -1,0 +1,194 @@
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tinymim_jax import checkpoint, handoff, train
+from tinymim_jax.config import Classify, InputError
+from tinymim_jax.plan import make_plan
+from tinymim_jax.train import Interrupted, create_state, make_train_step, run_stage
+
+
+def run_chain_of(chain, workdir, mesh, names):
+    return {name: run_stage(chain.stages[name], name, workdir, mesh) for name in names}
+
+
+def lines_without_speed(path):
+    skip = ("images_per_s", "data_wait")
+    return [{k: v for k, v in json.loads(line).items() if k not in skip} for line in path.read_text().splitlines()]
+
+
+def assert_same_tree(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_an_interrupted_chain_ends_like_an_uninterrupted_one(chain, mesh, tmp_path, stop_at, step):
+    chain.stages["finetune"].optim.ema = 0.9
+    names = list(chain.stages)
+    whole = run_chain_of(chain, tmp_path / "whole", mesh, names)
+    for name in names:
+        stop_at(step)
+        with pytest.raises(Interrupted, match=f"step {step} of 4"):
+            run_stage(chain.stages[name], name, tmp_path / "cut", mesh)
+        assert not handoff.finished(tmp_path / "cut" / name)
+        assert checkpoint.steps(tmp_path / "cut" / name)[-1] == step
+        assert run_stage(chain.stages[name], name, tmp_path / "cut", mesh) == whole[name]
+        folders = [tmp_path / side / name for side in ("whole", "cut")]
+        assert_same_tree(*[checkpoint.read_model(folder) for folder in folders])
+        assert len({(folder / "DONE").read_text() for folder in folders}) == 1
+        logs = [lines_without_speed(folder / "metrics.jsonl") for folder in folders]
+        assert logs[0] == logs[1]
+
+
+def test_a_stage_writes_what_the_design_says(chain, mesh, tmp_path):
+    results = run_stage(chain.stages["mae"], "mae", tmp_path, mesh)
+    folder = tmp_path / "mae"
+    assert {p.name for p in folder.iterdir()} == {"stage.json", "metrics.jsonl", "tensorboard", "checkpoints", "DONE"}
+    assert json.loads((folder / "DONE").read_text()) == {"step": 4, "metrics": results}
+    assert handoff.read_stage(folder) == chain.stages["mae"]
+    assert handoff.read_untrained(folder) == ["decoder/pos_embed", "encoder/pos_embed"]
+    logged = [line for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "lr" in line]
+    assert [line["step"] for line in logged] == [3, 4]
+    assert {"loss", "lr", "epoch", "grad_norm", "images_per_s", "data_wait"} <= set(logged[0])
+    assert checkpoint.steps(folder) == [2, 4]
+
+
+def test_own_checkpoint_comes_before_init_and_scratch_needs_no_init(chain, mesh, tmp_path, capsys, stop_at):
+    run_chain_of(chain, tmp_path, mesh, ["mae", "distill"])
+    capsys.readouterr()
+    stop_at(2)
+    with pytest.raises(Interrupted):
+        run_stage(chain.stages["finetune"], "finetune", tmp_path, mesh)
+    assert "init from" in capsys.readouterr().out
+    run_stage(chain.stages["finetune"], "finetune", tmp_path, mesh)
+    out = capsys.readouterr().out
+    assert "resumed at step 2 of 4" in out and "init from" not in out
+
+
+def test_a_missing_source_is_an_error_not_scratch(chain, mesh, tmp_path):
+    with pytest.raises(InputError, match=r"distill.*stage\.json"):
+        run_stage(chain.stages["finetune"], "finetune", tmp_path, mesh)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_teacher_is_rebuilt_from_its_own_folder_and_not_saved(chain, mesh, tmp_path):
+    run_chain_of(chain, tmp_path, mesh, ["mae", "distill"])
+    runner = train.Runner(chain.stages["distill"], "distill", tmp_path, mesh)
+    teacher = handoff.read_params(tmp_path / "mae")["encoder"]
+    assert set(runner.frozen["encoder"]) == {"block1", "block2", "cls_token", "pos_embed", "patch_embed"}
+    assert_same_tree(runner.frozen["encoder"], {key: teacher[key] for key in runner.frozen["encoder"]})
+    saved = checkpoint.read_model(tmp_path / "distill")["params"]["encoder"]
+    assert saved["patch_embed"]["kernel"].shape[-1] == 12  # the student's
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(chain, mesh, tmp_path, stop_at):
+    stage = chain.stages["mae"]
+    stop_at(2)
+    with pytest.raises(Interrupted):
+        run_stage(stage, "mae", tmp_path, mesh)
+    good = checkpoint.read_model(tmp_path / "mae")
+    stage.run.checkpoint_every = 1
+    stage.optim.lr = 1e38
+    with pytest.raises(InputError, match=r"stage mae: the loss is not finite at step 4; the last good checkpoint"):
+        run_stage(stage, "mae", tmp_path, mesh)
+    assert checkpoint.steps(tmp_path / "mae")[-1] == 3
+    newest = checkpoint.read_model(tmp_path / "mae")
+    assert jax.tree.all(jax.tree.map(lambda x: x.shape is not None, newest)) and good is not None
+    assert not handoff.finished(tmp_path / "mae")
+
+
+def batch_of(stage, n=8):
+    rng = np.random.default_rng(0)
+    size = stage.data.image_size
+    images = rng.integers(0, 256, (n, size, size, 3), np.uint8)
+    labels = rng.integers(0, 10, n).astype(np.int32)
+    return {"image": images, "label": labels, "is_valid": np.ones(n, bool), "index": np.arange(n, dtype=np.int32)}
+
+
+def plain_classify(chain, **optim):
+    stage = chain.stages["finetune"]
+    stage.init, stage.model.drop_path = None, 0.0
+    stage.task = Classify(mixup=0.0, cutmix=0.0, erasing=0.0)
+    stage.optim = dataclasses.replace(stage.optim, warmup_epochs=0, **optim)
+    return stage
+
+
+def one_step(stage, batch, steps=1):
+    plan = make_plan(stage, None, 40)
+    state = create_state(plan, jax.random.key(0))
+    step = jax.jit(make_train_step(plan))
+    for _ in range(steps):
+        state, metrics = step(state, {}, batch, jax.random.key(1))
+    return state, metrics
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(chain):
+    stage = plain_classify(chain)
+    batch = batch_of(stage)
+    whole, whole_metrics = one_step(stage, batch)
+    stage.optim.accum_steps = 4
+    parts, parts_metrics = one_step(stage, batch)
+    # Adam's first step divides by |gradient|: compare its moments, which hold the gradient itself.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-7), whole.opt_state, parts.opt_state)
+    assert float(parts_metrics["loss"].count) == 8
+    np.testing.assert_allclose(parts_metrics["loss"].value(), whole_metrics["loss"].value(), rtol=1e-5)
+
+
+def test_ema_follows_the_weights(chain):
+    stage = plain_classify(chain, ema=0.9)
+    plan = make_plan(stage, None, 40)
+    start = create_state(plan, jax.random.key(0)).params
+    state, _ = one_step(stage, batch_of(stage), steps=1)
+    expected = jax.tree.map(lambda old, new: 0.9 * np.float64(old) + 0.1 * np.float64(new), start, state.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), state.ema, expected)
+    assert one_step(plain_classify(chain, ema=None), batch_of(stage))[0].ema == {}
+
+
+def test_frozen_and_untrained_parameters_keep_their_values(chain, mesh, tmp_path):
+    chain.stages["mae"].optim.freeze = ("encoder/block1/.*",)
+    stage = chain.stages["mae"]
+    plan = make_plan(stage, None, 40)
+    start = handoff.flatten(create_state(plan, jax.random.key(0)).params)
+    state, _ = one_step(stage, batch_of(stage), steps=3)
+    for name, value in handoff.flatten(state.params).items():
+        moved = bool(jnp.any(value != start[name]))
+        # A zero gradient in the first steps would leave a bias of keys where it is; nothing else may stay.
+        assert moved == (name not in plan.untrained()), name
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(chain, mesh, tmp_path):
+    first = run_stage(chain.stages["mae"], "mae", tmp_path / "a", mesh)
+    assert run_stage(chain.stages["mae"], "mae", tmp_path / "b", mesh) == first
+    chain.stages["mae"].run.seed = 1
+    assert run_stage(chain.stages["mae"], "mae", tmp_path / "c", mesh)["loss"] != first["loss"]
+
+
+def test_zero_steps_evaluate_the_initial_weights(chain, mesh, tmp_path):
+    stage = chain.stages["mae"]
+    stage.run.steps = 0
+    results = run_stage(stage, "mae", tmp_path, mesh)
+    assert set(results) == {"knn/top1_k3"}
+    assert handoff.read_params(tmp_path / "mae")["encoder"]["cls_token"].shape == (1, 1, 24)
+
+
+def test_evaluation_during_training(chain, mesh, tmp_path):
+    stage = chain.stages["mae"]
+    stage.run.eval_every = 2
+    run_stage(stage, "mae", tmp_path, mesh)
+    lines = [json.loads(line) for line in (tmp_path / "mae" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "knn/top1_k3" in line] == [2, 4]
+
+
+def test_there_is_one_loop_and_one_place_that_takes_gradients():
+    package = Path(train.__file__).parent
+    found = {
+        word: [p.name for p in sorted(package.rglob("*.py")) if re.search(word, p.read_text())]
+        for word in (r"StepTraceAnnotation", r"jax\.(value_and_)?grad\(")
+    }
+    assert found == {r"StepTraceAnnotation": ["train.py"], r"jax\.(value_and_)?grad\(": ["train.py"]}
