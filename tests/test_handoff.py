@@ -80,6 +80,8 @@ def test_a_surplus_key_is_bad_input():
         handoff.match(target, source_shapes(), Init("a"))
     with pytest.raises(InputError, match=r"this model has no encoder/norm/scale; "):
         handoff.match(target, source_shapes(), Init("a", skip=(".*bias",)))
+    with pytest.raises(InputError, match="this model has no encoder/norm; "):  # the whole name must match
+        handoff.match(target, source_shapes(), Init("a", skip=("norm", "encoder/norm/")))
 
 
 def test_regrouping_must_be_asked_for():

@@ -14,14 +14,13 @@ from tinymim_jax.config import Classify, Compare, Config, Data, Decoder, Init, K
 
 SEEDS = 5
 LABELS_PER_CLASS = 10
-EPOCHS = 70
 TRAIN = Data(
     "digits", image_size=16, crop_scale=(0.5, 1.0), crop_ratio=(0.8, 1.25), hflip=0.0, mean=(0.3,) * 3, std=(0.38,) * 3
 )
 TEST = dataclasses.replace(TRAIN, split="test", transform="eval", crop_pct=1.0)
 BANK = dataclasses.replace(TEST, split="train")
 SIZES = {
-    "l": {"width": 96, "depth": 6, "num_heads": 8},
+    "l": {"width": 128, "depth": 6, "num_heads": 8},
     "b": {"width": 72, "depth": 4, "num_heads": 6},
     "s": {"width": 64, "depth": 4, "num_heads": 4},
     "t": {"width": 32, "depth": 4, "num_heads": 2},
@@ -32,21 +31,21 @@ def vit(size: str, **fields: object) -> ViT:
     return ViT(**SIZES[size], image_size=16, patch_size=4, **fields)
 
 
-def pretrained(stage: Stage) -> Stage:
-    stage.optim = Optim(lr=3e-3, lr_batch=None, warmup_epochs=EPOCHS / 10)
-    stage.run = Run(batch_size=128, epochs=EPOCHS, log_every=10)
+def pretrained(stage: Stage, epochs: int) -> Stage:
+    stage.optim = Optim(lr=3e-3, lr_batch=None, warmup_epochs=epochs / 10)
+    stage.run = Run(batch_size=128, epochs=epochs, log_every=10)
     stage.evals = {"knn": Knn(TEST, BANK, k=(10,))}
     return stage
 
 
-def mae(size: str) -> Stage:
+def mae(size: str, epochs: int) -> Stage:
     stage = recipes.mae(vit(size), TRAIN)
     stage.task.decoder = Decoder(width=64, depth=2, num_heads=4)
-    return pretrained(stage)
+    return pretrained(stage, epochs)
 
 
-def distill(size: str, source: str, block: int) -> Stage:
-    return pretrained(recipes.distill(vit(size, last_block_heads=8), Teacher(Init(source), block), TRAIN))
+def distill(size: str, source: str, block: int, epochs: int = 40) -> Stage:
+    return pretrained(recipes.distill(vit(size, last_block_heads=8), Teacher(Init(source), block), TRAIN), epochs)
 
 
 def finetune(source: str | None, seed: int) -> Stage:
@@ -54,19 +53,19 @@ def finetune(source: str | None, seed: int) -> Stage:
     stage = recipes.finetune(model, Init(source) if source else None, TRAIN, TEST)
     stage.task = Classify(label_smoothing=0.1, mixup=0.0, cutmix=0.0, erasing=0.0)
     stage.data = dataclasses.replace(TRAIN, per_class=LABELS_PER_CLASS, subset_seed=seed)
-    stage.optim = dataclasses.replace(stage.optim, lr=2e-3, lr_batch=None, warmup_epochs=10, layer_decay=0.8)
-    stage.run = Run(batch_size=50, epochs=100, log_every=10, seed=seed)
+    stage.optim = dataclasses.replace(stage.optim, lr=2e-3, lr_batch=None, warmup_epochs=20, layer_decay=1.0)
+    stage.run = Run(batch_size=50, epochs=200, log_every=10, seed=seed)
     return stage
 
 
 def get_config(arg: str = "") -> Config:
     recipes.options(arg)
     stages = {
-        "mae_l": mae("l"),
+        "mae_l": mae("l", epochs=150),
         "distill_b": distill("b", "mae_l", block=5),
         "distill_s": distill("s", "distill_b", block=4),
         "distill_t": distill("t", "distill_s", block=4),
-        "mae_t": mae("t"),
+        "mae_t": mae("t", epochs=40),
     }
     rows = {}
     for label, source in (("scratch", None), ("mae", "mae_t"), ("chain", "distill_t")):

@@ -144,7 +144,7 @@ TWO_PROCESSES = """
     from tinymim_jax import config, mesh
     from tinymim_jax.config import Data
     from tinymim_jax.evals import make_evaluator
-    from tinymim_jax.evals.base import make_predict
+    from tinymim_jax.evals.base import Batches, make_predict
     from tinymim_jax.tasks.base import Outputs
 
     class Pixels:
@@ -153,13 +153,17 @@ TWO_PROCESSES = """
 
     grid = mesh.make_mesh(config.Mesh())
     data = Data("digits", split="test", image_size=8, transform="eval", crop_pct=1.0, per_class=3)
+    batch = next(iter(Batches(data, 8, grid)))
+    features = make_predict(Pixels(), grid)({}, {}, batch).features
+    print("RESULT whole", features.is_fully_replicated, features.shape, batch["label"].is_fully_addressable)
     for cfg in (config.Classification(data, batch_size=8), config.Knn(data, data, k=(1,), batch_size=8)):
         print("RESULT", make_evaluator(cfg, grid)(make_predict(Pixels(), grid), {}, {}))
 """
 
 
-def test_two_processes():
-    """Each reads its own rows; both know the result."""
+@pytest.fixture(scope="module")
+def two():
+    """What each of two processes with one device prints: its results, and its last errors."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -172,7 +176,20 @@ def test_two_processes():
     finally:
         for process in running:
             process.kill()
-    for out, err in ended:
-        assert out.count("RESULT") == 2, err[-1500:]
-        lines = [line for line in out.splitlines() if line.startswith("RESULT")]
-        assert lines == ["RESULT {'top1': 100.0, 'top5': 100.0, 'images': 30.0}", "RESULT {'top1_k1': 100.0}"]
+    return [([line for line in out.splitlines() if line.startswith("RESULT")], err[-1500:]) for out, err in ended]
+
+
+def test_predictions_are_whole_in_both_of_two_processes(two):
+    for lines, errors in two:
+        assert lines[:1] == ["RESULT whole True (8, 192) False"], errors
+
+
+def test_classification_in_two_processes(two):
+    """Each reads its own rows; both know the result."""
+    for lines, errors in two:
+        assert lines[1:2] == ["RESULT {'top1': 100.0, 'top5': 100.0, 'images': 30.0}"], errors
+
+
+def test_knn_in_two_processes(two):
+    for lines, errors in two:
+        assert lines[2:] == ["RESULT {'top1_k1': 100.0}"], errors

@@ -138,7 +138,7 @@ WIDE = {"width": 256, "depth": 2, "num_heads": 4, "image_size": 64, "patch_size"
     ("task", "extra"),
     [
         (config.Mae(decoder=config.Decoder(192, 2, 4)), {}),
-        (config.Classify(), {"num_classes": 100, "pool": "mean"}),
+        (config.Classify(mixup=0.0, cutmix=0.0), {"num_classes": 100, "pool": "mean"}),
     ],
     ids=lambda value: getattr(value, "kind", ""),
 )
