@@ -225,6 +225,10 @@ class Config:
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     compare: dict[str, Compare] = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        # Stages made from the same parts must not share them: a flag that changes one would change the others.
+        self.stages = from_dict(dict[str, Stage], to_dict(self.stages), "config.stages")
+
 
 # Fields that change the speed or the bookkeeping of a stage, never its result.
 RUNTIME_FIELDS = ("threads", "workers", "prefetch", "log_every", "checkpoint_every", "keep", "num_examples")
@@ -290,7 +294,7 @@ def _union_from_dict(options: tuple, value: Any, where: str) -> Any:
         return from_dict(options[0], value, where)
     kinds = {o.kind: o for o in options}  # dataclasses told apart by their `kind`
     name = value.get("kind") if isinstance(value, dict) else value
-    if name not in kinds:
+    if not isinstance(name, str) or name not in kinds:
         raise InputError(f"{where}.kind: unknown choice {name!r}; choose one of {', '.join(map(repr, kinds))}")
     return from_dict(kinds[name], value, where)
 
@@ -298,6 +302,8 @@ def _union_from_dict(options: tuple, value: Any, where: str) -> Any:
 def check(config: Config) -> Config:
     """A checked, independent copy of `config`; raises InputError on a wrong type, choice or combination."""
     config = from_dict(Config, to_dict(config))
+    if config.mesh.fsdp < 1 or (config.mesh.data < 1 and config.mesh.data != -1):
+        raise InputError(f"mesh: data {config.mesh.data} and fsdp {config.mesh.fsdp} must be at least 1 (data: or -1)")
     earlier: list[str] = []
     for name, stage in config.stages.items():
         _check_stage(f"stages.{name}", stage)
@@ -310,9 +316,11 @@ def check(config: Config) -> Config:
         earlier.append(name)
     for title, table in config.compare.items():
         for row in table.rows.values():
-            for stage_name in row:
-                if stage_name not in config.stages:
-                    raise InputError(f"compare.{title}: there is no stage {stage_name!r}")
+            for name in row:
+                if name not in config.stages:
+                    raise InputError(f"compare.{title}: there is no stage {name!r}")
+                if table.metric.split("/")[0] not in config.stages[name].evals:
+                    raise InputError(f"compare.{title}: metric {table.metric!r} is of no eval of stage {name!r}")
     return config
 
 
@@ -325,8 +333,8 @@ def sources(stage: Stage) -> Iterator[Init]:
 
 
 def _check_stage(where: str, stage: Stage) -> None:
-    model, run, optim = stage.model, stage.run, stage.optim
     _check_ranges(where, stage)
+    model, run, optim = stage.model, stage.run, stage.optim
     if model.image_size % model.patch_size:
         raise InputError(
             f"{where}.model: image_size {model.image_size} is not a multiple of patch_size {model.patch_size}"
@@ -354,11 +362,35 @@ def _check_stage(where: str, stage: Stage) -> None:
         raise InputError(
             f"{where}.task: student_block {stage.task.student_block} is beyond the student's {model.depth} blocks"
         )
+    if isinstance(stage.task, Mae) and (model.pool != "cls" or model.num_classes):
+        raise InputError(f"{where}.model: mae needs pool 'cls', whose norm feeds the decoder, and no num_classes")
+    for name, cfg in stage.evals.items():
+        _check_eval(f"{where}.evals.{name}", stage, cfg)
+
+
+def _check_eval(where: str, stage: Stage, cfg: Eval) -> None:
+    """What would otherwise be found only after the training."""
+    for data in [cfg.data, cfg.bank] if isinstance(cfg, Knn) else [cfg.data]:
+        if data.transform != "eval":
+            raise InputError(f"{where}: data.transform is 'train', which is random; set it to 'eval'")
+        for field in ("image_size", "mean", "std"):
+            if getattr(data, field) != getattr(stage.data, field):
+                raise InputError(f"{where}: data.{field} differs from the stage's, {getattr(stage.data, field)}")
+    if cfg.batch_size < 1:
+        raise InputError(f"{where}.batch_size is {cfg.batch_size}; it must be at least 1")
+    if isinstance(cfg, Knn) and (not cfg.k or min(cfg.k) < 1 or cfg.temperature <= 0):
+        raise InputError(f"{where}: k {cfg.k} must hold numbers of at least 1, and temperature {cfg.temperature} be above 0")
+    if isinstance(cfg, Classification) and not stage.model.num_classes:
+        raise InputError(f"{where}: classification needs a model with a head; set model.num_classes, or use knn")
 
 
 def _check_ranges(where: str, stage: Stage) -> None:
-    data, run = stage.data, stage.run
+    data, run, model = stage.data, stage.run, stage.model
     checks = {
+        "model.depth": (model.depth, model.depth >= 1, "at least 1"),
+        "model.patch_size": (model.patch_size, model.patch_size >= 1, "at least 1"),
+        "run.steps": (run.steps, run.steps is None or run.steps >= 0, "at least 0"),
+        "run.epochs": (run.epochs, run.epochs is None or run.epochs >= 0, "at least 0"),
         "run.seed": (run.seed, run.seed >= 0, "at least 0"),
         "run.log_every": (run.log_every, run.log_every >= 1, "at least 1"),
         "run.checkpoint_every": (run.checkpoint_every, run.checkpoint_every >= 1, "at least 1"),
@@ -368,7 +400,7 @@ def _check_ranges(where: str, stage: Stage) -> None:
         "data.threads": (data.threads, data.threads >= 1, "at least 1"),
         "data.workers": (data.workers, data.workers >= 0, "at least 0"),
         "data.prefetch": (data.prefetch, data.prefetch >= 1, "at least 1"),
-        "model.drop_path": (stage.model.drop_path, 0 <= stage.model.drop_path < 1, "at least 0 and below 1"),
+        "model.drop_path": (model.drop_path, 0 <= model.drop_path < 1, "at least 0 and below 1"),
     }
     for field, (value, is_good, range_) in checks.items():
         if not is_good:

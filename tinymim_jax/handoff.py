@@ -86,11 +86,15 @@ def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 def match(target: Shapes, source: Shapes, init: Init, untrained: Sequence[str] = ()) -> Report:
-    """How `source` fills `target`; raises InputError naming every key that neither fits nor is excused by `init`.
+    """How `source` fills `target`; raises InputError naming the keys that neither fit nor are excused by `init`.
 
     `untrained` are the source's keys that its own stage did not train; the report says which were loaded.
     """
-    renamed = {_rename(key, init.rename): key for key in source}
+    renamed: dict[str, str] = {}
+    for key in source:
+        other = renamed.setdefault(_rename(key, init.rename), key)
+        if other != key:
+            raise InputError(f"init.rename gives {other} and {key} of the source one name; make them differ")
     report = Report(target, source, {}, [], [], {}, {}, [])
     problems = []
     for key, shape in target.items():
@@ -159,7 +163,7 @@ def transfer(target: Any, source: Any, report: Report) -> Any:
 
 def for_teacher(init: Init) -> Init:
     """`init` for a teacher: it is cut off after its target block, and what that leaves over is skipped."""
-    return dataclasses.replace(init, skip=(".*",))
+    return dataclasses.replace(init, skip=(".*",), fresh=())
 
 
 def source_folder(init: Init, workdir: Path) -> Path:

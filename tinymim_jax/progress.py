@@ -56,11 +56,12 @@ class Progress:
         self.bar.update(self.batch_size)
 
     def collect(self) -> None:
-        """Fetches what is pending; raises InputError at the first loss that is not finite."""
+        """Fetches what is pending; raises InputError at the first loss, gradient or weights that are not finite."""
         for step, values in jax.device_get(self.pending):
-            if not math.isfinite(values["loss"].sum):
+            bad = [k for k in ("loss", "grad_norm", "param_norm") if k in values and not math.isfinite(values[k].sum)]
+            if bad:
                 raise InputError(
-                    f"stage {self.name}: the loss is not finite at step {step}; the last good checkpoint is kept:"
+                    f"stage {self.name}: {bad[0]} is not finite at step {step}; the last good checkpoint is kept:"
                     " lower optim.lr or set optim.clip_norm, and run again"
                 )
             floats = {key: Mean(float(m.sum), float(m.count)) for key, m in values.items()}

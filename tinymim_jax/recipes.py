@@ -47,11 +47,16 @@ def options(arg: str, **defaults: bool | str) -> dict[str, Any]:
     return chosen
 
 
+def choose(table: dict[str, Any], size: str) -> Any:
+    """table[size]; raises ValueError that lists the names."""
+    if size not in table:
+        raise ValueError(f"unknown size {size!r}; choose one of {', '.join(table)}")
+    return table[size]
+
+
 def vit(size: str, **overrides: Any) -> ViT:
     """A ViT of a named size; raises ValueError that lists the names."""
-    if size not in SIZES:
-        raise ValueError(f"unknown size {size!r}; choose one of {', '.join(SIZES)}")
-    return ViT(**{**SIZES[size], **overrides})
+    return ViT(**{**choose(SIZES, size), **overrides})
 
 
 def imagenet(train: bool, path: str = "", **overrides: Any) -> Data:
@@ -83,7 +88,7 @@ def student(size: str, *, code: bool = False) -> ViT:
     code: ViT-T with 6 heads for 3 (models_tinymim.py).
     """
     heads = {"num_heads": 6} if code and size == "tiny" else {}
-    return vit(size, last_block_heads=LAST_BLOCK_HEADS[size], drop_path=0.1, dtype="bfloat16", **heads)
+    return vit(size, last_block_heads=choose(LAST_BLOCK_HEADS, size), drop_path=0.1, dtype="bfloat16", **heads)
 
 
 def distill(model: ViT, teacher: Teacher, data: Data, *, epochs: float = 300, code: bool = False) -> Stage:
@@ -105,8 +110,8 @@ def teacher_from(size: str, init: Init, student: str) -> Teacher:
     the 12 that T needs; the released code reads it with 6 and stops there with an error.
     """
     regroup = size == "base"
-    heads = LAST_BLOCK_HEADS[student] if regroup else None
-    return Teacher(dataclasses.replace(init, regroup_heads=regroup), TEACHER_BLOCK[size], heads)
+    heads = choose(LAST_BLOCK_HEADS, student) if regroup else None
+    return Teacher(dataclasses.replace(init, regroup_heads=regroup), choose(TEACHER_BLOCK, size), heads)
 
 
 def classifier(size: str, num_classes: int = 1000) -> ViT:

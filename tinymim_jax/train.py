@@ -147,7 +147,8 @@ class Runner:
             model, optimizer, log = checkpoints.restore(newest, *items(target))
             self.report.append(f"resumed at step {newest} of {plan.total_steps}")
             return TrainState(**model, **optimizer), log
-        state = jax.jit(lambda: create_state(plan, key), out_shardings=self.shardings)()
+        # The key is an argument: stages that differ by seed share one compilation.
+        state = jax.jit(lambda key: create_state(plan, key), out_shardings=self.shardings)(key)
         if stage.init is not None:
             params = self._hand_over("init", jax.device_get(state.params), stage.init)
             state = state.replace(params=jax.device_put(params, self.shardings.params))
@@ -196,7 +197,7 @@ def run_stage(stage: Stage, name: str, workdir: Path, mesh: jax.sharding.Mesh) -
         write_json(runner.folder / "stage.json", describe(runner.plan))
         lines = [f"{name}: {total} steps of {run.batch_size} images", *runner.report, *runner.plan.untrained_line()]
         print("\n  ".join(lines), flush=True)
-        writer = stack.enter_context(Writer(runner.folder, first))
+        writer = stack.enter_context(Writer(runner.folder, first, active=jax.process_index() == 0))
         batches = stack.enter_context(
             contextlib.closing(
                 pipeline.train_batches(

@@ -7,10 +7,13 @@ from tensorboardX import SummaryWriter
 
 
 class Writer:
-    """Appends scalars under `folder`; lines at or after `start` are dropped first, so a resumed run has no repeats."""
+    """Appends scalars under `folder`; lines after step `start` are dropped first, so a resumed run has no repeats."""
 
-    def __init__(self, folder: Path, start: int = 0):
-        self.path = folder / "metrics.jsonl"
+    def __init__(self, folder: Path, start: int = 0, *, active: bool = True):
+        """`active` False, on all processes but one: writes nothing."""
+        self.path, self.active = folder / "metrics.jsonl", active
+        if not active:
+            return
         kept = [line for line in read(self.path) if line["step"] <= start]
         folder.mkdir(parents=True, exist_ok=True)
         self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
@@ -19,6 +22,8 @@ class Writer:
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """One line {"step": step, name: value, ...}, flushed."""
+        if not self.active:
+            return
         self.file.write(json.dumps({"step": step, **scalars}) + "\n")
         self.file.flush()
         for name, value in scalars.items():
@@ -28,8 +33,9 @@ class Writer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.file.close()
-        self.board.close()
+        if self.active:
+            self.file.close()
+            self.board.close()
 
 
 def read(path: Path) -> list[dict[str, float]]:

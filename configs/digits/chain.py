@@ -20,7 +20,7 @@ TRAIN = Data(
 TEST = dataclasses.replace(TRAIN, split="test", transform="eval", crop_pct=1.0)
 BANK = dataclasses.replace(TEST, split="train")
 SIZES = {
-    "l": {"width": 128, "depth": 6, "num_heads": 8},
+    "l": {"width": 128, "depth": 4, "num_heads": 8},
     "b": {"width": 72, "depth": 4, "num_heads": 6},
     "s": {"width": 64, "depth": 4, "num_heads": 4},
     "t": {"width": 32, "depth": 4, "num_heads": 2},
@@ -40,7 +40,7 @@ def pretrained(stage: Stage, epochs: int) -> Stage:
 
 def mae(size: str, epochs: int) -> Stage:
     stage = recipes.mae(vit(size), TRAIN)
-    stage.task.decoder = Decoder(width=64, depth=2, num_heads=4)
+    stage.task.decoder = Decoder(width=64, depth=1, num_heads=4)
     return pretrained(stage, epochs)
 
 
@@ -53,16 +53,16 @@ def finetune(source: str | None, seed: int) -> Stage:
     stage = recipes.finetune(model, Init(source) if source else None, TRAIN, TEST)
     stage.task = Classify(label_smoothing=0.1, mixup=0.0, cutmix=0.0, erasing=0.0)
     stage.data = dataclasses.replace(TRAIN, per_class=LABELS_PER_CLASS, subset_seed=seed)
-    stage.optim = dataclasses.replace(stage.optim, lr=2e-3, lr_batch=None, warmup_epochs=20, layer_decay=1.0)
-    stage.run = Run(batch_size=50, epochs=200, log_every=10, seed=seed)
+    stage.optim = dataclasses.replace(stage.optim, lr=2e-3, lr_batch=None, warmup_epochs=12, layer_decay=1.0)
+    stage.run = Run(batch_size=50, epochs=120, log_every=10, seed=seed)
     return stage
 
 
 def get_config(arg: str = "") -> Config:
     recipes.options(arg)
     stages = {
-        "mae_l": mae("l", epochs=150),
-        "distill_b": distill("b", "mae_l", block=5),
+        "mae_l": mae("l", epochs=100),
+        "distill_b": distill("b", "mae_l", block=4),
         "distill_s": distill("s", "distill_b", block=4),
         "distill_t": distill("t", "distill_s", block=4),
         "mae_t": mae("t", epochs=40),

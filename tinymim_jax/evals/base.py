@@ -32,6 +32,8 @@ class Batches:
         batch_size = -(-batch_size // mesh.size) * mesh.size  # padding is masked, so rounding up is free of effect
         self.args: dict[str, Any] = {"batch_size": batch_size, "mesh": mesh}
         self.data, self.source = data, sources.open_source(data)
+        # Arrays made readable by every process.
+        self.whole = jax.jit(lambda arrays: arrays, out_shardings=mesh_lib.replicated(mesh))
 
     def __iter__(self) -> Iterator[Batch]:
         return pipeline.eval_batches(self.data, self.source, **self.args)

@@ -40,7 +40,7 @@ def extract(batches: Batches, predict: Predict, variables: Variables, frozen: Fr
     features, labels = [], []
     for batch in batches:
         rows = np.asarray(jax.device_get(predict(variables, frozen, batch).features), np.float32)
-        is_valid, batch_labels = jax.device_get((batch["is_valid"], batch["label"]))
+        is_valid, batch_labels = jax.device_get(batches.whole((batch["is_valid"], batch["label"])))
         features.append(rows[is_valid])
         labels.append(batch_labels[is_valid])
     stacked = np.concatenate(features)
@@ -51,6 +51,7 @@ def knn_predict(
     queries: np.ndarray, bank: np.ndarray, bank_labels: np.ndarray, k: int, temperature: float, num_classes: int
 ) -> np.ndarray:
     """Unit queries [q, D] -> classes [q]: the k most similar of bank [n, D] vote with exp(cosine / temperature)."""
-    similarity, nearest = jax.lax.top_k(jnp.asarray(queries) @ jnp.asarray(bank).T, k)
+    cosine = jnp.matmul(jnp.asarray(queries), jnp.asarray(bank).T, precision="highest")
+    similarity, nearest = jax.lax.top_k(cosine, k)
     votes = jax.nn.one_hot(jnp.asarray(bank_labels)[nearest], num_classes)  # [q, k, C]
-    return np.asarray(jnp.argmax(jnp.einsum("qk,qkc->qc", jnp.exp(similarity / temperature), votes), axis=1))
+    return np.asarray(jnp.argmax(jnp.einsum("qk,qkc->qc", jnp.exp((similarity - similarity[:, :1]) / temperature), votes), axis=1))

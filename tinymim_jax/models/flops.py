@@ -18,8 +18,9 @@ def forward(cfg: ViT, *, tokens: int | None = None, target_block: int | None = N
     n, d = tokens or num_tokens(cfg), cfg.width
     qkv = 2.0 * n * d * 3 * d
     block = qkv + 4.0 * n * n * d + 2.0 * n * d * d + 4.0 * n * d * int(d * cfg.mlp_ratio)
-    blocks = cfg.depth * block if target_block is None else (target_block - 1) * block + qkv
-    return embed(cfg, n) + blocks + 2.0 * d * cfg.num_classes
+    if target_block is not None:
+        return embed(cfg, n) + (target_block - 1) * block + qkv
+    return embed(cfg, n) + cfg.depth * block + 2.0 * d * cfg.num_classes
 
 
 def forward_backward(cfg: ViT, *, tokens: int | None = None, target_block: int | None = None) -> float:

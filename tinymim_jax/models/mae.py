@@ -37,7 +37,7 @@ class Decoder(nn.Module):
         mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width)).astype(dtype)
         x = nn.Dense(self.width, kernel_init=layers.xavier, dtype=dtype, name="embed")(tokens)
         masks = jnp.broadcast_to(mask_token, (b, num_patches - (x.shape[1] - 1), self.width))
-        patches = jnp.take_along_axis(jnp.concatenate([x[:, 1:], masks], axis=1), restore[..., None], axis=1)
+        patches = permute(jnp.concatenate([x[:, 1:], masks], axis=1), restore)
         x = jnp.concatenate([x[:, :1], patches], axis=1) + pos
         for i in range(1, self.depth + 1):
             x, _ = layers.Block(self.num_heads, 4 * self.width, 0.0, dtype, name=f"block{i}")(x, False)
@@ -66,6 +66,21 @@ def mask_by_noise(noise: jax.Array, mask_ratio: float) -> tuple[jax.Array, jax.A
     shuffle = jnp.argsort(noise, axis=1)
     restore = jnp.argsort(shuffle, axis=1)
     return shuffle[:, :num_keep], restore, restore >= num_keep
+
+
+@jax.custom_vjp
+def permute(x: jax.Array, order: jax.Array) -> jax.Array:
+    """Rows of x [B, L, D] in `order` [B, L], each row once.
+
+    The gradient of a gather is a scatter, which is slow; that of a permutation is the inverse permutation.
+    """
+    return jnp.take_along_axis(x, order[..., None], axis=1)
+
+
+permute.defvjp(
+    lambda x, order: (permute(x, order), order),
+    lambda order, grad: (permute(grad, jnp.argsort(order, axis=1)), None),
+)
 
 
 def build(cfg: config.ViT, task: config.Mae) -> MAE:

@@ -44,7 +44,7 @@ class Classify:
             {"params": params["encoder"]}, images, train=train, rngs={"drop_path": rngs["drop_path"]}
         )
         is_valid = batch["is_valid"]
-        if train and (self.task.mixup or self.task.cutmix):
+        if train and self.task.mix_prob and (self.task.mixup or self.task.cutmix):
             is_valid &= is_valid[::-1]  # an unreadable image has been mixed into its partner
         loss = Mean.of(losses.soft_cross_entropy(out.logits, targets), is_valid)
         return loss.value(), Aux({"loss": loss}, model_state)

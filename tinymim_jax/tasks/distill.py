@@ -65,7 +65,7 @@ class Distill:
         return loss.value(), Aux({"loss": loss, **terms}, model_state)
 
     def predict(self, variables: Variables, frozen: Frozen, batch: Batch) -> Outputs:
-        """Features: mean patch token that enters the student's target block, the last that is fully trained."""
+        """Features: mean patch token that enters the student's target block (of block 1: that leaves it)."""
         block = max(self.task.student_block - 1, 1)
         params = {"params": variables["params"]["encoder"]}
         out = self.student.apply(params, self._views(batch, None)[0], capture=(block,))
@@ -93,9 +93,10 @@ def cut_teacher(stage: config.Stage, teacher: config.ViT) -> config.ViT:
         )
     own = vit.heads_of(student, stage.task.student_block)
     if own != heads:
+        field = "last_block_heads" if stage.task.student_block == student.depth else "num_heads"
         raise InputError(
             f"the student's block {stage.task.student_block} has {own} heads, the teacher's block {spec.block} has"
-            f" {heads}; set model.last_block_heads={heads}, or teacher.heads={own} with teacher.init.regroup_heads=True"
+            f" {heads}; set model.{field}={heads}, or teacher.heads={own} with teacher.init.regroup_heads=True"
         )
     if teacher.patch_size != student.patch_size:
         raise InputError(
