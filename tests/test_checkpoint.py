@@ -50,10 +50,10 @@ def test_save_and_restore_everything(tmp_path):
     model, optimizer = state()
     log = {"window": {"loss": [0.1 + 0.2, 3.0]}, "averages": {"loss": 1 / 3, "bad": float("inf")}}
     with Checkpoints(tmp_path, keep=2) as checkpoints:
-        assert checkpoints.latest_step() is None
+        assert checkpoints.manager.latest_step() is None
         checkpoints.save(3, model, optimizer, log)
     with Checkpoints(tmp_path, keep=2) as checkpoints:
-        assert checkpoints.latest_step() == 3
+        assert checkpoints.manager.latest_step() == 3
         restored = checkpoints.restore(3, shapes_of(model), shapes_of(optimizer))
     assert_same(restored[0], model)
     assert_same(restored[1], optimizer)
@@ -88,7 +88,7 @@ def test_keep(tmp_path):
         for step in (1, 2, 5, 10):
             checkpoints.save(step, model, optimizer, {"step": step})
             checkpoints.wait()
-        assert checkpoints.latest_step() == 10
+        assert checkpoints.manager.latest_step() == 10
         assert checkpoints.restore(5, shapes_of(model), shapes_of(optimizer))[2] == {"step": 5}
     assert sorted(checkpoint.steps(tmp_path)) == [5, 10]
 
@@ -113,7 +113,7 @@ def test_an_unfinished_checkpoint_is_none(tmp_path):
     left.mkdir()
     assert checkpoint.steps(tmp_path) == [3]
     with Checkpoints(tmp_path, keep=2) as checkpoints:
-        assert checkpoints.latest_step() == 3
+        assert checkpoints.manager.latest_step() == 3
     assert_same(checkpoint.read_model(tmp_path)["params"], model["params"])
 
 

@@ -72,7 +72,7 @@ def test_own_checkpoint_comes_before_init_and_scratch_needs_no_init(chain, mesh,
 
 
 def test_a_missing_source_is_an_error_not_scratch(chain, mesh, tmp_path):
-    with pytest.raises(InputError, match=r"distill.*stage\.json"):
+    with pytest.raises(InputError, match="distill has no finished stage: run that stage first"):
         run_stage(chain.stages["finetune"], "finetune", tmp_path, mesh)
     assert list(tmp_path.iterdir()) == []
 
@@ -95,11 +95,12 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(chai
     good = checkpoint.read_model(tmp_path / "mae")
     stage.run.checkpoint_every = 1
     stage.optim.lr = 1e38
-    with pytest.raises(InputError, match=r"stage mae: the loss is not finite at step 4; the last good checkpoint"):
+    with pytest.raises(
+        InputError, match=r"stage mae: the \w+ is not finite at step 3; the last good checkpoint is kept"
+    ):
         run_stage(stage, "mae", tmp_path, mesh)
-    assert checkpoint.steps(tmp_path / "mae")[-1] == 3
-    newest = checkpoint.read_model(tmp_path / "mae")
-    assert jax.tree.all(jax.tree.map(lambda x: x.shape is not None, newest)) and good is not None
+    assert checkpoint.steps(tmp_path / "mae") == [2]
+    assert_same_tree(checkpoint.read_model(tmp_path / "mae"), good)
     assert not handoff.finished(tmp_path / "mae")
 
 

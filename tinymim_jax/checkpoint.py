@@ -24,15 +24,10 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self.manager = ocp.CheckpointManager((folder / FOLDER).absolute(), options=options)
 
-    def latest_step(self) -> int | None:
-        """The newest whole checkpoint's step."""
-        return self.manager.latest_step()
-
     def save(self, step: int, model: dict[str, Any], optim: dict[str, Any], log: dict[str, Any]) -> None:
         """Starts writing; does nothing if `step` is there already."""
-        if self.manager.latest_step() != step:
-            items = {"model": ocp.args.StandardSave(model), "optim": ocp.args.StandardSave(optim)}
-            self.manager.save(step, args=ocp.args.Composite(**items, log=ocp.args.JsonSave(log)))
+        items = {"model": ocp.args.StandardSave(model), "optim": ocp.args.StandardSave(optim)}
+        self.manager.save(step, args=ocp.args.Composite(**items, log=ocp.args.JsonSave(log)))
 
     def restore(self, step: int, model: Any, optim: Any) -> tuple[Any, Any, dict[str, Any]]:
         """(model, optim, log) of `step`, in the shapes and shardings of the given `jax.ShapeDtypeStruct` trees."""

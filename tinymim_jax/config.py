@@ -315,12 +315,13 @@ def check(config: Config) -> Config:
                 )
         earlier.append(name)
     for title, table in config.compare.items():
-        for row in table.rows.values():
-            for name in row:
-                if name not in config.stages:
-                    raise InputError(f"compare.{title}: there is no stage {name!r}")
-                if table.metric.split("/")[0] not in config.stages[name].evals:
-                    raise InputError(f"compare.{title}: metric {table.metric!r} is of no eval of stage {name!r}")
+        names = [name for row in table.rows.values() for name in row]
+        for name in names:
+            if name not in config.stages:
+                raise InputError(f"compare.{title}: there is no stage {name!r}")
+        for name in names:
+            if table.metric.split("/")[0] not in config.stages[name].evals:
+                raise InputError(f"compare.{title}: metric {table.metric!r} is of no eval of stage {name!r}")
     return config
 
 
@@ -379,7 +380,9 @@ def _check_eval(where: str, stage: Stage, cfg: Eval) -> None:
     if cfg.batch_size < 1:
         raise InputError(f"{where}.batch_size is {cfg.batch_size}; it must be at least 1")
     if isinstance(cfg, Knn) and (not cfg.k or min(cfg.k) < 1 or cfg.temperature <= 0):
-        raise InputError(f"{where}: k {cfg.k} must hold numbers of at least 1, and temperature {cfg.temperature} be above 0")
+        raise InputError(
+            f"{where}: k {cfg.k} must hold numbers of at least 1, and temperature {cfg.temperature} be above 0"
+        )
     if isinstance(cfg, Classification) and not stage.model.num_classes:
         raise InputError(f"{where}: classification needs a model with a head; set model.num_classes, or use knn")
 

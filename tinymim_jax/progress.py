@@ -61,7 +61,7 @@ class Progress:
             bad = [k for k in ("loss", "grad_norm", "param_norm") if k in values and not math.isfinite(values[k].sum)]
             if bad:
                 raise InputError(
-                    f"stage {self.name}: {bad[0]} is not finite at step {step}; the last good checkpoint is kept:"
+                    f"stage {self.name}: the {bad[0]} is not finite at step {step}; the last good checkpoint is kept:"
                     " lower optim.lr or set optim.clip_norm, and run again"
                 )
             floats = {key: Mean(float(m.sum), float(m.count)) for key, m in values.items()}

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tinymim_jax import config, handoff, optim
+from tinymim_jax import checkpoint, config, handoff, optim
 from tinymim_jax import mesh as mesh_lib
 from tinymim_jax.checkpoint import Checkpoints
 from tinymim_jax.config import InputError, Stage
@@ -133,19 +133,19 @@ class Runner:
         self.report += [f"{what} from {folder}: {report.lines()[0]}", *(f"  {line}" for line in report.lines()[1:])]
         return handoff.transfer(target, params, report)
 
-    def start(self, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any] | None]:
+    def start(self) -> tuple[TrainState, dict[str, Any] | None]:
         """The state to go on from, and its log: own checkpoint, else `init`, else scratch if `init` is None."""
         stage, plan = self.stage, self.plan
         key = jax.random.fold_in(jax.random.key(stage.run.seed), 0)
         shapes = jax.eval_shape(lambda: create_state(plan, key))
         self.shardings = mesh_lib.state_sharding(self.mesh, shapes)
-        newest = checkpoints.latest_step()
-        if newest is not None:
+        if saved_steps := checkpoint.steps(self.folder):
             target = jax.tree.map(
                 lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, self.shardings
             )
-            model, optimizer, log = checkpoints.restore(newest, *items(target))
-            self.report.append(f"resumed at step {newest} of {plan.total_steps}")
+            with Checkpoints(self.folder, stage.run.keep) as checkpoints:
+                model, optimizer, log = checkpoints.restore(saved_steps[-1], *items(target))
+            self.report.append(f"resumed at step {saved_steps[-1]} of {plan.total_steps}")
             return TrainState(**model, **optimizer), log
         # The key is an argument: stages that differ by seed share one compilation.
         state = jax.jit(lambda key: create_state(plan, key), out_shardings=self.shardings)(key)
@@ -155,6 +155,12 @@ class Runner:
             if stage.optim.ema:
                 state = state.replace(ema=jax.tree.map(jnp.copy, state.params))
         return state, None
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        """The batches of the steps after step `start`."""
+        run, stop = self.stage.run, self.plan.total_steps
+        options = {"batch_size": run.batch_size, "seed": run.seed, "start": start, "stop": stop, "mesh": self.mesh}
+        return pipeline.train_batches(self.stage.data, self.source, **options)
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """{"<eval>/<metric>": value}, of the averaged weights if there are any."""
@@ -190,27 +196,15 @@ def run_stage(stage: Stage, name: str, workdir: Path, mesh: jax.sharding.Mesh) -
     """
     runner = Runner(stage, name, workdir, mesh)
     run, total = stage.run, runner.plan.total_steps
+    state, log = runner.start()  # before anything is written
+    first = int(state.step)
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(runner.folder, run.keep))
-        state, log = runner.start(checkpoints)
-        first = int(state.step)
         write_json(runner.folder / "stage.json", describe(runner.plan))
         lines = [f"{name}: {total} steps of {run.batch_size} images", *runner.report, *runner.plan.untrained_line()]
         print("\n  ".join(lines), flush=True)
         writer = stack.enter_context(Writer(runner.folder, first, active=jax.process_index() == 0))
-        batches = stack.enter_context(
-            contextlib.closing(
-                pipeline.train_batches(
-                    stage.data,
-                    runner.source,
-                    batch_size=run.batch_size,
-                    seed=run.seed,
-                    start=first,
-                    stop=total,
-                    mesh=mesh,
-                )
-            )
-        )
+        batches = stack.enter_context(contextlib.closing(runner.batches(first)))
         progress = Progress(name, writer, start=first, total=total, batch_size=run.batch_size, saved=log)
         stack.enter_context(progress.bar)
         stop = stack.enter_context(StopRequest())
@@ -225,9 +219,8 @@ def run_stage(stage: Stage, name: str, workdir: Path, mesh: jax.sharding.Mesh) -
             progress.add(step, step_metrics)
             last = step == total
             if step % run.log_every == 0 or last:
-                progress.log(
-                    step, {"lr": float(runner.plan.schedule(step - 1)), "epoch": step / runner.plan.steps_per_epoch}
-                )
+                epoch = step / runner.plan.steps_per_epoch
+                progress.log(step, {"lr": float(runner.plan.schedule(step - 1)), "epoch": epoch})
             if step % run.checkpoint_every == 0 or last or stop.asked:
                 progress.collect()  # a state whose loss is not finite is never saved
                 checkpoints.save(step, *items(state), progress.state())
@@ -238,9 +231,10 @@ def run_stage(stage: Stage, name: str, workdir: Path, mesh: jax.sharding.Mesh) -
 
         if total == 0:
             checkpoints.save(0, *items(state), progress.state())
-        results = {**progress.averages, **runner.evaluate(state)}
-        writer.write(total, results)
+        evaluated = runner.evaluate(state)
+        writer.write(total, evaluated)
         checkpoints.wait()
+        results = {**progress.averages, **evaluated}
         write_json(runner.folder / "DONE", {"step": total, "metrics": results})
         if stop.asked:
             raise Interrupted(f"stopped after stage {name}; run the same command to go on")

@@ -14,7 +14,7 @@ import dataclasses
 from tinymim_jax import recipes
 from tinymim_jax.config import Config, Data, Decoder, Init, Knn, Stage, Teacher, ViT
 
-SIZES = {"l": (384, 12, 12), "b": (256, 12, 8), "s": (192, 12, 6), "t": (96, 12, 3)}  # width, blocks, heads
+SIZES = {"l": (384, 12, 12), "b": (288, 12, 6), "s": (192, 12, 6), "t": (96, 12, 3)}  # width, blocks, heads
 SHORT_SIZES = {"l": (96, 6, 8), "b": (72, 6, 6), "s": (64, 6, 4), "t": (48, 6, 3)}
 MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)
 

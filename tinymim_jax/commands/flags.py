@@ -10,7 +10,22 @@ from ml_collections import config_flags
 from tinymim_jax import config
 from tinymim_jax.config import Config, InputError
 
-# A field with choices is read as a string here; `config.check` knows the choices.
+
+class OrNone(flags.ArgumentParser):
+    """Reads "none" as None, and all else as `parser` does; `config.check` knows which fields may be None."""
+
+    def __init__(self, parser: flags.ArgumentParser):
+        self.parser = parser
+
+    def parse(self, argument: Any) -> Any:
+        """A value of the field's type, or None."""
+        return None if argument in ("none", "None", None) else self.parser.parse(argument)
+
+
+config_flags.register_flag_parser_for_type(int, OrNone(flags.IntegerParser()))
+config_flags.register_flag_parser_for_type(float, OrNone(flags.FloatParser()))
+config_flags.register_flag_parser_for_type(str, OrNone(flags.ArgumentParser()))
+# A field with choices is read as a string; `config.check` knows the choices.
 config_flags.register_flag_parser_for_type(Literal, flags.ArgumentParser())
 
 

@@ -1,5 +1,6 @@
 """The contract of evaluators, and the pass over a data set that they share."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -32,8 +33,11 @@ class Batches:
         batch_size = -(-batch_size // mesh.size) * mesh.size  # padding is masked, so rounding up is free of effect
         self.args: dict[str, Any] = {"batch_size": batch_size, "mesh": mesh}
         self.data, self.source = data, sources.open_source(data)
-        # Arrays made readable by every process.
-        self.whole = jax.jit(lambda arrays: arrays, out_shardings=mesh_lib.replicated(mesh))
+
+    @functools.cached_property
+    def whole(self) -> Callable[[Any], Any]:
+        """Makes arrays that are split over processes readable by each."""
+        return jax.jit(lambda arrays: arrays, out_shardings=mesh_lib.replicated(self.args["mesh"]))
 
     def __iter__(self) -> Iterator[Batch]:
         return pipeline.eval_batches(self.data, self.source, **self.args)

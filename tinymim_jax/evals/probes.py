@@ -54,4 +54,6 @@ def knn_predict(
     cosine = jnp.matmul(jnp.asarray(queries), jnp.asarray(bank).T, precision="highest")
     similarity, nearest = jax.lax.top_k(cosine, k)
     votes = jax.nn.one_hot(jnp.asarray(bank_labels)[nearest], num_classes)  # [q, k, C]
-    return np.asarray(jnp.argmax(jnp.einsum("qk,qkc->qc", jnp.exp((similarity - similarity[:, :1]) / temperature), votes), axis=1))
+    return np.asarray(
+        jnp.argmax(jnp.einsum("qk,qkc->qc", jnp.exp((similarity - similarity[:, :1]) / temperature), votes), axis=1)
+    )

@@ -37,7 +37,7 @@ class Task(Protocol):
     """All that differs between pre-training, distillation and fine-tuning."""
 
     untrained: tuple[str, ...]
-    """Regexes of the parameters that the loss does not read, and of fixed positions: they keep their values, undecayed."""
+    """Regexes of fixed positions and of the parameters that the loss does not read: kept as they are, undecayed."""
 
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Variables, Frozen]:
         """Fresh variables and frozen arrays."""
