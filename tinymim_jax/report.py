@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +62,16 @@ def loss_curves(workdir: Path, names: list[str]) -> matplotlib.figure.Figure:
         kinds.setdefault(handoff.read_stage(workdir / name).task.kind, []).append(name)
     figure = matplotlib.figure.Figure(figsize=(5.5 * len(kinds), 4))
     for axes, (kind, stages) in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds.items(), strict=True):
+        groups = list(dict.fromkeys(re.sub(r"_\d+$", "", name) for name in stages))  # stages that differ by seed
         for name in stages:
+            group = re.sub(r"_\d+$", "", name)
+            label = group if axes.get_legend_handles_labels()[1].count(group) == 0 else None
             lines = [line for line in writer.read(workdir / name / "metrics.jsonl") if "epoch" in line]
-            axes.plot([line["epoch"] for line in lines], [line["loss"] for line in lines], label=name)
+            x, y = [line["epoch"] for line in lines], [line["loss"] for line in lines]
+            axes.plot(x, y, color=f"C{groups.index(group)}", label=label, linewidth=1)
         axes.set(title=kind, xlabel="epoch", ylabel="loss")
         axes.grid(alpha=0.3)
-        if len(stages) <= 8:
-            axes.legend()
+        axes.legend()
     return figure
 
 
@@ -86,7 +90,7 @@ def reconstructions(stage: config.Stage, name: str, workdir: Path) -> matplotlib
         pred = pred * np.tile(stage.data.std, patch**2) + np.tile(stage.data.mean, patch**2)
     masked = np.asarray(out.is_masked)[..., None]
     rows = [pixels, np.where(masked, GREY, pixels), np.where(masked, pred, pixels)]
-    figure = matplotlib.figure.Figure(figsize=(1.5 * len(images), 5))
+    figure = matplotlib.figure.Figure(figsize=(1.5 * len(images), 5), layout="constrained")
     grid = figure.subplots(3, len(images))
     for axes_row, values, label in zip(grid, rows, ("original", "masked", "reconstructed"), strict=True):
         for axes, image in zip(axes_row, _unpatch(values, patch), strict=True):
@@ -103,19 +107,21 @@ def relation_maps(stage: config.Stage, name: str, workdir: Path) -> matplotlib.f
     traces = runner.plan.task.traces(handoff.read_params(workdir / name), runner.frozen, batch, _rngs(), train=False)
     side = stage.model.image_size // stage.model.patch_size
     query = (side // 2) * side + side // 2
-    columns = [(r, who, t) for r in stage.task.relations for who, t in zip(("teacher", "student"), traces, strict=True)]
-    figure = matplotlib.figure.Figure(figsize=(1.6 * (1 + len(columns)), 1.6 * len(images)))
-    grid = figure.subplots(len(images), 1 + len(columns))
+    names = stage.task.relations
+    figure = matplotlib.figure.Figure(figsize=(1.6 * (1 + 2 * len(names)), 1.6 * len(images)), layout="constrained")
+    grid = figure.subplots(len(images), 1 + 2 * len(names))
     for axes, image in zip(grid[:, 0], images, strict=True):
         _show(axes, image)
         patch = stage.model.patch_size
         corner = (side // 2) * patch - 0.5
         axes.add_patch(matplotlib.patches.Rectangle((corner, corner), patch, patch, fill=False, color="red"))
-    for axes_column, (relation, who, trace) in zip(grid.T[1:], columns, strict=True):
-        maps = np.asarray(relations.relation(*relations.pair(trace, relation)).mean(axis=1))[:, 1 + query, 1:]
-        for axes, values in zip(axes_column, maps, strict=True):
-            _show(axes, values.reshape(side, side))
-        axes_column[0].set_title(f"{relation.upper()} {who}", fontsize=9)
+    for column, relation in enumerate(names):
+        maps = [relations.relation(*relations.pair(trace, relation)).mean(axis=1)[:, 1 + query, 1:] for trace in traces]
+        for i, pair in enumerate(np.stack(maps, axis=1)):  # teacher and student on one scale
+            for who in range(2):
+                _show(grid[i, 1 + 2 * column + who], pair[who].reshape(side, side), vmin=0, vmax=pair.max())
+        for who, label in enumerate(("teacher", "student")):
+            grid[0, 1 + 2 * column + who].set_title(f"{relation.upper()} {label}", fontsize=9)
     figure.suptitle(f"{name}: relations of the boxed patch")
     return figure
 
@@ -158,6 +164,6 @@ def _unpatch(patches: np.ndarray, patch: int) -> np.ndarray:
     return patches.reshape(n, side, side, patch, patch, 3).swapaxes(2, 3).reshape(n, side * patch, side * patch, 3)
 
 
-def _show(axes: Any, image: np.ndarray) -> None:
-    axes.imshow(image, interpolation="nearest")
+def _show(axes: Any, image: np.ndarray, **scale: float) -> None:
+    axes.imshow(image, interpolation="nearest", **scale)
     axes.set(xticks=[], yticks=[])

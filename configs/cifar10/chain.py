@@ -38,7 +38,7 @@ def evaluation(source: Data, per_class: int | None) -> Data:
 def get_config(arg: str = "") -> Config:
     o = recipes.options(arg, data="", short=False)
     short = o["short"]
-    epochs, batch_size = (20, 128) if short else (200, 1024)
+    epochs, batch_size = (10, 128) if short else (200, 1024)
     train = data(o["data"], short, "train", 500 if short else None)
     test = evaluation(data(o["data"], short, "test", None), 100 if short else None)
     knn = Knn(test, evaluation(train, train.per_class), k=(20,))
