@@ -1,6 +1,9 @@
 import dataclasses
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -193,3 +196,37 @@ def test_there_is_one_loop_and_one_place_that_takes_gradients():
         for word in (r"StepTraceAnnotation", r"jax\.(value_and_)?grad\(")
     }
     assert found == {r"StepTraceAnnotation": ["train.py"], r"jax\.(value_and_)?grad\(": ["train.py"]}
+
+
+FOUR_DEVICES = """
+import sys
+from pathlib import Path
+import jax
+from tests.conftest import tiny_distill, tiny_mae
+from tinymim_jax import config, mesh as mesh_lib
+from tinymim_jax.train import Runner, run_stage
+
+mesh_lib.FSDP_MIN_SIZE = 64
+mesh = mesh_lib.make_mesh(config.Mesh(data=-1, fsdp=2))
+assert mesh.shape == {"data": 2, "fsdp": 2}
+stages = {"mae": tiny_mae(), "distill": tiny_distill()}
+for name, stage in stages.items():
+    stage.optim.accum_steps = 2
+    run_stage(stage, name, Path(sys.argv[1]), mesh)
+runner = Runner(stages["distill"], "distill", Path(sys.argv[1]), mesh)
+state, _ = runner.start()
+for tree in (state.params, state.opt_state, runner.frozen):
+    assert any(not x.is_fully_replicated for x in jax.tree.leaves(tree))
+"""
+
+
+def test_four_devices_with_split_parameters_train_like_one(chain, mesh, tmp_path):
+    for name in ("mae", "distill"):
+        chain.stages[name].optim.accum_steps = 2
+        run_stage(chain.stages[name], name, tmp_path / "one", mesh)
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    subprocess.run([sys.executable, "-c", FOUR_DEVICES, str(tmp_path / "four")], env=env, check=True)
+    for name in ("mae", "distill"):
+        one, four = [lines_without_speed(tmp_path / side / name / "metrics.jsonl") for side in ("one", "four")]
+        for a, b in zip(one, four, strict=True):
+            assert {key: pytest.approx(value, rel=1e-3) for key, value in a.items()} == b
