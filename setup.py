@@ -21,7 +21,7 @@ setup(
         "flax>=0.12",
         "grain>=0.2.15",
         "importlib_resources",  # tensorflow-datasets imports it and does not say so
-        "jax>=0.10,<0.13",
+        "jax>=0.10,<0.12",
         "matplotlib",
         "ml_collections>=1.1",
         "msgpack",

@@ -4,8 +4,9 @@ import statistics
 import pytest
 
 from tinymim_jax import chain as chain_lib
-from tinymim_jax import config, handoff
+from tinymim_jax import handoff
 from tinymim_jax.config import Compare, InputError
+from tinymim_jax.validate import check
 
 
 def snapshot(folder):
@@ -15,7 +16,7 @@ def snapshot(folder):
 @pytest.fixture
 def finished(chain, tmp_path):
     chain.compare = {"table": Compare("knn/top1_k3", {"a": ("mae",)})}
-    return chain, tmp_path, chain_lib.run_chain(config.check(chain), tmp_path)
+    return chain, tmp_path, chain_lib.run_chain(check(chain), tmp_path)
 
 
 def test_a_chain_runs_in_order_and_is_not_run_twice(finished, capsys):
@@ -26,7 +27,7 @@ def test_a_chain_runs_in_order_and_is_not_run_twice(finished, capsys):
     assert results["compare"]["table"]["rows"]["a"]["values"] == [results["stages"]["mae"]["knn/top1_k3"]]
     before = snapshot(workdir)
     capsys.readouterr()
-    assert chain_lib.run_chain(config.check(chain), workdir) == results
+    assert chain_lib.run_chain(check(chain), workdir) == results
     assert snapshot(workdir) == before
     assert [line for line in capsys.readouterr().out.splitlines() if "finished, skipped" in line] == [
         f"{name}: finished, skipped" for name in results["stages"]
@@ -36,12 +37,39 @@ def test_a_chain_runs_in_order_and_is_not_run_twice(finished, capsys):
     chain.stages["mae"].optim.lr = 5e-4
     for call in (chain_lib.run_chain, chain_lib.describe_chain):
         with pytest.raises(InputError, match=r"mae was run with another config \(optim\.lr: 0\.001 -> 0\.0005\)"):
-            call(config.check(chain), workdir)
+            call(check(chain), workdir)
     assert snapshot(workdir) == before
 
     # Fields that only change speed may be edited.
     chain.stages["mae"].optim.lr, chain.stages["mae"].run.log_every = 1e-3, 7
-    assert chain_lib.run_chain(config.check(chain), workdir) == results
+    assert chain_lib.run_chain(check(chain), workdir) == results
+
+
+def test_an_unfinished_stage_takes_the_advice_of_the_error_that_stopped_it(chain, tmp_path):
+    chain.stages = {"mae": chain.stages["mae"]}
+    chain.stages["mae"].optim.lr = 1e38
+    with pytest.raises(InputError, match="lower optim.lr"):
+        chain_lib.run_chain(check(chain), tmp_path)
+    chain.stages["mae"].optim.lr = 1e-3
+    assert chain_lib.run_chain(check(chain), tmp_path)["stages"]["mae"]["loss"] > 0
+
+
+def test_an_unfinished_stage_with_a_checkpoint_may_change_little(chain, tmp_path, stop_at):
+    stop_at(2)
+    with pytest.raises(KeyboardInterrupt):
+        chain_lib.run_chain(check(chain), tmp_path)
+    chain.stages["mae"].optim.weight_decay = 0.1
+    with pytest.raises(InputError, match=r"optim\.weight_decay: 0\.05 -> 0\.1"):
+        chain_lib.run_chain(check(chain), tmp_path)
+    chain.stages["mae"].optim.weight_decay, chain.stages["mae"].data.on_bad_image = 0.05, "skip"
+    assert "distill" in chain_lib.run_chain(check(chain), tmp_path)["stages"]
+
+
+def test_a_mistake_in_a_later_stage_is_found_before_the_first_runs(chain, tmp_path):
+    chain.stages["distill"].task.teacher.block = 9
+    with pytest.raises(InputError, match="stage distill: teacher.block 9 is beyond the teacher's 3 blocks"):
+        chain_lib.run_chain(check(chain), tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_one_stage_needs_its_sources(chain, tmp_path):

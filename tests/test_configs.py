@@ -13,6 +13,7 @@ from tinymim_jax import config
 from tinymim_jax.config import Classification, Data, Decoder, Distill, Knn, Mae
 from tinymim_jax.mesh import make_mesh
 from tinymim_jax.train import Interrupted, run_stage
+from tinymim_jax.validate import check
 
 ROOT = Path(__file__).parent.parent / "configs"
 FILES = sorted(str(p.relative_to(ROOT)) for p in ROOT.rglob("*.py"))
@@ -31,7 +32,7 @@ def load(name):
     spec = importlib.util.spec_from_file_location("config_file", ROOT / path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return config.check(module.get_config(arg))
+    return check(module.get_config(arg))
 
 
 def shrink_depth(depth):
@@ -87,7 +88,7 @@ def shrink_chain(cfg, sources=None):
             init = stage.task.teacher.init
             teacher_depth = depths[init.stage or Path(init.path).name]
         stages[name] = shrink(stage, teacher_depth)
-    return config.check(config.Config(cfg.name, stages))
+    return check(config.Config(cfg.name, stages))
 
 
 def run_interrupted(cfg, workdir, stop_at):

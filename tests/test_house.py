@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "tinymim_jax"
 LAYERS = [
     ["config"],
-    ["mesh", "metrics", "writer"],
+    ["validate", "mesh", "metrics", "writer"],
     ["optim", "checkpoint", "recipes", "progress", "models", "objectives", "data"],
     ["handoff", "tasks"],
     ["plan", "evals"],
@@ -63,7 +63,7 @@ def test_every_module_with_code_has_its_tests(path):
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_functions_and_files_are_small(path):
     text = path.read_text()
-    assert len(text.splitlines()) <= (450 if path.name == "config.py" else 300)
+    assert len(text.splitlines()) <= (330 if path.name == "config.py" else 300)
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef) and node.name not in LONG_FUNCTIONS:
             assert node.end_lineno - node.lineno < 50, node.name

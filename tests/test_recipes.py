@@ -1,7 +1,8 @@
 import pytest
 
-from tinymim_jax import config, optim, recipes
+from tinymim_jax import optim, recipes
 from tinymim_jax.config import Config, Init, InputError, Teacher
+from tinymim_jax.validate import check
 
 SUFFIX = {"tiny": "t", "small": "s", "base": "b"}
 
@@ -234,7 +235,7 @@ def all_stages():
 
 
 def test_recipes_are_valid_configs():
-    config.check(Config("all", all_stages()))
+    check(Config("all", all_stages()))
 
 
 def objects(value):

@@ -33,6 +33,7 @@ def assert_same_tree(a, b):
 @pytest.mark.parametrize("step", [1, 2, 3])
 def test_an_interrupted_chain_ends_like_an_uninterrupted_one(chain, mesh, tmp_path, stop_at, step):
     chain.stages["finetune"].optim.ema = 0.9
+    chain.stages["mae"].run.eval_every = 1
     names = list(chain.stages)
     whole = run_chain_of(chain, tmp_path / "whole", mesh, names)
     for name in names:
@@ -107,6 +108,13 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(chai
     assert not handoff.finished(tmp_path / "mae")
 
 
+def test_labels_beyond_the_head_stop_the_run(chain, mesh, tmp_path):
+    stage = chain.stages["finetune"]
+    stage.init, stage.model.num_classes = None, 4
+    with pytest.raises(InputError, match=r"step 1 has labels that model\.num_classes leaves no output for"):
+        run_stage(stage, "finetune", tmp_path, mesh)
+
+
 def batch_of(stage, n=8):
     rng = np.random.default_rng(0)
     size = stage.data.image_size
@@ -142,6 +150,16 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(chain):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-7), whole.opt_state, parts.opt_state)
     assert float(parts_metrics["loss"].count) == 8
     np.testing.assert_allclose(parts_metrics["loss"].value(), whole_metrics["loss"].value(), rtol=1e-5)
+
+
+def test_accumulation_weighs_micro_batches_by_their_valid_images(chain):
+    stage = plain_classify(chain)
+    batch = batch_of(stage)
+    batch["is_valid"][[0, 4]] = False  # both in the first of four micro-batches
+    whole, _ = one_step(stage, batch)
+    stage.optim.accum_steps = 4
+    parts, _ = one_step(stage, batch)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-7), whole.opt_state, parts.opt_state)
 
 
 def test_ema_follows_the_weights(chain):

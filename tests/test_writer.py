@@ -91,3 +91,18 @@ def test_tensorboard_purges_what_comes_after_start(tmp_path):
         pass
     starts = [e.step for e in events(tmp_path) if e.HasField("session_log")]
     assert starts == [5]
+
+
+def test_an_evaluation_done_again_after_a_crash_is_one_line(tmp_path):
+    with Writer(tmp_path) as writer:
+        writer.write(4, {"loss": 0.5})
+        writer.write(4, {"val/top1": 10.0})
+    with Writer(tmp_path, start=4) as writer:
+        writer.write(4, {"val/top1": 10.0})
+    assert steps(tmp_path) == [4, 4]
+
+
+def test_an_inactive_writer_touches_nothing(tmp_path):
+    with Writer(tmp_path / "none", active=False) as writer:
+        writer.write(1, {"loss": 0.5})
+    assert not (tmp_path / "none").exists()

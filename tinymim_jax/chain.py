@@ -9,10 +9,13 @@ from typing import Any
 from tinymim_jax import checkpoint, config, handoff, optim
 from tinymim_jax.config import Config, InputError, Stage
 from tinymim_jax.data import sources
-from tinymim_jax.mesh import make_mesh
+from tinymim_jax.mesh import check_batch, make_mesh
 from tinymim_jax.models import vit
 from tinymim_jax.plan import Plan, make_plan, teacher_init
 from tinymim_jax.train import run_stage, write_json
+
+# What an unfinished stage may be given anew: the ways out that error messages name.
+MENDABLE_FIELDS = ("optim.lr", "optim.clip_norm", "data.on_bad_image", "model.remat", "run.eval_every")
 
 
 def run_chain(cfg: Config, workdir: Path, only: str | None = None) -> dict[str, Any]:
@@ -20,10 +23,10 @@ def run_chain(cfg: Config, workdir: Path, only: str | None = None) -> dict[str, 
 
     Raises InputError for bad input, a finished stage whose config was edited among it, before any stage runs.
     """
-    check_stage_name(cfg, only)
-    for name, stage in cfg.stages.items():
-        check_unedited(stage, workdir / name)
     mesh = make_mesh(cfg.mesh)
+    for stage in cfg.stages.values():
+        check_batch(stage.run.batch_size // stage.optim.accum_steps, mesh)
+    describe_chain(cfg, workdir, only)  # what is wrong with a later stage is said now
     for name in cfg.stages if only is None else [only]:
         if handoff.finished(workdir / name):
             print(f"{name}: finished, skipped", flush=True)
@@ -41,11 +44,15 @@ def check_stage_name(cfg: Config, name: str | None) -> None:
 
 
 def check_unedited(stage: Stage, folder: Path) -> None:
-    """Raises InputError with the differences if `folder` holds this stage with another config."""
-    if not (folder / "stage.json").exists():
+    """Raises InputError with the differences if `folder` holds this stage with another config.
+
+    A stage without a checkpoint may be edited freely, one with a checkpoint but unfinished in `MENDABLE_FIELDS`.
+    """
+    if not (folder / "stage.json").exists() or not (handoff.finished(folder) or checkpoint.steps(folder)):
         return
     changes = config.differences(config.to_dict(handoff.read_stage(folder)), config.to_dict(stage))
-    if changes:
+    mendable = not handoff.finished(folder) and all(c.split(":")[0] in MENDABLE_FIELDS for c in changes)
+    if changes and not mendable:
         raise InputError(
             f"{folder} was run with another config ({'; '.join(changes)}); undo the edit, choose another --workdir,"
             f" or delete {folder} to run it again"

@@ -1,4 +1,4 @@
-"""What an experiment is: typed dataclasses, checked once, stored as JSON.
+"""What an experiment is: typed dataclasses, stored as JSON.
 
 A config file returns a `Config`. Every field has its default here and nowhere else.
 """
@@ -230,7 +230,7 @@ class Config:
         self.stages = from_dict(dict[str, Stage], to_dict(self.stages), "config.stages")
 
 
-# Fields that change the speed or the bookkeeping of a stage, never its result.
+# Fields that change the speed or the bookkeeping of a stage, never its weights.
 RUNTIME_FIELDS = ("threads", "workers", "prefetch", "log_every", "checkpoint_every", "keep", "num_examples")
 
 
@@ -299,115 +299,12 @@ def _union_from_dict(options: tuple, value: Any, where: str) -> Any:
     return from_dict(kinds[name], value, where)
 
 
-def check(config: Config) -> Config:
-    """A checked, independent copy of `config`; raises InputError on a wrong type, choice or combination."""
-    config = from_dict(Config, to_dict(config))
-    if config.mesh.fsdp < 1 or (config.mesh.data < 1 and config.mesh.data != -1):
-        raise InputError(f"mesh: data {config.mesh.data} and fsdp {config.mesh.fsdp} must be at least 1 (data: or -1)")
-    earlier: list[str] = []
-    for name, stage in config.stages.items():
-        _check_stage(f"stages.{name}", stage)
-        for init in sources(stage):
-            if init.stage is not None and init.stage not in earlier:
-                raise InputError(
-                    f"stages.{name}: takes weights from stage {init.stage!r}, which is not an earlier stage;"
-                    f" those are: {', '.join(earlier) or 'none'}"
-                )
-        earlier.append(name)
-    for title, table in config.compare.items():
-        names = [name for row in table.rows.values() for name in row]
-        for name in names:
-            if name not in config.stages:
-                raise InputError(f"compare.{title}: there is no stage {name!r}")
-        for name in names:
-            if table.metric.split("/")[0] not in config.stages[name].evals:
-                raise InputError(f"compare.{title}: metric {table.metric!r} is of no eval of stage {name!r}")
-    return config
-
-
 def sources(stage: Stage) -> Iterator[Init]:
     """Every hand-over that feeds `stage`: its initial weights, then its teacher."""
     if stage.init is not None:
         yield stage.init
     if isinstance(stage.task, Distill):
         yield stage.task.teacher.init
-
-
-def _check_stage(where: str, stage: Stage) -> None:
-    _check_ranges(where, stage)
-    model, run, optim = stage.model, stage.run, stage.optim
-    if model.image_size % model.patch_size:
-        raise InputError(
-            f"{where}.model: image_size {model.image_size} is not a multiple of patch_size {model.patch_size}"
-        )
-    if stage.data.image_size != model.image_size:
-        raise InputError(
-            f"{where}: data.image_size {stage.data.image_size} differs from model.image_size {model.image_size}"
-        )
-    if model.width % 4:
-        raise InputError(f"{where}.model: width {model.width} is not a multiple of 4, which sin-cos positions need")
-    for field in ("num_heads", "last_block_heads"):
-        heads = getattr(model, field)
-        if heads is not None and (heads < 1 or model.width % heads):
-            raise InputError(f"{where}.model: width {model.width} is not a multiple of {field} {heads}")
-    if (run.epochs is None) == (run.steps is None):
-        raise InputError(f"{where}.run: set exactly one of epochs and steps")
-    if run.batch_size < 1 or run.batch_size % optim.accum_steps:
-        raise InputError(f"{where}: batch_size {run.batch_size} is not a multiple of accum_steps {optim.accum_steps}")
-    for init in sources(stage):
-        if (init.stage is None) == (init.path is None):
-            raise InputError(f"{where}: an init needs exactly one of stage and path")
-    if isinstance(stage.task, Classify) and model.num_classes < 2:
-        raise InputError(f"{where}.model: classify needs num_classes of at least 2, got {model.num_classes}")
-    if isinstance(stage.task, Distill) and not 1 <= stage.task.student_block <= model.depth:
-        raise InputError(
-            f"{where}.task: student_block {stage.task.student_block} is beyond the student's {model.depth} blocks"
-        )
-    if isinstance(stage.task, Mae) and (model.pool != "cls" or model.num_classes):
-        raise InputError(f"{where}.model: mae needs pool 'cls', whose norm feeds the decoder, and no num_classes")
-    for name, cfg in stage.evals.items():
-        _check_eval(f"{where}.evals.{name}", stage, cfg)
-
-
-def _check_eval(where: str, stage: Stage, cfg: Eval) -> None:
-    """What would otherwise be found only after the training."""
-    for data in [cfg.data, cfg.bank] if isinstance(cfg, Knn) else [cfg.data]:
-        if data.transform != "eval":
-            raise InputError(f"{where}: data.transform is 'train', which is random; set it to 'eval'")
-        for field in ("image_size", "mean", "std"):
-            if getattr(data, field) != getattr(stage.data, field):
-                raise InputError(f"{where}: data.{field} differs from the stage's, {getattr(stage.data, field)}")
-    if cfg.batch_size < 1:
-        raise InputError(f"{where}.batch_size is {cfg.batch_size}; it must be at least 1")
-    if isinstance(cfg, Knn) and (not cfg.k or min(cfg.k) < 1 or cfg.temperature <= 0):
-        raise InputError(
-            f"{where}: k {cfg.k} must hold numbers of at least 1, and temperature {cfg.temperature} be above 0"
-        )
-    if isinstance(cfg, Classification) and not stage.model.num_classes:
-        raise InputError(f"{where}: classification needs a model with a head; set model.num_classes, or use knn")
-
-
-def _check_ranges(where: str, stage: Stage) -> None:
-    data, run, model = stage.data, stage.run, stage.model
-    checks = {
-        "model.depth": (model.depth, model.depth >= 1, "at least 1"),
-        "model.patch_size": (model.patch_size, model.patch_size >= 1, "at least 1"),
-        "run.steps": (run.steps, run.steps is None or run.steps >= 0, "at least 0"),
-        "run.epochs": (run.epochs, run.epochs is None or run.epochs >= 0, "at least 0"),
-        "run.seed": (run.seed, run.seed >= 0, "at least 0"),
-        "run.log_every": (run.log_every, run.log_every >= 1, "at least 1"),
-        "run.checkpoint_every": (run.checkpoint_every, run.checkpoint_every >= 1, "at least 1"),
-        "run.keep": (run.keep, run.keep >= 1, "at least 1"),
-        "optim.accum_steps": (stage.optim.accum_steps, stage.optim.accum_steps >= 1, "at least 1"),
-        "data.crop_pct": (data.crop_pct, 0 < data.crop_pct <= 1, "above 0 and at most 1"),
-        "data.threads": (data.threads, data.threads >= 1, "at least 1"),
-        "data.workers": (data.workers, data.workers >= 0, "at least 0"),
-        "data.prefetch": (data.prefetch, data.prefetch >= 1, "at least 1"),
-        "model.drop_path": (model.drop_path, 0 <= model.drop_path < 1, "at least 0 and below 1"),
-    }
-    for field, (value, is_good, range_) in checks.items():
-        if not is_good:
-            raise InputError(f"{where}.{field} is {value}; it must be {range_}")
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:

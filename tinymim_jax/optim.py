@@ -62,7 +62,11 @@ def rules(params: Any, cfg: Optim, untrained: tuple[str, ...] = ()) -> Any:
             )
         return found[0]
 
-    return jax.tree.map(rule, paths(params))
+    names = paths(params)
+    for pattern in cfg.freeze:
+        if not any(matches((pattern,), name) for name in jax.tree.leaves(names)):
+            raise InputError(f"optim.freeze: {pattern!r} matches no parameter")
+    return jax.tree.map(rule, names)
 
 
 def lr_scales(params: Any, layer_decay: float, depth: int) -> Any:

@@ -9,6 +9,7 @@ import optax
 
 from tinymim_jax import config, handoff, optim
 from tinymim_jax.config import InputError, Stage
+from tinymim_jax.data import randaugment
 from tinymim_jax.tasks import make_task
 from tinymim_jax.tasks.base import Task
 
@@ -48,6 +49,8 @@ def make_plan(stage: Stage, teacher: config.ViT | None, num_examples: int) -> Pl
     variables, frozen = jax.eval_shape(task.init, jax.random.key(0), example_batch(stage))
     params = variables["params"]
     labels = optim.rules(params, cfg, task.untrained)
+    if stage.data.rand_augment:
+        randaugment.parse(stage.data.rand_augment)
     schedule = optim.make_schedule(cfg, run.batch_size, steps_per_epoch, total_steps)
     tx = optim.make_optimizer(cfg, schedule, labels, optim.lr_scales(params, cfg.layer_decay, stage.model.depth))
     return Plan(stage, task, steps_per_epoch, total_steps, schedule, labels, tx, params, frozen)

@@ -64,6 +64,11 @@ class Progress:
                     f"stage {self.name}: the {bad[0]} is not finite at step {step}; the last good checkpoint is kept:"
                     " lower optim.lr or set optim.clip_norm, and run again"
                 )
+            if "labels_beyond_head" in values and values["labels_beyond_head"].sum:
+                raise InputError(
+                    f"stage {self.name}: step {step} has labels that model.num_classes leaves no output for;"
+                    " set it to the number of classes of the data"
+                )
             floats = {key: Mean(float(m.sum), float(m.count)) for key, m in values.items()}
             self.window = metrics.merge([self.window, floats])
         self.pending.clear()

@@ -155,13 +155,14 @@ def finetune(model: ViT, init: Init | None, train: Data, val: Data, *, code: boo
     )
 
 
-def finetune_imagenet(size: str, init: Init, path: str = "", *, code: bool = False) -> Stage:
-    """ImageNet fine-tuning of a 300-epoch model (supplement, Table 2); `path` as in `imagenet`.
+def finetune_imagenet(size: str, init: Init, path: str = "", *, short: bool = False, code: bool = False) -> Stage:
+    """ImageNet fine-tuning of a 300-epoch or (short) 100-epoch model (supplement, Table 2); `path` as in `imagenet`.
 
-    ViT-B differs: 100 epochs, batch 1024, lr 2e-3, drop path 0.2.
+    ViT-B differs: 100 epochs, batch 1024, lr 2e-3, drop path 0.2, or 0.1 if short.
     """
     stage = finetune(classifier(size), init, imagenet(True, path), imagenet(False, path), code=code)
     if size == "base":
         stage.optim.lr, stage.run.batch_size, stage.run.epochs = 5e-4, 1024, 100
+        stage.model.drop_path = 0.1 if short else 0.2
     stage.run.eval_every = 10 * (stage.data.num_examples // stage.run.batch_size)
     return stage

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from tinymim_jax import config, handoff, writer
 from tinymim_jax import mesh as mesh_lib
+from tinymim_jax.config import InputError
 from tinymim_jax.data import augment, decode, sources
 from tinymim_jax.objectives import relations
 from tinymim_jax.tasks.base import STREAMS, Batch
@@ -47,8 +48,11 @@ def write(workdir: Path, names: list[str]) -> list[Path]:
     figures = {"loss": loss_curves(workdir, names)}
     for name in names:
         stage = handoff.read_stage(workdir / name)
-        if stage.task.kind in PICTURES:
-            figures[f"{name}_{stage.task.kind}"] = PICTURES[stage.task.kind](stage, name, workdir)
+        try:
+            if stage.task.kind in PICTURES:
+                figures[f"{name}_{stage.task.kind}"] = PICTURES[stage.task.kind](stage, name, workdir)
+        except InputError as error:  # a picture is no reason for a finished run to fail
+            print(f"no picture of {name}: {error}")
     paths = {folder / f"{key}.png": figure for key, figure in figures.items()}
     for path, figure in paths.items():
         figure.savefig(path, dpi=110, bbox_inches="tight")

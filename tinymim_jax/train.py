@@ -85,7 +85,7 @@ def make_train_step(plan: Plan) -> TrainStep:
 def accumulate(
     gradients: Callable, steps: int, state: TrainState, frozen: Frozen, batch: Batch, rng: jax.Array
 ) -> tuple[Any, Any]:
-    """Mean gradients and summed metrics over `steps` micro-batches, each spread over all devices."""
+    """Gradients of the mean over all valid images, and summed metrics, from `steps` micro-batches over all devices."""
     if steps == 1:
         return gradients(state, frozen, batch, rng)
     # Row i goes to micro-batch i % steps, so that no row moves to another device.
@@ -94,13 +94,13 @@ def accumulate(
     def body(total: Any, item: tuple[Batch, jax.Array]) -> tuple[Any, Any]:
         rows, i = item
         grads, aux = gradients(state, frozen, rows, jax.random.fold_in(rng, i))
-        return jax.tree.map(jnp.add, total, grads), aux
+        return jax.tree.map(lambda t, g: t + g * aux.metrics["loss"].count, total, grads), aux
 
     zeros = jax.tree.map(jnp.zeros_like, state.params)
     grads, aux = jax.lax.scan(body, zeros, (micro, jnp.arange(steps)))
     summed = jax.tree.map(lambda x: x.sum(axis=0), aux.metrics)
     newest = jax.tree.map(lambda x: x[-1], aux.model_state)
-    return jax.tree.map(lambda g: g / steps, grads), aux.replace(metrics=summed, model_state=newest)
+    return jax.tree.map(lambda g: g / summed["loss"].count, grads), aux.replace(metrics=summed, model_state=newest)
 
 
 class Runner:
@@ -208,7 +208,8 @@ def run_stage(stage: Stage, name: str, workdir: Path, mesh: jax.sharding.Mesh) -
         progress = Progress(name, writer, start=first, total=total, batch_size=run.batch_size, saved=log)
         stack.enter_context(progress.bar)
         stop = stack.enter_context(StopRequest())
-        rng = jax.device_put(jax.random.fold_in(jax.random.key(run.seed), 1), mesh_lib.replicated(mesh))
+        replicated = mesh_lib.replicated(mesh)
+        rng = jax.jit(lambda: jax.random.fold_in(jax.random.key(run.seed), 1), out_shardings=replicated)()
         train_step = jit_step(runner.plan, mesh, runner.shardings)
 
         for step in range(first + 1, total + 1):
@@ -221,13 +222,13 @@ def run_stage(stage: Stage, name: str, workdir: Path, mesh: jax.sharding.Mesh) -
             if step % run.log_every == 0 or last:
                 epoch = step / runner.plan.steps_per_epoch
                 progress.log(step, {"lr": float(runner.plan.schedule(step - 1)), "epoch": epoch})
+            if run.eval_every and step % run.eval_every == 0 and not last:
+                writer.write(step, runner.evaluate(state))
             if step % run.checkpoint_every == 0 or last or stop.asked:
                 progress.collect()  # a state whose loss is not finite is never saved
                 checkpoints.save(step, *items(state), progress.state())
             if stop.asked and not last:
                 raise Interrupted(f"stage {name} stopped at step {step} of {total}; run the same command to go on")
-            if run.eval_every and step % run.eval_every == 0 and not last:
-                writer.write(step, runner.evaluate(state))
 
         if total == 0:
             checkpoints.save(0, *items(state), progress.state())

@@ -11,20 +11,22 @@ class Writer:
 
     def __init__(self, folder: Path, start: int = 0, *, active: bool = True):
         """`active` False, on all processes but one: writes nothing."""
-        self.path, self.active = folder / "metrics.jsonl", active
+        self.path, self.active, self.last = folder / "metrics.jsonl", active, None
         if not active:
             return
         kept = [line for line in read(self.path) if line["step"] <= start]
         folder.mkdir(parents=True, exist_ok=True)
         self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self.last = kept[-1] if kept else None
         self.file = self.path.open("a")
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """One line {"step": step, name: value, ...}, flushed."""
-        if not self.active:
+        line = {"step": step, **scalars}
+        if not self.active or line == self.last:  # the last: an evaluation done again after a crash
             return
-        self.file.write(json.dumps({"step": step, **scalars}) + "\n")
+        self.file.write(json.dumps(line) + "\n")
         self.file.flush()
         for name, value in scalars.items():
             self.board.add_scalar(name, value, step)

@@ -1,8 +1,8 @@
 """TinyMIM pre-training of ViT-T on ImageNet-1K with TinyMIM-S (block 12) as the teacher, 300 epochs.
 
-python -m tinymim_jax run --config=configs/imagenet/tinymim_t.py --workdir=runs/imagenet
+python -m tinymim_jax run --config=configs/imagenet/tinymim_t.py --workdir=runs/tinymim_t
 
-Options: teacher=PATH, the folder of the teacher's stage (default runs/imagenet/distill_s); data=PATH, an ImageFolder
+Options: teacher=PATH, the folder of the teacher's stage (default runs/tinymim_s/distill_s); data=PATH, an ImageFolder
 tree with train/ and val/ (default tfds' imagenet2012); short, 100 epochs; code, the released code's values.
 Cost: not measured here. Expected: 75.8 % top-1 after configs/imagenet/finetune_t.py (TinyMIM Table 3).
 """
@@ -11,8 +11,8 @@ from tinymim_jax import config, recipes
 
 
 def get_config(arg: str = "") -> config.Config:
-    o = recipes.options(arg, teacher="runs/imagenet/distill_s", data="", short=False, code=False)
+    o = recipes.options(arg, teacher="runs/tinymim_s/distill_s", data="", short=False, code=False)
     teacher = recipes.teacher_from("small", config.Init(path=o["teacher"]), "tiny")
     model, data = recipes.student("tiny", code=o["code"]), recipes.imagenet(True, o["data"])
     stage = recipes.distill(model, teacher, data, epochs=100 if o["short"] else 300, code=o["code"])
-    return config.Config("imagenet", {"distill_t": stage})
+    return config.Config("tinymim_t", {"distill_t": stage})

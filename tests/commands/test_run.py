@@ -1,6 +1,7 @@
 """`run` as a user types it: what it does, and one line with exit status 2 for each kind of bad input."""
 
 import json
+import re
 
 import pytest
 
@@ -90,6 +91,8 @@ BAD = {
         "teacher.block 4 is beyond the teacher's 3 blocks",
     ),
     "student block beyond depth": (["{config}", f"{STAGE}.distill.task.student_block=3"], "beyond the student's 2 blocks"),
+    "freezes nothing": (["{config}", f"{STAGE}.mae.optim.freeze=('encoder/blok.*',)"], "matches no parameter"),
+    "bad RandAugment": (["{config}", f"{STAGE}.mae.data.rand_augment=foo"], "data.rand_augment"),
     "loss is not finite": (["{config}", f"{STAGE}.mae.optim.lr=1e38"], "is not finite at step 2; the last good checkpoint is kept"),
 }  # fmt: skip
 
@@ -121,3 +124,28 @@ def test_a_batch_that_the_devices_do_not_share_equally(config_file):
     argv = [sys.executable, "-m", "tinymim_jax", "run", f"--config={config_file}", "--workdir=work"]
     done = subprocess.run(argv, capture_output=True, text=True, env=env, check=False)
     assert (done.returncode, done.stderr) == (2, "error: batch_size 8 is not a multiple of the 3 devices; use 6\n")
+
+
+def test_ctrl_c_in_a_terminal_with_worker_processes(config_file, tmp_path):
+    """A terminal sends SIGINT to the whole process group, workers too."""
+    import os
+    import signal
+    import subprocess
+    import sys
+    import time
+    from pathlib import Path
+
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent.parent), "PYTHONUNBUFFERED": "1"}
+    flags = [f"{STAGE}.mae.run.steps=100000", f"{STAGE}.mae.run.log_every=1", f"{STAGE}.mae.data.workers=1"]
+    argv = [sys.executable, "-m", "tinymim_jax", "run", f"--config={config_file}", "--workdir=work", *flags]
+    run = subprocess.Popen(argv, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+    log = tmp_path / "work" / "mae" / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not (log.exists() and log.read_text().count("\n") > 3) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    os.killpg(run.pid, signal.SIGINT)
+    err = run.communicate(timeout=120)[1].decode()
+    assert run.returncode == 130, err
+    stopped = re.search(r"interrupted: stage mae stopped at step (\d+) of 100000", err)
+    assert stopped and "Traceback" not in err, err
+    assert (tmp_path / "work" / "mae" / "checkpoints" / stopped[1]).is_dir()

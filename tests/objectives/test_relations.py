@@ -1,5 +1,6 @@
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -76,3 +77,10 @@ def test_shapes_are_asserted():
         relations.relation_logits(normal(0), normal(1)[:, :4])
     with pytest.raises(AssertionError):
         relations.relation_logits(normal(0)[0], normal(1)[0])
+
+
+def test_bfloat16_inputs_are_scaled_in_float32():
+    # 1 / sqrt(48) is not a bfloat16: scaling the inputs would bias every logit.
+    a, b = (jax.random.normal(jax.random.key(i), (1, 5, 2, 48)).astype(jnp.bfloat16) for i in range(2))
+    expected = np.einsum("bnhe,bmhe->bhnm", np.float64(a), np.float64(b)) / 48**0.5
+    np.testing.assert_allclose(relations.relation_logits(a, b), expected, rtol=1e-5, atol=1e-5)

@@ -15,7 +15,8 @@ from tinymim_jax.config import Config, InputError, Stage
 
 USAGE = """python -m tinymim_jax bench step --config=FILE[:options] --stage=NAME [--batch_size=N] [--rounds=N]
 
-  step                              times a stage's training step on random images, no data needed
+  step                              times a stage's training step on random images and weights, no data needed;
+                                    a teacher named by path needs its stage.json
   --config.stages.NAME.FIELD=VALUE  changes one field, e.g. ....model.dtype=float32
   --batch_size=N                    over all devices (default: the stage's)
   --rounds=N                        the median of N is reported"""
@@ -30,9 +31,9 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_integer("batch_size", None, "images a step", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("rounds", 5, "measurements", lower_bound=1, flag_values=values)
     verb = argv[0] if argv else "--help"
-    if verb not in VERBS and not verb.startswith("-"):
+    if verb not in VERBS and verb not in ("-h", "--help"):
         raise InputError(f"unknown benchmark {verb!r}; choose one of {', '.join(VERBS)}")
-    cfg = parse(values, argv[1:] if verb in VERBS else argv)
+    cfg = parse(values, argv[1:] or ["--help"])
     if values.stage not in cfg.stages:
         raise InputError(f"--stage={values.stage}: choose one of {', '.join(cfg.stages)}")
     if values.batch_size:

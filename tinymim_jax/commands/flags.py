@@ -7,12 +7,12 @@ from typing import Any, Literal
 from absl import flags
 from ml_collections import config_flags
 
-from tinymim_jax import config
 from tinymim_jax.config import Config, InputError
+from tinymim_jax.validate import check
 
 
 class OrNone(flags.ArgumentParser):
-    """Reads "none" as None, and all else as `parser` does; `config.check` knows which fields may be None."""
+    """Reads "none" as None, and all else as `parser` does; `validate.check` knows which fields may be None."""
 
     def __init__(self, parser: flags.ArgumentParser):
         self.parser = parser
@@ -25,7 +25,7 @@ class OrNone(flags.ArgumentParser):
 config_flags.register_flag_parser_for_type(int, OrNone(flags.IntegerParser()))
 config_flags.register_flag_parser_for_type(float, OrNone(flags.FloatParser()))
 config_flags.register_flag_parser_for_type(str, OrNone(flags.ArgumentParser()))
-# A field with choices is read as a string; `config.check` knows the choices.
+# A field with choices is read as a string; `validate.check` knows the choices.
 config_flags.register_flag_parser_for_type(Literal, flags.ArgumentParser())
 
 
@@ -54,7 +54,7 @@ def parse(values: flags.FlagValues, argv: list[str]) -> Config:
         raise InputError(" ".join(str(error).split())) from None
     if rest:
         raise InputError(f"unexpected argument {rest[0]!r}; see --help")
-    return config.check(values.config)
+    return check(values.config)
 
 
 def _load(path: str) -> Config:

@@ -6,6 +6,7 @@ from pathlib import Path
 from absl import flags
 
 from tinymim_jax.commands.flags import new_flags, parse
+from tinymim_jax.config import InputError
 
 USAGE = """python -m tinymim_jax run --config=FILE[:options] [--workdir=DIR] [--stage=NAME] [--dry_run]
 
@@ -24,6 +25,8 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_bool("dry_run", False, "print the plan only", flag_values=values)
     cfg = parse(values, argv)
     workdir = Path(values.workdir or f"runs/{cfg.name}").expanduser()
+    if workdir.exists() and not workdir.is_dir():
+        raise InputError(f"--workdir={workdir} is a file; name a folder")
 
     import jax
 

@@ -5,6 +5,9 @@ import dataclasses
 import functools
 import gc
 import logging
+import multiprocessing
+import signal
+import threading
 from collections.abc import Iterator
 
 import chex
@@ -87,6 +90,13 @@ class EvalRows:
                     raise
                 log.warning("skipped: %s", error)
         return {"image": image, "label": label, "is_valid": is_valid, "index": index.astype(np.int32)}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        in_worker = multiprocessing.parent_process() is not None
+        if in_worker and threading.current_thread() is threading.main_thread():
+            # A terminal sends Ctrl-C to workers too; it is the trainer that ends them, once its state is saved.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def numbers(self, step: int) -> tuple[int, np.ndarray]:
         """(epoch, record numbers int64 [batch_size]) of the whole batch; -1: no record."""

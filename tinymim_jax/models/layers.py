@@ -41,7 +41,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
     Heads out front make both products plain batched matmuls, which XLA on the CPU runs fastest.
     """
-    logits = jnp.einsum("bhne,bhme->bhnm", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("bhne,bhme->bhnm", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     return jnp.einsum("bhnm,bhme->bhne", jax.nn.softmax(logits).astype(v.dtype), v)
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from tinymim_jax import config
 from tinymim_jax.data.device_augment import mix, normalize, random_erasing, to_float
@@ -47,7 +48,8 @@ class Classify:
         if train and self.task.mix_prob and (self.task.mixup or self.task.cutmix):
             is_valid &= is_valid[::-1]  # an unreadable image has been mixed into its partner
         loss = Mean.of(losses.soft_cross_entropy(out.logits, targets), is_valid)
-        return loss.value(), Aux({"loss": loss}, model_state)
+        beyond = Mean.of(jnp.sum(batch["label"] >= self.cfg.num_classes))
+        return loss.value(), Aux({"loss": loss, "labels_beyond_head": beyond}, model_state)
 
     def predict(self, variables: Variables, frozen: Frozen, batch: Batch) -> Outputs:
         """Features: mean patch token, or CLS, as the head pools."""

@@ -1,0 +1,153 @@
+"""What is wrong with a config, said before anything runs."""
+
+import re
+
+from tinymim_jax.config import (
+    Classification,
+    Classify,
+    Config,
+    Distill,
+    Eval,
+    Init,
+    InputError,
+    Knn,
+    Mae,
+    Stage,
+    from_dict,
+    sources,
+    to_dict,
+)
+
+
+def check(config: Config) -> Config:
+    """A checked, independent copy of `config`; raises InputError on a wrong type, choice or combination."""
+    config = from_dict(Config, to_dict(config))
+    if config.mesh.fsdp < 1 or (config.mesh.data < 1 and config.mesh.data != -1):
+        raise InputError(f"mesh: data {config.mesh.data} and fsdp {config.mesh.fsdp} must be at least 1 (data: or -1)")
+    earlier: list[str] = []
+    for name, stage in config.stages.items():
+        _check_stage(f"stages.{name}", stage)
+        for init in sources(stage):
+            if init.stage is not None and init.stage not in earlier:
+                raise InputError(
+                    f"stages.{name}: takes weights from stage {init.stage!r}, which is not an earlier stage;"
+                    f" those are: {', '.join(earlier) or 'none'}"
+                )
+        earlier.append(name)
+    for title, table in config.compare.items():
+        names = [name for row in table.rows.values() for name in row]
+        for name in names:
+            if name not in config.stages:
+                raise InputError(f"compare.{title}: there is no stage {name!r}")
+        for name in names:
+            if table.metric.split("/")[0] not in config.stages[name].evals:
+                raise InputError(f"compare.{title}: metric {table.metric!r} is of no eval of stage {name!r}")
+    return config
+
+
+def _check_stage(where: str, stage: Stage) -> None:
+    _check_ranges(where, stage)
+    model, run, optim = stage.model, stage.run, stage.optim
+    if model.image_size % model.patch_size:
+        raise InputError(
+            f"{where}.model: image_size {model.image_size} is not a multiple of patch_size {model.patch_size}"
+        )
+    if stage.data.image_size != model.image_size:
+        raise InputError(
+            f"{where}: data.image_size {stage.data.image_size} differs from model.image_size {model.image_size}"
+        )
+    if model.width % 4:
+        raise InputError(f"{where}.model: width {model.width} is not a multiple of 4, which sin-cos positions need")
+    for field in ("num_heads", "last_block_heads"):
+        heads = getattr(model, field)
+        if heads is not None and (heads < 1 or model.width % heads):
+            raise InputError(f"{where}.model: width {model.width} is not a multiple of {field} {heads}")
+    if (run.epochs is None) == (run.steps is None):
+        raise InputError(f"{where}.run: set exactly one of epochs and steps")
+    if run.batch_size < 1 or run.batch_size % optim.accum_steps:
+        raise InputError(f"{where}: batch_size {run.batch_size} is not a multiple of accum_steps {optim.accum_steps}")
+    for init in sources(stage):
+        if (init.stage is None) == (init.path is None):
+            raise InputError(f"{where}: an init needs exactly one of stage and path")
+    if isinstance(stage.task, Classify) and model.num_classes < 2:
+        raise InputError(f"{where}.model: classify needs num_classes of at least 2, got {model.num_classes}")
+    if isinstance(stage.task, Distill) and not 1 <= stage.task.student_block <= model.depth:
+        raise InputError(
+            f"{where}.task: student_block {stage.task.student_block} is beyond the student's {model.depth} blocks"
+        )
+    for pattern in [*optim.decay, *optim.no_decay, *optim.freeze, *(p for i in sources(stage) for p in _patterns(i))]:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise InputError(f"{where}: {pattern!r} is not a regular expression ({error})") from None
+    if isinstance(stage.task, Distill) and len(set(stage.task.relations)) != len(stage.task.relations or (0, 0)):
+        raise InputError(f"{where}.task.relations {stage.task.relations} must name at least one relation, each once")
+    if isinstance(stage.task, Mae):
+        _check_mae(where, stage.task)
+    if isinstance(stage.task, Mae) and (model.pool != "cls" or model.num_classes):
+        raise InputError(f"{where}.model: mae needs pool 'cls', whose norm feeds the decoder, and no num_classes")
+    for name, cfg in stage.evals.items():
+        _check_eval(f"{where}.evals.{name}", stage, cfg)
+
+
+def _patterns(init: Init) -> tuple[str, ...]:
+    return (*init.skip, *init.fresh, *init.rename)
+
+
+def _check_mae(where: str, task: Mae) -> None:
+    decoder = task.decoder
+    if decoder.width % 4 or decoder.num_heads < 1 or decoder.width % decoder.num_heads or decoder.depth < 1:
+        raise InputError(f"{where}.task.decoder: width {decoder.width} must be a multiple of 4 and of its num_heads")
+    if not 0 < task.mask_ratio < 1:
+        raise InputError(f"{where}.task.mask_ratio is {task.mask_ratio}; it must be above 0 and below 1")
+
+
+def _check_eval(where: str, stage: Stage, cfg: Eval) -> None:
+    """What would otherwise be found only after the training."""
+    for data in [cfg.data, cfg.bank] if isinstance(cfg, Knn) else [cfg.data]:
+        if data.transform != "eval":
+            raise InputError(f"{where}: data.transform is 'train', which is random; set it to 'eval'")
+        for field in ("image_size", "mean", "std"):
+            if getattr(data, field) != getattr(stage.data, field):
+                raise InputError(f"{where}: data.{field} differs from the stage's, {getattr(stage.data, field)}")
+    if cfg.batch_size < 1:
+        raise InputError(f"{where}.batch_size is {cfg.batch_size}; it must be at least 1")
+    if isinstance(cfg, Knn) and (not cfg.k or min(cfg.k) < 1 or cfg.temperature <= 0):
+        raise InputError(
+            f"{where}: k {cfg.k} must hold numbers of at least 1, and temperature {cfg.temperature} be above 0"
+        )
+    if isinstance(cfg, Classification) and not stage.model.num_classes:
+        raise InputError(f"{where}: classification needs a model with a head; set model.num_classes, or use knn")
+
+
+def _check_ranges(where: str, stage: Stage) -> None:
+    data, run, model, optim = stage.data, stage.run, stage.model, stage.optim
+    checks = {
+        "model.depth": (model.depth, model.depth >= 1, "at least 1"),
+        "model.patch_size": (model.patch_size, model.patch_size >= 1, "at least 1"),
+        "run.steps": (run.steps, run.steps is None or run.steps >= 0, "at least 0"),
+        "run.epochs": (run.epochs, run.epochs is None or run.epochs >= 0, "at least 0"),
+        "run.seed": (run.seed, run.seed >= 0, "at least 0"),
+        "run.log_every": (run.log_every, run.log_every >= 1, "at least 1"),
+        "run.checkpoint_every": (run.checkpoint_every, run.checkpoint_every >= 1, "at least 1"),
+        "run.keep": (run.keep, run.keep >= 1, "at least 1"),
+        "optim.lr": (optim.lr, optim.lr >= 0, "at least 0"),
+        "optim.b1": (optim.b1, 0 <= optim.b1 < 1, "at least 0 and below 1"),
+        "optim.b2": (optim.b2, 0 <= optim.b2 < 1, "at least 0 and below 1"),
+        "optim.layer_decay": (optim.layer_decay, 0 < optim.layer_decay <= 1, "above 0 and at most 1"),
+        "optim.clip_norm": (optim.clip_norm, optim.clip_norm is None or optim.clip_norm > 0, "above 0, or none"),
+        "optim.ema": (optim.ema, optim.ema is None or 0 < optim.ema < 1, "above 0 and below 1, or none"),
+        "data.crop_scale": (data.crop_scale, 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1, "0 < low <= high <= 1"),
+        "data.crop_ratio": (data.crop_ratio, 0 < data.crop_ratio[0] <= data.crop_ratio[1], "0 < low <= high"),
+        "data.hflip": (data.hflip, 0 <= data.hflip <= 1, "at least 0 and at most 1"),
+        "data.std": (data.std, min(data.std) > 0, "above 0"),
+        "optim.accum_steps": (optim.accum_steps, optim.accum_steps >= 1, "at least 1"),
+        "data.crop_pct": (data.crop_pct, 0 < data.crop_pct <= 1, "above 0 and at most 1"),
+        "data.threads": (data.threads, data.threads >= 1, "at least 1"),
+        "data.workers": (data.workers, data.workers >= 0, "at least 0"),
+        "data.prefetch": (data.prefetch, data.prefetch >= 1, "at least 1"),
+        "model.drop_path": (model.drop_path, 0 <= model.drop_path < 1, "at least 0 and below 1"),
+    }
+    for field, (value, is_good, range_) in checks.items():
+        if not is_good:
+            raise InputError(f"{where}.{field} is {value}; it must be {range_}")
