@@ -54,8 +54,8 @@ def check_unedited(stage: Stage, folder: Path) -> None:
     mendable = not handoff.finished(folder) and all(c.split(":")[0] in MENDABLE_FIELDS for c in changes)
     if changes and not mendable:
         raise InputError(
-            f"{folder} was run with another config ({'; '.join(changes)}); undo the edit, choose another --workdir,"
-            f" or delete {folder} to run it again"
+            f"{folder} was run with another config ({'; '.join(changes)}); repeat the same --config overrides,"
+            f" undo the edit, choose another --workdir, or delete {folder} to run it again"
         )
 
 

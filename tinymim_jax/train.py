@@ -194,11 +194,12 @@ def run_stage(stage: Stage, name: str, workdir: Path, mesh: jax.sharding.Mesh) -
       InputError: bad input, or a loss that is not finite.
       Interrupted: after Ctrl-C or SIGTERM, the state saved.
     """
-    runner = Runner(stage, name, workdir, mesh)
-    run, total = stage.run, runner.plan.total_steps
-    state, log = runner.start()  # before anything is written
-    first = int(state.step)
     with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
+        runner = Runner(stage, name, workdir, mesh)
+        run, total = stage.run, runner.plan.total_steps
+        state, log = runner.start()  # before anything is written
+        first = int(state.step)
         checkpoints = stack.enter_context(Checkpoints(runner.folder, run.keep))
         write_json(runner.folder / "stage.json", describe(runner.plan))
         lines = [f"{name}: {total} steps of {run.batch_size} images", *runner.report, *runner.plan.untrained_line()]
@@ -207,7 +208,6 @@ def run_stage(stage: Stage, name: str, workdir: Path, mesh: jax.sharding.Mesh) -
         batches = stack.enter_context(contextlib.closing(runner.batches(first)))
         progress = Progress(name, writer, start=first, total=total, batch_size=run.batch_size, saved=log)
         stack.enter_context(progress.bar)
-        stop = stack.enter_context(StopRequest())
         replicated = mesh_lib.replicated(mesh)
         rng = jax.jit(lambda: jax.random.fold_in(jax.random.key(run.seed), 1), out_shardings=replicated)()
         train_step = jit_step(runner.plan, mesh, runner.shardings)

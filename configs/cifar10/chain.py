@@ -12,7 +12,7 @@ Expected: no published number at these sizes.
 import dataclasses
 
 from tinymim_jax import recipes
-from tinymim_jax.config import Classify, Config, Data, Decoder, Init, Knn, Stage, Teacher, ViT
+from tinymim_jax.config import Config, Data, Decoder, Init, Knn, Stage, Teacher, ViT
 
 SIZES = {"l": (384, 12, 12), "b": (288, 12, 6), "s": (192, 12, 6), "t": (96, 12, 3)}  # width, blocks, heads
 SHORT_SIZES = {"l": (96, 6, 8), "b": (72, 6, 6), "s": (64, 6, 4), "t": (48, 6, 3)}
@@ -52,10 +52,7 @@ def get_config(arg: str = "") -> Config:
     def mae_l() -> Stage:
         stage = recipes.mae(vit("l", short), train)
         stage.task.decoder = Decoder(64, 2, 4) if short else Decoder(192, 4, 6)
-        stage = pretrained(stage)
-        if short:  # a quarter of the patches makes cheap epochs, and a teacher must have something to teach
-            stage.run.epochs, stage.optim.warmup_epochs = 40, 4
-        return stage
+        return pretrained(stage)
 
     def distill(size: str, source: str, block: int, heads: int) -> Stage:
         model = vit(size, short, last_block_heads=heads, drop_path=0.0 if short else 0.1)
@@ -66,8 +63,6 @@ def get_config(arg: str = "") -> Config:
         stage = recipes.finetune(model, Init(f"distill_{size}"), train, test)
         stage.optim = dataclasses.replace(stage.optim, lr=1e-3, lr_batch=None, warmup_epochs=2, layer_decay=0.8)
         stage.run = dataclasses.replace(stage.run, batch_size=batch_size, epochs=10 if short else 100, log_every=20)
-        if short:  # too few steps for strong augmentation
-            stage.task, stage.data.rand_augment = Classify(mixup=0.0, cutmix=0.0, erasing=0.0), ""
         return stage
 
     depth, heads, block = (6, 8, 5) if short else (12, 12, 9)

@@ -33,6 +33,10 @@ def test_an_override_of_one_stage_leaves_the_others():
     assert cfg.stages["distill_s"].evals["knn"].k == (10,)
 
 
+def test_a_space_after_config():
+    assert parse(new_flags("usage"), ["--config", "configs/digits/chain.py"]).name == "digits"
+
+
 def test_help_is_printed_and_exits_with_0(capsys):
     with pytest.raises(SystemExit) as stop:
         parsed("--help")

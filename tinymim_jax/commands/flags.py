@@ -38,6 +38,7 @@ def new_flags(usage: str) -> flags.FlagValues:
 
 def parse(values: flags.FlagValues, argv: list[str]) -> Config:
     """Parses `argv` into `values` and the checked config; raises InputError, or SystemExit(0) after printing help."""
+    argv = _joined(argv)
     if not argv or "--help" in argv or "-h" in argv:
         print(values["help"].help)
         raise SystemExit(0)
@@ -55,6 +56,14 @@ def parse(values: flags.FlagValues, argv: list[str]) -> Config:
     if rest:
         raise InputError(f"unexpected argument {rest[0]!r}; see --help")
     return check(values.config)
+
+
+def _joined(argv: list[str]) -> list[str]:
+    """`--config FILE` as `--config=FILE`, the form that is looked for."""
+    if "--config" in argv[:-1]:
+        i = argv.index("--config")
+        return [*argv[:i], f"--config={argv[i + 1]}", *argv[i + 2 :]]
+    return argv
 
 
 def _load(path: str) -> Config:
