@@ -60,7 +60,7 @@ def fold(keys: Iterable[str], among: Iterable[str]) -> str:
 
 
 def _prefixes(key: str) -> list[str]:
-    """ "a/b/c" -> ["a", "a/b", "a/b/c"]."""
+    """Every leading part of a path: a, a/b and a/b/c of a/b/c."""
     parts = key.split("/")
     return ["/".join(parts[: i + 1]) for i in range(len(parts))]
 

@@ -17,6 +17,7 @@ from tinymim_jax import config, handoff, writer
 from tinymim_jax import mesh as mesh_lib
 from tinymim_jax.config import InputError
 from tinymim_jax.data import augment, decode, sources
+from tinymim_jax.models.layers import patchify
 from tinymim_jax.objectives import relations
 from tinymim_jax.tasks.base import STREAMS, Batch
 from tinymim_jax.train import Runner
@@ -86,7 +87,7 @@ def reconstructions(stage: config.Stage, name: str, workdir: Path) -> matplotlib
     task, patch = runner.plan.task, stage.model.patch_size
     params = handoff.read_params(workdir / name)
     out, _ = task.reconstruct(params, batch, _rngs(), train=False)
-    pixels = _patches(images, patch)
+    pixels = patchify(images, patch)
     pred = np.asarray(out.pred)
     if stage.task.norm_pix_loss:  # back to each patch's own mean and contrast, which the model was not asked for
         pred = pred * pixels.std(axis=-1, ddof=1, keepdims=True) + pixels.mean(axis=-1, keepdims=True)
@@ -156,14 +157,8 @@ def _rngs() -> dict[str, jax.Array]:
     return {name: jax.random.key(i) for i, name in enumerate(STREAMS)}
 
 
-def _patches(images: np.ndarray, patch: int) -> np.ndarray:
-    """[n, S, S, 3] -> [n, L, P]."""
-    n, side = len(images), images.shape[1] // patch
-    return images.reshape(n, side, patch, side, patch, 3).swapaxes(2, 3).reshape(n, side * side, -1)
-
-
 def _unpatch(patches: np.ndarray, patch: int) -> np.ndarray:
-    """[n, L, P] -> [n, S, S, 3]."""
+    """The inverse of `patchify`: [n, L, P] -> [n, S, S, 3]."""
     n, side = len(patches), round(patches.shape[1] ** 0.5)
     return patches.reshape(n, side, side, patch, patch, 3).swapaxes(2, 3).reshape(n, side * patch, side * patch, 3)
 
