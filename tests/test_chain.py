@@ -1,4 +1,7 @@
+import dataclasses
 import json
+import os
+import signal
 import statistics
 
 import pytest
@@ -73,7 +76,7 @@ def test_a_mistake_in_a_later_stage_is_found_before_the_first_runs(chain, tmp_pa
 
 
 def test_one_stage_needs_its_sources(chain, tmp_path):
-    with pytest.raises(InputError, match="no stage"):
+    with pytest.raises(InputError, match="stage distill: takes weights from .*mae, which has no finished stage"):
         chain_lib.run_chain(chain, tmp_path, only="distill")
     assert not (tmp_path / "distill").exists()
     results = chain_lib.run_chain(chain, tmp_path, only="mae")
@@ -93,9 +96,56 @@ def test_a_description_says_what_would_happen_and_touches_nothing(chain, tmp_pat
         "regrouped 6 -> 2 heads: encoder/block2/attn/qkv",
         "not trained by the source: encoder/block2/attn/proj, encoder/block2/mlp, encoder/block2/norm2",
         "status: would start",
+        "devices: 1 x cpu, data 1 x fsdp 1",
+        "data: digits, split train: 40 images",
     ):
         assert line in text
     assert chain_lib.describe_chain(chain, tmp_path / "work", "mae").count("status") == 1
+
+
+def test_a_description_of_other_devices_and_data_elsewhere(chain, tmp_path):
+    chain.mesh.fsdp = 3
+    chain.stages["mae"].optim.accum_steps = 2
+    chain.stages["mae"].data = dataclasses.replace(chain.stages["mae"].data, source="folder", path="/gone")
+    chain.stages["mae"].data.num_examples = 16
+    text = chain_lib.describe_chain(chain, tmp_path)
+    assert "fsdp 3 does not fill 1 devices" in text
+    assert "4 steps of 8 images in 2 micro-batches" in text
+    assert "data: folder /gone, split train: not at hand, needed to run: /gone/train: no such folder" in text
+
+
+def test_one_stage_is_not_kept_from_running_by_another(chain, tmp_path):
+    chain.stages["distill"].task.teacher.block = 9
+    chain_lib.run_chain(check(chain), tmp_path, only="mae")
+    with pytest.raises(InputError, match="stage distill: teacher.block 9"):
+        chain_lib.run_chain(check(chain), tmp_path, only="finetune")
+
+
+def test_classes_must_have_the_same_names(chain, tmp_path):
+    import numpy as np
+    from PIL import Image
+
+    for split, classes in (("train", "ab"), ("test", "ac")):
+        for name in classes:
+            (tmp_path / "tree" / split / name).mkdir(parents=True)
+            for i in range(4):
+                Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "tree" / split / name / f"{i}.png")
+    stage = chain.stages["mae"]
+    for data in (stage.data, stage.evals["knn"].data, stage.evals["knn"].bank):
+        data.source, data.path = "folder", str(tmp_path / "tree")
+    with pytest.raises(InputError, match=r"stage mae: data: train and test differ in their classes \(b\)"):
+        chain_lib.run_chain(chain, tmp_path / "work")
+
+
+def test_ctrl_c_before_the_first_stage(chain, tmp_path, monkeypatch):
+    def interrupted(cfg, name, *_):
+        if name == "mae":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(chain_lib, "check_ready", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="before stage mae; run the same command"):
+        chain_lib.run_chain(chain, tmp_path)
+    assert not (tmp_path / "mae").exists()
 
 
 def test_a_description_finds_a_hand_over_that_would_fail(chain, tmp_path):
@@ -133,7 +183,7 @@ def test_a_teacher_from_another_workdir(chain, tmp_path):
     assert "block 2 of 3" in chain_lib.describe_chain(chain, tmp_path / "b")
     assert chain_lib.run_chain(chain, tmp_path / "b")["stages"]["distill"]["loss"] > 0
     init.path = str(tmp_path / "nowhere")
-    with pytest.raises(InputError, match=r"nowhere is not the folder of a stage: it has no stage\.json"):
+    with pytest.raises(InputError, match="nowhere does not exist; run that stage first"):
         chain_lib.run_chain(chain, tmp_path / "c")
     assert not (tmp_path / "c").exists() or not handoff.finished(tmp_path / "c" / "distill")
 

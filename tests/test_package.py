@@ -38,5 +38,11 @@ def test_load_gives_a_model_with_relations(chain, mesh, tmp_path):
 
 
 def test_load_of_something_else(tmp_path):
+    with pytest.raises(InputError, match="gone does not exist; run that stage first"):
+        tinymim_jax.load(tmp_path / "gone")
+    (tmp_path / "work" / "mae").mkdir(parents=True)
+    (tmp_path / "work" / "mae" / "stage.json").write_text("{}")
+    with pytest.raises(InputError, match="work is not the folder of a stage: name one of the stages in it: mae"):
+        tinymim_jax.load(tmp_path / "work")
     with pytest.raises(InputError, match=r"is not the folder of a stage: it has no stage\.json"):
         tinymim_jax.load(tmp_path)

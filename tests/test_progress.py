@@ -42,9 +42,9 @@ def test_averages_between_log_lines():
     progress.log(3, {"lr": 0.2})
     assert [step for step, _ in lines] == [2, 3]
     # (4 + 2) / (4 + 1), not the mean of 1 and 2
-    assert without_speed(lines[0][1]) == pytest.approx({"loss": 1.2, "kl": 1.5, "lr": 0.1})
-    assert without_speed(lines[1][1]) == {"loss": 2.0, "kl": 7.0, "lr": 0.2}
-    assert progress.averages == {"loss": 2.0, "kl": 7.0, "lr": 0.2}
+    assert without_speed(lines[0][1]) == pytest.approx({"loss": 1.2, "kl": 1.5, "lr": 0.1, "bad_images": 0})
+    assert without_speed(lines[1][1]) == {"loss": 2.0, "kl": 7.0, "lr": 0.2, "bad_images": 0}
+    assert progress.averages == {"loss": 2.0, "kl": 7.0, "lr": 0.2, "bad_images": 0}
 
 
 def test_speed():
@@ -131,15 +131,28 @@ def test_an_interrupted_run_writes_what_an_uninterrupted_one_does():
 
 def test_state_holds_the_last_averages():
     progress, _ = make_progress()
-    assert progress.state() == {"window": {}, "averages": {}}
+    assert progress.state() == {"window": {}, "averages": {}, "bad_images": 0}
     progress.add(1, step_metrics(2.0))
     progress.log(1, {"lr": 0.5})
     progress.add(2, step_metrics(3.0, count=2.0))
     progress.collect()
-    assert progress.state() == {"window": {"loss": [3.0, 2.0]}, "averages": {"loss": 0.5, "lr": 0.5}}
+    averages = {"loss": 0.5, "lr": 0.5, "bad_images": 0}
+    assert progress.state() == {"window": {"loss": [3.0, 2.0]}, "averages": averages, "bad_images": 0}
     resumed, _ = make_progress(progress.state(), start=2)
-    assert resumed.averages == {"loss": 0.5, "lr": 0.5}  # a run that was over has its results
+    assert resumed.averages == averages  # a run that was over has its results
     assert resumed.state() == progress.state()
+
+
+def test_bad_images_are_counted_over_the_whole_run():
+    progress, lines = make_progress()
+    for step, bad in enumerate([2.0, 0.0, 3.0], 1):
+        progress.add(step, step_metrics(1.0, bad_images=bad))
+        progress.log(step, {})
+    assert [scalars["bad_images"] for _, scalars in lines] == [2, 2, 5]
+    resumed, lines = make_progress(json.loads(json.dumps(progress.state())), start=3)
+    resumed.add(4, step_metrics(1.0, bad_images=1.0))
+    resumed.log(4, {})
+    assert lines[0][1]["bad_images"] == 6
 
 
 def test_collecting_twice_counts_once():

@@ -4,14 +4,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.conftest import tiny_distill, tiny_mae
 from tinymim_jax import chain as chain_lib
 from tinymim_jax import config, handoff, report
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    from tests.conftest import tiny_distill, tiny_mae
-
     folder = tmp_path_factory.mktemp("report")
     chain_lib.run_chain(config.Config("tiny", {"mae": tiny_mae(), "distill": tiny_distill()}), folder)
     return folder
@@ -63,3 +62,20 @@ def test_the_table_names_everything():
     text = report.table(results)
     for word in ("mae_l", "0.4732", "knn/top1_k10 86.40", "untrained", "T (val/top1)", "84.00", "2.31", "3"):
         assert word in text
+
+
+def test_a_picture_takes_the_next_image_where_one_is_damaged():
+    class Source:
+        def __len__(self):
+            return 12
+
+        def __getitem__(self, index):
+            if index in (0, 1):
+                return {"image": b"damaged", "label": 0}
+            return {"image": np.full((8, 8, 3), 20 * index, np.uint8), "label": 0}
+
+        def describe(self, index):
+            return f"image {index}"
+
+    _, images = report._samples(tiny_mae(), Source())
+    np.testing.assert_allclose(images[:, 0, 0, 0] * 255, [40, 40, 80, 120, 160, 200])

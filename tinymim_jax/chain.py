@@ -3,8 +3,11 @@
 import json
 import math
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from tinymim_jax import checkpoint, config, handoff, optim
 from tinymim_jax.config import Config, InputError, Stage
@@ -12,6 +15,7 @@ from tinymim_jax.data import sources
 from tinymim_jax.mesh import check_batch, make_mesh
 from tinymim_jax.models import vit
 from tinymim_jax.plan import Plan, make_plan, teacher_init
+from tinymim_jax.progress import StopRequest
 from tinymim_jax.train import run_stage, write_json
 
 # What an unfinished stage may be given anew: the ways out that error messages name.
@@ -23,15 +27,18 @@ def run_chain(cfg: Config, workdir: Path, only: str | None = None) -> dict[str, 
 
     Raises InputError for bad input, a finished stage whose config was edited among it, before any stage runs.
     """
-    mesh = make_mesh(cfg.mesh)
-    for stage in cfg.stages.values():
-        check_batch(stage.run.batch_size // stage.optim.accum_steps, mesh)
-    describe_chain(cfg, workdir, only)  # what is wrong with a later stage is said now
-    for name in cfg.stages if only is None else [only]:
-        if handoff.finished(workdir / name):
-            print(f"{name}: finished, skipped", flush=True)
-        else:
-            run_stage(cfg.stages[name], name, workdir, mesh)
+    with StopRequest() as stop:
+        mesh = make_mesh(cfg.mesh)
+        describe_chain(cfg, workdir, only)  # what is wrong with a later stage is said now
+        names = list(cfg.stages) if only is None else [only]
+        to_run = [name for name in names if not handoff.finished(workdir / name)]
+        for name in to_run:
+            check_ready(cfg, name, workdir, mesh, to_run)
+        for name in names:
+            if name in to_run:
+                run_stage(cfg.stages[name], name, workdir, mesh, stop)
+            else:
+                print(f"{name}: finished, skipped", flush=True)
     results = collect(cfg, workdir)
     write_json(workdir / "results.json", results)
     return results
@@ -41,6 +48,45 @@ def check_stage_name(cfg: Config, name: str | None) -> None:
     """Raises InputError if `name` is given and is not a stage."""
     if name is not None and name not in cfg.stages:
         raise InputError(f"--stage={name}: no such stage; choose one of {', '.join(cfg.stages)}")
+
+
+def check_ready(cfg: Config, name: str, workdir: Path, mesh: jax.sharding.Mesh, to_run: list[str]) -> None:
+    """Raises InputError if stage `name` could not start after the stages `to_run`: devices, data, weights."""
+    stage = cfg.stages[name]
+    try:
+        check_batch(stage.run.batch_size // stage.optim.accum_steps, mesh)
+        for init in config.sources(stage):
+            folder = handoff.source_folder(init, workdir)
+            if init.stage not in to_run and not handoff.finished(folder):
+                raise InputError(f"takes weights from {folder}, which has no finished stage: run that stage first")
+        classes = {data.split: sources.open_source(data).classes for data in data_sets(stage)}
+        known = {split: names for split, names in classes.items() if names is not None}
+        for split, names in known.items():
+            first, expected = next(iter(known.items()))
+            if odd := sorted(set(names) ^ set(expected)):
+                raise InputError(f"data: {first} and {split} differ in their classes ({odd[0]}); both need the same")
+            if stage.model.num_classes and len(names) > stage.model.num_classes:
+                raise InputError(f"data has {len(names)} classes; set model.num_classes, now {stage.model.num_classes}")
+    except InputError as error:
+        raise InputError(f"stage {name}: {error}") from None
+
+
+def needed(cfg: Config, name: str) -> list[str]:
+    """Stage `name` and the stages that its weights come from, directly or not, in the chain's order."""
+    names = {name}
+    for other in reversed(cfg.stages):
+        if other in names:
+            names |= {init.stage for init in config.sources(cfg.stages[other]) if init.stage is not None}
+    return [other for other in cfg.stages if other in names]
+
+
+def data_sets(stage: Stage) -> Iterator[config.Data]:
+    """Everything that `stage` reads: its training data, then that of its evals."""
+    yield stage.data
+    for cfg in stage.evals.values():
+        yield cfg.data
+        if isinstance(cfg, config.Knn):
+            yield cfg.bank
 
 
 def check_unedited(stage: Stage, folder: Path) -> None:
@@ -85,10 +131,10 @@ def describe_chain(cfg: Config, workdir: Path, only: str | None = None) -> str:
     """What `run_chain` would do, worked out from shapes alone; reads no data but its size, writes nothing."""
     check_stage_name(cfg, only)
     plans: dict[str, Plan] = {}
-    text = []
-    for name, stage in cfg.stages.items():
-        check_unedited(stage, workdir / name)
+    text = [_devices(cfg)]
+    for name in cfg.stages if only is None else needed(cfg, only):
         try:
+            check_unedited(cfg.stages[name], workdir / name)
             plans[name], lines = _describe_stage(cfg, name, workdir, plans)
         except InputError as error:
             raise InputError(f"stage {name}: {error}") from None
@@ -101,7 +147,7 @@ def _describe_stage(cfg: Config, name: str, workdir: Path, plans: dict[str, Plan
     stage = cfg.stages[name]
     init, teacher = teacher_init(stage), teacher_model(cfg, name, workdir)
     plan = make_plan(stage, teacher, stage.data.num_examples or len(sources.open_source(stage.data)))
-    lines = [_length(plan), _model(plan), _optimizer(plan)]
+    lines = [_length(plan), _model(plan), _optimizer(plan), *_data(stage)]
     if init:
         spec, frozen = stage.task.teacher, handoff.shapes(plan.frozen)
         report = handoff.match(frozen, _source_shapes(init, workdir, plans), handoff.for_teacher(init))
@@ -143,7 +189,31 @@ def _source_untrained(init: config.Init, workdir: Path, plans: dict[str, Plan]) 
 def _length(plan: Plan) -> str:
     run, task = plan.stage.run, plan.stage.task.kind
     epochs = f"{run.epochs:g} epochs x {plan.steps_per_epoch} steps = " if run.epochs is not None else ""
-    return f"{task}, {epochs}{plan.total_steps} steps of {run.batch_size} images"
+    accum = plan.stage.optim.accum_steps
+    parts = f" in {accum} micro-batches" if accum > 1 else ""
+    return f"{task}, {epochs}{plan.total_steps} steps of {run.batch_size} images{parts}"
+
+
+def _devices(cfg: Config) -> str:
+    try:
+        shape = make_mesh(cfg.mesh).shape
+    except InputError as error:
+        return f"devices: not these: {error}"
+    return (
+        f"devices: {jax.device_count()} x {jax.devices()[0].device_kind}, data {shape['data']} x fsdp {shape['fsdp']}"
+    )
+
+
+def _data(stage: Stage) -> list[str]:
+    """One line per set of records that the stage reads, also of those that are not at hand."""
+    lines = {}
+    for data in data_sets(stage):
+        what = f"data: {data.source} {data.path or data.name}".rstrip() + f", split {data.split}"
+        try:
+            lines[what] = f"{what}: {len(sources.open_source(data)):,} images"
+        except InputError as error:
+            lines[what] = f"{what}: not at hand, needed to run: {error}"
+    return list(lines.values())
 
 
 def _model(plan: Plan) -> str:

@@ -183,8 +183,12 @@ def read_untrained(folder: Path) -> list[str]:
 
 def _stage_json(folder: Path, field: str) -> Any:
     file = folder / "stage.json"
+    if not folder.is_dir():
+        raise InputError(f"{folder} does not exist; run that stage first, or name the folder of a stage that was run")
     if not file.is_file():
-        raise InputError(f"{folder} is not the folder of a stage: it has no stage.json")
+        stages = sorted(f.parent.name for f in folder.glob("*/stage.json"))
+        advice = f"name one of the stages in it: {', '.join(stages)}" if stages else "it has no stage.json"
+        raise InputError(f"{folder} is not the folder of a stage: {advice}")
     try:
         return json.loads(file.read_text())[field]
     except (ValueError, KeyError, TypeError):

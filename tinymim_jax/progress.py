@@ -15,6 +15,7 @@ from tinymim_jax.config import InputError
 from tinymim_jax.metrics import Mean
 from tinymim_jax.writer import Writer
 
+BAD_IMAGES = "bad_images"  # of a step: how many could not be read; written as a total
 STEPS_AHEAD = 3  # dispatched and unfinished: enough to keep a device busy, few enough to hold few batches
 
 
@@ -25,7 +26,8 @@ class Progress:
     """
 
     def __init__(self, name: str, writer: Writer, *, start: int, total: int, batch_size: int, saved: dict | None):
-        saved = saved or {"window": {}, "averages": {}}
+        saved = saved or {"window": {}, "averages": {}, "bad_images": 0}
+        self.bad_images = saved["bad_images"]
         self.window = {key: Mean(*sum_count) for key, sum_count in saved["window"].items()}
         self.averages: dict[str, float] = saved["averages"]
         self.name, self.writer, self.batch_size = name, writer, batch_size
@@ -70,6 +72,7 @@ class Progress:
                     " set it to the number of classes of the data"
                 )
             floats = {key: Mean(float(m.sum), float(m.count)) for key, m in values.items()}
+            self.bad_images += int(floats.pop(BAD_IMAGES, Mean(0, 1)).sum)
             self.window = metrics.merge([self.window, floats])
         self.pending.clear()
 
@@ -77,7 +80,7 @@ class Progress:
         """Writes the averages since the last call, `extra`, images/s and the share of time spent waiting for data."""
         self.collect()
         seconds = time.perf_counter() - self.since
-        self.averages = {**metrics.to_floats(self.window), **extra}
+        self.averages = {**metrics.to_floats(self.window), **extra, BAD_IMAGES: self.bad_images}
         speed = {"images_per_s": self.images / seconds, "data_wait": self.waited / seconds}
         self.writer.write(step, {**self.averages, **speed})
         self.bar.set_postfix(loss=f"{self.averages['loss']:.4g}", refresh=False)
@@ -87,7 +90,7 @@ class Progress:
     def state(self) -> dict[str, Any]:
         """The unfinished averages, as JSON types."""
         window = {key: [m.sum, m.count] for key, m in self.window.items()}
-        return {"window": window, "averages": self.averages}
+        return {"window": window, "averages": self.averages, "bad_images": self.bad_images}
 
 
 class StopRequest:

@@ -19,6 +19,7 @@ from tinymim_jax.config import InputError
 from tinymim_jax.data import augment, decode, sources
 from tinymim_jax.models.layers import patchify
 from tinymim_jax.objectives import relations
+from tinymim_jax.plan import example_batch
 from tinymim_jax.tasks.base import STREAMS, Batch
 from tinymim_jax.train import Runner
 
@@ -142,15 +143,22 @@ def _runner(stage: config.Stage, name: str, workdir: Path) -> Runner:
 def _samples(stage: config.Stage, source: sources.Source) -> tuple[Batch, np.ndarray]:
     """Images spread over the data set, uncropped: as a batch, and as floats in [0, 1] [n, S, S, 3]."""
     data = dataclasses.replace(stage.data, transform="eval", crop_pct=1.0)
-    chosen = np.linspace(0, len(source) - 1, NUM_PICTURES).astype(int)
-    pixels = [
-        augment.transform(decode.decode(source[i]["image"], source.describe(i)), data, np.random.default_rng(0))
-        for i in chosen
-    ]
-    images = np.stack(pixels)
-    labels = np.array([source[i]["label"] for i in chosen], np.int32)
-    batch = {"image": images, "label": labels, "is_valid": np.ones(len(images), bool), "index": chosen}
-    return jax.tree.map(jnp.asarray, batch), images / 255.0
+    starts = np.linspace(0, len(source), NUM_PICTURES, endpoint=False).astype(int)
+    batch = example_batch(stage, NUM_PICTURES)
+    for row, start in enumerate(starts):
+        batch["image"][row] = _first_readable(source, start, data)
+    return jax.tree.map(jnp.asarray, batch), batch["image"] / 255.0
+
+
+def _first_readable(source: sources.Source, start: int, data: config.Data) -> np.ndarray:
+    """Image `start`, or the first after it that decodes; raises InputError after ten."""
+    for i in range(start, start + 10):
+        try:
+            image = decode.decode(source[i % len(source)]["image"], source.describe(i % len(source)))
+            return augment.transform(image, data, np.random.default_rng(0))
+        except InputError as error:
+            reason = error
+    raise reason
 
 
 def _rngs() -> dict[str, jax.Array]:

@@ -21,7 +21,7 @@ from tinymim_jax.evals import make_evaluator
 from tinymim_jax.evals.base import make_predict
 from tinymim_jax.metrics import Mean
 from tinymim_jax.plan import Plan, example_batch, make_plan, teacher_init
-from tinymim_jax.progress import Progress, StopRequest
+from tinymim_jax.progress import BAD_IMAGES, Progress, StopRequest
 from tinymim_jax.tasks.base import STREAMS, Batch, Frozen
 from tinymim_jax.writer import Writer
 
@@ -76,7 +76,7 @@ def make_train_step(plan: Plan) -> TrainStep:
         params = optax.apply_updates(state.params, updates)
         ema = optax.incremental_update(params, state.ema, 1 - cfg.ema) if cfg.ema else {}
         norms = {"grad_norm": Mean.of(optax.global_norm(grads)), "param_norm": Mean.of(optax.global_norm(params))}
-        bad = {"bad_images": Mean.of(jnp.sum(~batch["is_valid"]))}
+        bad = {BAD_IMAGES: Mean.of(jnp.sum(~batch["is_valid"]))}
         return TrainState(state.step + 1, params, aux.model_state, opt_state, ema), {**aux.metrics, **norms, **bad}
 
     return step
@@ -184,8 +184,10 @@ def items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
     return model, {"opt_state": state.opt_state, "step": state.step}
 
 
-def run_stage(stage: Stage, name: str, workdir: Path, mesh: jax.sharding.Mesh) -> dict[str, float]:
-    """Runs `stage` in `workdir`/`name` to its end, from its own newest checkpoint if it has one.
+def run_stage(
+    stage: Stage, name: str, workdir: Path, mesh: jax.sharding.Mesh, stop: StopRequest | None = None
+) -> dict[str, float]:
+    """Runs `stage` in `workdir`/`name` to its end, from its own newest checkpoint if it has one, or until `stop`.
 
     Writes stage.json, metrics.jsonl, tensorboard/, checkpoints/ and, at the end, DONE with the final metrics:
     the last training averages and every evaluator's results, which it returns.
@@ -195,10 +197,12 @@ def run_stage(stage: Stage, name: str, workdir: Path, mesh: jax.sharding.Mesh) -
       Interrupted: after Ctrl-C or SIGTERM, the state saved.
     """
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(StopRequest())
+        stop = stack.enter_context(StopRequest()) if stop is None else stop
         runner = Runner(stage, name, workdir, mesh)
         run, total = stage.run, runner.plan.total_steps
         state, log = runner.start()  # before anything is written
+        if stop.asked:
+            raise Interrupted(f"before stage {name}; run the same command to go on")
         first = int(state.step)
         checkpoints = stack.enter_context(Checkpoints(runner.folder, run.keep))
         write_json(runner.folder / "stage.json", describe(runner.plan))
@@ -235,6 +239,8 @@ def run_stage(stage: Stage, name: str, workdir: Path, mesh: jax.sharding.Mesh) -
         evaluated = runner.evaluate(state)
         writer.write(total, evaluated)
         checkpoints.wait()
+        if progress.bad_images:
+            print(f"{name}: images left out because they could not be read: {progress.bad_images}, all epochs together")
         results = {**progress.averages, **evaluated}
         write_json(runner.folder / "DONE", {"step": total, "metrics": results})
         if stop.asked:

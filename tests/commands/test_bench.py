@@ -41,7 +41,8 @@ def test_the_matmul_is_not_optimised_away():
     [
         (["fly"], "unknown benchmark 'fly'; choose one of step"),
         ([DIGITS, "--stage=mae_l"], "unknown benchmark '--config=configs/digits/chain.py'; choose one of step"),
-        (["step", DIGITS], "--stage=None: choose one of mae_l"),
+        (["step", DIGITS], "--stage=NAME is needed; choose one of mae_l"),
+        (["step", DIGITS, "--stage=x"], "--stage=x: no such stage; choose one of mae_l"),
         (["step", DIGITS, "--stage=mae_l", "--batch_size=0"], "--batch_size=0: 0 is not a positive integer"),
         (
             ["step", DIGITS, "--stage=mae_l", "--config.stages.mae_l.optim.accum_steps=3"],

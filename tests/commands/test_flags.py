@@ -39,8 +39,12 @@ def test_a_space_after_config():
 
 def test_help_is_printed_and_exits_with_0(capsys):
     with pytest.raises(SystemExit) as stop:
+        parse(new_flags("usage"), ["--help"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and out.startswith("usage\n") and "config.py" in out
+    with pytest.raises(SystemExit):
         parsed("--help")
-    assert stop.value.code == 0 and capsys.readouterr().out == "usage\n"
+    assert "The demo: MAE-L -> B -> S -> T" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -51,6 +55,10 @@ def test_help_is_printed_and_exits_with_0(capsys):
         (["--config.nme=x"], "there is no 'nme'; choose one of name, stages, mesh, compare"),
         (["--config.stages.mae_l.data.crop_scale=(1,)"], "data.crop_scale"),
         (["--config.stages.mae_l.init.stage=x"], "init"),
+        (["--config.stages.mae_l.run=3"], "holds batch_size, epochs, steps"),
+        (["--stages.mae_l.run.epochs=3"], "--config.stages.mae_l.run.epochs=3"),
+        (["--config.stages.mae_l.run.epochs=twenty"], "'twenty' is not a number"),
+        (["--config.stages.mae_l.run.batch_size=1.5"], "'1.5' is not a whole number"),
     ],
 )
 def test_bad_overrides(argv, message):

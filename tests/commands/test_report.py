@@ -1,3 +1,5 @@
+import pytest
+
 from tinymim_jax.__main__ import main
 
 
@@ -6,3 +8,15 @@ def test_a_folder_without_results(tmp_path, capsys):
     assert capsys.readouterr().err == (
         f"error: {tmp_path} has no results.json: it is not the workdir of a run with a finished stage\n"
     )
+
+
+def test_a_stage_for_a_workdir(tmp_path, capsys):
+    (tmp_path / "stage.json").write_text("{}")
+    assert main(["report", str(tmp_path)]) == 2
+    assert f"is the folder of a stage; give the folder above, {tmp_path.parent}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("argv", "status", "text"), [([], 0, "WORKDIR"), (["a", "b"], 2, "unexpected argument 'b'")])
+def test_arguments(argv, status, text, capsys):
+    assert main(["report", *argv]) == status
+    assert text in "".join(capsys.readouterr())

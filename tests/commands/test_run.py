@@ -61,13 +61,13 @@ BAD = {
     "stray argument": (["{config}", "train"], "unexpected argument 'train'"),
     "unknown field": (["{config}", f"{STAGE}.mae.optim.learning_rate=1"], "there is no 'learning_rate'; choose one of lr"),
     "unknown stage in a field": (["{config}", f"{STAGE}.nope.optim.lr=1"], "there is no 'nope'; choose one of mae"),
-    "wrong type": (["{config}", f"{STAGE}.mae.optim.lr=fast"], "could not convert string to float: 'fast'"),
+    "wrong type": (["{config}", f"{STAGE}.mae.optim.lr=fast"], "'fast' is not a number"),
     "unknown choice": (["{config}", f"{STAGE}.mae.model.dtype=int8"], "choose one of 'float32', 'bfloat16'"),
     "unknown --stage": (["{config}", "--stage=x"], "no such stage; choose one of mae, distill, finetune"),
-    "missing stage": (["{config}", "--stage=distill"], "is not the folder of a stage"),
+    "missing stage": (["{config}", "--stage=distill"], "takes weights from work/mae, which has no finished stage: run that stage first"),
     "missing checkpoint": (
         ["{config}", f"{STAGE}.distill.task.teacher.init.stage=none", f"{STAGE}.distill.task.teacher.init.path=gone", "--stage=distill"],
-        "gone is not the folder of a stage",
+        "gone does not exist; run that stage first, or name the folder of a stage",
     ),
     "head mismatch": (
         ["{config}", "--dry_run", f"{STAGE}.distill.model.last_block_heads=3"],
@@ -83,6 +83,16 @@ BAD = {
         ["{config}", f"{STAGE}.mae.data.source=folder", f"{STAGE}.mae.data.path=hollow", f"{STAGE}.mae.data.per_class=none"],
         "a class folder without images",
     ),
+    "stage for a workdir": (["{config}", "--workdir=stage"], "--workdir=stage is the folder of a stage; give the folder above"),
+    "file for a workdir": (["{config}", "--workdir=config.py/x"], "config.py is a file; name a folder"),
+    "missing evaluation data": (
+        ["{config}", f"{STAGE}.finetune.evals.val.data.source=folder", f"{STAGE}.finetune.evals.val.data.path=gone"],
+        "stage finetune: gone/test: no such folder",
+    ),
+    "data without a path": (
+        ["{config}", f"{STAGE}.mae.data.source=folder", f"{STAGE}.mae.data.per_class=none"], "data.path is empty",
+    ),
+    "more classes than the head": (["{config}", f"{STAGE}.finetune.model.num_classes=9"], "data has 10 classes"),
     "patch does not divide": (["{config}", f"{STAGE}.mae.model.patch_size=5"], "image_size 16 is not a multiple of patch_size 5"),
     "accumulation does not divide": (["{config}", f"{STAGE}.mae.optim.accum_steps=3"], "not a multiple of accum_steps 3"),
     "batch larger than data": (["{config}", f"{STAGE}.mae.run.batch_size=64"], "batch_size 64 is more than the 40 images"),
@@ -102,6 +112,8 @@ def test_bad_input_gets_one_line_and_status_2(case, config_file, tmp_path, capsy
     argv, message = BAD[case]
     (tmp_path / "empty" / "train").mkdir(parents=True)
     (tmp_path / "hollow" / "train" / "cat").mkdir(parents=True)
+    (tmp_path / "stage").mkdir()
+    (tmp_path / "stage" / "stage.json").write_text("{}")
     assert main(["run", "--workdir=work", *[a.replace("{config}", f"--config={config_file}") for a in argv]]) == 2
     err = [line for line in capsys.readouterr().err.splitlines() if line and "img/s" not in line]
     assert len(err) == 1 and err[0].startswith("error: ") and message in err[0], err
@@ -123,7 +135,10 @@ def test_a_batch_that_the_devices_do_not_share_equally(config_file):
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=3", "PYTHONPATH": str(root)}
     argv = [sys.executable, "-m", "tinymim_jax", "run", f"--config={config_file}", "--workdir=work"]
     done = subprocess.run(argv, capture_output=True, text=True, env=env, check=False)
-    assert (done.returncode, done.stderr) == (2, "error: batch_size 8 is not a multiple of the 3 devices; use 6\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: stage mae: batch_size 8 is not a multiple of the 3 devices; use 6\n",
+    )
 
 
 def test_ctrl_c_in_a_terminal_with_worker_processes(config_file, tmp_path):

@@ -12,7 +12,6 @@ from PIL import Image
 from tinymim_jax import config
 from tinymim_jax import mesh as mesh_lib
 from tinymim_jax.config import Data, InputError
-from tinymim_jax.data import pipeline
 from tinymim_jax.data.augment import transform
 from tinymim_jax.data.decode import decode
 from tinymim_jax.data.pipeline import EvalRows, TrainRows, epoch_order, eval_batches, image_rng, train_batches
@@ -244,7 +243,3 @@ def test_batch_must_divide_by_processes(mesh, monkeypatch):
         eval_batches(evaluation, Numbered(8), batch_size=8, mesh=mesh)
     with pytest.raises(InputError, match="not a multiple"):
         train_batches(Data("digits"), Numbered(8), batch_size=8, seed=0, start=0, stop=1, mesh=mesh)
-
-
-def test_steps_per_epoch():
-    assert pipeline.steps_per_epoch(Numbered(21), 8) == 2

@@ -216,8 +216,20 @@ def test_capture_of_a_block_that_is_not_there(block):
 @pytest.mark.parametrize("shape", [(2, 20, 16, 3), (2, 16, 20, 3), (2, 3, 16, 16)])
 def test_wrong_image_size(shape):
     model, params = make()
-    with pytest.raises(InputError, match="the model wants 16 x 16"):
+    with pytest.raises(InputError, match=r"the model wants \[B, 16, 16, 3\]"):
         model.apply({"params": params}, np.zeros(shape, np.float32))
+
+
+def test_images_that_are_not_normalised():
+    model, params = make()
+    with pytest.raises(InputError, match="images are uint8, the model wants floats"):
+        model.apply({"params": params}, np.zeros((2, 16, 16, 3), np.uint8))
+
+
+def test_capture_of_a_number():
+    model, params = make()
+    with pytest.raises(InputError, match=r"capture is 3; it is a sequence of blocks, e\.g\. \(3,\)"):
+        model.apply({"params": params}, pictures(), capture=3)
 
 
 # Drop path

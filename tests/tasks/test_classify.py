@@ -95,19 +95,22 @@ def stages_output(logits):
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
 def test_an_invalid_image_leaks_into_no_partner(kind, monkeypatch):
-    """It has been mixed into its partner, the mirrored row, which is left out too."""
+    """The mirrored row, its partner, is mixed with itself."""
     monkeypatch.setattr(classify, "mix", lambda key, x, y, cfg: ((x + x[::-1]) / 2, (y + y[::-1]) / 2))
     run = stages.Compiled(stages.classify({**PLAIN, kind: 1.0}))
     batch, other = (stages.batch(is_valid=[1, 0, 1, 1]) for _ in range(2))
     other["image"][1], other["label"][1] = 255 - other["image"][1], (other["label"][1] + 1) % 5
     results = [run.loss(data)[1].metrics["loss"] for data in (batch, other)]
-    assert results[0].count == 2  # rows 0 and 3
+    assert results[0].count == 3
     np.testing.assert_array_equal(results[0].sum, results[1].sum)
 
 
-def test_no_partner_is_lost_where_nothing_is_mixed():
-    run = compiled(mixup=0.8, cutmix=1.0, mix_prob=0.0)
-    assert run.loss(stages.batch(is_valid=[1, 0, 1, 1]))[1].metrics["loss"].count == 3
+def test_an_invalid_image_gives_way_to_its_partner():
+    values = jnp.arange(8.0).reshape(4, 2)
+    replaced = classify.replace_by_partner(values, jnp.array([True, False, True, True]))
+    np.testing.assert_array_equal(replaced, values[jnp.array([0, 2, 2, 3])])
+    mixed = (replaced + replaced[::-1]) / 2
+    np.testing.assert_array_equal(mixed[2], values[2])
 
 
 def test_drop_path_in_training_only():

@@ -35,7 +35,8 @@ def main(argv: list[str]) -> None:
         raise InputError(f"unknown benchmark {verb!r}; choose one of {', '.join(VERBS)}")
     cfg = parse(values, argv[1:] or ["--help"])
     if values.stage not in cfg.stages:
-        raise InputError(f"--stage={values.stage}: choose one of {', '.join(cfg.stages)}")
+        given = f"--stage={values.stage}: no such stage" if values.stage else "--stage=NAME is needed"
+        raise InputError(f"{given}; choose one of {', '.join(cfg.stages)}")
     if values.batch_size:
         cfg.stages[values.stage].run.batch_size = values.batch_size
     print(json.dumps(VERBS[verb](cfg, values.stage, values.rounds), indent=2))

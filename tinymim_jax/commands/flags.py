@@ -1,6 +1,8 @@
 """--config=FILE[:options] and --config.PATH.TO.FIELD=VALUE, as ml_collections reads them, with one-line errors."""
 
+import ast
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,19 +14,24 @@ from tinymim_jax.validate import check
 
 
 class OrNone(flags.ArgumentParser):
-    """Reads "none" as None, and all else as `parser` does; `validate.check` knows which fields may be None."""
+    """Reads "none" as None, and all else as `kind`; `validate.check` knows which fields may be None."""
 
-    def __init__(self, parser: flags.ArgumentParser):
-        self.parser = parser
+    def __init__(self, kind: Callable[[Any], Any], what: str):
+        self.kind, self.what = kind, what
 
     def parse(self, argument: Any) -> Any:
-        """A value of the field's type, or None."""
-        return None if argument in ("none", "None", None) else self.parser.parse(argument)
+        """A value of the field's type, or None; raises ValueError."""
+        if argument in ("none", "None", None):
+            return None
+        try:
+            return self.kind(argument)
+        except ValueError:
+            raise ValueError(f"{argument!r} is not {self.what}") from None
 
 
-config_flags.register_flag_parser_for_type(int, OrNone(flags.IntegerParser()))
-config_flags.register_flag_parser_for_type(float, OrNone(flags.FloatParser()))
-config_flags.register_flag_parser_for_type(str, OrNone(flags.ArgumentParser()))
+config_flags.register_flag_parser_for_type(int, OrNone(int, "a whole number"))
+config_flags.register_flag_parser_for_type(float, OrNone(float, "a number"))
+config_flags.register_flag_parser_for_type(str, OrNone(str, "text"))
 # A field with choices is read as a string; `validate.check` knows the choices.
 config_flags.register_flag_parser_for_type(Literal, flags.ArgumentParser())
 
@@ -39,10 +46,11 @@ def new_flags(usage: str) -> flags.FlagValues:
 def parse(values: flags.FlagValues, argv: list[str]) -> Config:
     """Parses `argv` into `values` and the checked config; raises InputError, or SystemExit(0) after printing help."""
     argv = _joined(argv)
+    path = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
     if not argv or "--help" in argv or "-h" in argv:
         print(values["help"].help)
+        print("\n".join(["", "The fields, with what they mean: tinymim_jax/config.py", *_header(path)]))
         raise SystemExit(0)
-    path = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
     if path is None:
         raise InputError("--config=FILE is needed, e.g. --config=configs/digits/chain.py")
     if not Path(path.split(":", 1)[0]).is_file():
@@ -56,6 +64,14 @@ def parse(values: flags.FlagValues, argv: list[str]) -> Config:
     if rest:
         raise InputError(f"unexpected argument {rest[0]!r}; see --help")
     return check(values.config)
+
+
+def _header(path: str | None) -> list[str]:
+    """The text at the top of the config file that is named, if there is one."""
+    file = Path((path or "").split(":", 1)[0])
+    if not file.is_file():
+        return []
+    return ["", f"{file}:", ast.get_docstring(ast.parse(file.read_text())) or "(it says nothing of itself)"]
 
 
 def _joined(argv: list[str]) -> list[str]:
@@ -83,9 +99,11 @@ def _load(path: str) -> Config:
 def _check_overrides(loaded: Config, argv: list[str]) -> None:
     """Raises InputError that lists the choices if an override names a field that is not there."""
     for arg in argv:
+        name, _, value = arg[2:].partition("=")
+        if arg.startswith(tuple(f"--{field.name}." for field in _fields(loaded))):
+            raise InputError(f"{arg}: fields of the config begin with config: --config.{arg[2:]}")
         if not arg.startswith("--config."):
             continue
-        name = arg[2:].split("=", 1)[0]
         node: Any = loaded
         for part in name.split(".")[1:]:
             part = part.split("[")[0]
@@ -95,6 +113,9 @@ def _check_overrides(loaded: Config, argv: list[str]) -> None:
             if part not in fields:
                 raise InputError(f"--{name}: there is no {part!r}; choose one of {', '.join(fields) or 'none'}")
             node = node[part] if isinstance(node, dict) else getattr(node, part)
+        inner = ", ".join(node if isinstance(node, dict) else [f.name for f in _fields(node)])
+        if inner and value not in ("none", "None"):
+            raise InputError(f"--{name} holds {inner}; set one of these, e.g. --{name}.{inner.split(',')[0]}=...")
 
 
 def _fields(node: Any) -> tuple[dataclasses.Field, ...]:

@@ -1,17 +1,25 @@
 """`report`: the tables and pictures of a workdir, made again."""
 
-import argparse
 import json
 from pathlib import Path
 
 from tinymim_jax.config import InputError
 
+USAGE = """python -m tinymim_jax report WORKDIR
+
+  WORKDIR   the --workdir of a run; pictures go to WORKDIR/report/"""
+
 
 def main(argv: list[str]) -> None:
     """Runs the command with its arguments; raises InputError if the folder holds no finished run."""
-    parser = argparse.ArgumentParser("python -m tinymim_jax report", description=__doc__)
-    parser.add_argument("workdir", type=Path, help="the --workdir of a run")
-    workdir = parser.parse_args(argv).workdir
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return
+    if len(argv) > 1:
+        raise InputError(f"unexpected argument {argv[1]!r}; see --help")
+    workdir = Path(argv[0]).expanduser()
+    if (workdir / "stage.json").is_file():
+        raise InputError(f"{workdir} is the folder of a stage; give the folder above, {workdir.parent}")
     if not (workdir / "results.json").is_file():
         raise InputError(f"{workdir} has no results.json: it is not the workdir of a run with a finished stage")
 

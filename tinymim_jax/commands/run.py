@@ -25,8 +25,7 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_bool("dry_run", False, "print the plan only", flag_values=values)
     cfg = parse(values, argv)
     workdir = Path(values.workdir or f"runs/{cfg.name}").expanduser()
-    if workdir.exists() and not workdir.is_dir():
-        raise InputError(f"--workdir={workdir} is a file; name a folder")
+    check_workdir(workdir)
 
     import jax
 
@@ -44,3 +43,14 @@ def main(argv: list[str]) -> None:
         print(report.table(results))
         for picture in report.write(workdir, list(results["stages"])):
             print(f"wrote {picture}")
+
+
+def check_workdir(workdir: Path) -> None:
+    """Raises InputError if results could not be written to `workdir`, or if it is a stage's own folder."""
+    if (workdir / "stage.json").is_file():
+        raise InputError(f"--workdir={workdir} is the folder of a stage; give the folder above, {workdir.parent}")
+    parent = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
+    if not parent.is_dir():
+        raise InputError(f"--workdir={workdir}: {parent} is a file; name a folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"--workdir={workdir}: {parent} may not be written to; choose another folder")

@@ -41,6 +41,4 @@ def _from_array(image: np.ndarray, name: str) -> Image.Image:
 
 
 def _undecodable(name: str, reason: str) -> InputError:
-    return InputError(
-        f"{name}: cannot be decoded as an image ({reason}); remove or replace it, or set data.on_bad_image=skip"
-    )
+    return InputError(f"{name}: cannot be decoded as an image ({reason}); remove or replace it")

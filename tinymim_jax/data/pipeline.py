@@ -55,11 +55,6 @@ def eval_batches(
     return _batches(rows, 0, -(-len(source) // batch_size), mesh)
 
 
-def steps_per_epoch(source: Source, batch_size: int) -> int:
-    """Whole batches in one pass over `source`."""
-    return len(source) // batch_size
-
-
 @dataclasses.dataclass(frozen=True)
 class EvalRows:
     """Step -> this process's rows of the batch, as numpy; the batch is the same for any number of processes.
@@ -87,7 +82,7 @@ class EvalRows:
                 is_valid[row] = True
             except InputError as error:
                 if self.data.on_bad_image == "stop":
-                    raise
+                    raise InputError(f"{error}, or set data.on_bad_image=skip") from error
                 log.warning("skipped: %s", error)
         return {"image": image, "label": label, "is_valid": is_valid, "index": index.astype(np.int32)}
 
@@ -120,7 +115,7 @@ class TrainRows(EvalRows):
     seed: int
 
     def numbers(self, step: int) -> tuple[int, np.ndarray]:
-        epoch, position = divmod(step, steps_per_epoch(self.source, self.batch_size))
+        epoch, position = divmod(step, len(self.source) // self.batch_size)
         order = epoch_order(len(self.source), self.seed, epoch)
         return epoch, order[position * self.batch_size :][: self.batch_size]
 

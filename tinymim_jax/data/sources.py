@@ -14,11 +14,15 @@ import numpy as np
 from tinymim_jax.config import Data, InputError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+IDENTITY = ("source", "split", "path", "name", "num_examples", "per_class", "subset_seed")  # fields that choose records
 DIGITS_SPLITS = {"train": slice(0, 1297), "test": slice(1297, 1797)}  # in order: other writers in the test split
 
 
 class Source(Protocol):
     """A fixed sequence of labelled images; picklable, so that worker processes can read it."""
+
+    classes: tuple[str, ...] | None
+    """The names of the classes in the order of their labels, where they are known."""
 
     def __len__(self) -> int: ...
 
@@ -36,7 +40,13 @@ class Source(Protocol):
 
 
 def open_source(data: Data) -> Source:
-    """The records that `data` names; raises InputError if they are missing or not as many as promised."""
+    """The records that `data` names, opened once; raises InputError if they are missing or not as many as promised."""
+    return _open(*(getattr(data, field) for field in IDENTITY))
+
+
+@functools.lru_cache(maxsize=8)
+def _open(*identity: Any) -> Source:
+    data = Data(**dict(zip(IDENTITY, identity, strict=True)))
     openers = {"digits": Digits, "folder": Folder, "tfds": Tfds, "array_record": ArrayRecord}
     if data.source not in openers:
         raise InputError(f"data.source: unknown choice {data.source!r}; choose one of {', '.join(openers)}")
@@ -69,7 +79,7 @@ class Subset:
                 )
             rng = np.random.default_rng((seed, int(label)))
             chosen.append(rng.choice(members, per_class, replace=False))
-        self._source = source
+        self._source, self.classes = source, source.classes
         self._indices = np.sort(np.concatenate(chosen)) if chosen else np.zeros(0, np.int64)
         self._labels = labels[self._indices]
 
@@ -88,6 +98,8 @@ class Subset:
 
 class Digits:
     """scikit-learn's 1,797 scanned digits, 8x8, as uint8 RGB."""
+
+    classes = tuple("0123456789")
 
     def __init__(self, data: Data) -> None:
         from sklearn.datasets import load_digits
@@ -117,10 +129,12 @@ class Folder:
     """An ImageFolder tree, `path/split/<class>/<image>`; classes are numbered in the order of their names."""
 
     def __init__(self, data: Data) -> None:
+        if not data.path:
+            raise InputError("data.path is empty; set it to the tree that holds SPLIT/<class>/*")
         self._root = os.path.join(os.path.expanduser(data.path), data.split)
         if not os.path.isdir(self._root):
             raise InputError(f"{self._root}: no such folder; set data.path and data.split to PATH/SPLIT/<class>/*")
-        self.classes = [e.name for e in _visible(self._root) if e.is_dir()]
+        self.classes = tuple(e.name for e in _visible(self._root) if e.is_dir())
         if not self.classes:
             raise InputError(f"{self._root}: has no class folders; expected {self._root}/<class>/*.JPEG")
         self._files: list[str] = []
@@ -145,9 +159,7 @@ class Folder:
             with open(self.describe(index), "rb") as file:
                 image = file.read()
         except OSError as error:
-            raise InputError(
-                f"{self.describe(index)}: cannot be read ({error.strerror}); mend it, or set data.on_bad_image=skip"
-            ) from error
+            raise InputError(f"{self.describe(index)}: cannot be read ({error.strerror}); mend it") from error
         return {"image": image, "label": int(self._labels[index])}
 
     def describe(self, index: int) -> str:
@@ -165,6 +177,8 @@ def _visible(folder: str) -> list[os.DirEntry]:
 
 class Tfds:
     """A prepared TensorFlow dataset with features "image" and "label", read without TensorFlow."""
+
+    classes = None  # known to the builder, in other names than a folder's
 
     def __init__(self, data: Data) -> None:
         self._data = data
@@ -186,7 +200,8 @@ class Tfds:
         except Exception as error:  # tfds has no common error: assertions, KeyError, NotImplementedError, OSError
             raise InputError(
                 f"tfds {data.name!r}, split {data.split!r}: cannot be opened ({_one_line(error)}); check data.name,"
-                " data.split and data.path, and prepare it once with: tfds build NAME --file_format=array_record"
+                " data.split and data.path; prepare it once with:"
+                f" tfds build {data.name} --file_format=array_record"
             ) from error
 
     def __getstate__(self) -> dict[str, Any]:
@@ -211,6 +226,8 @@ class Tfds:
 
 class ArrayRecord:
     """Shards `path/split*.array_record*` in order of name, each record as `encode_record` writes it."""
+
+    classes = None
 
     def __init__(self, data: Data) -> None:
         from array_record.python import array_record_data_source as reader

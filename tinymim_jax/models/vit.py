@@ -68,8 +68,13 @@ class VisionTransformer(nn.Module):
         return ViTOutput(x, trace, self._head(x) if self.num_classes else None)
 
     def _check_input(self, images: jax.Array, capture: Sequence[int]) -> None:
-        if images.shape[1:3] != (self.image_size, self.image_size):
-            raise InputError(f"images are {images.shape[1:3]}, the model wants {self.image_size} x {self.image_size}")
+        size = self.image_size
+        if images.shape[1:] != (size, size, 3):
+            raise InputError(f"images are {list(images.shape)}, the model wants [B, {size}, {size}, 3]")
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise InputError(f"images are {images.dtype}, the model wants floats, normalised by data.mean, data.std")
+        if not isinstance(capture, Sequence):
+            raise InputError(f"capture is {capture!r}; it is a sequence of blocks, e.g. ({capture},)")
         beyond = [i for i in capture if not 1 <= i <= self.depth]
         if beyond:
             raise InputError(f"block {beyond[0]} is beyond the model's {self.depth} blocks")

@@ -28,10 +28,11 @@ class Classify:
         return normalize(to_float(batch["image"]), self.data.mean, self.data.std)
 
     def _augmented(self, batch: Batch, rng: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Images erased, then mixed, with their soft labels [B, C]."""
+        """Images erased, then mixed, with their soft labels [B, C]; one whose partner is unreadable stays itself."""
         erase_rng, mix_rng = jax.random.split(rng)
         targets = losses.smooth_one_hot(batch["label"], self.cfg.num_classes, self.task.label_smoothing)
         images = random_erasing(erase_rng, self._clean(batch), self.task.erasing)
+        images, targets = (replace_by_partner(x, batch["is_valid"]) for x in (images, targets))
         return mix(mix_rng, images, targets, self.task)
 
     def loss(
@@ -44,10 +45,7 @@ class Classify:
         out = self.model.apply(
             {"params": params["encoder"]}, images, train=train, rngs={"drop_path": rngs["drop_path"]}
         )
-        is_valid = batch["is_valid"]
-        if train and self.task.mix_prob and (self.task.mixup or self.task.cutmix):
-            is_valid &= is_valid[::-1]  # an unreadable image has been mixed into its partner
-        loss = Mean.of(losses.soft_cross_entropy(out.logits, targets), is_valid)
+        loss = Mean.of(losses.soft_cross_entropy(out.logits, targets), batch["is_valid"])
         beyond = Mean.of(jnp.sum(batch["label"] >= self.cfg.num_classes))
         return loss.value(), Aux({"loss": loss, "labels_beyond_head": beyond}, model_state)
 
@@ -59,3 +57,8 @@ class Classify:
 
     def flops_per_image(self) -> float:
         return flops.forward_backward(self.cfg)
+
+
+def replace_by_partner(values: jax.Array, is_valid: jax.Array) -> jax.Array:
+    """values [B, ...] where is_valid [B], elsewhere those of the row that the flipped batch pairs with it."""
+    return jnp.where(is_valid.reshape(-1, *[1] * (values.ndim - 1)), values, values[::-1])
