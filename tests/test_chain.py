@@ -3,6 +3,7 @@ import json
 import os
 import signal
 import statistics
+from pathlib import Path
 
 import pytest
 
@@ -196,3 +197,8 @@ def test_a_summary_is_a_mean_and_its_standard_error():
         "values": values,
     }
     assert chain_lib.summary([1.0])["stderr"] is None
+
+
+def test_a_workdir_that_cannot_be_written_to(chain):
+    with pytest.raises(InputError, match=r"/proc/gone cannot be written to \(.+\); choose another --workdir"):
+        chain_lib.run_chain(chain, Path("/proc/gone"))

@@ -46,3 +46,10 @@ def test_load_of_something_else(tmp_path):
         tinymim_jax.load(tmp_path / "work")
     with pytest.raises(InputError, match=r"is not the folder of a stage: it has no stage\.json"):
         tinymim_jax.load(tmp_path)
+
+
+def test_loading_is_silent(chain, mesh, tmp_path):
+    run_stage(chain.stages["mae"], "mae", tmp_path, mesh)
+    code = f"import tinymim_jax; tinymim_jax.load('{tmp_path}/mae')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")

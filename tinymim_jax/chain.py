@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ def run_chain(cfg: Config, workdir: Path, only: str | None = None) -> dict[str, 
         to_run = [name for name in names if not handoff.finished(workdir / name)]
         for name in to_run:
             check_ready(cfg, name, workdir, mesh, to_run)
+        check_writable(workdir)
         for name in names:
             if name in to_run:
                 run_stage(cfg.stages[name], name, workdir, mesh, stop)
@@ -69,6 +71,15 @@ def check_ready(cfg: Config, name: str, workdir: Path, mesh: jax.sharding.Mesh, 
                 raise InputError(f"data has {len(names)} classes; set model.num_classes, now {stage.model.num_classes}")
     except InputError as error:
         raise InputError(f"stage {name}: {error}") from None
+
+
+def check_writable(workdir: Path) -> None:
+    """Makes the folder; raises InputError if nothing can be written to it."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=workdir).close()
+    except OSError as error:
+        raise InputError(f"{workdir} cannot be written to ({error.strerror}); choose another --workdir") from None
 
 
 def needed(cfg: Config, name: str) -> list[str]:

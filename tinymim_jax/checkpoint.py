@@ -5,12 +5,14 @@ A checkpoint has three items: `model` (params, model_state, ema), which later st
 and, with the stage's seed, the source of every random number.
 """
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 from tinymim_jax.config import InputError
 
@@ -49,17 +51,17 @@ class Checkpoints:
 
 def model_shapes(folder: Path) -> dict[str, Any]:
     """The newest checkpoint's `model` item under stage folder `folder`, as shapes; raises InputError if none."""
-    item = _newest(folder) / "model"
-    with ocp.StandardCheckpointer() as reader:
-        return jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), reader.metadata(item).item_metadata.tree)
+    with contextlib.closing(ocp.StandardCheckpointHandler()) as reader:
+        arrays = reader.metadata(_newest(folder) / "model").tree
+    return jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), arrays)
 
 
 def read_model(folder: Path) -> dict[str, Any]:
     """The newest checkpoint's `model` item under stage folder `folder`, as numpy arrays."""
     # Restoring into numpy asks nothing of the devices it was written on.
     target = jax.tree.map(lambda s: np.empty(s.shape, s.dtype), model_shapes(folder))
-    with ocp.StandardCheckpointer() as reader:
-        return reader.restore(_newest(folder) / "model", target)
+    with contextlib.closing(ocp.StandardCheckpointHandler()) as reader:
+        return reader.restore(_newest(folder) / "model", args=ocp.args.StandardRestore(target))
 
 
 def steps(folder: Path) -> list[int]:
@@ -67,8 +69,8 @@ def steps(folder: Path) -> list[int]:
     return sorted(ocp.utils.checkpoint_steps(folder / FOLDER)) if (folder / FOLDER).is_dir() else []
 
 
-def _newest(folder: Path) -> Path:
+def _newest(folder: Path) -> epath.Path:
     found = steps(folder)
     if not found:
         raise InputError(f"{folder} has no checkpoint; point at the folder of a stage that was trained")
-    return (folder / FOLDER).absolute() / str(max(found))
+    return epath.Path(folder / FOLDER).absolute() / str(max(found))

@@ -46,11 +46,9 @@ def main(argv: list[str]) -> None:
 
 
 def check_workdir(workdir: Path) -> None:
-    """Raises InputError if results could not be written to `workdir`, or if it is a stage's own folder."""
+    """Raises InputError if `workdir` is not, and could not become, a folder of stages."""
     if (workdir / "stage.json").is_file():
         raise InputError(f"--workdir={workdir} is the folder of a stage; give the folder above, {workdir.parent}")
     parent = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
     if not parent.is_dir():
         raise InputError(f"--workdir={workdir}: {parent} is a file; name a folder")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"--workdir={workdir}: {parent} may not be written to; choose another folder")
