@@ -5,7 +5,7 @@ python -m tinymim_jax run --config=configs/cifar10/chain.py:short,data=PATH --wo
 
 Options: data=PATH, an ImageFolder tree with train/ and test/ (default: tfds' cifar10); short, for a CPU: 5,000 training
 images and narrow models.
-Cost: the preset is sized for one GPU and was not measured; `short` is in README.md, with its result.
+Cost: the preset is sized for one GPU and was not measured; `short` takes half an hour on two cores, result in README.md.
 Expected: no published number at these sizes.
 """
 
