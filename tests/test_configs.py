@@ -151,7 +151,7 @@ def test_the_plan_of_the_imagenet_chain(tmp_path):
     ):
         assert line in text
     assert [line.split(":")[0] for line in text.splitlines() if not line.startswith(" ")] == [
-        "mae_l", "distill_b", "distill_s", "distill_t", "finetune_b", "finetune_s", "finetune_t",
+        "devices", "mae_l", "distill_b", "distill_s", "distill_t", "finetune_b", "finetune_s", "finetune_t",
     ]  # fmt: skip
 
 

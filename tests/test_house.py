@@ -12,7 +12,7 @@ LAYERS = [
     ["validate", "mesh", "metrics", "writer"],
     ["optim", "checkpoint", "recipes", "progress", "models", "objectives", "data"],
     ["handoff", "tasks"],
-    ["plan", "evals"],
+    ["plan", "evals", "bridge"],
     ["train"],
     ["chain", "report"],
     ["commands"],

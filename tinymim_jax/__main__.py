@@ -11,6 +11,9 @@ COMMANDS = {
     "run": "run a chain of stages, or go on with it",
     "bench": "measure speed, as JSON",
     "report": "make the tables and pictures of a finished run again",
+    "convert": "other people's checkpoint -> ours",
+    "inspect": "say what is in a checkpoint, theirs or ours",
+    "export": "our checkpoint -> timm, Hugging Face, MAE's .pth or ONNX",
 }
 
 

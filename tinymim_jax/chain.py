@@ -1,5 +1,6 @@
 """A chain: its stages in order, each fed by earlier ones."""
 
+import functools
 import json
 import math
 import statistics
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 
 from tinymim_jax import checkpoint, config, handoff, optim
+from tinymim_jax.bridge import convert
 from tinymim_jax.config import Config, InputError, Stage
 from tinymim_jax.data import sources
 from tinymim_jax.mesh import check_batch, make_mesh
@@ -36,6 +38,7 @@ def run_chain(cfg: Config, workdir: Path, only: str | None = None) -> dict[str, 
         for name in to_run:
             check_ready(cfg, name, workdir, mesh, to_run)
         check_writable(workdir)
+        convert_sources(cfg, to_run, workdir)
         for name in names:
             if name in to_run:
                 run_stage(cfg.stages[name], name, workdir, mesh, stop)
@@ -59,7 +62,7 @@ def check_ready(cfg: Config, name: str, workdir: Path, mesh: jax.sharding.Mesh, 
         check_batch(stage.run.batch_size // stage.optim.accum_steps, mesh)
         for init in config.sources(stage):
             folder = handoff.source_folder(init, workdir)
-            if init.stage not in to_run and not handoff.finished(folder):
+            if init.stage not in to_run and not handoff.finished(folder) and not _foreign(init, workdir):
                 raise InputError(f"takes weights from {folder}, which has no finished stage: run that stage first")
         classes = {data.split: sources.open_source(data).classes for data in data_sets(stage)}
         known = {split: names for split, names in classes.items() if names is not None}
@@ -80,6 +83,36 @@ def check_writable(workdir: Path) -> None:
         tempfile.TemporaryFile(dir=workdir).close()
     except OSError as error:
         raise InputError(f"{workdir} cannot be written to ({error.strerror}); choose another --workdir") from None
+
+
+def convert_sources(cfg: Config, to_run: list[str], workdir: Path) -> None:
+    """Converts the foreign checkpoints that the stages `to_run` start from, each once, into WORKDIR/converted/."""
+    for init in [init for name in to_run for init in config.sources(cfg.stages[name])]:
+        folder = handoff.source_folder(init, workdir)
+        if path := _foreign(init, workdir):
+            converted = _read_foreign(path)
+            print("\n  ".join([*converted.lines(), f"converted into {folder}"]), flush=True)
+            convert.write(converted, folder)
+    _read_foreign.cache_clear()  # gigabytes
+
+
+def _foreign(init: config.Init, workdir: Path) -> Path | None:
+    """The foreign checkpoint that `init` names and that is not converted yet; None if there is none.
+
+    Raises InputError if another file of that name was converted before.
+    """
+    if init.path is None or not handoff.is_foreign(Path(init.path).expanduser()):
+        return None
+    path, folder = Path(init.path).expanduser(), handoff.source_folder(init, workdir)
+    if not handoff.finished(folder):
+        return path
+    convert.check_same(path, folder)
+    return None
+
+
+@functools.lru_cache(maxsize=2)
+def _read_foreign(path: Path) -> convert.Converted:
+    return convert.read(path)
 
 
 def needed(cfg: Config, name: str) -> list[str]:
@@ -161,12 +194,12 @@ def _describe_stage(cfg: Config, name: str, workdir: Path, plans: dict[str, Plan
     lines = [_length(plan), _model(plan), _optimizer(plan), *_data(stage)]
     if init:
         spec, frozen = stage.task.teacher, handoff.shapes(plan.frozen)
-        report = handoff.match(frozen, _source_shapes(init, workdir, plans), handoff.for_teacher(init))
+        report = handoff.match(frozen, _source(init, workdir, plans)[0], handoff.for_teacher(init))
         heads = vit.heads_of(plan.task.teacher_cfg, spec.block)
         lines.append(f"teacher {init.stage or init.path}: block {spec.block} of {teacher.depth}, {heads} heads")
         lines += [f"  {line}" for line in report.lines()]
     if stage.init:
-        source, untrained = _source_shapes(stage.init, workdir, plans), _source_untrained(stage.init, workdir, plans)
+        source, untrained = _source(stage.init, workdir, plans)
         report = handoff.match(handoff.shapes(plan.params), source, stage.init, untrained)
         lines += [f"init from {stage.init.stage or stage.init.path}", *(f"  {line}" for line in report.lines())]
     else:
@@ -182,19 +215,20 @@ def teacher_model(cfg: Config, name: str, workdir: Path) -> config.ViT | None:
     folder = handoff.source_folder(init, workdir)
     if init.stage is not None and not (folder / "stage.json").exists():
         return cfg.stages[init.stage].model
-    return handoff.read_stage(folder).model
+    if path := _foreign(init, workdir):
+        return _read_foreign(path).layout.model
+    return handoff.read_model(folder)
 
 
-def _source_shapes(init: config.Init, workdir: Path, plans: dict[str, Plan]) -> handoff.Shapes:
+def _source(init: config.Init, workdir: Path, plans: dict[str, Plan]) -> tuple[handoff.Shapes, list[str]]:
+    """Shapes of what `init` loads, and which of it was not trained."""
     if init.stage is not None:
-        return handoff.shapes(plans[init.stage].params)
-    return handoff.shapes(checkpoint.model_shapes(handoff.source_folder(init, workdir))["params"])
-
-
-def _source_untrained(init: config.Init, workdir: Path, plans: dict[str, Plan]) -> list[str]:
-    if init.stage is not None:
-        return plans[init.stage].untrained()
-    return handoff.read_untrained(handoff.source_folder(init, workdir))
+        return handoff.shapes(plans[init.stage].params), plans[init.stage].untrained()
+    if path := _foreign(init, workdir):
+        converted = _read_foreign(path)
+        return handoff.shapes(converted.params), converted.untrained
+    folder = handoff.source_folder(init, workdir)
+    return handoff.shapes(checkpoint.model_shapes(folder)["params"]), handoff.read_untrained(folder)
 
 
 def _length(plan: Plan) -> str:

@@ -49,6 +49,13 @@ class Checkpoints:
         self.manager.wait_until_finished()
 
 
+def save_model(folder: Path, params: Any) -> None:
+    """Writes `params` alone as the checkpoint of step 0 under `folder`."""
+    with Checkpoints(folder, keep=1) as checkpoints:
+        model = {"params": params, "model_state": {}, "ema": {}}
+        checkpoints.manager.save(0, args=ocp.args.Composite(model=ocp.args.StandardSave(model)))
+
+
 def model_shapes(folder: Path) -> dict[str, Any]:
     """The newest checkpoint's `model` item under stage folder `folder`, as shapes; raises InputError if none."""
     with contextlib.closing(ocp.StandardCheckpointHandler()) as reader:

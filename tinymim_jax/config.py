@@ -29,6 +29,8 @@ class ViT:
     posembed: Literal["fixed", "trainable"] = "fixed"  # sin-cos table, frozen or a starting point
     pool: Literal["cls", "mean"] = "cls"  # norm then CLS | mean of patch tokens then fc_norm
     num_classes: int = 0  # 0: no head
+    dist_token: bool = False  # DeiT's distillation token behind CLS, with a head of its own; logits are their mean
+    neck: int = 0  # width of a norm, linear and GELU before the heads (TinyMIM*-T); 0: none
     drop_path: float = 0.0  # stochastic depth, per sample, per residual branch
     drop_path_shape: Literal["constant", "linear"] = "constant"  # constant: none in the last block
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters are float32
@@ -139,7 +141,7 @@ class Optim:
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.05
-    decay: tuple[str, ...] = (".*/kernel", ".*/(cls|mask)_token")  # regexes of decayed parameters
+    decay: tuple[str, ...] = (".*/kernel", ".*/(cls|dist|mask)_token")  # regexes of decayed parameters
     no_decay: tuple[str, ...] = (".*/bias", ".*/scale", ".*/pos_embed")  # and of the others
     freeze: tuple[str, ...] = ()  # regexes of parameters that are not trained
     layer_decay: float = 1.0  # lr of block i times layer_decay^(depth + 1 - i)

@@ -19,6 +19,7 @@ from tinymim_jax.config import Init, InputError
 from tinymim_jax.models import posembed, vit
 from tinymim_jax.optim import matches
 
+WEIGHTS = (".safetensors", ".pth", ".pt", ".tar", ".bin", ".ckpt")  # how names of weight files end
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -114,12 +115,13 @@ def match(target: Shapes, source: Shapes, init: Init, untrained: Sequence[str] =
                     f"{key} has {old[-2]} heads in the source and {shape[-2]} here; use the same number of heads,"
                     " or set init.regroup_heads=True to re-read the channels"
                 )
-        elif key.endswith("pos_embed") and old[-1] == shape[-1]:
-            report.resized[key] = (_side(old), _side(shape))
+        elif key.endswith("pos_embed") and _is_resizing(old, shape):
+            there, here = (posembed.side(s[1]) for s in (old, shape))
+            report.resized[key] = (there, here)
             if not init.resize_posembed:
                 raise InputError(
-                    f"{key} is for {_side(old)} x {_side(old)} patches in the source and {_side(shape)} x"
-                    f" {_side(shape)} here; use the same image and patch size, or set init.resize_posembed=True"
+                    f"{key} is for {there} x {there} patches in the source and {here} x {here} here; use the same image"
+                    " and patch size, or set init.resize_posembed=True"
                 )
         else:
             raise InputError(f"{key} is {old} in the source and {shape} here: the two models differ in size")
@@ -146,8 +148,10 @@ def _is_regrouping(key: str, old: tuple[int, ...], new: tuple[int, ...]) -> bool
     return "/attn/qkv/" in key and old[:-2] == new[:-2] and old[-2] * old[-1] == new[-2] * new[-1]
 
 
-def _side(shape: tuple[int, ...]) -> int:
-    return round((shape[1] - 1) ** 0.5)
+def _is_resizing(old: tuple[int, ...], new: tuple[int, ...]) -> bool:
+    """Positions of as many channels and as many tokens in front of the patches."""
+    in_front = [shape[1] - posembed.side(shape[1]) ** 2 for shape in (old, new)]
+    return old[-1] == new[-1] and in_front[0] == in_front[1]
 
 
 def transfer(target: Any, source: Any, report: Report) -> Any:
@@ -167,21 +171,47 @@ def for_teacher(init: Init) -> Init:
 
 
 def source_folder(init: Init, workdir: Path) -> Path:
-    """Where `init` points: a stage of this workdir or any stage's folder."""
-    return workdir / init.stage if init.stage is not None else Path(init.path).expanduser()
+    """Where `init` points: a stage of this workdir, any stage's folder, or where a foreign file is converted to."""
+    if init.stage is not None:
+        return workdir / init.stage
+    path = Path(init.path).expanduser()
+    if not is_foreign(path):
+        return path
+    return workdir / "converted" / (path.stem if path.suffix in WEIGHTS else path.name)
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether `path` is somebody else's checkpoint (`bridge.convert` reads it), not a stage's folder."""
+    return path.suffix in WEIGHTS or path.is_file() or (path / "config.json").is_file()
 
 
 def read_stage(folder: Path) -> config.Stage:
     """The stage that was run in `folder`, from its own `stage.json`; raises InputError if it is not one."""
-    return config.from_dict(config.Stage, _stage_json(folder, "stage"), str(folder / "stage.json"))
+    content = _stage_json(folder)
+    if "stage" not in content:
+        raise InputError(f"{folder} is a converted checkpoint, not a stage that was run")
+    return config.from_dict(config.Stage, content["stage"], str(folder / "stage.json"))
+
+
+def read_model(folder: Path) -> config.ViT:
+    """The model of the stage or converted checkpoint in `folder`; raises InputError if it is neither."""
+    if converted := read_converted(folder):
+        return config.from_dict(config.ViT, converted["model"], str(folder / "stage.json"))
+    return read_stage(folder).model
+
+
+def read_converted(folder: Path) -> dict[str, Any] | None:
+    """What is known of a converted checkpoint; None if `folder` holds a stage that was run here."""
+    content = _stage_json(folder)
+    return content.get("converted")
 
 
 def read_untrained(folder: Path) -> list[str]:
     """The parameters that the stage in `folder` did not train; raises InputError if it is not a stage's folder."""
-    return _stage_json(folder, "untrained")
+    return _stage_json(folder)["untrained"]
 
 
-def _stage_json(folder: Path, field: str) -> Any:
+def _stage_json(folder: Path) -> dict[str, Any]:
     file = folder / "stage.json"
     if not folder.is_dir():
         raise InputError(f"{folder} does not exist; run that stage first, or name the folder of a stage that was run")
@@ -190,9 +220,12 @@ def _stage_json(folder: Path, field: str) -> Any:
         advice = f"name one of the stages in it: {', '.join(stages)}" if stages else "it has no stage.json"
         raise InputError(f"{folder} is not the folder of a stage: {advice}")
     try:
-        return json.loads(file.read_text())[field]
+        content = json.loads(file.read_text())
+        if ("stage" in content or "converted" in content) and isinstance(content["untrained"], list):
+            return content
     except (ValueError, KeyError, TypeError):
-        raise InputError(f"{file} is damaged; run its stage again") from None
+        pass
+    raise InputError(f"{file} is damaged; run its stage again")
 
 
 def finished(folder: Path) -> bool:
@@ -211,5 +244,5 @@ def read_params(folder: Path) -> Any:
 def load(path: str | Path) -> tuple[vit.VisionTransformer, dict[str, Any]]:
     """The encoder of the stage in folder `path`: (model, variables); see `tinymim_jax.load`."""
     folder = Path(path).expanduser()
-    model = vit.build(read_stage(folder).model)
+    model = vit.build(read_model(folder))
     return model, {"params": jax.tree.map(jax.numpy.asarray, read_params(folder)["encoder"])}

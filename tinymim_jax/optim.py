@@ -80,7 +80,7 @@ def lr_scales(params: Any, layer_decay: float, depth: int) -> Any:
             return 0
         if block := re.match(r"encoder/block(\d+)/", name):
             return int(block[1])
-        if re.fullmatch(r"encoder/(norm|fc_norm|head)/.*", name):
+        if re.fullmatch(r"encoder/(dist_token|(norm|neck_norm|neck|fc_norm|head|head_dist)/.*)", name):
             return depth + 1
         raise InputError(f"optim.layer_decay knows no layer for parameter {name}; set it to 1.0")
 

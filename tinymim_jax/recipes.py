@@ -146,7 +146,7 @@ def finetune(model: ViT, init: Init | None, train: Data, val: Data, *, code: boo
             b2=0.999 if code else 0.95,
             weight_decay=0.05,
             decay=(".*/kernel",),
-            no_decay=(".*/bias", ".*/scale", ".*/(pos_embed|cls_token)"),
+            no_decay=(".*/bias", ".*/scale", ".*/(pos_embed|cls_token|dist_token)"),
             layer_decay=0.65,
         ),
         run=Run(batch_size=2048, epochs=200),

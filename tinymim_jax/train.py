@@ -112,7 +112,7 @@ class Runner:
         mesh_lib.check_batch(stage.run.batch_size // stage.optim.accum_steps, mesh)
         self.source = sources.open_source(stage.data)
         init = teacher_init(stage)
-        teacher = handoff.read_stage(handoff.source_folder(init, workdir)).model if init else None
+        teacher = handoff.read_model(handoff.source_folder(init, workdir)) if init else None
         self.plan = make_plan(stage, teacher, len(self.source))
         self.evaluators = {key: make_evaluator(cfg, mesh) for key, cfg in stage.evals.items()}
         self.predict = make_predict(self.plan.task, mesh)

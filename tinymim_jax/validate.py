@@ -84,8 +84,12 @@ def _check_stage(where: str, stage: Stage) -> None:
         raise InputError(f"{where}.task.relations {stage.task.relations} must name at least one relation, each once")
     if isinstance(stage.task, Mae):
         _check_mae(where, stage.task)
-    if isinstance(stage.task, Mae) and (model.pool != "cls" or model.num_classes):
-        raise InputError(f"{where}.model: mae needs pool 'cls', whose norm feeds the decoder, and no num_classes")
+    if isinstance(stage.task, Mae) and (model.pool != "cls" or model.num_classes or model.dist_token):
+        raise InputError(
+            f"{where}.model: mae needs pool 'cls', whose norm feeds the decoder, no num_classes and no dist_token"
+        )
+    if model.neck and (not model.num_classes or model.pool != "mean"):
+        raise InputError(f"{where}.model: neck {model.neck} needs pool 'mean' and num_classes; set them, or neck=0")
     for name, cfg in stage.evals.items():
         _check_eval(f"{where}.evals.{name}", stage, cfg)
 
@@ -124,6 +128,7 @@ def _check_ranges(where: str, stage: Stage) -> None:
     data, run, model, optim = stage.data, stage.run, stage.model, stage.optim
     checks = {
         "model.depth": (model.depth, model.depth >= 1, "at least 1"),
+        "model.neck": (model.neck, model.neck >= 0, "at least 0"),
         "model.patch_size": (model.patch_size, model.patch_size >= 1, "at least 1"),
         "run.steps": (run.steps, run.steps is None or run.steps >= 0, "at least 0"),
         "run.epochs": (run.epochs, run.epochs is None or run.epochs >= 0, "at least 0"),

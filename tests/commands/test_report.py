@@ -1,5 +1,3 @@
-import pytest
-
 from tinymim_jax.__main__ import main
 
 
@@ -16,7 +14,6 @@ def test_a_stage_for_a_workdir(tmp_path, capsys):
     assert f"is the folder of a stage; give the folder above, {tmp_path.parent}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("argv", "status", "text"), [([], 0, "WORKDIR"), (["a", "b"], 2, "unexpected argument 'b'")])
-def test_arguments(argv, status, text, capsys):
-    assert main(["report", *argv]) == status
-    assert text in "".join(capsys.readouterr())
+def test_one_argument_is_taken(capsys):
+    assert main(["report", "a", "b"]) == 2
+    assert "unexpected argument 'b'" in capsys.readouterr().err

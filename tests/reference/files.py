@@ -1,7 +1,7 @@
 """Checkpoint files laid out like the public ones, at any size, with random contents (spec A.3, A.7, B.3, C.1).
 
-Every function writes `path` and returns the model it holds. Settings that the kind of file fixes (pool, heads)
-override those of the configuration.
+Every function writes `path` and returns the model it holds, in eval mode. Settings that the kind of file fixes
+(pooling, tokens, and 1000 classes where the kind has a head and `cfg` none) override those of `cfg`.
 """
 
 from argparse import Namespace
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .mae import MAE, Decoder
-from .optim import layer_decay_groups, make_adamw, param_groups
+from .optim import layer_decay_groups, make_adamw, param_groups, set_lr
 from .vit import Config, ViT
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -37,96 +37,93 @@ def build(make: Callable[[], Model], seed: int) -> Model:
     return model.eval()
 
 
-def adamw_state(model: nn.Module, groups: list[dict], betas: tuple[float, float]) -> dict:
+def adamw_state(model: nn.Module, groups: list[dict], lr: float, betas: tuple[float, float]) -> dict:
     """State dict of an AdamW that has taken one step on made-up gradients; the model is left as it was."""
     optimizer = make_adamw(groups, lr=0.0, betas=betas)
     for p in model.parameters():
         p.grad = torch.full_like(p, 1e-3) if p.requires_grad else None
     optimizer.step()
     optimizer.zero_grad()
+    set_lr(optimizer, lr)
     return optimizer.state_dict()
 
 
-def training_record(model: nn.Module, args: Namespace, optimizer: dict) -> dict:
-    """What the official training scripts save: weights, optimizer, epoch, loss scaler, command line."""
-    growth = {"growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 0}
-    scaler = {"scale": 65536.0, **growth}
-    record = {"model": model.state_dict(), "optimizer": optimizer}
-    return {**record, "epoch": args.epochs - 1, "scaler": scaler, "args": args}
-
-
-def _finetuned(path: Path, cfg: Config, args: Namespace, seed: int) -> ViT:
-    model = build(lambda: ViT(replace(cfg, pool="mean", num_classes=cfg.num_classes or 1000)), seed)
-    optimizer = adamw_state(model, layer_decay_groups(model, args.weight_decay, args.layer_decay), (0.9, 0.999))
-    torch.save(training_record(model, args, optimizer), path)
+def _save_weights(path: Path, model: Model) -> Model:
+    torch.save({"model": model.state_dict()}, path)
     return model
 
 
-def _finetune_args(model: str, cfg: Config, drop_path: float) -> Namespace:
+def _save_run(path: Path, model: Model, optimizer: dict, args: Namespace) -> Model:
+    scaler = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000}
+    run = {"epoch": args.epochs - 1, "scaler": scaler | {"_growth_tracker": 0}, "args": args}
+    torch.save({"model": model.state_dict(), "optimizer": optimizer, **run}, path)
+    return model
+
+
+def _encoder(cfg: Config, seed: int) -> ViT:
+    return build(lambda: ViT(replace(cfg, pool="cls", num_classes=0)), seed)
+
+
+def _finetuned(path: Path, cfg: Config, name: str, drop_path: float, seed: int) -> ViT:
+    cfg = replace(cfg, pool="mean", num_classes=cfg.num_classes or 1000)
+    model = build(lambda: ViT(cfg), seed)
     optim = {"blr": 5e-4, "lr": 2e-3, "min_lr": 1e-6, "weight_decay": 0.05, "layer_decay": 0.65, "warmup_epochs": 5}
     aug = {"aa": "rand-m9-mstd0.5-inc1", "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1, "reprob": 0.25}
-    size = {"input_size": cfg.image_size, "nb_classes": cfg.num_classes or 1000, "batch_size": 128, "epochs": 100}
-    return Namespace(model=model, drop_path=drop_path, global_pool=True, **optim, **aug, **size)
+    size = {"input_size": cfg.image_size, "nb_classes": cfg.num_classes, "batch_size": 128, "epochs": 100}
+    args = Namespace(model=name, drop_path=drop_path, global_pool=True, **optim, **aug, **size)
+    groups = layer_decay_groups(model, args.weight_decay, args.layer_decay)
+    return _save_run(path, model, adamw_state(model, groups, args.lr, (0.9, 0.999)), args)
 
 
 def mae_encoder(path: Path, cfg: Config, seed: int = 0) -> ViT:
     """`mae_pretrain_vit_*.pth`: {"model"}, the encoder only (spec B.3)."""
-    model = build(lambda: ViT(replace(cfg, pool="cls", num_classes=0)), seed)
-    torch.save({"model": model.state_dict()}, path)
-    return model
+    return _save_weights(path, _encoder(cfg, seed))
 
 
-def mae_full(path: Path, cfg: Config, decoder: Decoder, seed: int = 0) -> MAE:
-    """`mae_visualize_vit_*.pth`: {"model"}, encoder and decoder (spec B.3)."""
-    model = build(lambda: MAE(cfg, decoder), seed)
-    torch.save({"model": model.state_dict()}, path)
-    return model
+def mae_full(path: Path, cfg: Config, decoder: Decoder | None = None, seed: int = 0) -> MAE:
+    """`mae_visualize_vit_*.pth`: {"model"}, encoder and decoder (None: MAE's) (spec B.3)."""
+    return _save_weights(path, build(lambda: MAE(cfg, decoder or Decoder()), seed))
 
 
 def mae_finetuned(path: Path, cfg: Config, name: str = "vit_base_patch16", seed: int = 0) -> ViT:
     """MAE's fine-tuned file: no `norm`, but `fc_norm` and `head`, with the whole training record (spec B.3)."""
-    return _finetuned(path, cfg, _finetune_args(name, cfg, drop_path=0.1), seed)
+    return _finetuned(path, cfg, name, 0.1, seed)
 
 
 def tinymim_pretrained(path: Path, cfg: Config, name: str = "tinymim_vit_base_patch16", seed: int = 0) -> ViT:
     """`TinyMIM-PT-*.pth`: the keys of an MAE encoder, unused last-block weights included (spec A.3, A.4)."""
-    model = build(lambda: ViT(replace(cfg, pool="cls", num_classes=0)), seed)
+    model = _encoder(cfg, seed)
     optim = {"blr": 1.5e-4, "lr": 2.4e-3, "min_lr": 0.0, "weight_decay": 0.05, "warmup_epochs": 15, "accum_iter": 1}
     args = Namespace(model=name, input_size=cfg.image_size, batch_size=256, epochs=300, intermediate=18, **optim)
-    optimizer = adamw_state(model, param_groups(model, args.weight_decay), (0.9, 0.95))
-    torch.save(training_record(model, args, optimizer), path)
-    return model
+    groups = param_groups(model, args.weight_decay)
+    return _save_run(path, model, adamw_state(model, groups, args.lr, (0.9, 0.95)), args)
 
 
 def tinymim_finetuned(path: Path, cfg: Config, name: str = "vit_base_patch16", seed: int = 0) -> ViT:
     """TinyMIM's fine-tuned file: the layout of MAE's (spec A.5)."""
-    return _finetuned(path, cfg, _finetune_args(name, cfg, drop_path=0.2), seed)
+    return _finetuned(path, cfg, name, 0.2, seed)
 
 
 def tinymim_star(path: Path, cfg: Config, seed: int = 0) -> ViT:
-    """TinyMIM*-T: dist_token, conv1x1, fc_norm, head and head_dist, no `norm` (spec A.7)."""
-    shape = {"dist_token": True, "neck": cfg.neck or 1280, "pool": "mean", "num_classes": cfg.num_classes or 1000}
-    model = build(lambda: ViT(replace(cfg, **shape)), seed)
-    torch.save({"model": model.state_dict()}, path)
-    return model
+    """TinyMIM*-T: {"model"} with dist_token, conv1x1, fc_norm, head and head_dist, no `norm` (spec A.7)."""
+    fixed = {"dist_token": True, "pool": "mean", "neck": cfg.neck or 1280, "num_classes": cfg.num_classes or 1000}
+    return _save_weights(path, build(lambda: ViT(replace(cfg, **fixed)), seed))
 
 
 def mae_lite(
     path: Path, cfg: Config, prefix: str = "module.model.", decoder: Decoder | None = None, seed: int = 0
 ) -> MAE:
-    """MAE-Lite's file: a full MAE under prefixed keys, beside start_epoch and optimizer (spec C.1, C.3)."""
+    """MAE-Lite's file: start_epoch, optimizer and a full MAE (decoder None: MAE-Tiny's) under `prefix` (spec C)."""
     model = build(lambda: MAE(cfg, decoder or Decoder(96, 1, 3)), seed)
     weights = {prefix + key: value for key, value in model.state_dict().items()}
-    optimizer = adamw_state(model, param_groups(model, 0.05), (0.9, 0.95))
+    optimizer = adamw_state(model, param_groups(model, 0.05), 2.4e-3, (0.9, 0.95))
     torch.save({"start_epoch": 400, "model": weights, "optimizer": optimizer}, path)
     return model
 
 
 def deit(path: Path, cfg: Config, seed: int = 0) -> ViT:
     """DeiT: {"model"} with `norm` and `head` on the CLS token."""
-    model = build(lambda: ViT(replace(cfg, pool="cls", num_classes=cfg.num_classes or 1000)), seed)
-    torch.save({"model": model.state_dict()}, path)
-    return model
+    return _save_weights(path, build(lambda: ViT(replace(cfg, pool="cls", num_classes=cfg.num_classes or 1000)), seed))
 
 
 def deit_distilled(path: Path, cfg: Config, seed: int = 0) -> ViT:
@@ -135,7 +132,7 @@ def deit_distilled(path: Path, cfg: Config, seed: int = 0) -> ViT:
 
 
 def timm_safetensors(path: Path, cfg: Config, seed: int = 0) -> ViT:
-    """A hub `model.safetensors`: bare keys of the encoder, no head unless cfg has classes (spec B.3)."""
+    """A hub `model.safetensors`: the bare keys of ViT(cfg) (spec B.3)."""
     from safetensors.torch import save_file
 
     model = build(lambda: ViT(cfg), seed)

@@ -1,7 +1,6 @@
 """AdamW, its parameter groups and its schedule (spec A.4 pre-training, A.5 fine-tuning)."""
 
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -17,7 +16,7 @@ def lr_at(epoch: float, peak: float, min_lr: float, warmup_epochs: float, epochs
     return min_lr + (peak - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def trainable(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
+def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Names and parameters that require a gradient."""
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 

@@ -187,10 +187,11 @@ class ViT(nn.Module):
         width = cfg.neck or cfg.width
         setattr(self, "norm" if cfg.pool == "cls" else "fc_norm", nn.LayerNorm(width, eps=cfg.norm_eps))
         self.apply(init_linear)
-        for name in ("head", "head_dist")[: (cfg.num_classes > 0) * (1 + cfg.dist_token)]:
-            setattr(self, name, nn.Linear(width, cfg.num_classes))
-            nn.init.trunc_normal_(getattr(self, name).weight, std=2e-5)
-            nn.init.zeros_(getattr(self, name).bias)
+        if cfg.num_classes:
+            for name in ("head", "head_dist") if cfg.dist_token else ("head",):
+                setattr(self, name, nn.Linear(width, cfg.num_classes))
+                nn.init.trunc_normal_(getattr(self, name).weight, std=2e-5)
+                nn.init.zeros_(getattr(self, name).bias)
 
     def embed(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """[B, 3, S, S] and optional kept patches [B, K] -> tokens [B, N, D], CLS (and DIST) first (spec B.1, A.7)."""

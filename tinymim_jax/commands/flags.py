@@ -66,6 +66,20 @@ def parse(values: flags.FlagValues, argv: list[str]) -> Config:
     return check(values.config)
 
 
+def parse_positional(values: flags.FlagValues, argv: list[str], names: list[str]) -> list[Path]:
+    """Parses `argv` into `values` and one path for each of `names`; raises InputError, or SystemExit(0) after help."""
+    if not argv or "--help" in argv or "-h" in argv:
+        print(values["help"].help)
+        raise SystemExit(0)
+    try:
+        rest = values(["", *argv])[1:]
+    except flags.Error as error:
+        raise InputError(f"{' '.join(str(error).split())}; see --help") from None
+    if len(rest) != len(names):
+        raise InputError(f"expected {' '.join(names)}, got {' '.join(rest) or 'nothing'}; see --help")
+    return [Path(path).expanduser() for path in rest]
+
+
 def _header(path: str | None) -> list[str]:
     """The text at the top of the config file that is named, if there is one."""
     file = Path((path or "").split(":", 1)[0])

@@ -14,7 +14,7 @@ def main(argv: list[str]) -> None:
     """Runs the command with its arguments; raises InputError if the folder holds no finished run."""
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
-        return
+        raise SystemExit(0)
     if len(argv) > 1:
         raise InputError(f"unexpected argument {argv[1]!r}; see --help")
     workdir = Path(argv[0]).expanduser()

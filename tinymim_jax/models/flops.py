@@ -4,13 +4,13 @@ from tinymim_jax.config import ViT
 
 
 def num_tokens(cfg: ViT) -> int:
-    """N: patches and CLS."""
-    return (cfg.image_size // cfg.patch_size) ** 2 + 1
+    """N: patches and what stands in front of them."""
+    return (cfg.image_size // cfg.patch_size) ** 2 + 1 + cfg.dist_token
 
 
 def embed(cfg: ViT, tokens: int | None = None) -> float:
-    """Of the patch embedding of one image; `tokens` incl. CLS, None: all."""
-    return 2.0 * ((tokens or num_tokens(cfg)) - 1) * 3 * cfg.patch_size**2 * cfg.width
+    """Of the patch embedding of one image; `tokens` incl. those in front, None: all."""
+    return 2.0 * ((tokens or num_tokens(cfg)) - 1 - cfg.dist_token) * 3 * cfg.patch_size**2 * cfg.width
 
 
 def forward(cfg: ViT, *, tokens: int | None = None, target_block: int | None = None) -> float:
@@ -20,7 +20,8 @@ def forward(cfg: ViT, *, tokens: int | None = None, target_block: int | None = N
     block = qkv + 4.0 * n * n * d + 2.0 * n * d * d + 4.0 * n * d * int(d * cfg.mlp_ratio)
     if target_block is not None:
         return embed(cfg, n) + (target_block - 1) * block + qkv
-    return embed(cfg, n) + cfg.depth * block + 2.0 * d * cfg.num_classes
+    head = 2.0 * (cfg.neck or d) * cfg.num_classes * (1 + cfg.dist_token)
+    return embed(cfg, n) + cfg.depth * block + 2.0 * n * d * cfg.neck + head
 
 
 def forward_backward(cfg: ViT, *, tokens: int | None = None, target_block: int | None = None) -> float:

@@ -1,10 +1,12 @@
 """Fixed sin-cos positions, and their bicubic resizing."""
 
+import math
+
 import numpy as np
 
 
-def sincos(grid: int, width: int) -> np.ndarray:
-    """Positions [1, 1 + grid^2, width] float32, zeros for CLS (MAE util/pos_embed.py).
+def sincos(grid: int, width: int, extra: int = 1) -> np.ndarray:
+    """Positions [1, extra + grid^2, width] float32, zeros for the tokens in front (MAE util/pos_embed.py).
 
     The first half of the channels encodes the column, the second the row; each is [sin, cos].
     """
@@ -14,20 +16,26 @@ def sincos(grid: int, width: int) -> np.ndarray:
     columns = np.broadcast_to(axis[None, :], (grid, grid, width // 2))
     rows = np.broadcast_to(axis[:, None], (grid, grid, width // 2))
     table = np.concatenate([columns, rows], axis=-1).reshape(grid * grid, width)
-    return np.concatenate([np.zeros((1, width)), table])[None].astype(np.float32)
+    return np.concatenate([np.zeros((extra, width)), table])[None].astype(np.float32)
 
 
 def resize(posembed: np.ndarray, grid: int) -> np.ndarray:
-    """Patch positions of [1, 1 + g^2, D] resampled to [1, 1 + grid^2, D]; the CLS entry is kept.
+    """Patch positions of [1, T + g^2, D] resampled to [1, T + grid^2, D]; those of the T tokens in front are kept.
 
     Bicubic with a = -0.75, half-pixel centres and no antialiasing, as torch's `interpolate` does it
     (`jax.image.resize` uses a = -0.5).
     """
-    cls, table = posembed[:, :1], posembed[0, 1:]
-    old = round(len(table) ** 0.5)
+    old = side(posembed.shape[1])
+    extra = posembed.shape[1] - old**2
+    front, table = posembed[:, :extra], posembed[0, extra:]
     weights = _bicubic_weights(old, grid)
     table = np.einsum("ir,jc,rcd->ijd", weights, weights, table.reshape(old, old, -1).astype(np.float64))
-    return np.concatenate([cls, table.reshape(1, grid * grid, -1)], axis=1).astype(posembed.dtype)
+    return np.concatenate([front, table.reshape(1, grid * grid, -1)], axis=1).astype(posembed.dtype)
+
+
+def side(num_tokens: int) -> int:
+    """Patches a side, of positions for that many tokens, one or two of which stand in front."""
+    return math.isqrt(num_tokens - 1)
 
 
 def _bicubic_weights(old: int, new: int, a: float = -0.75) -> np.ndarray:

@@ -36,6 +36,8 @@ class VisionTransformer(nn.Module):
     posembed: str = "fixed"
     pool: str = "cls"
     num_classes: int = 0
+    dist_token: bool = False
+    neck: int = 0
     drop_path: float = 0.0
     drop_path_shape: str = "constant"
     dtype: str = "float32"
@@ -80,11 +82,14 @@ class VisionTransformer(nn.Module):
             raise InputError(f"block {beyond[0]} is beyond the model's {self.depth} blocks")
 
     def _embed(self, images: jax.Array, keep: jax.Array | None) -> jax.Array:
-        """Patch embedding plus positions, CLS in front: [B, N, D]."""
-        grid = self.image_size // self.patch_size
-        pos = self.param("pos_embed", lambda _: jnp.asarray(posembed.sincos(grid, self.width))).astype(images.dtype)
-        cls_token = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width)).astype(images.dtype)
-        patches, patch_pos = patchify(images, self.patch_size), pos[:, 1:]
+        """Patch embedding plus positions, CLS (and the distillation token) in front: [B, N, D]."""
+        grid, extra = self.image_size // self.patch_size, num_extra(self)
+        table = posembed.sincos(grid, self.width, extra)
+        pos = self.param("pos_embed", lambda _: jnp.asarray(table)).astype(images.dtype)
+        names = ("cls_token", "dist_token")[:extra]
+        tokens = [self.param(name, nn.initializers.normal(0.02), (1, 1, self.width)) for name in names]
+        front = jnp.concatenate(tokens, axis=1).astype(images.dtype) + pos[:, :extra]
+        patches, patch_pos = patchify(images, self.patch_size), pos[:, extra:]
         if keep is not None:
             patches = jnp.take_along_axis(patches, keep[..., None], axis=1)
             patch_pos = patch_pos[0][keep]
@@ -99,8 +104,7 @@ class VisionTransformer(nn.Module):
             name="patch_embed",
         )
         x = embed(patches) + patch_pos
-        cls = jnp.broadcast_to(cls_token + pos[:, :1], (len(x), 1, self.width))
-        return jnp.concatenate([cls, x], axis=1)
+        return jnp.concatenate([jnp.broadcast_to(front, (len(x), extra, self.width)), x], axis=1)
 
     def _drop_path(self, block: int) -> float:
         if self.drop_path_shape == "linear":
@@ -109,11 +113,22 @@ class VisionTransformer(nn.Module):
 
     def _head(self, x: jax.Array) -> jax.Array:
         """[B, N, D] -> logits [B, C], float32."""
+        if self.neck:
+            x = nn.LayerNorm(epsilon=1e-5, dtype=x.dtype, use_fast_variance=False, name="neck_norm")(x)
+            x = nn.gelu(
+                nn.Dense(self.neck, kernel_init=layers.xavier, dtype=x.dtype, name="neck")(x), approximate=False
+            )
+        x = x.astype(jnp.float32)
         if self.pool == "mean":
-            pooled = layers.layer_norm(jnp.float32, "fc_norm")(x[:, 1:].astype(jnp.float32).mean(axis=1))
+            pooled = layers.layer_norm(jnp.float32, "fc_norm")(x[:, num_extra(self) :].mean(axis=1))
         else:
-            pooled = x[:, 0].astype(jnp.float32)
-        return nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(2e-5), name="head")(pooled)
+            pooled = x[:, 0]
+        logits = nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(2e-5), name="head")(pooled)
+        if not self.dist_token:
+            return logits
+        return (
+            logits + nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(2e-5), name="head_dist")(x[:, 1])
+        ) / 2
 
 
 def build(cfg: config.ViT) -> VisionTransformer:
@@ -124,3 +139,8 @@ def build(cfg: config.ViT) -> VisionTransformer:
 def heads_of(cfg: "config.ViT | VisionTransformer", block: int) -> int:
     """The number of heads of `block` (from 1)."""
     return cfg.last_block_heads if block == cfg.depth and cfg.last_block_heads else cfg.num_heads
+
+
+def num_extra(cfg: "config.ViT | VisionTransformer") -> int:
+    """The number of tokens in front of the patches."""
+    return 2 if cfg.dist_token else 1

@@ -52,7 +52,9 @@ class Classify:
     def predict(self, variables: Variables, frozen: Frozen, batch: Batch) -> Outputs:
         """Features: mean patch token, or CLS, as the head pools."""
         out = self.model.apply({"params": variables["params"]["encoder"]}, self._clean(batch))
-        features = out.tokens[:, 1:].mean(axis=1) if self.cfg.pool == "mean" else out.tokens[:, 0]
+        features = (
+            out.tokens[:, vit.num_extra(self.cfg) :].mean(axis=1) if self.cfg.pool == "mean" else out.tokens[:, 0]
+        )
         return Outputs(features, out.logits)
 
     def flops_per_image(self) -> float:

@@ -98,6 +98,8 @@ def cut_teacher(stage: config.Stage, teacher: config.ViT) -> config.ViT:
             f"the student's block {stage.task.student_block} has {own} heads, the teacher's block {spec.block} has"
             f" {heads}; set model.{field}={heads}, or teacher.heads={own} with teacher.init.regroup_heads=True"
         )
+    if teacher.dist_token or student.dist_token:
+        raise InputError("relations are between CLS and patches; teacher and student must have model.dist_token=False")
     if teacher.patch_size != student.patch_size:
         raise InputError(
             f"teacher and student must see the same patches: patch_size {teacher.patch_size} and {student.patch_size}"
@@ -110,6 +112,7 @@ def cut_teacher(stage: config.Stage, teacher: config.ViT) -> config.ViT:
         dtype=student.dtype,
         pool="mean",  # without a head: nothing after the last block
         num_classes=0,
+        neck=0,
         remat=False,
     )
 

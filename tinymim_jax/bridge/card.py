@@ -1,0 +1,106 @@
+"""What is known of a checkpoint, for people: model cards and `inspect`."""
+
+from pathlib import Path
+from typing import Any
+
+from tinymim_jax import config, handoff
+from tinymim_jax.config import InputError
+
+
+def provenance(folder: Path, depth: int = 0) -> list[str]:
+    """One line for the checkpoint in `folder`, then those of what it was trained from, indented."""
+    indent = "  " * depth
+    try:
+        if converted := handoff.read_converted(folder):
+            source = converted["source"]
+            return [
+                f"{indent}- {folder.name}: converted from {Path(source['file']).name} ({source['kind']}),"
+                f" sha256 {source['sha256']}; licence: {source['licence']}"
+            ]
+        stage = handoff.read_stage(folder)
+    except InputError:
+        return [f"{indent}- {folder.name}: not at hand any more"]
+    lines = [f"{indent}- {folder.name}: {_task(stage)}"]
+    for init in config.sources(stage):
+        lines += provenance(handoff.source_folder(init, folder.parent), depth + 1)
+    return lines
+
+
+def _task(stage: config.Stage) -> str:
+    run, data = stage.run, stage.data
+    length = f"{run.epochs:g} epochs" if run.epochs is not None else f"{run.steps} steps"
+    what = {"mae": "MAE pre-training", "distill": "relation distillation (TinyMIM)", "classify": "supervised training"}
+    detail = f", student block {stage.task.student_block}" if stage.task.kind == "distill" else ""
+    where = f"{data.source} {data.name}".strip()
+    return f"{what[stage.task.kind]}{detail}, {length} of {where}, batch {run.batch_size}"
+
+
+def sizes(model: config.ViT) -> str:
+    """The model in a line."""
+    last = f" ({model.last_block_heads} in the last block)" if model.last_block_heads else ""
+    head = f"{model.num_classes} classes on the {'mean patch' if model.pool == 'mean' else 'CLS'} token"
+    return (
+        f"ViT, width {model.width}, {model.depth} blocks, {model.num_heads} heads{last}, {model.image_size} px in"
+        f" patches of {model.patch_size}, {head if model.num_classes else 'no head'}"
+    )
+
+
+def last_block(model: config.ViT, untrained: list[str]) -> str:
+    """What the last block is good for, given the parameters that were not trained."""
+    i = model.depth
+    if not any(key.startswith(f"encoder/block{i}/mlp/") for key in untrained):
+        return f"block {i}: trained like the others"
+    use = f"take features from the output of block {i - 1}" if i > 1 else "fine-tune before use"
+    return (
+        f"block {i}: only its norm1 and q, k, v were trained; its projection and MLP (and the final norm) were not:"
+        f" {use}, or fine-tune"
+    )
+
+
+def lines(folder: Path) -> list[str]:
+    """A stage or converted checkpoint in `folder`, for `inspect`; raises InputError if it is neither."""
+    model, untrained = handoff.read_model(folder), handoff.read_untrained(folder)
+    converted = handoff.read_converted(folder)
+    kind = f"converted checkpoint, {converted['source']['kind']}" if converted else _task(handoff.read_stage(folder))
+    decoder = converted["decoder"] if converted else handoff.read_stage(folder).task.kind == "mae"
+    state = "finished" if handoff.finished(folder) else "not finished"
+    shapes = handoff.shapes(handoff.read_params(folder)) if state == "finished" else {}
+    text = [f"{folder}: {kind}, {state}", f"model: {sizes(model)}"]
+    text.append("with a decoder" if decoder else "no decoder: it cannot reconstruct")
+    if untrained:
+        text.append(f"not trained: {handoff.fold(untrained, shapes or untrained)}")
+    return [*text, last_block(model, untrained), "made from:", *(f"  {line}" for line in provenance(folder))]
+
+
+def write(weights: Any, usage: str) -> str:
+    """README.md of an exported folder; `usage` is code that loads it."""
+    model, pixels = weights.model, weights.pixels
+    untrained = handoff.read_untrained(weights.folder)
+    heads = ""
+    if weights.regrouped:
+        was, now = model.last_block_heads, model.num_heads
+        heads = f"\nBlock {model.depth} was trained with {was} heads and is read with {now} here.\n"
+    origin = "\n".join(provenance(weights.folder))
+    return f"""# {weights.folder.name}
+
+{sizes(model)}.
+{heads}
+{last_block(model, untrained)}.
+
+Images: RGB in [0, 1], normalised with mean {pixels["mean"]} and std {pixels["std"]}. LayerNorm eps 1e-6, exact GELU.
+
+## Use
+
+```python
+{usage}
+```
+
+## Provenance
+
+{origin}
+
+## Licence
+
+Weights keep the licence of those that they were made from (above), and of the data. tinymim_jax, which wrote this
+folder, is Apache-2.0.
+"""

@@ -1,0 +1,155 @@
+"""Other people's weights -> a folder that every later stage, `load` and `inspect` read like a finished stage's."""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tinymim_jax import checkpoint, config, handoff
+from tinymim_jax.bridge import files, layout, names
+from tinymim_jax.bridge.layout import Layout, Told
+from tinymim_jax.config import InputError
+from tinymim_jax.models import mae, vit
+from tinymim_jax.optim import matches
+
+
+@dataclasses.dataclass
+class Converted:
+    """Our parameters, and how they came about."""
+
+    source: files.Source
+    layout: Layout
+    params: dict[str, Any]  # nested, numpy: encoder, and decoder if there is one
+
+    @property
+    def untrained(self) -> list[str]:
+        """The parameters that the source's own training left as they were."""
+        return [key for key in handoff.flatten(self.params) if matches(self.layout.untrained, key)]
+
+    def lines(self) -> list[str]:
+        """The report: what it is, what was inferred, and where each tensor went."""
+        m, d = self.layout.model, self.layout.decoder
+        text = [
+            f"{self.source.path}: {self.layout.kind}",
+            f"model: width {m.width}, {m.depth} blocks, {m.image_size} px in patches of {m.patch_size},"
+            f" pool {m.pool}, {m.num_classes} classes, positions {m.posembed}",
+        ]
+        text += [f"decoder: width {d.width}, {d.depth} blocks"] if d else ["no decoder: it cannot reconstruct"]
+        text += [f"note: {note}" for note in self.layout.notes]
+        text.append(f"converted {len(self.layout.arrays)} tensors, {parameters(self.params):,} parameters")
+        for why in dict.fromkeys(self.layout.ignored.values()):
+            keys = [key for key, reason in self.layout.ignored.items() if reason == why]
+            more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
+            text.append(f"ignored, {why}: {', '.join(keys[:4])}{more}")
+        return [*text, f"licence: {self.layout.licence}"]
+
+
+def parameters(params: Any) -> int:
+    """How many numbers a tree holds."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def read(path: Path, told: Told | None = None) -> Converted:
+    """The checkpoint at `path` in our layout; raises InputError on anything that is not fully understood."""
+    told = told or Told()
+    source = files.read(path)
+    try:
+        found = layout.understand(source, files.check_values(source, told.half), told)
+        return Converted(source, found, _to_ours(found))
+    except InputError as error:
+        text = str(error)
+        raise InputError(text if text.startswith(str(path)) else f"{path}: {text}") from None
+
+
+def _to_ours(found: Layout) -> dict[str, Any]:
+    """Our tree; raises InputError unless its keys and the tensors' are the same and fit."""
+    left = dict(found.arrays)
+    params = {}
+    for key, leaf in handoff.flatten(shapes(found.model, found.decoder)).items():
+        name = names.mae_name(key)
+        if name not in left:
+            raise InputError(f"there is no {name}, which a {found.kind} checkpoint has")
+        expected = names.to_mae(key, np.broadcast_to(np.float32(0), leaf.shape)).shape
+        if left[name].shape != expected:
+            raise InputError(f"{name} has shape {list(left[name].shape)}, expected {list(expected)}")
+        params[key] = names.from_mae(key, left.pop(name), leaf.shape)
+    if left:
+        more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
+        raise InputError(f"{next(iter(left))}{more} has no place in a {found.kind} checkpoint; remove it from the file")
+    return flax.traverse_util.unflatten_dict(params, sep="/")
+
+
+def shapes(model: config.ViT, decoder: config.Decoder | None) -> dict[str, Any]:
+    """The parameter tree of a model with or without a decoder, as shapes."""
+    images = jnp.zeros((1, model.image_size, model.image_size, 3))
+    key = jax.random.key(0)
+    if decoder is None:
+        return {"encoder": jax.eval_shape(vit.build(model).init, key, images)["params"]}
+    noise = jnp.zeros((1, (model.image_size // model.patch_size) ** 2))
+    return jax.eval_shape(mae.build(model, config.Mae(decoder=decoder)).init, key, images, noise)["params"]
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the name `folder` when the block ends well and vanishes otherwise.
+
+    Raises InputError if `folder` exists or cannot be made.
+    """
+    if folder.exists():
+        raise InputError(f"{folder} exists; name another folder, or delete it")
+    partial = folder.with_name(folder.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be made ({error.strerror}); name another folder") from None
+    try:
+        yield partial
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write(converted: Converted, folder: Path) -> None:
+    """Writes `folder` like a finished stage of no steps: stage.json, checkpoints/0, DONE."""
+    with new_folder(folder) as partial:
+        fill(converted, partial)
+
+
+def fill(converted: Converted, folder: Path) -> None:
+    """Writes stage.json, checkpoints/0 and DONE into `folder`."""
+    checkpoint.save_model(folder, converted.params)
+    (folder / "stage.json").write_text(json.dumps(describe(converted), indent=2) + "\n")
+    (folder / "DONE").write_text(json.dumps({"step": 0, "metrics": {}}) + "\n")
+
+
+def check_same(path: Path, folder: Path) -> None:
+    """Raises InputError if `folder` was converted from another file than `path` is now; if it is gone, that is fine."""
+    weights = path / "model.safetensors" if path.is_dir() else path
+    recorded = handoff.read_converted(folder)
+    if recorded and weights.is_file() and weights.stat().st_size != recorded["source"]["bytes"]:
+        raise InputError(f"{folder} was converted from another file than {path}; delete it to convert again")
+
+
+def describe(converted: Converted) -> dict[str, Any]:
+    """The contents of stage.json."""
+    found, path = converted.layout, converted.source.path
+    origin = {"file": str(path), "bytes": path.stat().st_size, "sha256": files.sha256(path), "kind": found.kind}
+    facts = {
+        "model": config.to_dict(found.model),
+        "decoder": config.to_dict(found.decoder),
+        "norm_pix_loss": found.norm_pix_loss,
+        "preprocessing": found.preprocessing,
+        "source": {**origin, "licence": found.licence, "notes": found.notes, "ignored": found.ignored},
+    }
+    versions = {name: version(name) for name in ("jax", "flax", "orbax-checkpoint")}
+    return {"converted": facts, "untrained": converted.untrained, "versions": versions}

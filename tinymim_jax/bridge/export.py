@@ -1,0 +1,260 @@
+"""Our weights -> what timm, Hugging Face and MAE's code read, and ONNX; each with a model card."""
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from tinymim_jax import config, handoff
+from tinymim_jax.bridge import card, names
+from tinymim_jax.bridge.convert import new_folder
+from tinymim_jax.bridge.layout import IMAGENET
+from tinymim_jax.config import InputError
+from tinymim_jax.models import vit
+
+TIMM = {(192, 16): "vit_tiny_patch16_224", (384, 16): "vit_small_patch16_224", (768, 16): "vit_base_patch16_224",
+        (1024, 16): "vit_large_patch16_224", (1280, 14): "vit_huge_patch14_224"}  # fmt: skip
+ONNX_LIMIT = 1e-4  # relative difference between onnxruntime and our model
+
+
+class Weights:
+    """A stage's (or converted checkpoint's) model, settings and arrays by MAE's names."""
+
+    def __init__(self, folder: Path, regroup_heads: bool = False):
+        """Raises InputError if `folder` is no finished stage."""
+        self.folder, self.model = folder, handoff.read_model(folder)
+        params = handoff.flatten(handoff.read_params(folder))
+        self.arrays = {names.mae_name(key): np.ascontiguousarray(names.to_mae(key, a)) for key, a in params.items()}
+        converted = handoff.read_converted(folder)
+        if converted:
+            self.decoder, self.norm_pix = converted["decoder"], converted["norm_pix_loss"]
+            self.pixels = {**converted["preprocessing"], "interpolation": "bicubic", "crop_pct": 0.875}
+        else:
+            stage = handoff.read_stage(folder)
+            is_mae = isinstance(stage.task, config.Mae)
+            self.decoder = config.to_dict(stage.task.decoder) if is_mae else None
+            self.norm_pix = stage.task.norm_pix_loss if is_mae else None
+            self.pixels = {
+                key: config.to_dict(getattr(stage.data, key)) for key in (*IMAGENET, "interpolation", "crop_pct")
+            }
+        last = self.model.last_block_heads
+        self.regrouped = regroup_heads and last not in (None, self.model.num_heads)
+
+    @property
+    def encoder(self) -> dict[str, np.ndarray]:
+        """The arrays without the decoder's."""
+        return {k: v for k, v in self.arrays.items() if not k.startswith(("decoder_", "mask_token"))}
+
+    def check_heads(self, what: str) -> None:
+        """Raises InputError if `what`, which has one number of heads, cannot hold the model."""
+        last = self.model.last_block_heads
+        if last not in (None, self.model.num_heads) and not self.regrouped:
+            raise InputError(
+                f"block {self.model.depth} has {last} heads and the others {self.model.num_heads}, which {what} cannot"
+                " express; give --regroup_heads to have it read with those of the others (its output changes, as in"
+                " fine-tuning), or --format=mae"
+            )
+
+
+def export(folder: Path, destination: Path, form: str, regroup_heads: bool = False) -> list[Path]:
+    """Writes the new folder `destination`, with README.md; returns its files. Raises InputError, nothing left."""
+    if form not in FORMATS:
+        raise InputError(f"--format={form}: unknown; choose one of {', '.join(FORMATS)}")
+    weights = Weights(folder, regroup_heads)
+    with new_folder(destination) as partial:
+        usage = FORMATS[form](weights, partial)
+        (partial / "README.md").write_text(card.write(weights, usage))
+    return sorted(destination.iterdir())
+
+
+def to_timm(weights: Weights, folder: Path) -> str:
+    """model.safetensors and config.json as `timm.create_model("local-dir:...")` reads them."""
+    weights.check_heads("timm")
+    m = weights.model
+    if m.neck:
+        raise InputError("timm has no model with a neck before the head (TinyMIM*-T); export it with --format=mae")
+    name = TIMM.get((m.width, m.patch_size), "vit_base_patch16_224")
+    args = {
+        "img_size": m.image_size, "patch_size": m.patch_size, "embed_dim": m.width, "depth": m.depth,
+        "num_heads": m.num_heads, "mlp_ratio": m.mlp_ratio, "global_pool": "avg" if m.pool == "mean" else "token",
+    }  # fmt: skip
+    if m.dist_token:
+        name = "deit_base_distilled_patch16_224"
+    pixels = weights.pixels
+    settings = {
+        "architecture": name,
+        "num_classes": m.num_classes,
+        "model_args": args,
+        "pretrained_cfg": {"num_classes": m.num_classes, "input_size": [3, m.image_size, m.image_size], **pixels},
+    }
+    save_safetensors(weights.encoder, folder / "model.safetensors")
+    _write_json(folder / "config.json", settings)
+    return 'import timm\n\nmodel = timm.create_model("local-dir:PATH", pretrained=True)  # PATH: this folder'
+
+
+def to_hugging_face(weights: Weights, folder: Path) -> str:
+    """A folder that `from_pretrained` reads: ViTMAEForPreTraining, ViTModel, or a classifier."""
+    weights.check_heads("Hugging Face")
+    m = weights.model
+    if m.neck or m.dist_token:
+        raise InputError("Hugging Face's ViT has no distillation token and no neck; export it with --format=mae")
+    if weights.decoder:
+        name, extra, arrays = "ViTMAEForPreTraining", _mae_settings(weights), _hf_arrays(weights.arrays, "vit.")
+    elif not m.num_classes:
+        name, extra, arrays = "ViTModel", {"model_type": "vit"}, _hf_arrays(weights.encoder, "")
+    elif m.pool == "cls":
+        name, extra, arrays = "ViTForImageClassification", {"model_type": "vit"}, _hf_arrays(weights.encoder, "vit.")
+    else:
+        name, extra, arrays = "BeitForImageClassification", dict(BEIT), _beit_arrays(weights.encoder)
+    settings = {
+        "architectures": [name], "hidden_size": m.width, "num_hidden_layers": m.depth,
+        "num_attention_heads": m.num_heads,
+        "intermediate_size": int(m.width * m.mlp_ratio), "image_size": m.image_size, "patch_size": m.patch_size,
+        "num_channels": 3, "hidden_act": "gelu", "layer_norm_eps": 1e-6, "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0, "dtype": "float32", **extra,
+    }  # fmt: skip
+    if m.num_classes:
+        settings["id2label"] = {str(i): f"LABEL_{i}" for i in range(m.num_classes)}
+        settings["label2id"] = {label: int(i) for i, label in settings["id2label"].items()}
+    save_safetensors(arrays, folder / "model.safetensors")
+    _write_json(folder / "config.json", settings)
+    _write_json(folder / "preprocessor_config.json", _processor(weights))
+    argument = ", add_pooling_layer=False" if name == "ViTModel" else ""
+    return f'from transformers import {name}\n\nmodel = {name}.from_pretrained("PATH"{argument})  # PATH: this folder'
+
+
+# Mean-pooled patches, then a norm: BEiT's classifier. Its keys have no bias, which softmax does not see.
+BEIT = {
+    "model_type": "beit", "use_absolute_position_embeddings": True, "use_mean_pooling": True,
+    "layer_scale_init_value": 0.0,
+    "use_relative_position_bias": False, "use_shared_relative_position_bias": False, "use_mask_token": False,
+    "drop_path_rate": 0.0,
+}  # fmt: skip
+
+
+def _mae_settings(weights: Weights) -> dict[str, Any]:
+    d = weights.decoder
+    return {
+        "model_type": "vit_mae", "norm_pix_loss": bool(weights.norm_pix), "mask_ratio": 0.75, "qkv_bias": True,
+        "decoder_hidden_size": d["width"], "decoder_num_hidden_layers": d["depth"],
+        "decoder_num_attention_heads": d["num_heads"], "decoder_intermediate_size": 4 * d["width"],
+    }  # fmt: skip
+
+
+def _hf_arrays(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """By Hugging Face's names, q, k and v apart."""
+    split = {}
+    for name, array in arrays.items():
+        parts = names.hf_names(name, prefix)
+        split |= dict(zip(parts, np.split(array, len(parts)) if len(parts) > 1 else [array], strict=True))
+    return split
+
+
+def _beit_arrays(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    renamed = {k.replace("beit.fc_norm.", "beit.pooler.layernorm."): v for k, v in _hf_arrays(arrays, "beit.").items()}
+    return {k: v for k, v in renamed.items() if not k.endswith(".key.bias")}
+
+
+def _processor(weights: Weights) -> dict[str, Any]:
+    size = weights.model.image_size
+    return {
+        "image_processor_type": "ViTImageProcessor", "do_resize": True, "size": {"height": size, "width": size},
+        "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+        "image_mean": weights.pixels["mean"], "image_std": weights.pixels["std"],
+    }  # fmt: skip
+
+
+def to_mae(weights: Weights, folder: Path) -> str:
+    """checkpoint.pth in MAE's layout, {"model": state_dict}, with our own settings beside it."""
+    torch = _need("torch")
+    settings = {
+        "made_by": "tinymim_jax",
+        "model": config.to_dict(weights.model),
+        "decoder": weights.decoder,
+        "norm_pix_loss": weights.norm_pix,
+    }
+    model = {name: torch.from_numpy(array) for name, array in weights.arrays.items()}
+    torch.save({"model": model, "tinymim_jax": settings}, folder / "checkpoint.pth")
+    return 'import torch\n\nstate_dict = torch.load("PATH/checkpoint.pth")["model"]  # PATH: this folder'
+
+
+def to_onnx(weights: Weights, folder: Path) -> str:
+    """model.onnx: normalised images float32 [B, 3, S, S] -> logits [B, C] or tokens [B, N, D]; run once to check."""
+    torch, transformers = _need("torch"), _need("transformers")
+    _need("onnxscript")
+    runtime = _need("onnxruntime")
+    weights.decoder = None
+    with tempfile.TemporaryDirectory() as temporary:
+        to_hugging_face(weights, Path(temporary))
+        name = json.loads((Path(temporary) / "config.json").read_text())["architectures"][0]
+        extra = {"add_pooling_layer": False} if name == "ViTModel" else {}
+        source = getattr(transformers, name).from_pretrained(temporary, attn_implementation="eager", **extra).eval()
+    transformers.utils.logging.set_verbosity_error()
+    output = "logits" if weights.model.num_classes else "last_hidden_state"
+
+    class Only(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.source = source
+
+        def forward(self, images: Any) -> Any:
+            return self.source(images)[output]
+
+    size = weights.model.image_size
+    images = np.random.default_rng(0).normal(size=(2, 3, size, size)).astype(np.float32)
+    batch = {0: torch.export.Dim("batch")}
+    torch.onnx.export(
+        Only().eval(), (torch.from_numpy(images),), folder / "model.onnx", dynamo=True, dynamic_shapes=(batch,),
+        input_names=["images"], output_names=[output], external_data=False, verbose=False,
+    )  # fmt: skip
+    theirs = runtime.InferenceSession(folder / "model.onnx").run(None, {"images": images})[0]
+    _check_onnx(weights, images, theirs)
+    return 'import onnxruntime\n\nsession = onnxruntime.InferenceSession("PATH/model.onnx")  # PATH: this folder'
+
+
+def _check_onnx(weights: Weights, images: np.ndarray, theirs: np.ndarray) -> None:
+    import dataclasses
+
+    model = dataclasses.replace(weights.model, last_block_heads=None, dtype="float32")
+    tree = handoff.read_params(weights.folder)["encoder"]
+    target = jax.eval_shape(vit.build(model).init, jax.random.key(0), images.transpose(0, 2, 3, 1))["params"]
+    params = jax.tree.map(lambda a, s: a.reshape(s.shape), tree, target)  # heads regrouped
+    with jax.default_matmul_precision("highest"):
+        out = vit.build(model).apply({"params": params}, images.transpose(0, 2, 3, 1))
+    ours = np.asarray(out.tokens if out.logits is None else out.logits)
+    relative = np.max(np.abs(ours - theirs)) / np.max(np.abs(ours))
+    if not relative <= ONNX_LIMIT:
+        raise InputError(f"onnxruntime's output differs from ours by {relative:.1e}: this is a bug; use --format=timm")
+
+
+FORMATS: dict[str, Callable[[Weights, Path], str]] = {
+    "timm": to_timm,
+    "hf": to_hugging_face,
+    "mae": to_mae,
+    "onnx": to_onnx,
+}
+
+
+def save_safetensors(arrays: dict[str, np.ndarray], path: Path) -> None:
+    """Writes `arrays`; the metadata is what transformers looks for."""
+    import safetensors.numpy
+
+    plain = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    safetensors.numpy.save_file(plain, path, metadata={"format": "pt"})
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _need(package: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise InputError(f"this format needs {package}: pip install 'tinymim_jax[torch]'") from None

@@ -1,0 +1,178 @@
+"""Other people's checkpoint files, read without running anything that is in them."""
+
+import dataclasses
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tinymim_jax.config import InputError
+from tinymim_jax.handoff import WEIGHTS
+
+CONTAINERS = ("model", "state_dict", "model_state")  # entries of a .pth that hold the weights
+BESIDE = {
+    r"optimizer|opt_state": "state of the optimiser",
+    r"scaler|lr_scheduler|scheduler|loss_scaler": "state of the training loop",
+    r"epoch|start_epoch|step|best.*|max_accuracy": "progress of the training",
+    r"args|config|cfg|hyper_parameters|tinymim_jax": "settings of the training",
+    r"model_ema|ema.*": "averaged weights; the plain ones are taken",
+}
+
+
+@dataclasses.dataclass
+class Source:
+    """A checkpoint as it lies there: arrays by name, its settings, and what stands beside the weights."""
+
+    path: Path  # of the file that holds the weights
+    format: str  # "pth" | "safetensors" | "huggingface" | "timm"
+    arrays: dict[str, np.ndarray]
+    settings: dict[str, Any]  # of config.json, or the training's arguments
+    beside: dict[str, str]  # entry -> why it is not read
+
+
+def read(path: Path) -> Source:
+    """Reads a .pth or .safetensors file, or a folder with config.json and model.safetensors.
+
+    Raises InputError, without having run anything, on a file that is not one of these or is damaged.
+    """
+    if not path.exists():
+        raise InputError(f"{path} does not exist; give a .pth or .safetensors file, or a Hugging Face or timm folder")
+    if path.is_dir():
+        return _read_folder(path)
+    if not path.stat().st_size:
+        raise InputError(f"{path} is empty; download it again")
+    if path.suffix == ".safetensors":
+        return Source(path, "safetensors", read_safetensors(path), {}, {})
+    if path.suffix in WEIGHTS:
+        return _read_pth(path)
+    raise InputError(f"{path}: the name ends in none of {', '.join(WEIGHTS)}; rename it if it is one of these")
+
+
+def read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """Arrays by name; raises InputError on a damaged file."""
+    import safetensors
+
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # SafetensorError, OSError, and whatever a strange dtype raises
+        raise InputError(f"{path} is not a whole safetensors file ({one_line(error)}); download it again") from None
+
+
+def _read_folder(path: Path) -> Source:
+    file, weights = path / "config.json", path / "model.safetensors"
+    if not file.is_file():
+        raise InputError(f"{path} has no config.json: neither a Hugging Face nor a timm folder")
+    if not weights.is_file():
+        raise InputError(f"{path} has no model.safetensors; save it again with safe_serialization=True, in one file")
+    settings = _read_json(file)
+    if (path / "preprocessor_config.json").is_file():
+        settings["preprocessor"] = _read_json(path / "preprocessor_config.json")
+    kind = "timm" if "architecture" in settings else "huggingface"
+    return Source(weights, kind, read_safetensors(weights), settings, {})
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except (ValueError, RecursionError):  # the latter: brackets a thousand deep
+        content = None
+    if not isinstance(content, dict):
+        raise InputError(f"{file} is not a JSON object; save the model again")
+    return content
+
+
+def _read_pth(path: Path) -> Source:
+    content = _load_pth(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__}, not a dict of weights; save model.state_dict()")
+    entry = next((name for name in CONTAINERS if isinstance(content.get(name), dict)), None)
+    weights = content if entry is None else content[entry]
+    beside = {} if entry is None else {str(name): _why(str(name)) for name in content if name != entry}
+    settings = next((content[n] for n in ("tinymim_jax", "args") if entry is not None and n in content), {})
+    arrays = {str(name): _to_numpy(path, name, value) for name, value in weights.items()}
+    return Source(path, "pth", arrays, settings if isinstance(settings, dict) else vars(settings), beside)
+
+
+def _load_pth(path: Path) -> Any:
+    """What torch's restricted unpickler makes of the file: tensors, plain values and argparse's Namespace only."""
+    try:
+        import torch
+    except ImportError:
+        raise InputError(
+            f"{path} needs PyTorch to be read: pip install 'tinymim_jax[torch]' (a .safetensors file does not)"
+        ) from None
+    import argparse
+    import warnings
+
+    options = {"map_location": "cpu", "weights_only": True}
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                return torch.load(path, mmap=True, **options)
+            except RuntimeError:  # a file of torch before 1.6, which cannot be mapped
+                return torch.load(path, **options)
+    except Exception as error:  # damaged files raise anything from EOFError to KeyError
+        reason = one_line(error)
+        if "Unsupported global" in reason or "weights_only" in reason.lower():
+            raise InputError(
+                f"{path} would run code when unpickled, or holds more than tensors and plain values, and is not opened;"
+                " load it where you trust it and save model.state_dict() alone"
+            ) from None
+        raise InputError(f"{path} is not a whole PyTorch checkpoint ({reason}); download it again") from None
+
+
+def _to_numpy(path: Path, name: str, value: Any) -> np.ndarray:
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        raise InputError(f"{path}: {name} is a {type(value).__name__}, not a tensor; save model.state_dict()")
+    if value.is_sparse or value.is_quantized or value.is_complex():
+        raise InputError(f"{path}: {name} is sparse, quantised or complex; save it as plain float32")
+    if value.dtype == torch.bfloat16:
+        import ml_dtypes
+
+        return value.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return value.detach().numpy()
+
+
+def _why(entry: str) -> str:
+    import re
+
+    return next((why for pattern, why in BESIDE.items() if re.fullmatch(pattern, entry)), "beside the weights")
+
+
+def check_values(source: Source, half: bool) -> dict[str, np.ndarray]:
+    """`source.arrays` as float32; raises InputError on NaN, infinity, integers and (unless `half`) 16-bit floats."""
+    checked = {}
+    for name, array in source.arrays.items():
+        kind = str(array.dtype)
+        if kind in ("float16", "bfloat16") and not half:
+            raise InputError(
+                f"{source.path}: {name} is {kind}: these weights have been rounded; find the float32 file, or give"
+                " --half to convert them as they are"
+            )
+        if kind not in ("float32", "float64", "float16", "bfloat16"):
+            raise InputError(f"{source.path}: {name} is {kind}, not a float; this is not a plain vision transformer")
+        array = array.astype(np.float32, copy=False)
+        if not math.isfinite(float(np.sum(array, dtype=np.float64))):
+            raise InputError(
+                f"{source.path}: {name} has values that are not finite; the training that wrote it had failed"
+            )
+        checked[name] = array
+    return checked
+
+
+def sha256(path: Path) -> str:
+    """Of the file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def one_line(error: BaseException) -> str:
+    """An error of another library, short enough for a line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:160]

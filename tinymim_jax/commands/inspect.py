@@ -1,0 +1,24 @@
+"""`inspect`: what is in a checkpoint."""
+
+from tinymim_jax.commands.flags import new_flags, parse_positional
+from tinymim_jax.config import InputError
+
+USAGE = """python -m tinymim_jax inspect PATH
+
+  PATH   a stage's folder, a converted checkpoint, or anything that `convert` reads"""
+
+
+def main(argv: list[str]) -> None:
+    """Runs the command with its arguments; raises InputError if it is no checkpoint."""
+    (path,) = parse_positional(new_flags(USAGE), argv, ["PATH"])
+    if not path.exists():
+        raise InputError(f"{path} does not exist")
+
+    from tinymim_jax import handoff
+    from tinymim_jax.bridge import card, convert
+
+    if not handoff.is_foreign(path):
+        print("\n".join(card.lines(path)))
+        return
+    converted = convert.read(path)
+    print("\n".join([*converted.lines(), card.last_block(converted.layout.model, converted.untrained)]))
