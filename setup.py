@@ -4,6 +4,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+ONNX = ["onnxruntime", "onnxscript", "transformers>=5"]
+
 setup(
     name="tinymim_jax",
     version="0.1.0",
@@ -30,6 +32,7 @@ setup(
         "orbax-checkpoint>=0.12",
         "pillow",
         "rich",
+        "safetensors",
         "scikit-learn",
         "tensorboardX",
         "tensorflow-datasets>=4.9.9",
@@ -39,6 +42,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
         "torch": ["torch>=2.6"],
-        "test": ["pytest", "pytest-xdist", "ruff"],
+        "onnx": ["torch>=2.6", *ONNX],
+        "test": ["pytest", "pytest-xdist", "ruff", "torch==2.13.0", *ONNX],
     },
 )

@@ -1,9 +1,9 @@
-# Sourced by the launch scripts: makes .venv (or $VENV) with this package and its test tools, once, and activates it.
-# PYTHON chooses the interpreter; EXTRAS what to install, e.g. EXTRAS=cuda,test.
+# Sourced by the launch scripts: makes .venv (or $VENV) with this package, once, and activates it.
+# PYTHON chooses the interpreter; EXTRAS what else to install, e.g. EXTRAS=cuda,torch.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${VENV:-.venv}
-stamp="$venv/installed-$(cat setup.py <(echo "${EXTRAS:-test}") | cksum | cut -d' ' -f1)"
+stamp="$venv/installed-$(cat setup.py <(echo "${EXTRAS:-}") | cksum | cut -d' ' -f1)"
 if [[ ! -e $stamp ]]; then
   for python in "${PYTHON:-}" python3.12 python3.11 python3; do
     if [[ -n $python ]] && "$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info[:2] not in [(3, 11), (3, 12)])' 2>/dev/null; then
@@ -17,7 +17,7 @@ if [[ ! -e $stamp ]]; then
   fi
   echo "installing into $venv with $("$python" --version) ..."
   "$python" -m venv "$venv"
-  "$venv/bin/pip" install --quiet --disable-pip-version-check --editable ".[${EXTRAS:-test}]"
+  "$venv/bin/pip" install --quiet --disable-pip-version-check --editable ".${EXTRAS:+[$EXTRAS]}"
   touch "$stamp"
 fi
 source "$venv/bin/activate"

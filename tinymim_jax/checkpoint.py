@@ -51,9 +51,13 @@ class Checkpoints:
 
 def save_model(folder: Path, params: Any) -> None:
     """Writes `params` alone as the checkpoint of step 0 under `folder`."""
-    with Checkpoints(folder, keep=1) as checkpoints:
-        model = {"params": params, "model_state": {}, "ema": {}}
-        checkpoints.manager.save(0, args=ocp.args.Composite(model=ocp.args.StandardSave(model)))
+    model = {"params": params, "model_state": {}, "ema": {}}
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+    # A file for each array: orbax's database of all of them takes twice their size in memory while it is written.
+    handlers = {"model": ocp.StandardCheckpointHandler(use_ocdbt=False)}
+    path = (folder / FOLDER).absolute()
+    with contextlib.closing(ocp.CheckpointManager(path, options=options, item_handlers=handlers)) as manager:
+        manager.save(0, args=ocp.args.Composite(model=ocp.args.StandardSave(model)))
 
 
 def model_shapes(folder: Path) -> dict[str, Any]:

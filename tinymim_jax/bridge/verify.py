@@ -136,7 +136,8 @@ def _reference(converted: Converted, images: np.ndarray, noise: np.ndarray) -> T
     with torch.no_grad():
         out = encoder.eval()(_torch_images(images))
         tensors = {f"block {i + 1} {p}": getattr(t, TRACE[p]) for i, t in enumerate(out.trace) for p in PARTS}
-        tensors["tokens"] = out.tokens
+        if not found.model.neck:  # behind which the reference's tokens lie
+            tensors["tokens"] = out.tokens
         # The reference has heads before tokens.
         tensors = {k: v.transpose(1, 2) if v.ndim == 4 else v for k, v in tensors.items()}
         if out.logits is not None:
