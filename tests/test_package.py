@@ -17,10 +17,10 @@ def test_importing_the_package_imports_nothing_heavy():
 
 def test_running_needs_neither_torch_nor_tensorflow():
     code = (
-        "import sys, tinymim_jax.commands.run, tinymim_jax.chain, tinymim_jax.report;"
-        "print(sorted({'torch', 'tensorflow'} & set(sys.modules)))"
+        "import sys; sys.modules['torch'] = sys.modules['tensorflow'] = None;"  # importing either is an error
+        "import tinymim_jax.commands.run, tinymim_jax.chain, tinymim_jax.report; print('ran')"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "ran\n"
 
 
 def test_load_gives_a_model_with_relations(chain, mesh, tmp_path):
