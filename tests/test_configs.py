@@ -12,7 +12,8 @@ from tinymim_jax import chain as chain_lib
 from tinymim_jax import config
 from tinymim_jax.config import Classification, Data, Decoder, Distill, Knn, Mae
 from tinymim_jax.mesh import make_mesh
-from tinymim_jax.train import Interrupted, run_stage
+from tinymim_jax.progress import Interrupted
+from tinymim_jax.train import run_stage
 from tinymim_jax.validate import check
 
 ROOT = Path(__file__).parent.parent / "configs"

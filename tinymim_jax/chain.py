@@ -33,11 +33,13 @@ def run_chain(cfg: Config, workdir: Path, only: str | None = None) -> dict[str, 
     with StopRequest() as stop:
         mesh = make_mesh(cfg.mesh)
         describe_chain(cfg, workdir, only)  # what is wrong with a later stage is said now
+        stop.check("before anything ran")
         names = list(cfg.stages) if only is None else [only]
         to_run = [name for name in names if not handoff.finished(workdir / name)]
         for name in to_run:
             check_ready(cfg, name, workdir, mesh, to_run)
         check_writable(workdir)
+        stop.check("before anything ran")
         convert_sources(cfg, to_run, workdir)
         for name in names:
             if name in to_run:
@@ -64,16 +66,26 @@ def check_ready(cfg: Config, name: str, workdir: Path, mesh: jax.sharding.Mesh, 
             folder = handoff.source_folder(init, workdir)
             if init.stage not in to_run and not handoff.finished(folder) and not _foreign(init, workdir):
                 raise InputError(f"takes weights from {folder}, which has no finished stage: run that stage first")
-        classes = {data.split: sources.open_source(data).classes for data in data_sets(stage)}
-        known = {split: names for split, names in classes.items() if names is not None}
-        for split, names in known.items():
-            first, expected = next(iter(known.items()))
-            if odd := sorted(set(names) ^ set(expected)):
-                raise InputError(f"data: {first} and {split} differ in their classes ({odd[0]}); both need the same")
-            if stage.model.num_classes and len(names) > stage.model.num_classes:
-                raise InputError(f"data has {len(names)} classes; set model.num_classes, now {stage.model.num_classes}")
+        for data in data_sets(stage):
+            sources.open_source(data)
+        check_classes(stage)
     except InputError as error:
         raise InputError(f"stage {name}: {error}") from None
+
+
+def check_classes(stage: Stage) -> None:
+    """Raises InputError if data whose labels are compared differ in their classes, as far as these have names."""
+    pairs = [(cfg.bank, cfg.data) for cfg in stage.evals.values() if isinstance(cfg, config.Knn)]
+    if isinstance(stage.task, config.Classify):
+        pairs += [(stage.data, cfg.data) for cfg in stage.evals.values() if isinstance(cfg, config.Classification)]
+        names = sources.open_source(stage.data).classes or ()
+        if len(names) > stage.model.num_classes:
+            raise InputError(f"data has {len(names)} classes; set model.num_classes, now {stage.model.num_classes}")
+    for pair in pairs:
+        first, second = (sources.open_source(data).classes for data in pair)
+        if first is not None and second is not None and (odd := sorted(set(first) ^ set(second))):
+            where = " and ".join(f"{data.path}/{data.split}" for data in pair)
+            raise InputError(f"data: {where} differ in their classes ({odd[0]}); both need the same")
 
 
 def check_writable(workdir: Path) -> None:

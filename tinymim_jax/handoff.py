@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -175,13 +176,18 @@ def source_folder(init: Init, workdir: Path) -> Path:
     if init.stage is not None:
         return workdir / init.stage
     path = Path(init.path).expanduser()
-    if not is_foreign(path):
+    if (path / "stage.json").is_file():
         return path
-    return workdir / "converted" / (path.stem if path.suffix in WEIGHTS else path.name)
+    # Two files of one name are two checkpoints.
+    digest = hashlib.sha256(init.path.encode()).hexdigest()[:6]
+    converted = workdir / "converted" / f"{path.stem if path.suffix in WEIGHTS else path.name}-{digest}"
+    return converted if is_foreign(path) or finished(converted) else path
 
 
 def is_foreign(path: Path) -> bool:
     """Whether `path` is somebody else's checkpoint (`bridge.convert` reads it), not a stage's folder."""
+    if (path / "stage.json").is_file():
+        return False
     return path.suffix in WEIGHTS or path.is_file() or (path / "config.json").is_file()
 
 
@@ -213,8 +219,13 @@ def read_untrained(folder: Path) -> list[str]:
 
 def _stage_json(folder: Path) -> dict[str, Any]:
     file = folder / "stage.json"
-    if not folder.is_dir():
+    if not folder.exists():
         raise InputError(f"{folder} does not exist; run that stage first, or name the folder of a stage that was run")
+    if is_foreign(folder):
+        raise InputError(
+            f"{folder} is not a stage's folder but another project's checkpoint; convert it first:"
+            f" python -m tinymim_jax convert {folder} DST"
+        )
     if not file.is_file():
         stages = sorted(f.parent.name for f in folder.glob("*/stage.json"))
         advice = f"name one of the stages in it: {', '.join(stages)}" if stages else "it has no stage.json"

@@ -93,6 +93,10 @@ class Progress:
         return {"window": window, "averages": self.averages, "bad_images": self.bad_images}
 
 
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop; its state is on disk."""
+
+
 class StopRequest:
     """Turns the first Ctrl-C or SIGTERM into a flag to read between steps; a second one acts at once."""
 
@@ -107,9 +111,15 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         self._restore()
 
+    def check(self, where: str) -> None:
+        """Raises Interrupted if a stop was asked for; `where` says how far the run has come."""
+        if self.asked:
+            raise Interrupted(f"{where}; run the same command to go on")
+
     def _ask(self, *_: object) -> None:
         self.asked = True
         self._restore()
+        print("\nstopping as soon as the state is saved; Ctrl-C again stops at once", file=sys.stderr, flush=True)
 
     def _restore(self) -> None:
         for number, handler in self.previous.items():

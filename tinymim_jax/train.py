@@ -26,10 +26,6 @@ from tinymim_jax.tasks.base import STREAMS, Batch, Frozen
 from tinymim_jax.writer import Writer
 
 
-class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop; its state is on disk."""
-
-
 @flax.struct.dataclass
 class TrainState:
     """All that a step changes. `ema` is {} where no average is kept."""
@@ -201,8 +197,7 @@ def run_stage(
         runner = Runner(stage, name, workdir, mesh)
         run, total = stage.run, runner.plan.total_steps
         state, log = runner.start()  # before anything is written
-        if stop.asked:
-            raise Interrupted(f"before stage {name}; run the same command to go on")
+        stop.check(f"before stage {name}")
         first = int(state.step)
         checkpoints = stack.enter_context(Checkpoints(runner.folder, run.keep))
         write_json(runner.folder / "stage.json", describe(runner.plan))
@@ -228,11 +223,12 @@ def run_stage(
                 progress.log(step, {"lr": float(runner.plan.schedule(step - 1)), "epoch": epoch})
             if run.eval_every and step % run.eval_every == 0 and not last:
                 writer.write(step, runner.evaluate(state))
-            if step % run.checkpoint_every == 0 or last or stop.asked:
+            asked = stop.asked  # read once: what is not saved must not be left
+            if step % run.checkpoint_every == 0 or last or asked:
                 progress.collect()  # a state whose loss is not finite is never saved
                 checkpoints.save(step, *items(state), progress.state())
-            if stop.asked and not last:
-                raise Interrupted(f"stage {name} stopped at step {step} of {total}; run the same command to go on")
+            if asked and not last:
+                stop.check(f"stage {name} stopped at step {step} of {total}")
 
         if total == 0:
             checkpoints.save(0, *items(state), progress.state())
@@ -243,8 +239,7 @@ def run_stage(
             print(f"{name}: images left out because they could not be read: {progress.bad_images}, all epochs together")
         results = {**progress.averages, **evaluated}
         write_json(runner.folder / "DONE", {"step": total, "metrics": results})
-        if stop.asked:
-            raise Interrupted(f"stopped after stage {name}; run the same command to go on")
+        stop.check(f"stopped after stage {name}")
     return results
 
 

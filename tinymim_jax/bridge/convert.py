@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -50,7 +52,7 @@ class Converted:
             keys = [key for key, reason in self.layout.ignored.items() if reason == why]
             more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
             text.append(f"ignored, {why}: {', '.join(keys[:4])}{more}")
-        return [*text, f"licence: {self.layout.licence}"]
+        return [files.printable(line) for line in [*text, f"licence: {self.layout.licence}"]]
 
 
 def parameters(params: Any) -> int:
@@ -61,12 +63,12 @@ def parameters(params: Any) -> int:
 def read(path: Path, told: Told | None = None) -> Converted:
     """The checkpoint at `path` in our layout; raises InputError on anything that is not fully understood."""
     told = told or Told()
-    source = files.read(path)
     try:
+        source = files.read(path)
         found = layout.understand(source, files.check_values(source, told.half), told)
         return Converted(source, found, _to_ours(found))
     except InputError as error:
-        text = str(error)
+        text = files.printable(str(error))
         raise InputError(text if text.startswith(str(path)) else f"{path}: {text}") from None
 
 
@@ -90,11 +92,11 @@ def _to_ours(found: Layout) -> dict[str, Any]:
 
 def shapes(model: config.ViT, decoder: config.Decoder | None) -> dict[str, Any]:
     """The parameter tree of a model with or without a decoder, as shapes."""
-    images = jnp.zeros((1, model.image_size, model.image_size, 3))
+    images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.float32)
     key = jax.random.key(0)
     if decoder is None:
         return {"encoder": jax.eval_shape(vit.build(model).init, key, images)["params"]}
-    noise = jnp.zeros((1, (model.image_size // model.patch_size) ** 2))
+    noise = jax.ShapeDtypeStruct((1, (model.image_size // model.patch_size) ** 2), jnp.float32)
     return jax.eval_shape(mae.build(model, config.Mae(decoder=decoder)).init, key, images, noise)["params"]
 
 
@@ -104,7 +106,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
     Raises InputError if `folder` exists or cannot be made.
     """
-    if folder.exists():
+    if os.path.exists(folder):
         raise InputError(f"{folder} exists; name another folder, or delete it")
     partial = folder.with_name(folder.name + ".partial")
     try:
@@ -136,8 +138,19 @@ def check_same(path: Path, folder: Path) -> None:
     """Raises InputError if `folder` was converted from another file than `path` is now; if it is gone, that is fine."""
     weights = path / "model.safetensors" if path.is_dir() else path
     recorded = handoff.read_converted(folder)
-    if recorded and weights.is_file() and weights.stat().st_size != recorded["source"]["bytes"]:
-        raise InputError(f"{folder} was converted from another file than {path}; delete it to convert again")
+    if not recorded or not weights.is_file():
+        return
+    source, stat = recorded["source"], weights.stat()
+    # Another seed's checkpoint has the same size.
+    if stat.st_size != source["bytes"] or _sha256(weights, stat.st_size, stat.st_mtime_ns) != source["sha256"]:
+        raise InputError(
+            f"{folder} was converted from another file than {path}; delete it to convert again, or rename the file"
+        )
+
+
+@functools.lru_cache
+def _sha256(path: Path, _size: int, _changed: int) -> str:
+    return files.sha256(path)
 
 
 def describe(converted: Converted) -> dict[str, Any]:

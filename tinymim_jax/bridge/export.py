@@ -1,5 +1,6 @@
 """Our weights -> what timm, Hugging Face and MAE's code read, and ONNX; each with a model card."""
 
+import dataclasses
 import json
 import tempfile
 from collections.abc import Callable
@@ -171,14 +172,15 @@ def _processor(weights: Weights) -> dict[str, Any]:
 def to_mae(weights: Weights, folder: Path) -> str:
     """checkpoint.pth in MAE's layout, {"model": state_dict}, with our own settings beside it."""
     torch = _need("torch")
+    model = dataclasses.replace(weights.model, last_block_heads=None) if weights.regrouped else weights.model
     settings = {
         "made_by": "tinymim_jax",
-        "model": config.to_dict(weights.model),
+        "model": config.to_dict(model),
         "decoder": weights.decoder,
         "norm_pix_loss": weights.norm_pix,
     }
-    model = {name: torch.from_numpy(array) for name, array in weights.arrays.items()}
-    torch.save({"model": model, "tinymim_jax": settings}, folder / "checkpoint.pth")
+    state = {name: torch.from_numpy(array) for name, array in weights.arrays.items()}
+    torch.save({"model": state, "tinymim_jax": settings}, folder / "checkpoint.pth")
     return 'import torch\n\nstate_dict = torch.load("PATH/checkpoint.pth")["model"]  # PATH: this folder'
 
 
@@ -188,12 +190,13 @@ def to_onnx(weights: Weights, folder: Path) -> str:
     _need("onnxscript")
     runtime = _need("onnxruntime")
     weights.decoder = None
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as temporary:
         to_hugging_face(weights, Path(temporary))
         name = json.loads((Path(temporary) / "config.json").read_text())["architectures"][0]
         extra = {"add_pooling_layer": False} if name == "ViTModel" else {}
         source = getattr(transformers, name).from_pretrained(temporary, attn_implementation="eager", **extra).eval()
-    transformers.utils.logging.set_verbosity_error()
     output = "logits" if weights.model.num_classes else "last_hidden_state"
 
     class Only(torch.nn.Module):
@@ -217,8 +220,6 @@ def to_onnx(weights: Weights, folder: Path) -> str:
 
 
 def _check_onnx(weights: Weights, images: np.ndarray, theirs: np.ndarray) -> None:
-    import dataclasses
-
     model = dataclasses.replace(weights.model, last_block_heads=None, dtype="float32")
     tree = handoff.read_params(weights.folder)["encoder"]
     target = jax.eval_shape(vit.build(model).init, jax.random.key(0), images.transpose(0, 2, 3, 1))["params"]

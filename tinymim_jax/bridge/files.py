@@ -4,6 +4,8 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ def read(path: Path) -> Source:
 
     Raises InputError, without having run anything, on a file that is not one of these or is damaged.
     """
-    if not path.exists():
+    if not os.path.exists(path):  # False for a name that is too long, too
         raise InputError(f"{path} does not exist; give a .pth or .safetensors file, or a Hugging Face or timm folder")
     if path.is_dir():
         return _read_folder(path)
@@ -93,8 +95,9 @@ def _read_pth(path: Path) -> Source:
     weights = content if entry is None else content[entry]
     beside = {} if entry is None else {str(name): _why(str(name)) for name in content if name != entry}
     settings = next((content[n] for n in ("tinymim_jax", "args") if entry is not None and n in content), {})
+    settings = settings if isinstance(settings, dict) else getattr(settings, "__dict__", {})  # a Namespace, or None
     arrays = {str(name): _to_numpy(path, name, value) for name, value in weights.items()}
-    return Source(path, "pth", arrays, settings if isinstance(settings, dict) else vars(settings), beside)
+    return Source(path, "pth", arrays, settings, beside)
 
 
 def _load_pth(path: Path) -> Any:
@@ -117,13 +120,12 @@ def _load_pth(path: Path) -> Any:
             except RuntimeError:  # a file of torch before 1.6, which cannot be mapped
                 return torch.load(path, **options)
     except Exception as error:  # damaged files raise anything from EOFError to KeyError
-        reason = one_line(error)
-        if "Unsupported global" in reason or "weights_only" in reason.lower():
+        if refused := re.search(r"(?<=GLOBAL )\S+|TorchScript|legacy \.tar", str(error)):
             raise InputError(
-                f"{path} would run code when unpickled, or holds more than tensors and plain values, and is not opened;"
-                " load it where you trust it and save model.state_dict() alone"
+                f"{path} would run code when unpickled, or holds more than tensors and plain values ({refused[0]}), and"
+                " is not opened; load it where you trust it and save model.state_dict() alone"
             ) from None
-        raise InputError(f"{path} is not a whole PyTorch checkpoint ({reason}); download it again") from None
+        raise InputError(f"{path} is not a whole PyTorch checkpoint ({one_line(error)}); download it again") from None
 
 
 def _to_numpy(path: Path, name: str, value: Any) -> np.ndarray:
@@ -131,18 +133,21 @@ def _to_numpy(path: Path, name: str, value: Any) -> np.ndarray:
 
     if not isinstance(value, torch.Tensor):
         raise InputError(f"{path}: {name} is a {type(value).__name__}, not a tensor; save model.state_dict()")
-    if value.is_sparse or value.is_quantized or value.is_complex():
-        raise InputError(f"{path}: {name} is sparse, quantised or complex; save it as plain float32")
+    if value.layout is not torch.strided or value.is_nested or value.is_quantized or value.is_complex():
+        raise InputError(f"{path}: {name} is sparse, nested, quantised or complex; save it as plain float32")
+    if value.nbytes > path.stat().st_size:
+        raise InputError(f"{path}: {name} has shape {list(value.shape)}, more than the file holds; it is damaged")
     if value.dtype == torch.bfloat16:
         import ml_dtypes
 
-        return value.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return value.detach().numpy()
+        return value.detach().contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    try:
+        return value.detach().numpy()
+    except TypeError:  # float8, or on the meta device
+        raise InputError(f"{path}: {name} is {value.dtype} on {value.device}; save it as plain float32") from None
 
 
 def _why(entry: str) -> str:
-    import re
-
     return next((why for pattern, why in BESIDE.items() if re.fullmatch(pattern, entry)), "beside the weights")
 
 
@@ -158,8 +163,10 @@ def check_values(source: Source, half: bool) -> dict[str, np.ndarray]:
             )
         if kind not in ("float32", "float64", "float16", "bfloat16"):
             raise InputError(f"{source.path}: {name} is {kind}, not a float; this is not a plain vision transformer")
-        array = array.astype(np.float32, copy=False)
-        if not math.isfinite(float(np.sum(array, dtype=np.float64))):
+        with np.errstate(over="ignore", invalid="ignore"):  # said below
+            array = array.astype(np.float32, copy=False)
+            total = float(np.sum(array, dtype=np.float64))
+        if not math.isfinite(total):
             raise InputError(
                 f"{source.path}: {name} has values that are not finite; the training that wrote it had failed"
             )
@@ -175,4 +182,10 @@ def sha256(path: Path) -> str:
 
 def one_line(error: BaseException) -> str:
     """An error of another library, short enough for a line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:160]
+    text = str(error).rpartition("WeightsUnpickler error:")[2]  # without torch's advice before it
+    return " ".join(f"{type(error).__name__}: {text}".split())[:160]
+
+
+def printable(text: str) -> str:
+    """`text` on one line, whatever names a file gives its tensors."""
+    return "".join(c if c.isprintable() else "?" for c in text)

@@ -135,6 +135,8 @@ def _from_hf(arrays: dict[str, np.ndarray], settings: dict[str, Any]) -> tuple[d
         parts = names.hf_names(mae, prefix)
         if all(part in left for part in parts):
             found = [left.pop(part) for part in parts]
+            if len(parts) > 1 and (len({a.shape for a in found}) > 1 or not found[0].ndim):
+                raise InputError(f"{parts[0]} has shape {list(found[0].shape)}, key and value have others")
             fused[mae] = found[0] if len(found) == 1 else np.concatenate(found)
     if "cls_token" not in fused:
         raise InputError(
@@ -212,17 +214,13 @@ def _model(arrays: dict[str, np.ndarray], source: Source, told: Told, notes: lis
             "exactly one of norm and fc_norm is expected: a norm before the CLS token is read, or one after pooling"
         )
     classes = _shape(arrays, "head.weight", 2)[0] if "head.weight" in arrays else 0
-    ours = source.settings if source.settings.get("made_by") == "tinymim_jax" else None
-    if ours is not None:
-        return from_dict(ViT, ours["model"], "model")
-    heads, last = _heads(arrays, source.settings, width, told, notes)
-    table = posembed.sincos(grid, width, 1 + dist) if width % 4 == 0 else None
-    is_table = (
-        table is not None
-        and table.shape == arrays["pos_embed"].shape
-        and np.allclose(arrays["pos_embed"], table, atol=1e-6)
-    )
-    return ViT(
+    if width % 4:
+        raise InputError(f"width {width} is not a multiple of 4, which positions here need")
+    ours = _ours(source.settings)
+    heads, last = _heads(arrays, source.settings, ours, width, told, notes)
+    table = posembed.sincos(grid, width, 1 + dist)
+    is_table = table.shape == arrays["pos_embed"].shape and np.allclose(arrays["pos_embed"], table, atol=1e-6)
+    model = ViT(
         width,
         depth,
         heads,
@@ -236,17 +234,47 @@ def _model(arrays: dict[str, np.ndarray], source: Source, told: Told, notes: lis
         dist_token=dist,
         neck=_shape(arrays, "conv1x1.1.weight", 2)[0] if "conv1x1.1.weight" in arrays else 0,
     )
+    _check_pool(source, model)
+    unseen = ("posembed", "drop_path", "drop_path_shape", "dtype", "remat")
+    return dataclasses.replace(model, **{field: getattr(ours, field) for field in unseen}) if ours else model
+
+
+def _check_pool(source: Source, model: ViT) -> None:
+    """Raises InputError if timm's config.json pools tokens otherwise than a model with these norms does."""
+    args = source.settings.get("model_args")
+    pool = (args if isinstance(args, dict) else {}).get("global_pool", source.settings.get("global_pool"))
+    known = (None, "avg" if model.pool == "mean" else "token")
+    if source.format == "timm" and model.num_classes and pool not in known:
+        raise InputError(
+            f"config.json: global_pool {pool!r} with {'fc_norm' if model.pool == 'mean' else 'norm'} is not supported;"
+            " only 'token' with norm and 'avg' with fc_norm are"
+        )
+
+
+def _ours(settings: dict[str, Any]) -> ViT | None:
+    """The model that a file of our own `export` names; None in others' files. Its sizes are taken from the shapes."""
+    if settings.get("made_by") != "tinymim_jax":
+        return None
+    return from_dict(ViT, settings.get("model"), "tinymim_jax.model")
 
 
 def _heads(
-    arrays: dict[str, np.ndarray], settings: dict[str, Any], width: int, told: Told, notes: list[str]
+    arrays: dict[str, np.ndarray],
+    settings: dict[str, Any],
+    ours: ViT | None,
+    width: int,
+    told: Told,
+    notes: list[str],
 ) -> tuple[int, int | None]:
     """Heads of the blocks, and of the last one if they differ; shapes do not show them."""
     last = told.last_block_heads
     name = str(settings.get("model") or settings.get("architecture") or "")
-    decoder = arrays["decoder_embed.weight"].shape[0] if "decoder_embed.weight" in arrays else 0
+    decoder = _shape(arrays, "decoder_embed.weight", 2)[0] if "decoder_embed.weight" in arrays else 0
     if told.num_heads is not None:
         heads, who = told.num_heads, "as you say"
+    elif ours is not None:
+        heads, who = ours.num_heads, "as the file says"
+        last = ours.last_block_heads if last is None else last
     elif name in TINYMIM:
         (heads, in_last), who = TINYMIM[name], f"as its arguments name {name}"
         last = in_last if last is None else last
@@ -265,7 +293,7 @@ def _heads(
         )
     else:
         raise InputError(
-            f"how many heads a model of width {width} has cannot be seen in its weights; give --num_heads=N"
+            f"how many heads a model of width {width} has cannot be seen in its weights; convert it with --num_heads=N"
         )
     for number in (heads, last):
         if number is not None and (number < 1 or width % number):
@@ -277,7 +305,7 @@ def _heads(
 
 
 def _whole(settings: dict[str, Any], key: str) -> int:
-    value = settings[key]
+    value = settings.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise InputError(f"config.json: {key} is {value!r}; it must be a whole number of at least 1")
     return value
@@ -299,10 +327,17 @@ def _decoder(
         heads, who = DECODER_HEADS[width], f"as MAE's decoders of width {width} have"
     else:
         raise InputError(
-            f"how many heads a decoder of width {width} has cannot be seen in its weights; give --decoder_heads=N"
+            f"how many heads a decoder of width {width} has cannot be seen in its weights;"
+            " convert it with --decoder_heads=N"
         )
-    if heads < 1 or width % heads or not depth:
-        raise InputError(f"the decoder's {heads} heads do not divide its width {width}, or it has no blocks")
+    if heads < 1 or width % heads or width % 4 or not depth:
+        raise InputError(
+            f"the decoder's width {width} is no multiple of 4 or of its {heads} heads, or it has no blocks"
+        )
+    if model.pool != "cls" or model.num_classes or model.dist_token:
+        raise InputError(
+            "there is a decoder beside a head, fc_norm or dist_token, which no MAE has; remove one of them"
+        )
     notes.append(f"decoder: {heads} heads, {who}")
     return Decoder(width, depth, heads)
 
@@ -331,7 +366,7 @@ def _kind(arrays: dict[str, np.ndarray], source: Source) -> str:
     if str(settings.get("model")) in TINYMIM:
         return "TinyMIM, pre-trained"
     if "decoder_embed.weight" in keys:
-        widths = (arrays["cls_token"].shape[-1], arrays["decoder_embed.weight"].shape[0])
+        widths = (arrays["patch_embed.proj.weight"].shape[0], arrays["decoder_embed.weight"].shape[0])
         return "MAE-Lite, with decoder" if widths in MAE_LITE else "MAE, with decoder"
     if "head.weight" in keys:
         return "MAE or TinyMIM, fine-tuned" if "fc_norm.weight" in keys else "DeiT or timm classifier"
@@ -343,9 +378,13 @@ def _preprocessing(source: Source, notes: list[str]) -> dict[str, Any]:
     told = source.settings.get("pretrained_cfg") if source.format == "timm" else source.settings.get("preprocessor")
     if isinstance(told, dict):
         mean, std = told.get("mean") or told.get("image_mean"), told.get("std") or told.get("image_std")
-        if all(
-            isinstance(v, list) and len(v) == 3 and all(isinstance(x, (int, float)) for x in v) for v in (mean, std)
-        ):
+        if all(_are_three_numbers(values) for values in (mean, std)) and min(std) > 0:
             return {"mean": [float(x) for x in mean], "std": [float(x) for x in std]}
     notes.append("pixels are normalised with ImageNet's mean and std, which the file does not say")
     return dict(IMAGENET)
+
+
+def _are_three_numbers(values: Any) -> bool:
+    return (
+        isinstance(values, list) and len(values) == 3 and all(type(x) in (int, float) and abs(x) < 1e6 for x in values)
+    )

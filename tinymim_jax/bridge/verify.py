@@ -13,6 +13,7 @@ import numpy as np
 
 from tinymim_jax import config
 from tinymim_jax.bridge.convert import Converted
+from tinymim_jax.bridge.files import one_line
 from tinymim_jax.config import InputError
 from tinymim_jax.models import mae, vit
 
@@ -46,6 +47,8 @@ def verify(converted: Converted) -> list[Difference]:
     except ImportError as error:
         raise InputError(f"--verify runs the source's model and needs {error.name}: pip install {error.name}") from None
     ours = _ours(converted, images, noise)
+    if odd := {name for name in theirs.keys() ^ ours.keys() if name.startswith("block")}:
+        raise InputError(f"config.json has another number of blocks than the weights: one of them has no {min(odd)}")
     return [difference(name, theirs[name], ours[name]) for name in theirs]
 
 
@@ -155,11 +158,14 @@ def _hugging_face(converted: Converted, images: np.ndarray, noise: np.ndarray) -
     found, settings = converted.layout, converted.source.settings
     named = settings.get("architectures")
     cls = getattr(transformers, str(named[0]), None) if isinstance(named, list) and named else None
-    if cls is None:
+    if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
         raise InputError("config.json: architectures names no class of transformers, which --verify would run")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    model = cls.from_pretrained(converted.source.path.parent, dtype=torch.float32).eval()
+    try:
+        model = cls.from_pretrained(converted.source.path.parent, dtype=torch.float32).eval()
+    except Exception as error:  # of many kinds
+        raise InputError(f"transformers cannot load the weights with this config.json ({one_line(error)})") from None
     for module in model.modules():
         if isinstance(module, torch.nn.LayerNorm):
             module.eps = 1e-6
@@ -176,6 +182,8 @@ def _hugging_face(converted: Converted, images: np.ndarray, noise: np.ndarray) -
         else:
             out = model(pixels)
             last = "logits" if found.model.num_classes else "last_hidden_state"
+            if last not in out:
+                raise InputError(f"config.json: architectures names {named[0]}, which has no {last}")
             tensors[last.replace("last_hidden_state", "tokens")] = out[last].numpy()
         for hook in hooks:
             hook.remove()

@@ -1,5 +1,7 @@
 """`inspect`: what is in a checkpoint."""
 
+import os
+
 from tinymim_jax.commands.flags import new_flags, parse_positional
 from tinymim_jax.config import InputError
 
@@ -11,7 +13,7 @@ USAGE = """python -m tinymim_jax inspect PATH
 def main(argv: list[str]) -> None:
     """Runs the command with its arguments; raises InputError if it is no checkpoint."""
     (path,) = parse_positional(new_flags(USAGE), argv, ["PATH"])
-    if not path.exists():
+    if not os.path.exists(path):
         raise InputError(f"{path} does not exist")
 
     from tinymim_jax import handoff

@@ -1,0 +1,203 @@
+"""What is said of a checkpoint: sizes, the last block, and what it was made from."""
+
+import dataclasses
+import shutil
+
+import pytest
+
+from tests.bridge.test_export import TEACHER, random_params, stage
+from tests.conftest import tiny_classify, tiny_distill, tiny_mae
+from tests.test_handoff import write_stage
+from tinymim_jax import config
+from tinymim_jax.bridge import card, convert
+from tinymim_jax.bridge.export import export
+from tinymim_jax.bridge.layout import Told
+from tinymim_jax.chain import run_chain
+from tinymim_jax.config import Config, InputError
+from tinymim_jax.validate import check
+
+MAE = "MAE pre-training, 4 steps of digits, batch 8"
+DISTILL = "relation distillation (TinyMIM), student block 2, 4 steps of digits, batch 8"
+CLASSIFY = "supervised training, 4 steps of digits, batch 8"
+REMARK = (
+    "block 2: only its norm1 and q, k, v were trained; its projection and MLP (and the final norm) were not:"
+    " take features from the output of block 1, or fine-tune"
+)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """mae -> distill -> finetune, four steps each."""
+    folder = tmp_path_factory.mktemp("chain")
+    stages = {"mae": tiny_mae(), "distill": tiny_distill(), "finetune": tiny_classify()}
+    run_chain(check(Config("tiny", stages)), folder)
+    return folder
+
+
+# inspect
+
+
+def test_lines_of_a_teacher(workdir):
+    assert card.lines(workdir / "mae") == [
+        f"{workdir}/mae: {MAE}, finished",
+        "model: ViT, width 24, 3 blocks, 6 heads, 16 px in patches of 8, no head",
+        "with a decoder",
+        "not trained: decoder/pos_embed, encoder/pos_embed",
+        "block 3: trained like the others",
+        "made from:",
+        f"  - mae: {MAE}",
+    ]
+
+
+def test_lines_of_a_student(workdir):
+    text = card.lines(workdir / "distill")
+    assert text[:3] == [
+        f"{workdir}/distill: {DISTILL}, finished",
+        "model: ViT, width 12, 2 blocks, 2 heads (6 in the last block), 16 px in patches of 8, no head",
+        "no decoder: it cannot reconstruct",
+    ]
+    assert text[3].startswith("not trained: ")
+    for part in ("encoder/block2/attn/proj", "encoder/block2/mlp", "encoder/block2/norm2", "encoder/norm"):
+        assert part in text[3]
+    assert "qkv" not in text[3] and "block1" not in text[3]
+    assert text[4:] == [REMARK, "made from:", f"  - distill: {DISTILL}", f"    - mae: {MAE}"]
+
+
+def test_lines_of_a_fine_tuned_student(workdir):
+    text = card.lines(workdir / "finetune")
+    sizes = "width 12, 2 blocks, 2 heads, 16 px in patches of 8, 10 classes on the mean patch token"
+    assert text[1:] == [
+        f"model: ViT, {sizes}",
+        "no decoder: it cannot reconstruct",
+        "block 2: trained like the others",
+        "made from:",
+        f"  - finetune: {CLASSIFY}",
+        f"    - distill: {DISTILL}",
+        f"      - mae: {MAE}",
+    ]
+
+
+def test_an_unfinished_stage(workdir, tmp_path):
+    shutil.copytree(workdir / "distill", tmp_path / "distill")
+    (tmp_path / "distill" / "DONE").unlink()
+    text = card.lines(tmp_path / "distill")
+    assert text[0].endswith(", not finished") and REMARK in text
+    assert text[-1] == "    - mae: not at hand any more"
+
+
+def test_a_folder_that_is_no_checkpoint(tmp_path):
+    with pytest.raises(InputError, match=r"is not the folder of a stage: it has no stage\.json"):
+        card.lines(tmp_path)
+
+
+# The last block
+
+BLOCK = ("norm1/scale", "attn/qkv/kernel", "attn/proj/kernel", "norm2/scale", "mlp/fc1/kernel")
+
+
+def keys(block, parts=BLOCK):
+    return [f"encoder/block{block}/{part}" for part in parts]
+
+
+@pytest.mark.parametrize(
+    ("depth", "untrained", "expected"),
+    [
+        (12, [], "block 12: trained like the others"),
+        (12, ["encoder/pos_embed"], "block 12: trained like the others"),
+        (2, keys(2, BLOCK[2:]), REMARK),
+        (1, keys(1, BLOCK[2:]), REMARK.replace("block 2", "block 1").split(": take")[0] + ": fine-tune before use"),
+        (3, keys(2, BLOCK[2:]) + keys(3), REMARK.replace(": take", "; nothing behind block 2 was: take")),
+        (12, keys(1) + keys(12), "block 12: not trained in this stage"),
+        (12, keys(1) + keys(2), "block 12: trained like the others"),
+    ],
+)
+def test_the_last_block(depth, untrained, expected):
+    assert card.last_block(config.ViT(24, depth, 3), untrained) == expected
+
+
+# Model cards
+
+
+def test_the_card_of_an_exported_student(workdir, tmp_path):
+    export(workdir / "distill", tmp_path / "out", "timm", regroup_heads=True)
+    text = (tmp_path / "out" / "README.md").read_text()
+    for part in (
+        "# distill\n\nViT, width 12, 2 blocks, 2 heads (6 in the last block), 16 px in patches of 8, no head.\n",
+        "\nBlock 2 was trained with 6 heads and is read with 2 here.\n",
+        f"\n{REMARK}.\n",
+        "Images: RGB in [0, 1], normalised with mean [0.485, 0.456, 0.406] and std [0.229, 0.224, 0.225].",
+        'model = timm.create_model("local-dir:PATH", pretrained=True)  # PATH: this folder\n',
+        f"## Provenance\n\n- distill: {DISTILL}\n  - mae: {MAE}\n",
+        "## Licence\n\nWeights keep the licence of those that they were made from (above), and of the data.",
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("form", "name", "usage"),
+    [
+        ("hf", "mae", 'ViTMAEForPreTraining.from_pretrained("PATH")'),
+        ("hf", "finetune", 'BeitForImageClassification.from_pretrained("PATH")'),
+        ("timm", "finetune", 'timm.create_model("local-dir:PATH", pretrained=True)'),
+    ],
+)
+def test_usage_and_no_word_of_regrouping(form, name, usage, workdir, tmp_path):
+    export(workdir / name, tmp_path / "out", form)
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert usage in text and "is read with" not in text and "trained like the others" in text
+
+
+def test_usage_of_a_model_without_a_pooler(tmp_path):
+    made = stage(config.Distill(TEACHER, student_block=2))
+    write_stage(tmp_path / "ours", made, random_params(made.model))
+    export(tmp_path / "ours", tmp_path / "out", "hf")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert 'model = ViTModel.from_pretrained("PATH", add_pooling_layer=False)  # PATH: this folder' in text
+    assert "- teacher: not at hand any more" in text
+
+
+# Other people's teachers
+
+LICENCE = "licence: Apache-2.0 if these are the weights of facebookresearch/deit"
+
+
+@pytest.fixture
+def student(workdir, tmp_path):
+    """work/student, distilled from the file x.safetensors, which was converted into work/converted/x."""
+    export(workdir / "finetune", tmp_path / "timm", "timm")
+    (tmp_path / "timm" / "model.safetensors").rename(tmp_path / "x.safetensors")
+    converted = convert.read(tmp_path / "x.safetensors", Told(num_heads=2))
+    licensed = dataclasses.replace(converted.layout, licence=LICENCE.removeprefix("licence: "))
+    convert.write(dataclasses.replace(converted, layout=licensed), tmp_path / "work" / "converted" / "x")
+    init = config.Init(path=str(tmp_path / "x.safetensors"))
+    made = stage(config.Distill(config.Teacher(init, block=2), student_block=2))
+    write_stage(tmp_path / "work" / "student", made, random_params(made.model), untrained=keys(2, BLOCK[2:]))
+    return tmp_path / "work" / "student"
+
+
+def origin(student):
+    from tinymim_jax.bridge.files import sha256
+
+    digest = sha256(student.parent.parent / "x.safetensors")
+    return f"- x: converted from x.safetensors (MAE or TinyMIM, fine-tuned), sha256 {digest}; {LICENCE}"
+
+
+def test_lines_of_a_converted_checkpoint(student):
+    folder = student.parent / "converted" / "x"
+    text = card.lines(folder)
+    assert text[0] == f"{folder}: converted checkpoint, MAE or TinyMIM, fine-tuned, finished"
+    assert text[1].endswith("10 classes on the mean patch token")
+    assert text[-2:] == ["made from:", f"  {origin(student)}"]
+
+
+def test_the_licence_of_the_teacher_is_in_the_students_card(student, tmp_path):
+    export(student, tmp_path / "out", "timm")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert f"student block 2, 1 steps of digits, batch 4\n  {origin(student)}\n" in text
+    assert REMARK in text
+    assert f"    {origin(student)}" in card.lines(student)
+
+
+def test_a_teacher_that_was_moved_away(student):
+    shutil.rmtree(student.parent / "converted")
+    assert card.provenance(student)[1] == "  - x: not at hand any more"

@@ -1,0 +1,354 @@
+"""Ours in the formats of others: back again bit for bit, and the same outputs where the others run them."""
+
+import dataclasses
+import functools
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="the exported weights are run in PyTorch")
+
+import torch
+from safetensors.torch import load_file
+
+import tinymim_jax
+from tests.reference import mae as reference_mae
+from tests.reference import vit as reference_vit
+from tests.test_handoff import write_stage
+from tinymim_jax import config, handoff
+from tinymim_jax.bridge import convert
+from tinymim_jax.bridge.export import Weights, export
+from tinymim_jax.config import InputError
+from tinymim_jax.models import mae
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+DECODER = config.Decoder(16, 2, 2)
+SIZE = {"image_size": 16, "patch_size": 8}
+ENCODER = config.ViT(24, 2, 3, posembed="trainable", drop_path=0.1, drop_path_shape="linear", **SIZE)
+TEACHER = config.Teacher(config.Init(path="/gone/teacher"), block=2)
+OURS = {  # name -> task, fields of the model
+    "mae": (config.Mae(decoder=DECODER), {}),
+    "encoder": (config.Distill(TEACHER, student_block=2), {}),
+    "distilled": (config.Distill(TEACHER, student_block=2), {"last_block_heads": 4}),
+    "cls": (config.Classify(), {"num_classes": 5}),
+    "mean": (config.Classify(), {"num_classes": 5, "pool": "mean"}),
+    "dist": (config.Classify(), {"num_classes": 5, "dist_token": True}),
+    "star": (config.Classify(), {"num_classes": 5, "pool": "mean", "dist_token": True, "neck": 40}),
+}
+IMAGES = np.random.default_rng(1).normal(size=(3, 16, 16, 3)).astype(np.float32)
+NOISE = np.random.default_rng(2).uniform(size=(3, 4)).astype(np.float32)
+
+
+def stage(task, **model):
+    data = config.Data("digits", image_size=16, mean=MEAN, std=STD, interpolation="bilinear", crop_pct=1.0)
+    return config.Stage(task, dataclasses.replace(ENCODER, **model), data, config.Optim(1e-3), config.Run(4, steps=1))
+
+
+def random_params(model, decoder=None, seed=0):
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        return rng.normal(path[-1].key == "scale", 0.2, leaf.shape).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, convert.shapes(model, decoder))
+
+
+def write(folder, name, **options):
+    """A finished stage with random weights."""
+    task, fields = OURS[name]
+    made = stage(task, **fields)
+    params = random_params(made.model, DECODER if name == "mae" else None)
+    write_stage(folder, made, params, **options)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """folder(name): such a stage, written once."""
+    root = tmp_path_factory.mktemp("ours")
+    return functools.cache(lambda name: write(root / name, name))
+
+
+@functools.cache
+def _compiled(path):
+    module, variables = tinymim_jax.load(path)
+    with jax.default_matmul_precision("highest"):
+        return jax.jit(module.apply)(variables, IMAGES)
+
+
+def ours(path):
+    """Our own logits, or tokens where there is no head."""
+    out = _compiled(path)
+    return np.asarray(out.tokens if out.logits is None else out.logits)
+
+
+def pixels(images=IMAGES):
+    return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+
+
+def assert_same(theirs, expected, limit=1e-5):
+    theirs = theirs.detach().numpy() if isinstance(theirs, torch.Tensor) else theirs
+    assert theirs.shape == expected.shape and np.abs(expected).max() > 0.1
+    assert np.abs(theirs - expected).max() <= limit * np.abs(expected).max()
+
+
+# There and back
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        *((name, "mae") for name in OURS),
+        *((name, "timm") for name in ("mae", "encoder", "cls", "mean", "dist")),
+        *((name, "hf") for name in ("mae", "encoder", "cls")),
+    ],
+)
+def test_there_and_back(name, form, folder, tmp_path):
+    files = export(folder(name), tmp_path / "out", form)
+    converted = convert.read(next(f for f in files if f.suffix == ".pth") if form == "mae" else tmp_path / "out")
+    found, params = converted.layout, handoff.read_params(folder(name))
+    if form == "timm":
+        params.pop("decoder", None)
+    assert list(handoff.flatten(converted.params)) and handoff.shapes(converted.params) == handoff.shapes(params)
+    jax.tree.map(np.testing.assert_array_equal, converted.params, params)
+    model = handoff.read_model(folder(name))
+    # Others' formats do not say how a model was trained.
+    assert found.model == (
+        model if form == "mae" else dataclasses.replace(model, drop_path=0.0, drop_path_shape="constant")
+    )
+    has_decoder = name == "mae" and form != "timm"
+    assert (found.decoder, found.norm_pix_loss) == ((DECODER, True) if has_decoder else (None, None))
+    assert found.notes[0].startswith(f"3 heads, as {'the file' if form == 'mae' else 'config.json'} says")
+    if form != "mae":
+        assert found.preprocessing == {"mean": list(MEAN), "std": list(STD)}
+
+
+def test_fixed_positions_stay_fixed(tmp_path):
+    model = dataclasses.replace(ENCODER, posembed="fixed")
+    made = dataclasses.replace(stage(config.Distill(TEACHER, student_block=2)), model=model)
+    params = random_params(model)
+    params["encoder"]["pos_embed"] = reference_vit.sincos(2, 24).numpy()
+    write_stage(tmp_path / "ours", made, params)
+    for form in ("timm", "hf"):
+        export(tmp_path / "ours", tmp_path / form, form)
+        assert convert.read(tmp_path / form).layout.model.posembed == "fixed"
+
+
+def test_a_converted_checkpoint_is_exported_too(folder, tmp_path):
+    export(folder("mae"), tmp_path / "hf", "hf")
+    convert.write(convert.read(tmp_path / "hf"), tmp_path / "converted")
+    export(tmp_path / "converted", tmp_path / "again", "hf")
+    for name in ("model.safetensors", "config.json", "preprocessor_config.json"):
+        assert (tmp_path / "hf" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_averaged_weights_are_exported(tmp_path):
+    average = random_params(ENCODER, seed=1)
+    write(tmp_path / "ours", "encoder", ema=average)
+    export(tmp_path / "ours", tmp_path / "out", "timm")
+    jax.tree.map(np.testing.assert_array_equal, convert.read(tmp_path / "out").params, average)
+
+
+# Heads
+
+
+@pytest.mark.parametrize("form", ["timm", "hf", "onnx"])
+def test_other_heads_in_the_last_block_are_refused(form, folder, tmp_path):
+    if form == "onnx":
+        skip_without_onnx()
+    with pytest.raises(
+        InputError, match=r"block 2 has 4 heads and the others 3, which .* cannot express; give --regroup_h"
+    ):
+        export(folder("distilled"), tmp_path / "out", form)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", ["timm", "hf", "mae"])
+def test_regrouped_heads(form, folder, tmp_path):
+    """The weights stay, the model that reads them has 3 heads everywhere, and the card says so."""
+    files = export(folder("distilled"), tmp_path / "out", form, regroup_heads=True)
+    path = next((f for f in files if f.suffix == ".pth"), tmp_path / "out")
+    converted = convert.read(path)
+    assert (converted.layout.model.num_heads, converted.layout.model.last_block_heads) == (3, None)
+    original, regrouped = (handoff.flatten(p) for p in (handoff.read_params(folder("distilled")), converted.params))
+    for key, value in regrouped.items():
+        np.testing.assert_array_equal(value.ravel(), original[key].ravel())
+    assert regrouped["encoder/block2/attn/qkv/kernel"].shape == (24, 3, 3, 8)
+    assert "Block 2 was trained with 4 heads and is read with 3 here." in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_nothing_is_regrouped_where_all_heads_are_equal(folder):
+    assert not Weights(folder("encoder"), regroup_heads=True).regrouped
+    assert Weights(folder("distilled"), regroup_heads=True).regrouped
+    assert not Weights(folder("distilled")).regrouped
+
+
+# Hugging Face
+
+
+def from_pretrained(path):
+    """(model, the class's name); every key loaded."""
+    transformers = pytest.importorskip("transformers", reason="the exported folder is loaded by transformers")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    (name,) = json.loads((path / "config.json").read_text())["architectures"]
+    options = {"add_pooling_layer": False} if name == "ViTModel" else {}
+    model, info = getattr(transformers, name).from_pretrained(path, output_loading_info=True, **options)
+    assert {key: list(value) for key, value in info.items() if value} == {}
+    return model.eval(), name
+
+
+@pytest.mark.parametrize(
+    ("ours_name", "theirs_name"),
+    [("encoder", "ViTModel"), ("cls", "ViTForImageClassification"), ("mean", "BeitForImageClassification")],
+)
+def test_hugging_face_gives_the_same(ours_name, theirs_name, folder, tmp_path):
+    files = export(folder(ours_name), tmp_path / "out", "hf")
+    assert [f.name for f in files] == ["README.md", "config.json", "model.safetensors", "preprocessor_config.json"]
+    model, name = from_pretrained(tmp_path / "out")
+    assert name == theirs_name
+    out = model(pixels())
+    assert_same(out.last_hidden_state if ours_name == "encoder" else out.logits, ours(folder(ours_name)))
+
+
+def reconstruction(path):
+    module = mae.build(ENCODER, config.Mae(decoder=DECODER))
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(jax.jit(module.apply)({"params": handoff.read_params(path)}, IMAGES, NOISE).pred)
+
+
+def test_hugging_face_gives_the_same_reconstruction(folder, tmp_path):
+    export(folder("mae"), tmp_path / "out", "hf")
+    model, name = from_pretrained(tmp_path / "out")
+    assert name == "ViTMAEForPreTraining" and model.config.norm_pix_loss and model.config.mask_ratio == 0.75
+    assert_same(model(pixels(), noise=torch.from_numpy(NOISE)).logits, reconstruction(folder("mae")))
+
+
+def test_the_processor_of_hugging_face(folder, tmp_path):
+    export(folder("cls"), tmp_path / "out", "hf")
+    settings = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
+    assert (settings["image_mean"], settings["image_std"], settings["size"]) == (
+        list(MEAN),
+        list(STD),
+        {"height": 16, "width": 16},
+    )
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["id2label"] == {
+        str(i): f"LABEL_{i}" for i in range(5)
+    }
+
+
+# timm, and MAE's code
+
+
+@pytest.mark.parametrize("name", ["encoder", "mae", "cls", "mean", "dist"])
+def test_timm_weights_in_the_reference(name, folder, tmp_path):
+    files = export(folder(name), tmp_path / "out", "timm")
+    assert [f.name for f in files] == ["README.md", "config.json", "model.safetensors"]
+    m = handoff.read_model(folder(name))
+    cfg = reference_vit.Config(24, 2, 3, num_classes=m.num_classes, pool=m.pool, dist_token=m.dist_token, **SIZE)
+    model = reference_vit.ViT(cfg)
+    model.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"), strict=True)
+    out = model.eval()(pixels())
+    assert_same(out.logits if m.num_classes else out.tokens, ours(folder(name)))
+
+
+@pytest.mark.parametrize("name", ["encoder", "mae", "cls", "mean", "dist"])
+def test_timm_gives_the_same(name, folder, tmp_path):
+    timm = pytest.importorskip("timm", reason="timm is not installed: pip install timm")
+    export(folder(name), tmp_path / "out", "timm")
+    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    output = model(pixels()) if handoff.read_model(folder(name)).num_classes else model.forward_features(pixels())
+    assert_same(output, ours(folder(name)))
+    data = timm.data.resolve_model_data_config(model)
+    assert [list(data[key]) for key in ("input_size", "mean", "std")] == [[3, 16, 16], list(MEAN), list(STD)]
+    assert (data["interpolation"], data["crop_pct"]) == ("bilinear", 1.0)
+
+
+def test_mae_weights_in_the_reference(folder, tmp_path):
+    files = export(folder("mae"), tmp_path / "out", "mae")
+    assert [f.name for f in files] == ["README.md", "checkpoint.pth"]
+    model = reference_mae.MAE(reference_vit.Config(24, 2, 3, **SIZE), reference_mae.Decoder(16, 2, 2))
+    model.load_state_dict(torch.load(tmp_path / "out" / "checkpoint.pth", weights_only=True)["model"], strict=True)
+    assert_same(model.eval()(pixels(), torch.from_numpy(NOISE))[1], reconstruction(folder("mae")))
+
+
+def test_star_weights_in_the_reference(folder, tmp_path):
+    export(folder("star"), tmp_path / "out", "mae")
+    cfg = reference_vit.Config(24, 2, 3, num_classes=5, pool="mean", dist_token=True, neck=40, **SIZE)
+    model = reference_vit.ViT(cfg)
+    model.load_state_dict(torch.load(tmp_path / "out" / "checkpoint.pth", weights_only=True)["model"], strict=True)
+    assert_same(model.eval()(pixels()).logits, ours(folder("star")))
+
+
+# ONNX
+
+
+def skip_without_onnx():
+    for package in ("transformers", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"ONNX export needs {package}")
+
+
+@pytest.mark.parametrize(("name", "output"), [("mean", "logits"), ("mae", "last_hidden_state")])
+@pytest.mark.filterwarnings("ignore")  # torch's exporter talks
+def test_onnx_gives_the_same_on_another_batch(name, output, folder, tmp_path):
+    skip_without_onnx()
+    import onnxruntime
+
+    files = export(folder(name), tmp_path / "out", "onnx")
+    assert [f.name for f in files] == ["README.md", "model.onnx"]
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")
+    assert [value.name for value in session.get_inputs()] == ["images"]
+    assert [value.name for value in session.get_outputs()] == [output]
+    for count in (1, 3):
+        (out,) = session.run(None, {"images": pixels(IMAGES[:count]).numpy()})
+        assert_same(out, ours(folder(name))[:count], 1e-4)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "message"),
+    [
+        ("star", "timm", r"timm has no model with a neck before the head \(TinyMIM\*-T\); export it with --format=mae"),
+        ("star", "hf", "Hugging Face's ViT has no distillation token and no neck; export it with --format=mae"),
+        ("dist", "hf", "Hugging Face's ViT has no distillation token and no neck"),
+        ("cls", "keras", "--format=keras: unknown; choose one of timm, hf, mae, onnx"),
+    ],
+)
+def test_models_that_a_format_does_not_know(name, form, message, folder, tmp_path):
+    with pytest.raises(InputError, match=message):
+        export(folder(name), tmp_path / "out", form)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unfinished_stage(tmp_path):
+    write(tmp_path / "ours", "cls", done=False)
+    with pytest.raises(InputError, match="has no finished stage: run that stage first"):
+        export(tmp_path / "ours", tmp_path / "out", "timm")
+    assert [p.name for p in tmp_path.iterdir()] == ["ours"]
+
+
+@pytest.mark.parametrize("package", ["torch", "onnxruntime", "onnxscript", "transformers"])
+def test_a_package_is_missing(package, folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    form = "mae" if package == "torch" else "onnx"
+    if package != "torch":
+        for other in {"onnxruntime", "onnxscript", "transformers"} - {package}:
+            monkeypatch.setitem(sys.modules, other, sys)  # any module will do
+    with pytest.raises(InputError, match=f"this format needs {package}: pip install"):
+        export(folder("cls"), tmp_path / "out", form)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_onnx_that_differs_is_not_kept(folder, tmp_path):
+    from tinymim_jax.bridge import export as module
+
+    weights = Weights(folder("cls"))
+    images = pixels().numpy()
+    module._check_onnx(weights, images, ours(folder("cls")))
+    with pytest.raises(InputError, match="onnxruntime's output differs from ours by .*: this is a bug"):
+        module._check_onnx(weights, images, ours(folder("cls")) + 0.01)
