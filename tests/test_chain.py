@@ -134,7 +134,9 @@ def test_classes_must_have_the_same_names(chain, tmp_path):
     stage = chain.stages["mae"]
     for data in (stage.data, stage.evals["knn"].data, stage.evals["knn"].bank):
         data.source, data.path = "folder", str(tmp_path / "tree")
-    with pytest.raises(InputError, match=r"stage mae: data: train and test differ in their classes \(b\)"):
+    with pytest.raises(
+        InputError, match=r"stage mae: data: .*tree/train and .*tree/test differ in their classes \(b\)"
+    ):
         chain_lib.run_chain(chain, tmp_path / "work")
 
 
@@ -144,7 +146,7 @@ def test_ctrl_c_before_the_first_stage(chain, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(chain_lib, "check_ready", interrupted)
-    with pytest.raises(KeyboardInterrupt, match="before stage mae; run the same command"):
+    with pytest.raises(KeyboardInterrupt, match="before anything ran; run the same command"):
         chain_lib.run_chain(chain, tmp_path)
     assert not (tmp_path / "mae").exists()
 

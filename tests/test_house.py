@@ -13,7 +13,7 @@ LAYERS = [
     ["optim", "checkpoint", "recipes", "progress", "models", "objectives", "data"],
     ["handoff", "tasks"],
     ["plan", "evals", "bridge"],
-    ["train"],
+    ["train", "ready"],
     ["chain", "report"],
     ["commands"],
     ["__main__"],

@@ -1,24 +1,21 @@
 """A chain: its stages in order, each fed by earlier ones."""
 
-import functools
 import json
 import math
 import statistics
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from tinymim_jax import checkpoint, config, handoff, optim
-from tinymim_jax.bridge import convert
 from tinymim_jax.config import Config, InputError, Stage
 from tinymim_jax.data import sources
-from tinymim_jax.mesh import check_batch, make_mesh
+from tinymim_jax.mesh import make_mesh
 from tinymim_jax.models import vit
 from tinymim_jax.plan import Plan, make_plan, teacher_init
 from tinymim_jax.progress import StopRequest
+from tinymim_jax.ready import check_ready, check_writable, convert_sources, data_sets, foreign, read_foreign
 from tinymim_jax.train import run_stage, write_json
 
 # What an unfinished stage may be given anew: the ways out that error messages name.
@@ -57,76 +54,6 @@ def check_stage_name(cfg: Config, name: str | None) -> None:
         raise InputError(f"--stage={name}: no such stage; choose one of {', '.join(cfg.stages)}")
 
 
-def check_ready(cfg: Config, name: str, workdir: Path, mesh: jax.sharding.Mesh, to_run: list[str]) -> None:
-    """Raises InputError if stage `name` could not start after the stages `to_run`: devices, data, weights."""
-    stage = cfg.stages[name]
-    try:
-        check_batch(stage.run.batch_size // stage.optim.accum_steps, mesh)
-        for init in config.sources(stage):
-            folder = handoff.source_folder(init, workdir)
-            if init.stage not in to_run and not handoff.finished(folder) and not _foreign(init, workdir):
-                raise InputError(f"takes weights from {folder}, which has no finished stage: run that stage first")
-        for data in data_sets(stage):
-            sources.open_source(data)
-        check_classes(stage)
-    except InputError as error:
-        raise InputError(f"stage {name}: {error}") from None
-
-
-def check_classes(stage: Stage) -> None:
-    """Raises InputError if data whose labels are compared differ in their classes, as far as these have names."""
-    pairs = [(cfg.bank, cfg.data) for cfg in stage.evals.values() if isinstance(cfg, config.Knn)]
-    if isinstance(stage.task, config.Classify):
-        pairs += [(stage.data, cfg.data) for cfg in stage.evals.values() if isinstance(cfg, config.Classification)]
-        names = sources.open_source(stage.data).classes or ()
-        if len(names) > stage.model.num_classes:
-            raise InputError(f"data has {len(names)} classes; set model.num_classes, now {stage.model.num_classes}")
-    for pair in pairs:
-        first, second = (sources.open_source(data).classes for data in pair)
-        if first is not None and second is not None and (odd := sorted(set(first) ^ set(second))):
-            where = " and ".join(f"{data.path}/{data.split}" for data in pair)
-            raise InputError(f"data: {where} differ in their classes ({odd[0]}); both need the same")
-
-
-def check_writable(workdir: Path) -> None:
-    """Makes the folder; raises InputError if nothing can be written to it."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=workdir).close()
-    except OSError as error:
-        raise InputError(f"{workdir} cannot be written to ({error.strerror}); choose another --workdir") from None
-
-
-def convert_sources(cfg: Config, to_run: list[str], workdir: Path) -> None:
-    """Converts the foreign checkpoints that the stages `to_run` start from, each once, into WORKDIR/converted/."""
-    for init in [init for name in to_run for init in config.sources(cfg.stages[name])]:
-        folder = handoff.source_folder(init, workdir)
-        if path := _foreign(init, workdir):
-            converted = _read_foreign(path)
-            print("\n  ".join([*converted.lines(), f"converted into {folder}"]), flush=True)
-            convert.write(converted, folder)
-    _read_foreign.cache_clear()  # gigabytes
-
-
-def _foreign(init: config.Init, workdir: Path) -> Path | None:
-    """The foreign checkpoint that `init` names and that is not converted yet; None if there is none.
-
-    Raises InputError if another file of that name was converted before.
-    """
-    if init.path is None or not handoff.is_foreign(Path(init.path).expanduser()):
-        return None
-    path, folder = Path(init.path).expanduser(), handoff.source_folder(init, workdir)
-    if not handoff.finished(folder):
-        return path
-    convert.check_same(path, folder)
-    return None
-
-
-@functools.lru_cache(maxsize=2)
-def _read_foreign(path: Path) -> convert.Converted:
-    return convert.read(path)
-
-
 def needed(cfg: Config, name: str) -> list[str]:
     """Stage `name` and the stages that its weights come from, directly or not, in the chain's order."""
     names = {name}
@@ -134,15 +61,6 @@ def needed(cfg: Config, name: str) -> list[str]:
         if other in names:
             names |= {init.stage for init in config.sources(cfg.stages[other]) if init.stage is not None}
     return [other for other in cfg.stages if other in names]
-
-
-def data_sets(stage: Stage) -> Iterator[config.Data]:
-    """Everything that `stage` reads: its training data, then that of its evals."""
-    yield stage.data
-    for cfg in stage.evals.values():
-        yield cfg.data
-        if isinstance(cfg, config.Knn):
-            yield cfg.bank
 
 
 def check_unedited(stage: Stage, folder: Path) -> None:
@@ -227,8 +145,8 @@ def teacher_model(cfg: Config, name: str, workdir: Path) -> config.ViT | None:
     folder = handoff.source_folder(init, workdir)
     if init.stage is not None and not (folder / "stage.json").exists():
         return cfg.stages[init.stage].model
-    if path := _foreign(init, workdir):
-        return _read_foreign(path).layout.model
+    if path := foreign(init, workdir):
+        return read_foreign(path).layout.model
     return handoff.read_model(folder)
 
 
@@ -236,8 +154,8 @@ def _source(init: config.Init, workdir: Path, plans: dict[str, Plan]) -> tuple[h
     """Shapes of what `init` loads, and which of it was not trained."""
     if init.stage is not None:
         return handoff.shapes(plans[init.stage].params), plans[init.stage].untrained()
-    if path := _foreign(init, workdir):
-        converted = _read_foreign(path)
+    if path := foreign(init, workdir):
+        converted = read_foreign(path)
         return handoff.shapes(converted.params), converted.untrained
     folder = handoff.source_folder(init, workdir)
     return handoff.shapes(checkpoint.model_shapes(folder)["params"]), handoff.read_untrained(folder)

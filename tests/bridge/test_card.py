@@ -8,7 +8,7 @@ import pytest
 from tests.bridge.test_export import TEACHER, random_params, stage
 from tests.conftest import tiny_classify, tiny_distill, tiny_mae
 from tests.test_handoff import write_stage
-from tinymim_jax import config
+from tinymim_jax import config, handoff
 from tinymim_jax.bridge import card, convert
 from tinymim_jax.bridge.export import export
 from tinymim_jax.bridge.layout import Told
@@ -163,27 +163,33 @@ LICENCE = "licence: Apache-2.0 if these are the weights of facebookresearch/deit
 
 @pytest.fixture
 def student(workdir, tmp_path):
-    """work/student, distilled from the file x.safetensors, which was converted into work/converted/x."""
+    """work/student, distilled from the file x.safetensors, which was converted into a folder of work/converted."""
     export(workdir / "finetune", tmp_path / "timm", "timm")
     (tmp_path / "timm" / "model.safetensors").rename(tmp_path / "x.safetensors")
     converted = convert.read(tmp_path / "x.safetensors", Told(num_heads=2))
     licensed = dataclasses.replace(converted.layout, licence=LICENCE.removeprefix("licence: "))
-    convert.write(dataclasses.replace(converted, layout=licensed), tmp_path / "work" / "converted" / "x")
     init = config.Init(path=str(tmp_path / "x.safetensors"))
+    folder = handoff.source_folder(init, tmp_path / "work")
+    convert.write(dataclasses.replace(converted, layout=licensed), folder)
     made = stage(config.Distill(config.Teacher(init, block=2), student_block=2))
     write_stage(tmp_path / "work" / "student", made, random_params(made.model), untrained=keys(2, BLOCK[2:]))
     return tmp_path / "work" / "student"
+
+
+def converted_folder(student):
+    (folder,) = (student.parent / "converted").iterdir()
+    return folder
 
 
 def origin(student):
     from tinymim_jax.bridge.files import sha256
 
     digest = sha256(student.parent.parent / "x.safetensors")
-    return f"- x: converted from x.safetensors (MAE or TinyMIM, fine-tuned), sha256 {digest}; {LICENCE}"
+    return f"- {converted_folder(student).name}: converted from x.safetensors (MAE or TinyMIM, fine-tuned), sha256 {digest}; {LICENCE}"
 
 
 def test_lines_of_a_converted_checkpoint(student):
-    folder = student.parent / "converted" / "x"
+    folder = converted_folder(student)
     text = card.lines(folder)
     assert text[0] == f"{folder}: converted checkpoint, MAE or TinyMIM, fine-tuned, finished"
     assert text[1].endswith("10 classes on the mean patch token")
@@ -199,5 +205,7 @@ def test_the_licence_of_the_teacher_is_in_the_students_card(student, tmp_path):
 
 
 def test_a_teacher_that_was_moved_away(student):
+    name = converted_folder(student).name
     shutil.rmtree(student.parent / "converted")
-    assert card.provenance(student)[1] == "  - x: not at hand any more"
+    (student.parent.parent / "x.safetensors").unlink()
+    assert card.provenance(student)[1] == f"  - {name}: not at hand any more"

@@ -28,6 +28,11 @@ def write(path, seed=0):
     return path
 
 
+def converted(path, workdir):
+    """Where the file is converted to."""
+    return handoff.source_folder(Init(path=str(path)), workdir)
+
+
 def config(path, *, finetune=False):
     """distill (-> finetune), with the file as the teacher of block 2."""
     stages = {"distill": tiny_distill()}
@@ -70,8 +75,8 @@ def finished(tmp_path_factory):
 
 def test_the_file_is_converted_once(finished, capsys):
     path, workdir, results = finished
-    folder = workdir / "converted" / "x"
-    assert handoff.finished(folder)
+    folder = converted(path, workdir)
+    assert handoff.finished(folder) and folder.parent == workdir / "converted" and folder.name.startswith("x-")
     expected = convert.read(path)
     for key, value in handoff.flatten(handoff.read_params(folder)).items():
         np.testing.assert_array_equal(value, handoff.flatten(expected.params)[key])
@@ -85,29 +90,25 @@ def test_the_file_is_converted_once(finished, capsys):
 
 def test_the_file_is_the_teacher(finished, tmp_path, capsys):
     """The same as with the converted folder, and other than with another file."""
-    _, workdir, results = finished
-    assert chain_lib.run_chain(config(workdir / "converted" / "x"), tmp_path / "a")["stages"] == results["stages"]
+    path, workdir, results = finished
+    assert chain_lib.run_chain(config(converted(path, workdir)), tmp_path / "a")["stages"] == results["stages"]
     assert not (tmp_path / "a" / "converted").exists()
     other = write(tmp_path / "files" / "x.pth", seed=1)
     capsys.readouterr()
     assert chain_lib.run_chain(config(other), tmp_path / "b")["stages"] != results["stages"]
     out = capsys.readouterr().out
     assert f"{other}: TinyMIM, pre-trained\n" in out and "6 heads, as its arguments name" in out
-    assert f"converted into {tmp_path}/b/converted/x" in out
+    assert f"converted into {converted(other, tmp_path / 'b')}" in out
 
 
-def test_the_file_may_be_gone_afterwards(finished, tmp_path):
-    import shutil
-
-    _, workdir, results = finished
-    shutil.copytree(workdir, tmp_path / "work")
-    gone = tmp_path / "files" / "x.pth"
-    converted = tmp_path / "work" / "converted" / "x"
-    before = snapshot(converted)
-    shutil.rmtree(tmp_path / "work" / "distill")
-    assert "block 2 of 3, 6 heads" in chain_lib.describe_chain(config(gone), tmp_path / "work")
-    assert chain_lib.run_chain(config(gone), tmp_path / "work") == results
-    assert snapshot(converted) == before
+def test_the_file_may_be_gone_afterwards(tmp_path):
+    path, workdir = write(tmp_path / "x.pth"), tmp_path / "work"
+    chain_lib.convert_sources(config(path), ["distill"], workdir)
+    path.unlink()
+    before = snapshot(converted(path, workdir))
+    assert "block 2 of 3, 6 heads" in chain_lib.describe_chain(config(path), workdir)
+    assert chain_lib.run_chain(config(path), workdir)["stages"]["distill"]["loss"] > 0
+    assert snapshot(converted(path, workdir)) == before
 
 
 def test_another_file_under_the_same_name_is_an_error(tmp_path):
@@ -116,7 +117,7 @@ def test_another_file_under_the_same_name_is_an_error(tmp_path):
     before, size = snapshot(workdir), path.stat().st_size
     write(path, seed=1)
     assert path.stat().st_size == size  # only the contents differ
-    message = "stage distill: .*converted/x was converted from another file than .*x.pth; delete it to convert again"
+    message = "stage distill: .*converted/x-.* was converted from another file than .*x.pth; delete it to convert again"
     for call in (chain_lib.describe_chain, chain_lib.run_chain):
         with pytest.raises(InputError, match=message):
             call(config(path, finetune=True), workdir)
@@ -126,11 +127,15 @@ def test_another_file_under_the_same_name_is_an_error(tmp_path):
 
 
 def test_two_files_of_one_name_in_a_chain(tmp_path):
-    cfg = config(write(tmp_path / "a" / "x.pth"))
-    cfg.stages |= classifier(write(tmp_path / "b" / "x.pth", seed=1)).stages
-    with pytest.raises(InputError, match="was converted from another file than .*b/x.pth"):
-        chain_lib.run_chain(cfg, tmp_path / "work")
-    assert not (tmp_path / "work" / "distill").exists()
+    """checkpoint.pth is a common name."""
+    paths = [write(tmp_path / "a" / "x.pth"), write(tmp_path / "b" / "x.pth", seed=1)]
+    cfg = config(paths[0])
+    cfg.stages |= classifier(paths[1]).stages
+    chain_lib.convert_sources(cfg, ["distill", "finetune"], tmp_path / "work")
+    tokens = [handoff.read_params(converted(path, tmp_path / "work"))["encoder"]["cls_token"] for path in paths]
+    assert not np.array_equal(*tokens)
+    for path, token in zip(paths, tokens, strict=True):
+        np.testing.assert_array_equal(convert.read(path).params["encoder"]["cls_token"], token)
 
 
 def test_a_stage_starts_from_a_file(tmp_path):
@@ -150,17 +155,22 @@ def test_a_stage_starts_from_a_file(tmp_path):
         np.testing.assert_array_equal(value, theirs[key])
 
 
-def test_a_folder_is_converted_too(tmp_path, capsys):
-    path = tmp_path / "vit.small"
+def test_a_folder_is_converted_too_and_may_be_gone_afterwards(tmp_path, capsys):
+    import shutil
+
+    path, workdir = tmp_path / "vit.small", tmp_path / "work"
     path.mkdir()
     files.timm_safetensors(path / "model.safetensors", vit.Config(24, 3, 6, **IMAGE))
     (path / "config.json").write_text('{"architecture": "vit_base_patch16_224", "model_args": {"num_heads": 6}}')
-    cfg = config(path)
-    assert f"teacher {path}: block 2 of 3, 6 heads" in chain_lib.describe_chain(cfg, tmp_path / "work")
-    chain_lib.convert_sources(cfg, ["distill"], tmp_path / "work")
-    assert f"converted into {tmp_path}/work/converted/vit.small" in capsys.readouterr().out
-    assert handoff.read_model(tmp_path / "work" / "converted" / "vit.small").num_heads == 6
-    assert "block 2 of 3, 6 heads" in chain_lib.describe_chain(cfg, tmp_path / "work")
+    folder = converted(path, workdir)
+    assert folder.name.startswith("vit.small-")
+    assert f"teacher {path}: block 2 of 3, 6 heads" in chain_lib.describe_chain(config(path), workdir)
+    chain_lib.convert_sources(config(path), ["distill"], workdir)
+    assert f"converted into {folder}" in capsys.readouterr().out
+    assert handoff.read_model(folder).num_heads == 6
+    shutil.rmtree(path)
+    assert converted(path, workdir) == folder
+    assert "block 2 of 3, 6 heads" in chain_lib.describe_chain(config(path), workdir)
 
 
 def test_only_what_is_needed_is_converted(tmp_path):
@@ -179,7 +189,7 @@ def test_only_what_is_needed_is_converted(tmp_path):
         (lambda path: path.unlink(), "stage distill: .*x.pth does not exist; give a .pth or .safetensors file"),
         (lambda path: path.write_bytes(path.read_bytes()[:5000]), "stage distill: .*x.pth is not a whole PyTorch checkpoint"),
         (lambda path: torch.save([], path), "stage distill: .*x.pth holds a list, not a dict of weights"),
-        (lambda path: files.mae_encoder(path, TEACHER), "how many heads .* cannot be seen .* convert it with --num_heads=N"),
+        (lambda path: files.mae_encoder(path, TEACHER), "how many heads .* cannot be seen .* convert .* --num_heads=N"),
         (
             lambda path: files.tinymim_pretrained(path, vit.Config(24, 1, 6, **IMAGE), NAME),
             "stage distill: teacher.block 2 is beyond the teacher's 1 blocks",

@@ -44,7 +44,7 @@ class Kind:
 
 STAR = {"pool": "mean", "num_classes": 5, "dist_token": True, "neck": 40, "num_heads": 12}
 KINDS = {
-    "mae_encoder": Kind(lambda p: files.mae_encoder(p, CFG), "MAE, encoder only", "facebookresearch/mae", 30, TOLD),
+    "mae_encoder": Kind(lambda p: files.mae_encoder(p, CFG), "MAE or TinyMIM, encoder only", "facebookresearch/mae", 30, TOLD),
     "mae_full": Kind(
         lambda p: files.mae_full(p, CFG, DECODER), "MAE, with decoder", "facebookresearch/mae", 50,
         Told(num_heads=3, decoder_heads=2), decoder=config.Decoder(16, 1, 2),
@@ -69,7 +69,7 @@ KINDS = {
     ),
     "mae_lite": Kind(
         lambda p: files.mae_lite(p, vit.Config(192, 1, 12, **SIZE)), "MAE-Lite, with decoder", "wangsr126/MAE-Lite", 38,
-        heads="12 heads, as MAE-Lite's models with such a decoder have",
+        heads="12 heads, as MAE-Lite's models have",
         model={"width": 192, "depth": 1, "num_heads": 12}, decoder=config.Decoder(96, 1, 3),
         ignored={"start_epoch", "optimizer"},
     ),
@@ -302,13 +302,16 @@ def test_normalised_pixels_that_config_json_names(tmp_path):
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"blocks.0.ls1.gamma": torch.ones(24)}, "x.pth: blocks.0.ls1.gamma has no place in a MAE, encoder only"),
+        (
+            {"blocks.0.ls1.gamma": torch.ones(24)},
+            "x.pth: blocks.0.ls1.gamma has no place in a MAE or TinyMIM, encoder only",
+        ),
         ({"head.bias": torch.ones(24), "z": torch.ones(1)}, r"head.bias \(and 1 more\) has no place"),
         ({"norm.weight": torch.ones(25)}, r"norm.weight has shape \[25\], expected \[24\]"),
         ({"blocks.1.attn.qkv.weight": torch.ones(24, 72)}, r"has shape \[24, 72\], expected \[72, 24\]"),
         (
             {"blocks.1.attn.qkv.bias": None},
-            "there is no blocks.1.attn.qkv.bias, which a MAE, encoder only checkpoint has",
+            "there is no blocks.1.attn.qkv.bias, which a MAE or TinyMIM, encoder only checkpoint has",
         ),
         ({"cls_token": torch.tensor(1.0)}, r"cls_token has shape \[\], expected \[1, 1, 24\]"),
         ({"a\nb": torch.ones(1)}, r"a\?b has no place"),
@@ -366,6 +369,7 @@ def test_stage_json_says_where_it_came_from(tmp_path):
         "file": str(path),
         "bytes": path.stat().st_size,
         "sha256": sha256(path),
+        "made_from": [],
         "kind": "TinyMIM, pre-trained",
         "licence": converted.layout.licence,
         "notes": converted.layout.notes,
@@ -382,10 +386,10 @@ def test_nothing_is_left_of_a_folder_that_fails(tmp_path):
     with pytest.raises(RuntimeError), convert.new_folder(tmp_path / "a" / "x") as partial:
         (partial / "file").write_text("half")
         raise RuntimeError
-    assert list((tmp_path / "a").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []  # the parent that was made, too
     with convert.new_folder(tmp_path / "a" / "x") as partial:
         (partial / "file").write_text("whole")
-        assert partial == tmp_path / "a" / "x.partial"
+        assert partial.parent == tmp_path / "a" and partial.name.startswith("x.partial.")
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["x"]
     with (
         pytest.raises(InputError, match="exists; name another folder, or delete it"),

@@ -261,7 +261,7 @@ def test_rounded_weights_must_be_asked_for(tmp_path, dtype):
     rounded = {name: torch.nn.Parameter(tensor.to(dtype)) for name, tensor in WEIGHTS.items()}
     source = files.read(save(tmp_path / "x.pth", rounded))
     name = str(dtype).removeprefix("torch.")
-    with pytest.raises(InputError, match=f"cls_token is {name}: these weights have been rounded; .* or give --half"):
+    with pytest.raises(InputError, match=f"cls_token is {name}: these weights have been rounded; .* --half"):
         files.check_values(source, half=False)
     for key, array in files.check_values(source, half=True).items():
         assert array.dtype == np.float32

@@ -135,7 +135,7 @@ def test_torch_is_missing(tmp_path, monkeypatch):
     path, _ = written("timm_safetensors", tmp_path)
     converted = convert.read(path, TOLD)
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(InputError, match="--verify runs the source's model and needs torch: pip install torch"):
+    with pytest.raises(InputError, match="--verify runs the model in PyTorch and needs torch: pip install torch"):
         verify.verify(converted)
 
 
@@ -164,11 +164,11 @@ def test_outside_a_clone(tmp_path, monkeypatch):
         ({"architectures": []}, "architectures names no class of transformers"),
         ({"architectures": None}, "architectures names no class of transformers"),
         ({"architectures": ["ViTModel"]}, "architectures names ViTModel, which has no logits"),
-        ({"num_hidden_layers": 3}, "another number of blocks than the weights: one of them has no block 3 k"),
-        ({"num_hidden_layers": 1}, "another number of blocks than the weights: one of them has no block 2 k"),
-        ({"hidden_size": 48}, "transformers cannot load the weights with this config.json"),
-        ({"image_size": 32}, "transformers cannot load the weights with this config.json"),
-        ({"layer_norm_eps": "x"}, "transformers cannot load the weights with this config.json"),
+        ({"num_hidden_layers": 3}, "num_hidden_layers is 3, but the weights have 2"),
+        ({"num_hidden_layers": 1}, "num_hidden_layers is 1, but the weights have 2"),
+        ({"hidden_size": 48}, "hidden_size is 48, but the weights have 24"),
+        ({"image_size": 32}, "image_size is 32, but the weights have 16"),
+        ({"layer_norm_eps": "x"}, "layer_norm_eps is 'x'; only 1e-6 is supported"),
     ],
     ids=str,
 )

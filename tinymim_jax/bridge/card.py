@@ -6,20 +6,24 @@ from typing import Any
 from tinymim_jax import config, handoff
 from tinymim_jax.config import InputError
 
+GONE = "not at hand any more"
+
 
 def provenance(folder: Path, depth: int = 0) -> list[str]:
     """One line for the checkpoint in `folder`, then those of what it was trained from, indented."""
-    indent = "  " * depth
+    folder, indent = folder.resolve(), "  " * depth
     try:
         if converted := handoff.read_converted(folder):
             source = converted["source"]
+            own = [f"{indent}  {line}" for line in source["made_from"]]
             return [
                 f"{indent}- {folder.name}: converted from {Path(source['file']).name} ({source['kind']}),"
-                f" sha256 {source['sha256']}; licence: {source['licence']}"
+                f" sha256 {source['sha256']}; licence: {source['licence']}",
+                *own,
             ]
         stage = handoff.read_stage(folder)
     except InputError:
-        return [f"{indent}- {folder.name}: not at hand any more"]
+        return [f"{indent}- {folder.name}: {GONE}"]
     lines = [f"{indent}- {folder.name}: {_task(stage)}"]
     for init in config.sources(stage):
         lines += provenance(handoff.source_folder(init, folder.parent), depth + 1)
@@ -79,7 +83,7 @@ def lines(folder: Path) -> list[str]:
     return [*text, last_block(model, untrained), "made from:", *(f"  {line}" for line in provenance(folder))]
 
 
-def write(weights: Any, usage: str) -> str:
+def text(weights: Any, usage: str) -> str:
     """README.md of an exported folder; `usage` is code that loads it."""
     model, pixels = weights.model, weights.pixels
     untrained = handoff.read_untrained(weights.folder)
@@ -88,10 +92,12 @@ def write(weights: Any, usage: str) -> str:
         was, now = model.last_block_heads, model.num_heads
         heads = f"\nBlock {model.depth} was trained with {was} heads and is read with {now} here.\n"
     origin = "\n".join(provenance(weights.folder))
+    left_out = f"\n{weights.left_out}\n" if weights.left_out else ""
+    unknown = "\nPart of what they were made from is not at hand, and its licence is not known here.\n"
     return f"""# {weights.folder.name}
 
 {sizes(model)}.
-{heads}
+{heads}{left_out}
 {last_block(model, untrained)}.
 
 Images: RGB in [0, 1], normalised with mean {pixels["mean"]} and std {pixels["std"]}. LayerNorm eps 1e-6, exact GELU.
@@ -110,4 +116,4 @@ Images: RGB in [0, 1], normalised with mean {pixels["mean"]} and std {pixels["st
 
 Weights keep the licence of those that they were made from (above), and of the data. tinymim_jax, which wrote this
 folder, is Apache-2.0.
-"""
+{unknown if GONE in origin else ""}"""

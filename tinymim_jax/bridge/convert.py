@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -47,7 +48,7 @@ class Converted:
         ]
         text += [f"decoder: width {d.width}, {d.depth} blocks"] if d else ["no decoder: it cannot reconstruct"]
         text += [f"note: {note}" for note in self.layout.notes]
-        text.append(f"converted {len(self.layout.arrays)} tensors, {parameters(self.params):,} parameters")
+        text.append(f"converted {len(self.layout.arrays)} tensors, {num_parameters(self.params):,} parameters")
         for why in dict.fromkeys(self.layout.ignored.values()):
             keys = [key for key, reason in self.layout.ignored.items() if reason == why]
             more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
@@ -55,7 +56,7 @@ class Converted:
         return [files.printable(line) for line in [*text, f"licence: {self.layout.licence}"]]
 
 
-def parameters(params: Any) -> int:
+def num_parameters(params: Any) -> int:
     """How many numbers a tree holds."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
@@ -86,7 +87,10 @@ def _to_ours(found: Layout) -> dict[str, Any]:
         params[key] = names.from_mae(key, left.pop(name), leaf.shape)
     if left:
         more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
-        raise InputError(f"{next(iter(left))}{more} has no place in a {found.kind} checkpoint; remove it from the file")
+        raise InputError(
+            f"{next(iter(left))}{more} has no place in a {found.kind} checkpoint: another architecture, which cannot be"
+            " converted"
+        )
     return flax.traverse_util.unflatten_dict(params, sep="/")
 
 
@@ -108,17 +112,29 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """
     if os.path.exists(folder):
         raise InputError(f"{folder} exists; name another folder, or delete it")
-    partial = folder.with_name(folder.name + ".partial")
+    made = [parent for parent in folder.parents if not os.path.exists(parent)]
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial.", dir=folder.parent))
     except OSError as error:
         raise InputError(f"{folder} cannot be made ({error.strerror}); name another folder") from None
     try:
         yield partial
+        partial.chmod(0o777 & ~_umask())
         partial.rename(folder)
-    finally:
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        for parent in made:
+            with contextlib.suppress(OSError):  # someone else has put something there
+                parent.rmdir()
+        raise
+
+
+def _umask() -> int:
+    """The process's, which mkdtemp goes below."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
 
 
 def write(converted: Converted, folder: Path) -> None:
@@ -162,7 +178,14 @@ def describe(converted: Converted) -> dict[str, Any]:
         "decoder": config.to_dict(found.decoder),
         "norm_pix_loss": found.norm_pix_loss,
         "preprocessing": found.preprocessing,
-        "source": {**origin, "licence": found.licence, "notes": found.notes, "ignored": found.ignored},
+        "preprocessing_is_stated": found.is_stated,
+        "source": {
+            **origin,
+            "licence": found.licence,
+            "made_from": found.made_from,
+            "notes": found.notes,
+            "ignored": found.ignored,
+        },
     }
     versions = {name: version(name) for name in ("jax", "flax", "orbax-checkpoint")}
     return {"converted": facts, "untrained": converted.untrained, "versions": versions}

@@ -27,31 +27,45 @@ class Weights:
 
     def __init__(self, folder: Path, regroup_heads: bool = False):
         """Raises InputError if `folder` is no finished stage."""
+        folder = folder.resolve()  # what it was made from lies beside it
         self.folder, self.model = folder, handoff.read_model(folder)
         params = handoff.flatten(handoff.read_params(folder))
         self.arrays = {names.mae_name(key): np.ascontiguousarray(names.to_mae(key, a)) for key, a in params.items()}
         converted = handoff.read_converted(folder)
         if converted:
             self.decoder, self.norm_pix = converted["decoder"], converted["norm_pix_loss"]
-            self.pixels = {**converted["preprocessing"], "interpolation": "bicubic", "crop_pct": 0.875}
+            self.pixels = {"interpolation": "bicubic", "crop_pct": 0.875, **converted["preprocessing"]}
+            self.mask_ratio = 0.75  # MAE's
         else:
             stage = handoff.read_stage(folder)
             is_mae = isinstance(stage.task, config.Mae)
             self.decoder = config.to_dict(stage.task.decoder) if is_mae else None
             self.norm_pix = stage.task.norm_pix_loss if is_mae else None
+            self.mask_ratio = stage.task.mask_ratio if is_mae else None
             self.pixels = {
                 key: config.to_dict(getattr(stage.data, key)) for key in (*IMAGENET, "interpolation", "crop_pct")
             }
         last = self.model.last_block_heads
         self.regrouped = regroup_heads and last not in (None, self.model.num_heads)
+        self.left_out = ""  # for the model card
 
     @property
     def encoder(self) -> dict[str, np.ndarray]:
         """The arrays without the decoder's."""
         return {k: v for k, v in self.arrays.items() if not k.startswith(("decoder_", "mask_token"))}
 
-    def check_heads(self, what: str) -> None:
-        """Raises InputError if `what`, which has one number of heads, cannot hold the model."""
+    def leave_out_decoder(self) -> None:
+        """Notes that the format holds the encoder only."""
+        if self.decoder:
+            self.decoder, self.left_out = None, "MAE's decoder is left out: this format holds the encoder alone."
+            print(self.left_out)
+
+    def check(self, what: str) -> None:
+        """Raises InputError if `what`, with one number of heads and a norm somewhere, cannot hold the model."""
+        if self.model.pool == "mean" and not self.model.num_classes:
+            raise InputError(
+                f"the model pools patches and has no head, so no final norm, which {what} needs; fine-tune it"
+            )
         last = self.model.last_block_heads
         if last not in (None, self.model.num_heads) and not self.regrouped:
             raise InputError(
@@ -68,13 +82,14 @@ def export(folder: Path, destination: Path, form: str, regroup_heads: bool = Fal
     weights = Weights(folder, regroup_heads)
     with new_folder(destination) as partial:
         usage = FORMATS[form](weights, partial)
-        (partial / "README.md").write_text(card.write(weights, usage))
+        (partial / "README.md").write_text(card.text(weights, usage))
     return sorted(destination.iterdir())
 
 
 def to_timm(weights: Weights, folder: Path) -> str:
     """model.safetensors and config.json as `timm.create_model("local-dir:...")` reads them."""
-    weights.check_heads("timm")
+    weights.check("timm")
+    weights.leave_out_decoder()
     m = weights.model
     if m.neck:
         raise InputError("timm has no model with a neck before the head (TinyMIM*-T); export it with --format=mae")
@@ -99,7 +114,7 @@ def to_timm(weights: Weights, folder: Path) -> str:
 
 def to_hugging_face(weights: Weights, folder: Path) -> str:
     """A folder that `from_pretrained` reads: ViTMAEForPreTraining, ViTModel, or a classifier."""
-    weights.check_heads("Hugging Face")
+    weights.check("Hugging Face")
     m = weights.model
     if m.neck or m.dist_token:
         raise InputError("Hugging Face's ViT has no distillation token and no neck; export it with --format=mae")
@@ -140,7 +155,8 @@ BEIT = {
 def _mae_settings(weights: Weights) -> dict[str, Any]:
     d = weights.decoder
     return {
-        "model_type": "vit_mae", "norm_pix_loss": bool(weights.norm_pix), "mask_ratio": 0.75, "qkv_bias": True,
+        "model_type": "vit_mae", "norm_pix_loss": bool(weights.norm_pix), "mask_ratio": weights.mask_ratio,
+        "qkv_bias": True,
         "decoder_hidden_size": d["width"], "decoder_num_hidden_layers": d["depth"],
         "decoder_num_attention_heads": d["num_heads"], "decoder_intermediate_size": 4 * d["width"],
     }  # fmt: skip
@@ -178,6 +194,8 @@ def to_mae(weights: Weights, folder: Path) -> str:
         "model": config.to_dict(model),
         "decoder": weights.decoder,
         "norm_pix_loss": weights.norm_pix,
+        "untrained": handoff.read_untrained(weights.folder),
+        "made_from": card.provenance(weights.folder),
     }
     state = {name: torch.from_numpy(array) for name, array in weights.arrays.items()}
     torch.save({"model": state, "tinymim_jax": settings}, folder / "checkpoint.pth")
@@ -189,7 +207,7 @@ def to_onnx(weights: Weights, folder: Path) -> str:
     torch, transformers = _need("torch"), _need("transformers")
     _need("onnxscript")
     runtime = _need("onnxruntime")
-    weights.decoder = None
+    weights.leave_out_decoder()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as temporary:
@@ -258,4 +276,5 @@ def _need(package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError:
-        raise InputError(f"this format needs {package}: pip install 'tinymim_jax[torch]'") from None
+        extra = "torch" if package == "torch" else "onnx"
+        raise InputError(f"this format needs {package}: pip install -e '.[{extra}]'") from None

@@ -20,7 +20,7 @@ BESIDE = {
     r"scaler|lr_scheduler|scheduler|loss_scaler": "state of the training loop",
     r"epoch|start_epoch|step|best.*|max_accuracy": "progress of the training",
     r"args|config|cfg|hyper_parameters|tinymim_jax": "settings of the training",
-    r"model_ema|ema.*": "averaged weights; the plain ones are taken",
+    r"model_ema|state_dict_ema|ema.*": "averaged weights; the plain ones are taken",
 }
 
 
@@ -93,7 +93,7 @@ def _read_pth(path: Path) -> Source:
         raise InputError(f"{path} holds a {type(content).__name__}, not a dict of weights; save model.state_dict()")
     entry = next((name for name in CONTAINERS if isinstance(content.get(name), dict)), None)
     weights = content if entry is None else content[entry]
-    beside = {} if entry is None else {str(name): _why(str(name)) for name in content if name != entry}
+    beside = {} if entry is None else {str(k): _why(path, str(k), v) for k, v in content.items() if k != entry}
     settings = next((content[n] for n in ("tinymim_jax", "args") if entry is not None and n in content), {})
     settings = settings if isinstance(settings, dict) else getattr(settings, "__dict__", {})  # a Namespace, or None
     arrays = {str(name): _to_numpy(path, name, value) for name, value in weights.items()}
@@ -106,7 +106,7 @@ def _load_pth(path: Path) -> Any:
         import torch
     except ImportError:
         raise InputError(
-            f"{path} needs PyTorch to be read: pip install 'tinymim_jax[torch]' (a .safetensors file does not)"
+            f"{path} needs PyTorch to be read: pip install -e '.[torch]' (a .safetensors file does not)"
         ) from None
     import argparse
     import warnings
@@ -147,8 +147,15 @@ def _to_numpy(path: Path, name: str, value: Any) -> np.ndarray:
         raise InputError(f"{path}: {name} is {value.dtype} on {value.device}; save it as plain float32") from None
 
 
-def _why(entry: str) -> str:
-    return next((why for pattern, why in BESIDE.items() if re.fullmatch(pattern, entry)), "beside the weights")
+def _why(path: Path, entry: str, value: Any) -> str:
+    """Why an entry beside the weights is not read; raises InputError if nobody knows and it holds tensors."""
+    import torch
+
+    why = next((why for pattern, why in BESIDE.items() if re.fullmatch(pattern, entry)), None)
+    values = list(value.values()) if isinstance(value, dict) else [value]
+    if why is None and any(isinstance(v, torch.Tensor) for v in values):
+        raise InputError(f"{path}: the entry {entry!r} holds tensors and is of no known kind; save model.state_dict()")
+    return why or "beside the weights"
 
 
 def check_values(source: Source, half: bool) -> dict[str, np.ndarray]:
@@ -158,8 +165,8 @@ def check_values(source: Source, half: bool) -> dict[str, np.ndarray]:
         kind = str(array.dtype)
         if kind in ("float16", "bfloat16") and not half:
             raise InputError(
-                f"{source.path}: {name} is {kind}: these weights have been rounded; find the float32 file, or give"
-                " --half to convert them as they are"
+                f"{source.path}: {name} is {kind}: these weights have been rounded; find the float32 file, or"
+                f" convert them as they are: python -m tinymim_jax convert {source.path} DST --half"
             )
         if kind not in ("float32", "float64", "float16", "bfloat16"):
             raise InputError(f"{source.path}: {name} is {kind}, not a float; this is not a plain vision transformer")

@@ -36,6 +36,7 @@ class Difference:
 def verify(converted: Converted) -> list[Difference]:
     """Every block's q, k, v and tokens, and logits or reconstruction, of the source's model and ours.
 
+    A Hugging Face folder says its own heads; for other files both sides take them, and the pooling, from the report.
     Raises InputError if PyTorch (or for a Hugging Face folder, transformers) is missing.
     """
     model = converted.layout.model
@@ -44,8 +45,14 @@ def verify(converted: Converted) -> list[Difference]:
     noise = rng.uniform(size=(2, (model.image_size // model.patch_size) ** 2)).astype(np.float32)
     try:
         theirs = (_hugging_face if converted.source.format == "huggingface" else _reference)(converted, images, noise)
+    except InputError:
+        raise
     except ImportError as error:
-        raise InputError(f"--verify runs the source's model and needs {error.name}: pip install {error.name}") from None
+        raise InputError(
+            f"--verify runs the model in PyTorch and needs {error.name}: pip install {error.name}"
+        ) from None
+    except Exception as error:  # a config.json that names another class, and whatever it makes of the images
+        raise InputError(f"the source's model does not run ({one_line(error)})") from None
     ours = _ours(converted, images, noise)
     if odd := {name for name in theirs.keys() ^ ours.keys() if name.startswith("block")}:
         raise InputError(f"config.json has another number of blocks than the weights: one of them has no {min(odd)}")

@@ -1,17 +1,22 @@
 """`convert`: other people's checkpoint -> a folder that `Init(path=...)`, `load`, `inspect` and `export` read."""
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from tinymim_jax.commands.flags import new_flags, parse_positional
+
+if TYPE_CHECKING:
+    from tinymim_jax.bridge.layout import Told
 
 USAGE = """python -m tinymim_jax convert SRC DST [--verify] [--num_heads=N] ...
 
   SRC                   a .pth or .safetensors file, or a Hugging Face or timm folder: MAE, TinyMIM, MAE-Lite, DeiT,
                         timm's ViT, ViTMAEForPreTraining, ViTMAEModel, ViTModel, ViTForImageClassification
   DST                   a new folder
-  --verify              run the source's own model too, and compare block by block (needs PyTorch)
+  --verify              run it in PyTorch too, and compare block by block: a Hugging Face folder in transformers, other
+                        files in tests/reference with the heads and pooling of the report, which is taken on trust
   --num_heads=N         where the weights' shapes cannot tell and the report's guess is wrong
   --last_block_heads=N  of the last block, if it differs
   --decoder_heads=N     of MAE's decoder
@@ -22,18 +27,14 @@ USAGE = """python -m tinymim_jax convert SRC DST [--verify] [--num_heads=N] ...
 def main(argv: list[str]) -> None:
     """Runs the command with its arguments; raises InputError on bad ones."""
     values = new_flags(USAGE)
-    for name in ("num_heads", "last_block_heads", "decoder_heads"):
-        flags.DEFINE_integer(name, None, "heads", lower_bound=1, flag_values=values)
-    for name in ("norm_pix", "half", "verify"):
-        flags.DEFINE_bool(name, None, name, flag_values=values)
+    define_told(values)
+    flags.DEFINE_bool("verify", False, "compare", flag_values=values)
     source, destination = parse_positional(values, argv, ["SRC", "DST"])
 
     from tinymim_jax.bridge import convert
-    from tinymim_jax.bridge.layout import Told
 
-    told = Told(**{f.name: getattr(values, f.name) for f in dataclasses.fields(Told)})
     with convert.new_folder(destination) as folder:
-        converted = convert.read(source, told)
+        converted = convert.read(source, told(values))
         print("\n".join(converted.lines()), flush=True)
         if values.verify:
             from tinymim_jax.bridge import verify
@@ -43,3 +44,18 @@ def main(argv: list[str]) -> None:
             verify.check(differences)
         convert.fill(converted, folder)
     print(f"wrote {destination}")
+
+
+def define_told(values: flags.FlagValues) -> None:
+    """The flags that say what shapes do not: the fields of `bridge.layout.Told`."""
+    for name in ("num_heads", "last_block_heads", "decoder_heads"):
+        flags.DEFINE_integer(name, None, "heads", lower_bound=1, flag_values=values)
+    for name in ("norm_pix", "half"):
+        flags.DEFINE_bool(name, None, name, flag_values=values)
+
+
+def told(values: flags.FlagValues) -> "Told":
+    """What these flags say."""
+    from tinymim_jax.bridge.layout import Told
+
+    return Told(**{f.name: getattr(values, f.name) for f in dataclasses.fields(Told)})

@@ -2,17 +2,20 @@
 
 import os
 
+from tinymim_jax.commands.convert import define_told, told
 from tinymim_jax.commands.flags import new_flags, parse_positional
 from tinymim_jax.config import InputError
 
-USAGE = """python -m tinymim_jax inspect PATH
+USAGE = """python -m tinymim_jax inspect PATH [--num_heads=N] ...
 
-  PATH   a stage's folder, a converted checkpoint, or anything that `convert` reads"""
+  PATH   a stage's folder, a converted checkpoint, or anything that `convert` reads, with the same flags"""
 
 
 def main(argv: list[str]) -> None:
     """Runs the command with its arguments; raises InputError if it is no checkpoint."""
-    (path,) = parse_positional(new_flags(USAGE), argv, ["PATH"])
+    values = new_flags(USAGE)
+    define_told(values)
+    (path,) = parse_positional(values, argv, ["PATH"])
     if not os.path.exists(path):
         raise InputError(f"{path} does not exist")
 
@@ -22,5 +25,5 @@ def main(argv: list[str]) -> None:
     if not handoff.is_foreign(path):
         print("\n".join(card.lines(path)))
         return
-    converted = convert.read(path)
+    converted = convert.read(path, told(values))
     print("\n".join([*converted.lines(), card.last_block(converted.layout.model, converted.untrained)]))

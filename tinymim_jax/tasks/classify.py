@@ -32,7 +32,8 @@ class Classify:
         erase_rng, mix_rng = jax.random.split(rng)
         targets = losses.smooth_one_hot(batch["label"], self.cfg.num_classes, self.task.label_smoothing)
         images = random_erasing(erase_rng, self._clean(batch), self.task.erasing)
-        images, targets = (replace_by_partner(x, batch["is_valid"]) for x in (images, targets))
+        if self.task.mix_prob and (self.task.mixup or self.task.cutmix):
+            images, targets = (replace_by_partner(x, batch["is_valid"]) for x in (images, targets))
         return mix(mix_rng, images, targets, self.task)
 
     def loss(
