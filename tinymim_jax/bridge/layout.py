@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tinymim_jax.bridge import known, spelling
-from tinymim_jax.bridge.files import Source
+from tinymim_jax.bridge.files import Source, printable
 from tinymim_jax.config import Decoder, InputError, ViT, from_dict
 from tinymim_jax.models import posembed
 
@@ -65,7 +65,7 @@ def understand(source: Source, arrays: dict[str, np.ndarray], told: Told) -> Lay
         notes.append("its norm was trained on the output of block 8, which D2-MAE's decoder read")
     model = _model(arrays, source, is_mae_lite or bool(dropped), told, notes)
     decoder = _decoder(arrays, source, model, told, notes)
-    kind = known.kind(arrays, source, is_mae_lite or bool(dropped))
+    kind = printable(known.kind(arrays, source, is_mae_lite or bool(dropped)))
     norm_pix = None
     if decoder is not None:
         norm_pix, who = known.norm_pix(source.settings, is_mae_lite, told.norm_pix)
@@ -86,7 +86,7 @@ def understand(source: Source, arrays: dict[str, np.ndarray], told: Told) -> Lay
 
 def _strings(settings: dict[str, Any], key: str) -> list[str]:
     value = settings.get(key)
-    return [str(item) for item in value] if isinstance(value, list) else []
+    return [printable(str(item)) for item in value] if isinstance(value, list) else []
 
 
 def _shape(arrays: dict[str, np.ndarray], key: str, ndim: int) -> tuple[int, ...]:
