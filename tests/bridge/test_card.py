@@ -209,3 +209,15 @@ def test_a_teacher_that_was_moved_away(student):
     shutil.rmtree(student.parent / "converted")
     (student.parent.parent / "x.safetensors").unlink()
     assert card.provenance(student)[1] == f"  - {name}: not at hand any more"
+
+
+def test_our_own_export_says_what_it_was_made_from(workdir, tmp_path):
+    """There and back in MAE's format, which has no place for it of its own."""
+    pytest.importorskip("torch", reason="MAE's format is PyTorch's")
+    export(workdir / "distill", tmp_path / "mae", "mae")
+    converted = convert.read(tmp_path / "mae" / "checkpoint.pth")
+    convert.write(converted, tmp_path / "back")
+    text = card.lines(tmp_path / "back")
+    assert REMARK in text and any(line.startswith("not trained: encoder/") for line in text)
+    assert text[-3].startswith("  - back: converted from checkpoint.pth (tinymim_jax's own export), sha256 ")
+    assert text[-2:] == [f"    - distill: {DISTILL}", f"      - mae: {MAE}"]

@@ -251,3 +251,12 @@ def test_settings_that_take_long_to_print():
     for _ in range(40):
         deep = [deep, deep]
     assert understand(weights(), {"model": deep}).kind == "MAE or TinyMIM, encoder only"
+
+
+def test_text_of_a_file_is_printable():
+    """It is written to a terminal and into a model card."""
+    ours = {"made_by": "tinymim_jax", "model": {"width": 24, "depth": 2, "num_heads": 3}}
+    found = understand(weights(), ours | {"made_from": ["a\nb", "\udcff", "\x1b[31m", 3], "untrained": "x"})
+    assert (found.made_from, found.untrained) == (["a?b", "?", "?[31m", "3"], ())
+    hf = understand(to_hf(weights(), ""), {"architectures": ["a\n\udcff"]}, form="huggingface")
+    assert hf.kind == "Hugging Face a??"
