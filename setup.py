@@ -4,6 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+ROBUST = ["imagecorruptions-imaug"]
 ONNX = ["onnxruntime", "onnxscript", "transformers>=5"]
 
 setup(
@@ -41,8 +42,9 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
+        "robust": ROBUST,
         "torch": ["torch>=2.6"],
         "onnx": ["torch>=2.6", *ONNX],
-        "test": ["pytest", "pytest-xdist", "ruff", "torch==2.13.0", *ONNX],
+        "test": ["pytest", "pytest-xdist", "ruff", "torch==2.13.0", *ONNX, *ROBUST],
     },
 )

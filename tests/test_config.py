@@ -8,18 +8,21 @@ from pathlib import Path
 import pytest
 
 import tinymim_jax
-from tinymim_jax import config
+from tinymim_jax import config, serial
 from tinymim_jax.config import (
     Classification,
     Classify,
     Compare,
     Config,
+    Corruptions,
     Data,
     Decoder,
     Distill,
     Init,
     InputError,
     Knn,
+    LabelTeacher,
+    Logistic,
     Mae,
     Mesh,
     Optim,
@@ -66,7 +69,12 @@ def full_config():
         init=Init(path="/somewhere", resize_posembed=True),
         optim=Optim(1e-3, lr_batch=None, clip_norm=1.0, ema=0.9, freeze=("q",)),
         run=Run(4, steps=7),
-        evals={"val": Classification(EVAL_DATA, batch_size=3)},
+        evals={
+            "val": Classification(EVAL_DATA, batch_size=3),
+            "logistic": Logistic(EVAL_DATA, dataclasses.replace(EVAL_DATA, split="train"), c=0.1),
+            "corruptions": Corruptions(EVAL_DATA, severities=(1, 3)),
+        },
+        task=Classify(teacher=LabelTeacher(Init("mae"), labels="soft", weight=0.3, temperature=2.0)),
     )
     stages = {"mae": mae, "distill": distill, "tuned": tuned}
     return Config("all", stages, Mesh(2, 4), {"T": Compare("val/top1", {"row": ("tuned",)})})
@@ -301,7 +309,7 @@ def test_differences_ignore_what_changes_no_result():
     new["data"].update(threads=7, workers=7, prefetch=7, num_examples=7)
     new["run"].update(log_every=7, checkpoint_every=7, keep=7)
     assert differences(old, new) == []
-    assert set(config.RUNTIME_FIELDS) == {
+    assert set(serial.RUNTIME_FIELDS) == {
         "threads",
         "workers",
         "prefetch",
@@ -316,7 +324,7 @@ def test_differences_ignore_what_changes_no_result():
 
 def test_runtime_fields_exist():
     names = {f.name for kind in dataclasses_of_config() for f in dataclasses.fields(kind)}
-    assert set(config.RUNTIME_FIELDS) <= names
+    assert set(serial.RUNTIME_FIELDS) <= names
 
 
 # Style rule 15: nothing unused survives

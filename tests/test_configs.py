@@ -116,7 +116,10 @@ def test_a_chain_runs_and_resumes(name, imagenet, tmp_path, stop_at):
     run_interrupted(shrink_chain(load(name)), workdir, stop_at)
 
 
-@pytest.mark.parametrize("name", [f for f in FILES if f not in CHAINS])
+ROWS = ["imagenet/tables.py:row=deit_t", "imagenet/tables.py:row=tinymim_star_t,teacher=x/finetune_b"]
+
+
+@pytest.mark.parametrize("name", [*(f for f in FILES if f not in CHAINS), *ROWS])
 def test_a_single_stage_runs_and_resumes(name, imagenet, tmp_path, stop_at):
     run_interrupted(shrink_chain(load(name), imagenet), tmp_path, stop_at)
 
@@ -124,7 +127,8 @@ def test_a_single_stage_runs_and_resumes(name, imagenet, tmp_path, stop_at):
 def test_the_single_stages_are_those_of_the_chain():
     chain = load("imagenet/chain.py")
     names = [f"imagenet/{n}.py" for n in ("mae_l", *(f"{a}_{b}" for a in ("tinymim", "finetune") for b in "bst"))]
-    assert sorted(names) == [f for f in FILES if f.startswith("imagenet/") and f not in CHAINS]
+    others = {"imagenet/tables.py", *CHAINS}
+    assert sorted(names) == [f for f in FILES if f.startswith("imagenet/") and f not in others]
     for name in names:
         for stage_name, stage in load(name).stages.items():
             for init in config.sources(stage):
@@ -166,3 +170,20 @@ def test_a_trained_teacher_replaces_the_first_stage():
 def test_classification_is_what_finetuning_is_judged_by():
     for stage in load("imagenet/chain.py").stages.values():
         assert all(isinstance(e, Classification) for e in stage.evals.values())
+
+
+def test_every_row_of_the_tables_loads():
+    rows = load("imagenet/tables.py").stages
+    assert list(rows) == ["tinymim_t"]
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "imagenet" / "tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    for row in tables.EXPECTED:
+        assert list(check(tables.get_config(f"row={row}")).stages) == [row]
+    with pytest.raises(config.InputError, match="row=x: unknown; choose one of deit_t"):
+        tables.get_config("row=x")
+
+
+def test_the_first_blocks_are_swept():
+    stages = load("cifar10/first_blocks.py:short").stages
+    assert [stage.init.keep_blocks for stage in stages.values()] == list(range(7))

@@ -396,3 +396,17 @@ def test_no_part_of_a_teacher_is_fresh():
     cut = {**source_shapes(), "encoder/block3/norm1/scale": (12,)}
     with pytest.raises(InputError, match="the source lacks encoder/block3"):
         handoff.match(cut, source_shapes(), handoff.for_teacher(Init("a", fresh=(".*",))))
+
+
+@pytest.mark.parametrize("k", [0, 1, 2])
+def test_the_first_blocks_alone(k):
+    """Spec D.3: embeddings and k blocks are taken over, the rest starts fresh."""
+    model = config.ViT(8, 2, 2, image_size=8, patch_size=4, pool="mean", num_classes=3)
+    target = handoff.shapes(
+        {"encoder": jax.eval_shape(vit.build(model).init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]}
+    )
+    report = handoff.match(target, target, Init("a", keep_blocks=k))
+    kept = {key.split("/")[1] for key in report.moves}
+    assert kept == {"cls_token", "pos_embed", "patch_embed", *(f"block{i}" for i in range(1, k + 1))}
+    assert set(report.fresh) == set(target) - set(report.moves) == set(report.skipped)
+    assert len(handoff.match(target, target, Init("a")).moves) == len(target)

@@ -8,13 +8,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "tinymim_jax"
 LAYERS = [
+    ["serial"],
     ["config"],
     ["validate", "mesh", "metrics", "writer"],
     ["optim", "checkpoint", "recipes", "progress", "models", "objectives", "data"],
     ["handoff", "tasks"],
     ["plan", "evals", "bridge"],
     ["train", "ready"],
-    ["chain", "report"],
+    ["chain", "report", "evaluate"],
     ["commands"],
     ["__main__"],
 ]
@@ -63,7 +64,7 @@ def test_every_module_with_code_has_its_tests(path):
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_functions_and_files_are_small(path):
     text = path.read_text()
-    assert len(text.splitlines()) <= (330 if path.name == "config.py" else 300)
+    assert len(text.splitlines()) <= 300
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef) and node.name not in LONG_FUNCTIONS:
             assert node.end_lineno - node.lineno < 50, node.name

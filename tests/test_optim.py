@@ -353,3 +353,45 @@ def test_stop_frozen():
 
     assert jax.tree.map(float, jax.grad(product)(params)) == {"a": 15.0, "b": 0.0, "c": 6.0}
     assert float(product(params)) == 30.0
+
+
+# SGD and LARS against plain loops
+
+
+def steps_of(cfg, gradients, params, lr):
+    """The parameters after each of several updates at a rate that changes."""
+    labels = {"w": "decay", "b": "no_decay", "f": "freeze"}
+    tx = optim.make_optimizer(cfg, lambda step: jnp.asarray(lr)[step], labels, dict.fromkeys(labels, 1.0))
+    state, path = tx.init(params), []
+    for gradient in gradients:
+        updates, state = tx.update(gradient, state, params)
+        params = jax.tree.map(lambda p, u: p + u, params, updates)
+        path.append(params)
+    return path
+
+
+def draw(seed=0, n=4):
+    rng = np.random.default_rng(seed)
+    shapes = {"w": (3, 5), "b": (5,), "f": (2, 2)}
+    params = {k: rng.normal(size=s).astype(np.float32) for k, s in shapes.items()}
+    return params, [{k: rng.normal(size=s).astype(np.float32) for k, s in shapes.items()} for _ in range(n)]
+
+
+@pytest.mark.parametrize("name", ["sgd", "lars"])
+def test_momentum_and_trust(name):
+    """MAE util/lars.py: no decay and no trust ratio for vectors; the rate comes after the momentum."""
+    params, gradients = draw()
+    lr, decay, trust = [0.5, 0.4, 0.1, 0.3], 0.1, 0.02
+    cfg = Optim(1.0, name=name, weight_decay=decay, trust=trust, momentum=0.9)
+    path = steps_of(cfg, gradients, params, lr)
+    expected, speed = dict(params), {"w": 0.0, "b": 0.0}
+    for step, gradient in enumerate(gradients):
+        for key in ("w", "b"):
+            p, g = expected[key].astype(np.float64), gradient[key].astype(np.float64)
+            if key == "w":
+                g = g + decay * p
+                g *= trust * np.linalg.norm(p) / np.linalg.norm(g) if name == "lars" else 1.0
+            speed[key] = 0.9 * speed[key] + g
+            expected[key] = p - lr[step] * speed[key]
+            np.testing.assert_allclose(path[step][key], expected[key], rtol=2e-5, atol=1e-6)
+        np.testing.assert_array_equal(path[step]["f"], params["f"])

@@ -2,6 +2,8 @@ import pytest
 
 from tinymim_jax import optim, recipes
 from tinymim_jax.config import Config, Init, InputError, Teacher
+from tinymim_jax.handoff import flatten
+from tinymim_jax.plan import make_plan
 from tinymim_jax.validate import check
 
 SUFFIX = {"tiny": "t", "small": "s", "base": "b"}
@@ -266,3 +268,38 @@ def test_stages_made_from_the_same_parts_do_not_share_them():
         assert stages == {"first": first, "second": second}
         ids = {id(o) for o in objects(stages["first"])}
         assert not [type(o).__name__ for o in objects(stages["second"]) if id(o) in ids]
+
+
+def test_deit_from_scratch():
+    """Spec A.7: lr 5e-4 a batch of 512, min lr 1e-5, EMA, repeated augmentation."""
+    stage = recipes.deit(recipes.classifier("tiny"), recipes.imagenet(True), recipes.imagenet(False))
+    o = stage.optim
+    assert (o.lr * stage.run.batch_size / o.lr_batch, o.min_lr, o.b2, o.ema) == (1e-3, 1e-5, 0.999, 0.99996)
+    assert (stage.init, stage.data.repeats, stage.run.epochs, o.layer_decay) == (None, 3, 300, 1.0)
+
+
+def test_tinymim_star():
+    """Spec A.7: 12 heads, distillation token, 192 -> 1280, 1000 epochs."""
+    stage = recipes.tinymim_star(Init("s"), Init("t"), recipes.imagenet(True), recipes.imagenet(False))
+    m = stage.model
+    assert (m.width, m.num_heads, m.dist_token, m.neck, m.pool) == (192, 12, True, 1280, "mean")
+    assert (stage.run.epochs, stage.task.teacher.labels, stage.task.teacher.weight) == (1000, "hard", 0.5)
+
+
+def test_linear_probe():
+    """Spec B.2: LARS, lr 6.4 at batch 16384, nothing but the head is trained."""
+    stage = recipes.linear_probe(recipes.vit("base"), Init("m"), recipes.imagenet(True), recipes.imagenet(False))
+    o = stage.optim
+    assert (o.name, o.lr * stage.run.batch_size / o.lr_batch, o.weight_decay) == ("lars", 6.4, 0.0)
+    assert (stage.run.epochs, o.warmup_epochs, stage.model.head_norm, stage.model.pool) == (90, 10, True, "cls")
+    plan = make_plan(stage, None, 1_281_167)
+    trained = {k for k, v in flatten(plan.labels).items() if v != "freeze"}
+    assert trained == {"encoder/head/kernel", "encoder/head/bias"}
+
+
+def test_transfer():
+    """Spec C.4: SGD, momentum 0.9, lr 0.1, layer decay 0.75, clip 1."""
+    stage = recipes.transfer(recipes.classifier("tiny"), Init("m"), recipes.imagenet(True), recipes.imagenet(False))
+    o = stage.optim
+    assert (o.name, o.lr, o.lr_batch, o.weight_decay, o.layer_decay, o.clip_norm) == ("sgd", 0.1, None, 0.0, 0.75, 1.0)
+    assert (stage.run.batch_size, stage.run.epochs, o.warmup_epochs) == (512, 50, 10)

@@ -10,6 +10,7 @@ from tinymim_jax.config import InputError
 COMMANDS = {
     "run": "run a chain of stages, or go on with it",
     "bench": "measure speed, as JSON",
+    "eval": "measure a finished model: accuracy, robustness, probes",
     "report": "make the tables and pictures of a finished run again",
     "convert": "other people's checkpoint -> ours",
     "inspect": "say what is in a checkpoint, theirs or ours",

@@ -4,15 +4,12 @@ A config file returns a `Config`. Every field has its default here and nowhere e
 """
 
 import dataclasses
-import json
-import types
-import typing
 from collections.abc import Iterator
-from typing import Any, Literal, Union
+from typing import Literal
 
+from tinymim_jax.serial import InputError, differences, from_dict, to_dict
 
-class InputError(ValueError):
-    """What the user gave is wrong; the message is one line that says what and how to mend it."""
+__all__ = ["InputError", "differences", "from_dict", "to_dict"]  # beside the schema below, for whoever reads configs
 
 
 @dataclasses.dataclass
@@ -31,6 +28,7 @@ class ViT:
     num_classes: int = 0  # 0: no head
     dist_token: bool = False  # DeiT's distillation token behind CLS, with a head of its own; logits are their mean
     neck: int = 0  # width of a norm, linear and GELU before the heads (TinyMIM*-T); 0: none
+    head_norm: bool = False  # BatchNorm without affine before the head (linear probing)
     drop_path: float = 0.0  # stochastic depth, per sample, per residual branch
     drop_path_shape: Literal["constant", "linear"] = "constant"  # constant: none in the last block
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters are float32
@@ -62,8 +60,11 @@ class Data:
     crop_scale: tuple[float, float] = (0.2, 1.0)  # train: area of the crop
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # train: aspect of the crop
     hflip: float = 0.5  # train: probability
+    repeats: int = 1  # train: each image so often in a row, augmented anew; an epoch has 1 / repeats of the images
     rand_augment: str = ""  # train: e.g. "rand-m9-mstd0.5-inc1"; "": none
     crop_pct: float = 0.875  # eval: the shorter side becomes image_size / crop_pct
+    corruption: str = ""  # eval: one of ImageNet-C's, e.g. "gaussian_noise", made on the crop; "": none
+    severity: int = 1  # eval: of the corruption, 1 to 5
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # PIL's, antialiased
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -82,6 +83,7 @@ class Init:
     rename: dict[str, str] = dataclasses.field(default_factory=dict)  # regex -> replacement, on the source's keys
     skip: tuple[str, ...] = ()  # regexes: keys of the source that may be left out
     fresh: tuple[str, ...] = ()  # regexes: keys of this model that may keep their initial values
+    keep_blocks: int | None = None  # take over the embeddings and the first so many blocks only; None: everything
     regroup_heads: bool = False  # re-read fused qkv channels with another number of heads
     resize_posembed: bool = False  # bicubic, to this model's grid
 
@@ -117,10 +119,21 @@ class Distill:
 
 
 @dataclasses.dataclass
+class LabelTeacher:
+    """A classifier whose labels a distillation token learns (DeiT); it sees the same mixed images."""
+
+    init: Init
+    labels: Literal["hard", "soft"] = "hard"  # its best class, or its probabilities
+    weight: float = 0.5  # of the teacher's loss; 1 - weight of the labels'
+    temperature: float = 1.0  # soft: of both
+
+
+@dataclasses.dataclass
 class Classify:
     """Supervised training or fine-tuning."""
 
     kind: Literal["classify"] = "classify"
+    teacher: LabelTeacher | None = None  # needs model.dist_token
     label_smoothing: float = 0.1
     mixup: float = 0.8  # alpha of Beta; 0: off
     cutmix: float = 1.0  # alpha of Beta; 0: off
@@ -131,7 +144,7 @@ class Classify:
 
 @dataclasses.dataclass
 class Optim:
-    """AdamW with linear warm-up and cosine decay, set at each step."""
+    """AdamW, SGD or LARS with linear warm-up and cosine decay, set at each step."""
 
     lr: float  # peak, for a batch of lr_batch
     lr_batch: int | None = 256  # lr is multiplied by batch_size / lr_batch; None: used as it is
@@ -140,6 +153,8 @@ class Optim:
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
+    momentum: float = 0.9  # sgd, lars
+    trust: float = 0.001  # lars: coefficient
     weight_decay: float = 0.05
     decay: tuple[str, ...] = (".*/kernel", ".*/(cls|dist|mask)_token")  # regexes of decayed parameters
     no_decay: tuple[str, ...] = (".*/bias", ".*/scale", ".*/pos_embed")  # and of the others
@@ -148,6 +163,7 @@ class Optim:
     clip_norm: float | None = None  # of the gradient, global
     accum_steps: int = 1  # micro-batches a step
     ema: float | None = None  # decay of the averaged weights; None: off
+    name: Literal["adamw", "sgd", "lars"] = "adamw"
 
 
 @dataclasses.dataclass
@@ -169,6 +185,7 @@ class Classification:
     """Top-1 and top-5 accuracy, in percent."""
 
     data: Data
+    subset: Literal["", "imagenet_a", "imagenet_r"] = ""  # of ImageNet's 1000 classes, the 200 that may be predicted
     kind: Literal["classification"] = "classification"
     batch_size: int = 256
 
@@ -180,13 +197,36 @@ class Knn:
     data: Data  # the queries
     bank: Data  # the labelled neighbours
     kind: Literal["knn"] = "knn"
-    k: tuple[int, ...] = (10, 20)
+    k: tuple[int, ...] = (10, 20, 100, 200)
     temperature: float = 0.07
     batch_size: int = 256
 
 
+@dataclasses.dataclass
+class Logistic:
+    """Accuracy of a logistic regression on frozen features, in percent."""
+
+    data: Data  # the queries
+    bank: Data  # what it is fitted on
+    kind: Literal["logistic"] = "logistic"
+    c: float = 1.0  # inverse of the L2 regularisation
+    max_iter: int = 1000
+    batch_size: int = 256
+
+
+@dataclasses.dataclass
+class Corruptions:
+    """ImageNet-C: error over corruptions and severities, plain and as mCE, in percent."""
+
+    data: Data  # clean images to corrupt, or where the stored ones are (`stored`)
+    kind: Literal["corruptions"] = "corruptions"
+    stored: bool = False  # folder: data.path/<corruption>/<severity>/<class>/*; tfds: data.name/<corruption>_<severity>
+    severities: tuple[int, ...] = (1, 2, 3, 4, 5)
+    batch_size: int = 256
+
+
 Task = Mae | Distill | Classify
-Eval = Classification | Knn
+Eval = Classification | Knn | Logistic | Corruptions
 
 
 @dataclasses.dataclass
@@ -232,91 +272,14 @@ class Config:
         self.stages = from_dict(dict[str, Stage], to_dict(self.stages), "config.stages")
 
 
-# Fields that change the speed or the bookkeeping of a stage, never its weights.
-RUNTIME_FIELDS = ("threads", "workers", "prefetch", "log_every", "checkpoint_every", "keep", "num_examples")
-
-
-def to_dict(value: Any) -> Any:
-    """A config (or any part of one) as plain JSON types."""
-    if dataclasses.is_dataclass(value):
-        return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {k: to_dict(v) for k, v in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [to_dict(v) for v in value]
-    return value
-
-
-def from_dict(kind: Any, value: Any, where: str = "config") -> Any:
-    """The inverse of `to_dict`: builds `kind` from JSON types; raises InputError naming the field."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        return _dataclass_from_dict(kind, value, where)
-    if origin is Literal:
-        if value not in args:
-            raise InputError(f"{where}: unknown choice {value!r}; choose one of {', '.join(map(repr, args))}")
-        return value
-    if origin in (Union, types.UnionType):
-        return _union_from_dict(args, value, where)
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)) or (args[-1] is not ... and len(value) != len(args)):
-            raise InputError(f"{where}: expected a tuple {kind}, got {value!r}")
-        kinds = [args[0]] * len(value) if args[-1] is ... else args
-        return tuple(from_dict(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise InputError(f"{where}: expected a dict, got {value!r}")
-        return {k: from_dict(args[1], v, f"{where}.{k}") for k, v in value.items()}
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise InputError(f"{where}: expected {kind.__name__}, got {value!r}")
-    return value
-
-
-def _dataclass_from_dict(kind: type, value: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise InputError(f"{where}: expected the fields of {kind.__name__}, got {value!r}")
-    hints = typing.get_type_hints(kind)
-    unknown = sorted(set(value) - set(hints))
-    if unknown:
-        raise InputError(f"{where}.{unknown[0]}: no such field; {kind.__name__} has {', '.join(hints)}")
-    required = [f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING]
-    missing = [name for name in required if name not in value]
-    if missing:
-        raise InputError(f"{where}.{missing[0]}: {kind.__name__} needs this field")
-    return kind(**{k: from_dict(hints[k], v, f"{where}.{k}") for k, v in value.items()})
-
-
-def _union_from_dict(options: tuple, value: Any, where: str) -> Any:
-    if value is None and types.NoneType in options:
-        return None
-    options = [o for o in options if o is not types.NoneType]
-    if len(options) == 1:
-        return from_dict(options[0], value, where)
-    kinds = {o.kind: o for o in options}  # dataclasses told apart by their `kind`
-    name = value.get("kind") if isinstance(value, dict) else value
-    if not isinstance(name, str) or name not in kinds:
-        raise InputError(f"{where}.kind: unknown choice {name!r}; choose one of {', '.join(map(repr, kinds))}")
-    return from_dict(kinds[name], value, where)
-
-
 def sources(stage: Stage) -> Iterator[Init]:
     """Every hand-over that feeds `stage`: its initial weights, then its teacher."""
     if stage.init is not None:
         yield stage.init
-    if isinstance(stage.task, Distill):
-        yield stage.task.teacher.init
+    if teacher := teacher_of(stage):
+        yield teacher.init
 
 
-def differences(old: Any, new: Any, where: str = "") -> list[str]:
-    """Lines "field: old -> new" between two `to_dict` results, leaving out `RUNTIME_FIELDS`."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*old, *(k for k in new if k not in old)]
-        return [
-            line
-            for k in keys
-            if k not in RUNTIME_FIELDS
-            for line in differences(old.get(k), new.get(k), f"{where}.{k}" if where else k)
-        ]
-    return [] if old == new else [f"{where}: {json.dumps(old)} -> {json.dumps(new)}"]
+def teacher_of(stage: Stage) -> Teacher | LabelTeacher | None:
+    """The frozen network that `stage` learns from, if there is one."""
+    return None if isinstance(stage.task, Mae) else stage.task.teacher

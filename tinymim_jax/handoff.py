@@ -100,48 +100,62 @@ def match(target: Shapes, source: Shapes, init: Init, untrained: Sequence[str] =
     report = Report(target, source, {}, [], [], {}, {}, [])
     problems = []
     for key, shape in target.items():
+        if _is_beyond(key, init.keep_blocks) or (key not in renamed and matches(init.fresh, key)):
+            report.fresh.append(key)
+            continue
         if key not in renamed:
-            (report.fresh if matches(init.fresh, key) else problems).append(key)
+            problems.append(key)
             continue
         report.moves[key] = renamed[key]
         if renamed[key] in untrained:
             report.untrained.append(key)
-        old = source[renamed[key]]
-        if old == shape:
-            continue
-        if _is_regrouping(key, old, shape):
-            report.regrouped[key] = (old[-2], shape[-2])
-            if not init.regroup_heads:
-                raise InputError(
-                    f"{key} has {old[-2]} heads in the source and {shape[-2]} here; use the same number of heads,"
-                    " or set init.regroup_heads=True to re-read the channels"
-                )
-        elif key.endswith("pos_embed") and _is_resizing(old, shape):
-            there, here = (posembed.side(s[1]) for s in (old, shape))
-            report.resized[key] = (there, here)
-            if not init.resize_posembed:
-                raise InputError(
-                    f"{key} is for {there} x {there} patches in the source and {here} x {here} here; use the same image"
-                    " and patch size, or set init.resize_posembed=True"
-                )
-        else:
-            raise InputError(f"{key} is {old} in the source and {shape} here: the two models differ in size")
+        if source[renamed[key]] != shape:
+            _fit(key, source[renamed[key]], shape, init, report)
     if problems:
         raise InputError(
             f"the source lacks {fold(problems, target)}; name what may start from its initial values in init.fresh"
         )
     unused = [key for new, key in renamed.items() if new not in target]
-    surplus = [key for key in unused if not matches(init.skip, key)]
+    unused += [renamed[key] for key in report.fresh if key in renamed]
+    surplus = [key for key in unused if not matches(init.skip, key) and not _is_beyond(key, init.keep_blocks)]
     if surplus:
         raise InputError(f"this model has no {fold(surplus, source)}; name what may be left out in init.skip")
     report.skipped.extend(unused)
     return report
 
 
+def _fit(key: str, old: tuple[int, ...], new: tuple[int, ...], init: Init, report: Report) -> None:
+    """Notes how an array of shape `old` becomes `new`; raises InputError if it cannot, or `init` does not allow it."""
+    if _is_regrouping(key, old, new):
+        report.regrouped[key] = (old[-2], new[-2])
+        if not init.regroup_heads:
+            raise InputError(
+                f"{key} has {old[-2]} heads in the source and {new[-2]} here; use the same number of heads,"
+                " or set init.regroup_heads=True to re-read the channels"
+            )
+    elif key.endswith("pos_embed") and _is_resizing(old, new):
+        there, here = (posembed.side(s[1]) for s in (old, new))
+        report.resized[key] = (there, here)
+        if not init.resize_posembed:
+            raise InputError(
+                f"{key} is for {there} x {there} patches in the source and {here} x {here} here; use the same image"
+                " and patch size, or set init.resize_posembed=True"
+            )
+    else:
+        raise InputError(f"{key} is {old} in the source and {new} here: the two models differ in size")
+
+
 def _rename(key: str, rename: Mapping[str, str]) -> str:
     for pattern, replacement in rename.items():
         key = re.sub(pattern, replacement, key)
     return key
+
+
+def _is_beyond(key: str, keep_blocks: int | None) -> bool:
+    """Whether `key` lies behind the blocks that are taken over."""
+    block = re.match(r"encoder/block(\d+)/", key)
+    behind = int(block[1]) > keep_blocks if block and keep_blocks is not None else False
+    return behind or (keep_blocks is not None and bool(re.match(r"encoder/(norm|fc_norm|head|neck)", key)))
 
 
 def _is_regrouping(key: str, old: tuple[int, ...], new: tuple[int, ...]) -> bool:
@@ -244,16 +258,22 @@ def finished(folder: Path) -> bool:
     return (folder / "DONE").is_file()
 
 
-def read_params(folder: Path) -> Any:
-    """A finished stage's parameters as numpy arrays: the averaged ones if it kept an average."""
+def read_variables(folder: Path) -> dict[str, Any]:
+    """A finished stage's collections as numpy arrays; `params` are the averaged ones if it kept an average."""
     if not finished(folder):
         raise InputError(f"{folder} has no finished stage: run that stage first")
     model = checkpoint.read_model(folder)
-    return model.get("ema") or model["params"]
+    return {"params": model["ema"] or model["params"], **model["model_state"]}
+
+
+def read_params(folder: Path) -> Any:
+    """A finished stage's parameters, as `read_variables`."""
+    return read_variables(folder)["params"]
 
 
 def load(path: str | Path) -> tuple[vit.VisionTransformer, dict[str, Any]]:
     """The encoder of the stage in folder `path`: (model, variables); see `tinymim_jax.load`."""
     folder = Path(path).expanduser()
     model = vit.build(read_model(folder))
-    return model, {"params": jax.tree.map(jax.numpy.asarray, read_params(folder)["encoder"])}
+    variables = read_variables(folder)
+    return model, jax.tree.map(jax.numpy.asarray, {**variables, "params": variables["params"]["encoder"]})

@@ -90,17 +90,24 @@ def lr_scales(params: Any, layer_decay: float, depth: int) -> Any:
 
 
 def make_optimizer(cfg: Optim, schedule: Schedule, labels: Any, scales: Any) -> optax.GradientTransformation:
-    """AdamW with decoupled decay; `labels` from `rules`, `scales` from `lr_scales`.
+    """AdamW with decoupled decay, or SGD or LARS with momentum; `labels` from `rules`, `scales` from `lr_scales`.
 
     Frozen parameters have no moments, no decay and a rate of 0.
     """
     is_decayed = jax.tree.map(lambda label: label == "decay", labels)
     is_trained = jax.tree.map(lambda label: label != "freeze", labels)
+    decay = optax.masked(optax.add_decayed_weights(cfg.weight_decay), is_decayed)
+    momentum = optax.masked(optax.trace(cfg.momentum), is_trained)
+    kinds = {
+        "adamw": (optax.masked(optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps), is_trained), decay),
+        "sgd": (decay, momentum),
+        # As in MAE's util/lars.py: no decay and no trust ratio for vectors, momentum before the rate.
+        "lars": (decay, optax.masked(optax.scale_by_trust_ratio(trust_coefficient=cfg.trust), is_decayed), momentum),
+    }
     factors = jax.tree.map(lambda scale, trained: scale * trained, scales, is_trained)
     return optax.chain(
         optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
-        optax.masked(optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps), is_trained),
-        optax.masked(optax.add_decayed_weights(cfg.weight_decay), is_decayed),
+        *kinds[cfg.name],
         optax.stateless(lambda updates, _: jax.tree.map(lambda u, f: u * f, updates, factors)),
         optax.scale_by_learning_rate(schedule),
     )

@@ -58,7 +58,8 @@ def make_plan(stage: Stage, teacher: config.ViT | None, num_examples: int) -> Pl
 
 def teacher_init(stage: Stage) -> config.Init | None:
     """Where the teacher of `stage` comes from, if it has one."""
-    return stage.task.teacher.init if isinstance(stage.task, config.Distill) else None
+    teacher = config.teacher_of(stage)
+    return teacher.init if teacher else None
 
 
 def example_batch(stage: Stage, batch_size: int = 1) -> dict[str, np.ndarray]:

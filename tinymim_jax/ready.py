@@ -13,6 +13,8 @@ from tinymim_jax.config import Config, InputError, Stage
 from tinymim_jax.data import sources
 from tinymim_jax.mesh import check_batch
 
+PROBES = (config.Knn, config.Logistic)  # evals that compare the labels of two sets
+
 
 def check_ready(cfg: Config, name: str, workdir: Path, mesh: jax.sharding.Mesh, to_run: list[str]) -> None:
     """Raises InputError if stage `name` could not start after the stages `to_run`: devices, data, weights."""
@@ -50,9 +52,9 @@ def check_pixels(stage: Stage, init: config.Init, workdir: Path) -> None:
 
 def check_classes(stage: Stage) -> None:
     """Raises InputError if data whose labels are compared differ in their classes, as far as these have names."""
-    pairs = [(cfg.bank, cfg.data) for cfg in stage.evals.values() if isinstance(cfg, config.Knn)]
+    pairs = [(cfg.bank, cfg.data) for cfg in stage.evals.values() if isinstance(cfg, PROBES)]
     if isinstance(stage.task, config.Classify):
-        pairs += [(stage.data, cfg.data) for cfg in stage.evals.values() if isinstance(cfg, config.Classification)]
+        pairs += [(stage.data, cfg.data) for cfg in stage.evals.values() if _has_the_same_classes(cfg)]
         names = sources.open_source(stage.data).classes or ()
         if len(names) > stage.model.num_classes:
             raise InputError(f"data has {len(names)} classes; set model.num_classes, now {stage.model.num_classes}")
@@ -61,6 +63,13 @@ def check_classes(stage: Stage) -> None:
         if first is not None and second is not None and (odd := sorted(set(first) ^ set(second))):
             where = " and ".join(f"{data.path}/{data.split}" for data in pair)
             raise InputError(f"data: {where} differ in their classes ({odd[0]}); both need the same")
+
+
+def _has_the_same_classes(cfg: config.Eval) -> bool:
+    """Whether an eval's labels are those of the training data."""
+    if isinstance(cfg, config.Classification):
+        return not cfg.subset
+    return isinstance(cfg, config.Corruptions) and not cfg.stored
 
 
 def check_writable(workdir: Path) -> None:
@@ -107,6 +116,7 @@ def data_sets(stage: Stage) -> Iterator[config.Data]:
     """Everything that `stage` reads: its training data, then that of its evals."""
     yield stage.data
     for cfg in stage.evals.values():
-        yield cfg.data
-        if isinstance(cfg, config.Knn):
+        if not isinstance(cfg, config.Corruptions) or not cfg.stored:  # which is no tree, and checked by its evaluator
+            yield cfg.data
+        if isinstance(cfg, PROBES):
             yield cfg.bank

@@ -14,6 +14,7 @@ from tinymim_jax.config import (
     Distill,
     Init,
     InputError,
+    LabelTeacher,
     Mae,
     Optim,
     Run,
@@ -153,6 +154,60 @@ def finetune(model: ViT, init: Init | None, train: Data, val: Data, *, code: boo
         init=init,
         evals={"val": Classification(data=val)},
     )
+
+
+def deit(model: ViT, train: Data, val: Data) -> Stage:
+    """Supervised training from scratch (DeiT, main.py): 300 epochs, batch 1024, lr 1e-3, EMA, repeated augmentation."""
+    stage = finetune(model, None, train, val)
+    stage.data.repeats = 3
+    stage.optim = dataclasses.replace(
+        stage.optim, lr=5e-4, lr_batch=512, min_lr=1e-5, b2=0.999, layer_decay=1.0, ema=0.99996
+    )
+    stage.run = Run(batch_size=1024, epochs=300)
+    return stage
+
+
+def tinymim_star(init: Init, teacher: Init, train: Data, val: Data) -> Stage:
+    """TinyMIM*-T (supplement, section A): 1000 epochs with a distillation token, 12 heads and a layer 192 -> 1280.
+
+    Learning rate and teacher are not published; those of T's fine-tuning and of DeiT's hard labels are taken.
+    """
+    model = dataclasses.replace(classifier("tiny"), num_heads=12, dist_token=True, neck=1280)
+    stage = finetune(model, init, train, val)
+    stage.init.fresh = (*FINETUNE_FRESH, "encoder/(dist_token|pos_embed|neck.*|head_dist/.*)")
+    stage.init.skip = (*FINETUNE_SKIP, "encoder/pos_embed")
+    stage.task.teacher = LabelTeacher(teacher, labels="hard", weight=0.5)
+    stage.run.epochs = 1000
+    return stage
+
+
+def transfer(model: ViT, init: Init, train: Data, val: Data) -> Stage:
+    """Fine-tuning on a small data set with SGD (MAE-Lite, transfer.sh): 50 epochs, batch 512, lr 0.1."""
+    stage = finetune(model, init, train, val)
+    stage.task = Classify(label_smoothing=0.1, mixup=0.0, cutmix=0.0, erasing=0.0)
+    stage.data.rand_augment = ""
+    stage.optim = dataclasses.replace(
+        stage.optim, name="sgd", lr=0.1, lr_batch=None, min_lr=0.0, warmup_epochs=10, weight_decay=0.0, momentum=0.9,
+        layer_decay=0.75, clip_norm=1.0,
+    )  # fmt: skip
+    stage.run = Run(batch_size=512, epochs=50)
+    return stage
+
+
+def linear_probe(model: ViT, init: Init, train: Data, val: Data) -> Stage:
+    """A linear classifier on frozen CLS features (MAE, main_linprobe.py): LARS, 90 epochs, batch 16384, lr 6.4.
+
+    `model` as it was pre-trained, with its final norm.
+    """
+    model = dataclasses.replace(model, pool="cls", num_classes=model.num_classes or 1000, head_norm=True, drop_path=0.0)
+    stage = finetune(model, init, train, val)
+    stage.init = dataclasses.replace(init, skip=("decoder/.*",), fresh=("encoder/head/.*",), regroup_heads=True)
+    stage.task = Classify(label_smoothing=0.0, mixup=0.0, cutmix=0.0, erasing=0.0)
+    stage.data.rand_augment = ""
+    frozen = ("encoder/(block.*|norm/.*|patch_embed/.*|cls_token|pos_embed)",)
+    stage.optim = Optim(lr=0.1, warmup_epochs=10, weight_decay=0.0, freeze=frozen, name="lars")
+    stage.run = Run(batch_size=16384, epochs=90)
+    return stage
 
 
 def finetune_imagenet(size: str, init: Init, path: str = "", *, short: bool = False, code: bool = False) -> Stage:

@@ -6,11 +6,13 @@ from tinymim_jax.config import (
     Classification,
     Classify,
     Config,
+    Corruptions,
     Distill,
     Eval,
     Init,
     InputError,
     Knn,
+    Logistic,
     Mae,
     Stage,
     from_dict,
@@ -108,7 +110,7 @@ def _check_mae(where: str, task: Mae) -> None:
 
 def _check_eval(where: str, stage: Stage, cfg: Eval) -> None:
     """What would otherwise be found only after the training."""
-    for data in [cfg.data, cfg.bank] if isinstance(cfg, Knn) else [cfg.data]:
+    for data in [cfg.data, cfg.bank] if isinstance(cfg, (Knn, Logistic)) else [cfg.data]:
         if data.transform != "eval":
             raise InputError(f"{where}: data.transform is 'train', which is random; set it to 'eval'")
         for field in ("image_size", "mean", "std"):
@@ -120,14 +122,20 @@ def _check_eval(where: str, stage: Stage, cfg: Eval) -> None:
         raise InputError(
             f"{where}: k {cfg.k} must hold numbers of at least 1, and temperature {cfg.temperature} be above 0"
         )
-    if isinstance(cfg, Classification) and not stage.model.num_classes:
-        raise InputError(f"{where}: classification needs a model with a head; set model.num_classes, or use knn")
+    if isinstance(cfg, (Classification, Corruptions)) and not stage.model.num_classes:
+        raise InputError(f"{where}: {cfg.kind} needs a model with a head; set model.num_classes, or use knn")
+    if isinstance(cfg, Classification) and cfg.subset and stage.model.num_classes != 1000:
+        raise InputError(f"{where}: subset {cfg.subset!r} needs a head of ImageNet's 1000 classes")
+    if isinstance(cfg, Corruptions) and (not cfg.severities or not set(cfg.severities) <= set(range(1, 6))):
+        raise InputError(f"{where}: severities {cfg.severities} must be among 1 to 5")
 
 
 def _check_ranges(where: str, stage: Stage) -> None:
     data, run, model, optim = stage.data, stage.run, stage.model, stage.optim
     checks = {
         "model.depth": (model.depth, model.depth >= 1, "at least 1"),
+        "data.repeats": (data.repeats, data.repeats >= 1, "at least 1"),
+        "data.severity": (data.severity, 1 <= data.severity <= 5, "1 to 5"),
         "model.neck": (model.neck, model.neck >= 0, "at least 0"),
         "model.patch_size": (model.patch_size, model.patch_size >= 1, "at least 1"),
         "run.steps": (run.steps, run.steps is None or run.steps >= 0, "at least 0"),

@@ -53,3 +53,11 @@ def test_the_matmul_is_not_optimised_away():
 def test_bad_input(argv, message, capsys):
     assert main(["bench", *argv]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_loader_prints_one_json_object(capsys, monkeypatch):
+    monkeypatch.setattr(bench, "LOADER_IMAGES", 5)
+    assert main(["bench", "loader", DIGITS, "--stage=mae_l", "--rounds=1"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    rates = [result[f"{name}_images_per_s"] for name in ("decode", "random_resized_crop", "transform")]
+    assert min(rates) > 0 and result["of_decode"] == pytest.approx(rates[2] / rates[0])

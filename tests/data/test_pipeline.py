@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import multiprocessing
 import threading
@@ -243,3 +244,18 @@ def test_batch_must_divide_by_processes(mesh, monkeypatch):
         eval_batches(evaluation, Numbered(8), batch_size=8, mesh=mesh)
     with pytest.raises(InputError, match="not a multiple"):
         train_batches(Data("digits"), Numbered(8), batch_size=8, seed=0, start=0, stop=1, mesh=mesh)
+
+
+def test_repeated_augmentation(mesh):
+    """Each image stands three times in a row, and is cropped anew; an epoch has a third of the images."""
+    data = Data("digits", image_size=6, crop_scale=(0.2, 0.5), repeats=3)
+    source = open_source(Data("digits", per_class=3))
+    batches = train(mesh, data, source, stop=5, batch_size=6)
+    for batch in batches:
+        index = np.asarray(batch["index"]).reshape(-1, 3)
+        assert (index == index[:, :1]).all() and index[0, 0] != index[1, 0]
+        images = np.asarray(batch["image"]).reshape(2, 3, -1)
+        assert not (images[:, 0] == images[:, 1]).all() and not (images[:, 1] == images[:, 2]).all()
+    assert len({i for batch in batches for i in np.asarray(batch["index"]).tolist()}) == 10  # of 30
+    once = train(mesh, dataclasses.replace(data, repeats=1), source, stop=5, batch_size=6)
+    np.testing.assert_array_equal(once[0]["image"][0], batches[0]["image"][0])

@@ -8,7 +8,7 @@ from sklearn.datasets import load_digits
 
 from tinymim_jax import config, mesh
 from tinymim_jax.config import Data, InputError
-from tinymim_jax.evals.classification import Classification, count_correct
+from tinymim_jax.evals.classification import Classification, count_correct, restrict
 from tinymim_jax.tasks.base import Outputs
 
 DIGITS = Data("digits", split="test", image_size=8, transform="eval", crop_pct=1.0)
@@ -117,3 +117,36 @@ def test_count_correct():
     counts = count_correct(logits, labels, is_valid)
     assert [float(x) for x in (counts["top1"].sum, counts["top1"].count)] == [1.0, 3.0]
     assert [float(x) for x in (counts["top5"].sum, counts["top5"].count)] == [2.0, 3.0]
+
+
+def test_a_subset_is_the_best_of_its_own_columns():
+    """The model prefers a class that the subset has not; among the 200, it is right for one label."""
+    from tinymim_jax.evals import subsets
+
+    columns = subsets.columns("imagenet_a")
+    scores = np.zeros(1000)
+    scores[0], scores[columns[7]] = 9.0, 5.0  # 0 is not of ImageNet-A
+    restricted = restrict(jnp.asarray(scores)[None], jnp.asarray(columns))
+    assert int(jnp.argmax(restricted)) == columns[7] and int(jnp.isfinite(restricted).sum()) == 200
+
+
+def test_a_subset_s_labels_are_columns(tmp_path):
+    from PIL import Image
+
+    from tinymim_jax.evals import subsets
+
+    wnids, columns = subsets.imagenet_wnids(), subsets.columns("imagenet_a")
+    for i in (0, 7):
+        folder = tmp_path / "a" / wnids[columns[i]]
+        folder.mkdir(parents=True)
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / "x.png")
+    data = Data("folder", path=str(tmp_path), split="a", image_size=8, transform="eval")
+    scores = np.zeros(1000)
+    scores[0], scores[columns[7]] = 9.0, 5.0
+    result = Classification(config.Classification(data, subset="imagenet_a"), ONE)(always(scores), {}, {})
+    assert (result["top1"], result["images"]) == (50.0, 2)
+
+
+def test_labels_beyond_the_head():
+    with pytest.raises(InputError, match="labels that the model's 4 outputs leave no place for"):
+        evaluate(always([1, 2, 3, 4]))

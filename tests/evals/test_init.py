@@ -12,7 +12,9 @@ ONE = mesh.make_mesh(config.Mesh(), jax.devices()[:1])
 
 def test_each_kind_has_its_evaluator():
     assert type(evals.make_evaluator(config.Classification(DIGITS), ONE)) is evals.Classification
-    assert type(evals.make_evaluator(config.Knn(DIGITS, DIGITS), ONE)) is evals.Knn
+    assert type(evals.make_evaluator(config.Knn(DIGITS, DIGITS, k=(10,)), ONE)) is evals.Knn
+    assert type(evals.make_evaluator(config.Logistic(DIGITS, DIGITS), ONE)) is evals.Logistic
+    assert type(evals.make_evaluator(config.Corruptions(DIGITS), ONE)) is evals.Corruptions
 
 
 def test_the_table_holds_every_kind_of_the_schema():
@@ -20,5 +22,7 @@ def test_the_table_holds_every_kind_of_the_schema():
 
 
 def test_an_unknown_kind():
-    with pytest.raises(ValueError, match="unknown eval 'linear'; choose one of classification, knn"):
+    with pytest.raises(
+        ValueError, match="unknown eval 'linear'; choose one of classification, knn, logistic, corruptions"
+    ):
         evals.make_evaluator(types.SimpleNamespace(kind="linear"), ONE)

@@ -15,7 +15,7 @@ from tinymim_jax import config, mesh
 from tinymim_jax.config import Data, InputError
 from tinymim_jax.data.sources import open_source
 from tinymim_jax.evals.base import Batches
-from tinymim_jax.evals.probes import Knn, extract, knn_predict
+from tinymim_jax.evals.probes import Knn, Logistic, extract, knn_predict
 from tinymim_jax.tasks.base import Outputs
 
 QUERIES = Data("digits", split="test", image_size=8, transform="eval", crop_pct=1.0, per_class=6)
@@ -69,7 +69,7 @@ def test_knn_is_that_of_a_plain_loop():
 
 
 def test_the_temperature_is_that_of_dino():
-    assert (config.Knn(QUERIES, BANK).temperature, config.Knn(QUERIES, BANK).k) == (0.07, (10, 20))
+    assert (config.Knn(QUERIES, BANK).temperature, config.Knn(QUERIES, BANK).k) == (0.07, (10, 20, 100, 200))
 
 
 def test_the_batch_size_changes_nothing():
@@ -193,3 +193,16 @@ def test_classification_in_two_processes(two):
 def test_knn_in_two_processes(two):
     for lines, errors in two:
         assert lines[2:] == ["RESULT {'top1_k1': 100.0}"], errors
+
+
+def test_logistic_regression_is_scikit_learn_s_on_standardised_unit_features():
+    from sklearn.linear_model import LogisticRegression
+
+    (queries, labels), (bank, bank_labels) = features(QUERIES), features(BANK)
+    bank, queries = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (bank, queries))
+    mean, std = bank.mean(axis=0), bank.std(axis=0)
+    model = LogisticRegression(C=0.5, max_iter=1000).fit((bank - mean) / std, bank_labels)
+    expected = 100 * (model.predict((queries - mean) / std) == labels).mean()
+    evaluator = Logistic(config.Logistic(QUERIES, BANK, c=0.5), ONE)
+    found = evaluator(predict, {"w": MATRIX}, {})["top1"]
+    assert found == pytest.approx(expected, abs=2) and 20 < found < 100

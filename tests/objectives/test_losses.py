@@ -87,3 +87,20 @@ def test_soft_cross_entropy_in_float32():
 def test_soft_cross_entropy_asserts_shapes():
     with pytest.raises(AssertionError):
         losses.soft_cross_entropy(normal(2, 3), normal(2, 4))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_soft_distillation_is_deit_s(temperature):
+    """losses.py of DeiT: KL of log-probabilities, summed, times t^2, over the number of logits."""
+    rng = np.random.default_rng(0)
+    student, teacher = rng.normal(size=(2, 4, 7))
+
+    def log_softmax(x):
+        x = x / temperature
+        return x - np.log(np.exp(x).sum(axis=1, keepdims=True))
+
+    p, q = log_softmax(student), log_softmax(teacher)
+    expected = (np.exp(q) * (q - p)).sum() * temperature**2 / student.size
+    found = losses.soft_distillation(jnp.asarray(student), jnp.asarray(teacher), temperature)
+    assert found.shape == (4,) and float(found.mean()) == pytest.approx(expected, rel=1e-5)
+    assert np.allclose(losses.soft_distillation(jnp.asarray(student), jnp.asarray(student), temperature), 0, atol=1e-6)

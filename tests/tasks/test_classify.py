@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -7,7 +8,9 @@ import pytest
 
 from tests.models import reference
 from tests.tasks import stages
-from tinymim_jax.models import flops
+from tinymim_jax import config
+from tinymim_jax.config import InputError
+from tinymim_jax.models import flops, vit
 from tinymim_jax.tasks import classify
 
 PLAIN = {"mixup": 0.0, "cutmix": 0.0, "erasing": 0.0}
@@ -69,7 +72,7 @@ def test_images_are_normalised_then_erased_then_mixed(monkeypatch):
     class Model:
         def apply(self, variables, images, **kwargs):
             seen.append((images, kwargs))
-            return stages_output(logits)
+            return stages_output(logits), {}
 
     task.model = Model()
     loss, _ = task.loss({"encoder": {}}, {}, {}, batch, stages.rngs(), train=True)
@@ -147,3 +150,84 @@ def test_bfloat16_loss_is_float32():
     args = (*stages.weights(task), stages.batch(), stages.rngs())
     loss, _ = jax.eval_shape(lambda p, f, b, r: task.loss(p, {}, f, b, r, train=True), *args)
     assert loss.dtype == jnp.float32
+
+
+# Labels from a teacher
+
+
+TEACHER = config.ViT(24, 2, 3, image_size=16, patch_size=4, pool="mean", num_classes=5)
+
+
+def distilled(labels="hard", **teacher):
+    from tinymim_jax.config import Init, LabelTeacher
+    from tinymim_jax.tasks import make_task
+
+    task = config.Classify(**PLAIN, label_smoothing=0.1, teacher=LabelTeacher(Init("t"), labels=labels, **teacher))
+    return make_task(stages.stage(task, stages.vit(num_classes=5, dist_token=True, pool="mean")), TEACHER)
+
+
+@pytest.mark.parametrize("labels", ["hard", "soft"])
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_the_distillation_token_learns_from_the_teacher(labels, weight):
+    """DeiT: (1 - a) CE(head, label) + a teacher's loss on the other head; the teacher sees the same images."""
+    task, batch = distilled(labels, weight=weight, temperature=2.0), stages.batch()
+    variables, frozen = jax.jit(task.init)(jax.random.key(0), batch)
+    params = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(1), x.shape), variables["params"])
+    frozen = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(2), x.shape), frozen)
+    loss, aux = task.loss(params, {}, frozen, batch, stages.rngs(), train=True)
+    images = task._clean(batch)
+    out = task.model.apply({"params": params["encoder"]}, images)
+    teacher = vit.build(task.teacher_cfg).apply({"params": frozen["encoder"]}, images).logits
+    smooth = np.full((4, 5), 0.02) + 0.9 * np.eye(5)[batch["label"]]
+    own = -(smooth * reference.log_softmax(reference.f64(out.heads[0]))).sum(axis=1)
+    log_p = reference.log_softmax(reference.f64(out.heads[1]))
+    if labels == "hard":
+        other = -log_p[np.arange(4), np.argmax(teacher, axis=1)]
+    else:
+        p, q = (reference.log_softmax(reference.f64(x) / 2) for x in (out.heads[1], teacher))
+        other = 4 * (np.exp(q) * (q - p)).mean(axis=1)
+    np.testing.assert_allclose(loss, ((1 - weight) * own + weight * other).mean(), rtol=1e-4)
+    assert set(aux.metrics) == {"loss", "labels_beyond_head", "loss_labels", "loss_teacher"}
+
+
+def test_inference_averages_both_heads():
+    task, batch = distilled(), stages.batch()
+    variables, frozen = task.init(jax.random.key(0), batch)
+    out = task.model.apply({"params": variables["params"]["encoder"]}, task._clean(batch))
+    np.testing.assert_allclose(task.predict(variables, frozen, batch).logits, sum(out.heads) / 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "message"),
+    [
+        ({"dist_token": False}, {}, "set model.dist_token=True"),
+        ({}, {"num_classes": 7}, "the teacher has 7 classes and model.num_classes is 5"),
+        ({}, {"num_classes": 0}, "the teacher has 0 classes"),
+        ({}, {"image_size": 32}, "the teacher sees 32 px, the student 16"),
+    ],
+)
+def test_teachers_that_cannot_label(student, teacher, message):
+    student = stages.vit(**{"num_classes": 5, "dist_token": True, **student})
+    with pytest.raises(InputError, match=message):
+        classify.check_teacher(student, dataclasses.replace(TEACHER, **teacher))
+
+
+# Linear probing
+
+
+def test_a_probe_normalises_features_and_keeps_their_statistics():
+    """BatchNorm without affine: the batch's statistics in training, running ones (momentum 0.1 of torch) in evaluation."""
+    task = stages.classify(PLAIN, head_norm=True, pool="cls")
+    batch = stages.batch()
+    variables, _ = task.init(jax.random.key(0), batch)
+    assert set(variables) == {"params", "batch_stats"} and "head_norm" not in variables["params"]["encoder"]
+    model_state = {"batch_stats": variables["batch_stats"]}
+    _, aux = task.loss(variables["params"], model_state, {}, batch, stages.rngs(), train=True)
+    cls = np.asarray(
+        task.model.apply({**model_state, "params": variables["params"]["encoder"]}, task._clean(batch)).tokens[:, 0]
+    )
+    stats = aux.model_state["batch_stats"]["head_norm"]
+    np.testing.assert_allclose(stats["mean"], 0.1 * cls.mean(axis=0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(stats["var"], 0.9 + 0.1 * cls.var(axis=0), rtol=1e-4)
+    _, same = task.loss(variables["params"], model_state, {}, batch, stages.rngs(), train=False)
+    jax.tree.map(np.testing.assert_array_equal, same.model_state, model_state)

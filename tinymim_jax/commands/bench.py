@@ -13,14 +13,16 @@ from absl import flags
 from tinymim_jax.commands.flags import new_flags, parse
 from tinymim_jax.config import Config, InputError, Stage
 
-USAGE = """python -m tinymim_jax bench step --config=FILE[:options] --stage=NAME [--batch_size=N] [--rounds=N]
+USAGE = """python -m tinymim_jax bench step|loader --config=FILE[:options] --stage=NAME [--batch_size=N] [--rounds=N]
 
+  loader                            times reading, decoding and augmenting on one core; needs the stage's data
   step                              times a stage's training step on random images and weights, no data needed;
                                     a teacher named by path needs its stage.json
   --config.stages.NAME.FIELD=VALUE  changes one field, e.g. ....model.dtype=float32
   --batch_size=N                    over all devices (default: the stage's)
   --rounds=N                        the median of N is reported"""
 
+LOADER_IMAGES = 200
 MATMUL_SIZES = {"cpu": 2048, "gpu": 8192, "tpu": 8192}
 
 
@@ -87,7 +89,43 @@ def step(cfg: Config, name: str, rounds: int) -> dict[str, Any]:
     }
 
 
-VERBS = {"step": step}
+def loader(cfg: Config, name: str, rounds: int) -> dict[str, Any]:
+    """Times the host's work for stage `name` on one core, on the same images in turn.
+
+    Returns:
+      images/s of decode (reading and decoding alone), of random_resized_crop (PIL's decode, crop and resize, the
+      baseline) and of transform (all that the stage asks for), medians, and the share of the first that the last has.
+    """
+    import dataclasses
+
+    import numpy as np
+
+    from tinymim_jax.data import sources
+    from tinymim_jax.data.augment import transform
+    from tinymim_jax.data.decode import decode
+
+    data = cfg.stages[name].data
+    source = sources.open_source(data)
+    plain = dataclasses.replace(data, rand_augment="", transform="train")
+    chosen = np.random.default_rng(0).integers(0, len(source), LOADER_IMAGES)
+    work = {
+        "decode": lambda image, i: np.asarray(image),
+        "random_resized_crop": lambda image, i: transform(image, plain, np.random.default_rng(i)),
+        "transform": lambda image, i: transform(image, data, np.random.default_rng(i)),
+    }
+    rates: dict[str, list[float]] = {key: [] for key in work}
+    for _ in range(rounds + 1):  # the first round warms up
+        for key, function in work.items():
+            begin = time.perf_counter()
+            for i in chosen:
+                function(decode(source[int(i)]["image"], source.describe(int(i))), int(i))
+            rates[key].append(LOADER_IMAGES / (time.perf_counter() - begin))
+    medians = {f"{key}_images_per_s": statistics.median(values[1:]) for key, values in rates.items()}
+    share = medians["transform_images_per_s"] / medians["decode_images_per_s"]
+    return {"benchmark": "loader", "stage": name, "rand_augment": data.rand_augment, **medians, "of_decode": share}
+
+
+VERBS = {"step": step, "loader": loader}
 
 
 def compile_step(plan: Any, mesh: Any) -> tuple[Any, tuple]:

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from tinymim_jax.config import Data, InputError
-from tinymim_jax.data import randaugment
+from tinymim_jax.data import corruptions, randaugment
 
 RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 CROP_ATTEMPTS = 10  # as torchvision
@@ -15,7 +15,8 @@ CROP_ATTEMPTS = 10  # as torchvision
 def transform(image: Image.Image, data: Data, rng: np.random.Generator) -> np.ndarray:
     """What `data.transform` says: RGB image -> uint8 [S, S, 3]."""
     if data.transform == "eval":
-        return np.asarray(center_crop(image, data.image_size, data.crop_pct, data.interpolation))
+        pixels = np.asarray(center_crop(image, data.image_size, data.crop_pct, data.interpolation))
+        return corruptions.corrupt(pixels, data.corruption, data.severity, rng) if data.corruption else pixels
     image = random_resized_crop(image, data.image_size, data.crop_scale, data.crop_ratio, data.interpolation, rng)
     if rng.random() < data.hflip:
         image = hflip(image)

@@ -22,7 +22,7 @@ from tinymim_jax.data.augment import transform
 from tinymim_jax.data.decode import decode
 from tinymim_jax.data.sources import Source
 
-# What a generator is for. It comes first and the seed last: zeros at the end of a seed sequence do not count.
+# What a generator is for. It comes first and the seed behind: zeros at the end of a seed sequence do not count.
 ORDER_STREAM, IMAGE_STREAM = 1, 2
 DEVICE_BATCHES = 2  # the one in use and the one under way
 
@@ -69,16 +69,16 @@ class EvalRows:
     num_processes: int
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
-        epoch, index = self.numbers(step)
+        epoch, index, repeat = self.numbers(step)
         per_process = self.batch_size // self.num_processes
-        index = index[self.process * per_process :][:per_process]
+        index, repeat = (x[self.process * per_process :][:per_process] for x in (index, repeat))
         size = self.data.image_size
         image = np.zeros((per_process, size, size, 3), np.uint8)
         label = np.zeros(per_process, np.int32)
         is_valid = np.zeros(per_process, bool)
         for row in np.flatnonzero(index >= 0):
             try:
-                image[row], label[row] = self._read(epoch, int(index[row]))
+                image[row], label[row] = self._read(epoch, int(index[row]), int(repeat[row]))
                 is_valid[row] = True
             except InputError as error:
                 if self.data.on_bad_image == "stop":
@@ -93,19 +93,19 @@ class EvalRows:
             # A terminal sends Ctrl-C to workers too; it is the trainer that ends them, once its state is saved.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    def numbers(self, step: int) -> tuple[int, np.ndarray]:
-        """(epoch, record numbers int64 [batch_size]) of the whole batch; -1: no record."""
+    def numbers(self, step: int) -> tuple[int, np.ndarray, np.ndarray]:
+        """(epoch, record numbers, which repetition), int64 [batch_size] each, of the whole batch; -1: no record."""
         index = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        return 0, np.where(index < len(self.source), index, -1)
+        return 0, np.where(index < len(self.source), index, -1), np.zeros_like(index)
 
-    def rng(self, epoch: int, index: int) -> np.random.Generator:
-        """The generator of one image; evaluation draws nothing from it."""
-        return image_rng(0, epoch, index)
+    def rng(self, epoch: int, index: int, repeat: int) -> np.random.Generator:
+        """The generator of one image; in evaluation only corruptions draw from it."""
+        return image_rng(0, epoch, index, repeat)
 
-    def _read(self, epoch: int, index: int) -> tuple[np.ndarray, int]:
+    def _read(self, epoch: int, index: int, repeat: int) -> tuple[np.ndarray, int]:
         record = self.source[index]
         image = decode(record["image"], self.source.describe(index))
-        return transform(image, self.data, self.rng(epoch, index)), record["label"]
+        return transform(image, self.data, self.rng(epoch, index, repeat)), record["label"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,13 +114,14 @@ class TrainRows(EvalRows):
 
     seed: int
 
-    def numbers(self, step: int) -> tuple[int, np.ndarray]:
+    def numbers(self, step: int) -> tuple[int, np.ndarray, np.ndarray]:
         epoch, position = divmod(step, len(self.source) // self.batch_size)
         order = epoch_order(len(self.source), self.seed, epoch)
-        return epoch, order[position * self.batch_size :][: self.batch_size]
+        place = np.arange(position * self.batch_size, (position + 1) * self.batch_size)
+        return epoch, order[place // self.data.repeats], place % self.data.repeats
 
-    def rng(self, epoch: int, index: int) -> np.random.Generator:
-        return image_rng(self.seed, epoch, index)
+    def rng(self, epoch: int, index: int, repeat: int) -> np.random.Generator:
+        return image_rng(self.seed, epoch, index, repeat)
 
 
 @functools.lru_cache(maxsize=2)
@@ -131,9 +132,9 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     return order
 
 
-def image_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """The generator of image `index` in `epoch`."""
-    return np.random.default_rng((IMAGE_STREAM, epoch, index, seed))
+def image_rng(seed: int, epoch: int, index: int, repeat: int = 0) -> np.random.Generator:
+    """The generator of image `index` in `epoch`, for the `repeat`-th time."""
+    return np.random.default_rng((IMAGE_STREAM, epoch, index, seed, repeat))
 
 
 def _batches(rows: EvalRows, start: int, stop: int, mesh: jax.sharding.Mesh) -> Iterator[dict[str, jax.Array]]:

@@ -5,9 +5,10 @@ import jax
 from tinymim_jax import config
 from tinymim_jax.evals.base import Evaluator
 from tinymim_jax.evals.classification import Classification
-from tinymim_jax.evals.probes import Knn
+from tinymim_jax.evals.probes import Knn, Logistic
+from tinymim_jax.evals.robustness import Corruptions
 
-EVALS = {"classification": Classification, "knn": Knn}
+EVALS = {"classification": Classification, "knn": Knn, "logistic": Logistic, "corruptions": Corruptions}
 
 
 def make_evaluator(cfg: config.Eval, mesh: jax.sharding.Mesh) -> Evaluator:

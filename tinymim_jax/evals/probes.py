@@ -35,6 +35,26 @@ class Knn:
         return scores
 
 
+class Logistic:
+    """{"top1"} in percent: scikit-learn's multinomial logistic regression on standardised features."""
+
+    def __init__(self, cfg: config.Logistic, mesh: jax.sharding.Mesh):
+        self.cfg = cfg
+        self.bank = Batches(cfg.bank, cfg.batch_size, mesh)
+        self.queries = Batches(cfg.data, cfg.batch_size, mesh)
+
+    def __call__(self, predict: Predict, variables: Variables, frozen: Frozen) -> dict[str, float]:
+        """Extracts both sets' features, fits on one, scores the other."""
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+
+        bank, bank_labels = extract(self.bank, predict, variables, frozen)
+        queries, labels = extract(self.queries, predict, variables, frozen)
+        classifier = make_pipeline(StandardScaler(), LogisticRegression(C=self.cfg.c, max_iter=self.cfg.max_iter))
+        return {"top1": 100 * float(np.mean(classifier.fit(bank, bank_labels).predict(queries) == labels))}
+
+
 def extract(batches: Batches, predict: Predict, variables: Variables, frozen: Frozen) -> tuple[np.ndarray, np.ndarray]:
     """Features [n, D] of unit length and labels [n] of the valid examples."""
     features, labels = [], []

@@ -16,11 +16,15 @@ from tinymim_jax.models.layers import Block, BlockTrace, patchify
 
 @flax.struct.dataclass
 class ViTOutput:
-    """tokens [B, N, D]: the last block's output, normed if pool is "cls". logits [B, C] if there is a head."""
+    """tokens [B, N, D]: the last block's output, normed if pool is "cls". logits [B, C] if there is a head.
+
+    With a distillation token, logits are the mean of its head's and the other's, which `heads` has apart.
+    """
 
     tokens: jax.Array
     trace: Mapping[int, BlockTrace]
     logits: jax.Array | None = None
+    heads: tuple[jax.Array, ...] = ()  # [B, C] each: of the pooled or CLS token, of the distillation token
 
 
 class VisionTransformer(nn.Module):
@@ -38,6 +42,7 @@ class VisionTransformer(nn.Module):
     num_classes: int = 0
     dist_token: bool = False
     neck: int = 0
+    head_norm: bool = False
     drop_path: float = 0.0
     drop_path_shape: str = "constant"
     dtype: str = "float32"
@@ -67,7 +72,10 @@ class VisionTransformer(nn.Module):
                 trace[i] = block_trace
         if self.pool == "cls":
             x = layers.layer_norm(dtype, "norm")(x)
-        return ViTOutput(x, trace, self._head(x) if self.num_classes else None)
+        if not self.num_classes:
+            return ViTOutput(x, trace)
+        heads = self._heads(x, train)
+        return ViTOutput(x, trace, sum(heads) / len(heads), heads)
 
     def _check_input(self, images: jax.Array, capture: Sequence[int]) -> None:
         size = self.image_size
@@ -111,8 +119,8 @@ class VisionTransformer(nn.Module):
             return self.drop_path * (block - 1) / max(self.depth - 1, 1)
         return self.drop_path if block < self.depth else 0.0
 
-    def _head(self, x: jax.Array) -> jax.Array:
-        """[B, N, D] -> logits [B, C], float32."""
+    def _heads(self, x: jax.Array, train: bool) -> tuple[jax.Array, ...]:
+        """[B, N, D] -> logits [B, C] of each head, float32."""
         if self.neck:
             x = nn.LayerNorm(epsilon=1e-5, dtype=x.dtype, use_fast_variance=False, name="neck_norm")(x)
             x = nn.gelu(
@@ -123,12 +131,12 @@ class VisionTransformer(nn.Module):
             pooled = layers.layer_norm(jnp.float32, "fc_norm")(x[:, num_extra(self) :].mean(axis=1))
         else:
             pooled = x[:, 0]
-        logits = nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(2e-5), name="head")(pooled)
-        if not self.dist_token:
-            return logits
-        return (
-            logits + nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(2e-5), name="head_dist")(x[:, 1])
-        ) / 2
+        if self.head_norm:  # MAE's main_linprobe.py; torch's momentum 0.1
+            norm = {"use_running_average": not train, "momentum": 0.9, "epsilon": 1e-6, "name": "head_norm"}
+            pooled = nn.BatchNorm(use_bias=False, use_scale=False, **norm)(pooled)
+        inputs = {"head": pooled, "head_dist": x[:, 1]} if self.dist_token else {"head": pooled}
+        init = nn.initializers.truncated_normal(0.01) if self.head_norm else nn.initializers.normal(2e-5)
+        return tuple(nn.Dense(self.num_classes, kernel_init=init, name=k)(v) for k, v in inputs.items())
 
 
 def build(cfg: config.ViT) -> VisionTransformer:

@@ -32,3 +32,13 @@ def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """-sum_c targets log softmax(logits): two [B, C] -> [B], float32."""
     chex.assert_equal_shape([logits, targets])
     return -jnp.sum(targets * jax.nn.log_softmax(logits.astype(jnp.float32)), axis=-1)
+
+
+def soft_distillation(logits: jax.Array, teacher: jax.Array, temperature: float) -> jax.Array:
+    """t^2 KL(teacher || student) over classes at temperature t, divided by C: two [B, C] -> [B], float32.
+
+    The scale is that of DeiT (losses.py), which divides the sum by the number of logits.
+    """
+    chex.assert_equal_shape([logits, teacher])
+    log_p, log_q = (jax.nn.log_softmax(x.astype(jnp.float32) / temperature) for x in (logits, teacher))
+    return temperature**2 * jnp.mean(jnp.exp(log_q) * (log_q - log_p), axis=-1)

@@ -1,11 +1,13 @@
 """Supervised training: fine-tuning, training from scratch, and (with a freeze rule) linear probing."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from tinymim_jax import config
+from tinymim_jax.config import InputError
 from tinymim_jax.data.device_augment import mix, normalize, random_erasing, to_float
 from tinymim_jax.metrics import Mean
 from tinymim_jax.models import flops, vit
@@ -14,15 +16,20 @@ from tinymim_jax.tasks.base import Aux, Batch, Frozen, Outputs, Params, Rngs, Va
 
 
 class Classify:
-    """Parameters: `encoder`, a ViT with a head."""
+    """Parameters: `encoder`, a ViT with a head; frozen, if labels are distilled, a second one."""
 
-    def __init__(self, stage: config.Stage):
+    def __init__(self, stage: config.Stage, teacher: config.ViT | None = None):
+        """`teacher` is the classifier of `stage.task.teacher`, as it was trained."""
         self.cfg, self.task, self.data = stage.model, stage.task, stage.data
         self.model = vit.build(stage.model)
+        self.teacher_cfg = check_teacher(stage.model, teacher) if self.task.teacher else None
         self.untrained = ("encoder/pos_embed",) if stage.model.posembed == "fixed" else ()
 
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Variables, Frozen]:
-        return {"params": {"encoder": self.model.init(rng, self._clean(batch))["params"]}}, {}
+        images = self._clean(batch)
+        variables = self.model.init(rng, images)
+        frozen = {"encoder": vit.build(self.teacher_cfg).init(rng, images)["params"]} if self.teacher_cfg else {}
+        return {**variables, "params": {"encoder": variables["params"]}}, frozen
 
     def _clean(self, batch: Batch) -> jax.Array:
         return normalize(to_float(batch["image"]), self.data.mean, self.data.std)
@@ -43,23 +50,53 @@ class Classify:
             images, targets = self._augmented(batch, rngs["augment"])
         else:
             images, targets = self._clean(batch), jax.nn.one_hot(batch["label"], self.cfg.num_classes)
-        out = self.model.apply(
-            {"params": params["encoder"]}, images, train=train, rngs={"drop_path": rngs["drop_path"]}
-        )
-        loss = Mean.of(losses.soft_cross_entropy(out.logits, targets), batch["is_valid"])
-        beyond = Mean.of(jnp.sum(batch["label"] >= self.cfg.num_classes))
-        return loss.value(), Aux({"loss": loss, "labels_beyond_head": beyond}, model_state)
+        variables, rngs = {"params": params["encoder"], **model_state}, {"drop_path": rngs["drop_path"]}
+        out, new = self.model.apply(variables, images, train=train, rngs=rngs, mutable=list(model_state))
+        values = losses.soft_cross_entropy(out.heads[0] if self.task.teacher else out.logits, targets)
+        metrics = {"labels_beyond_head": Mean.of(jnp.sum(batch["label"] >= self.cfg.num_classes))}
+        if self.task.teacher:
+            distilled = self._distilled(frozen, images, out.heads[1])
+            metrics["loss_labels"], metrics["loss_teacher"] = (
+                Mean.of(v, batch["is_valid"]) for v in (values, distilled)
+            )
+            values = (1 - self.task.teacher.weight) * values + self.task.teacher.weight * distilled
+        loss = Mean.of(values, batch["is_valid"])
+        return loss.value(), Aux({"loss": loss, **metrics}, {**model_state, **new})
+
+    def _distilled(self, frozen: Frozen, images: jax.Array, logits: jax.Array) -> jax.Array:
+        """The distillation token's loss [B] against the teacher's labels."""
+        teacher = vit.build(self.teacher_cfg).apply({"params": frozen["encoder"]}, images).logits
+        if self.task.teacher.labels == "hard":
+            best = jax.nn.one_hot(jnp.argmax(teacher, axis=-1), self.cfg.num_classes)
+            return losses.soft_cross_entropy(logits, best)
+        return losses.soft_distillation(logits, teacher, self.task.teacher.temperature)
 
     def predict(self, variables: Variables, frozen: Frozen, batch: Batch) -> Outputs:
         """Features: mean patch token, or CLS, as the head pools."""
-        out = self.model.apply({"params": variables["params"]["encoder"]}, self._clean(batch))
+        encoder = {**variables, "params": variables["params"]["encoder"]}
+        out = self.model.apply(encoder, self._clean(batch))
         features = (
             out.tokens[:, vit.num_extra(self.cfg) :].mean(axis=1) if self.cfg.pool == "mean" else out.tokens[:, 0]
         )
         return Outputs(features, out.logits)
 
     def flops_per_image(self) -> float:
-        return flops.forward_backward(self.cfg)
+        teacher = flops.forward(self.teacher_cfg) if self.teacher_cfg else 0.0
+        return flops.forward_backward(self.cfg) + teacher
+
+
+def check_teacher(student: config.ViT, teacher: config.ViT) -> config.ViT:
+    """`teacher`, computing in the student's precision; raises InputError if it cannot label the student's images."""
+    if not student.dist_token:
+        raise InputError("task.teacher labels a distillation token: set model.dist_token=True")
+    if teacher.num_classes != student.num_classes:
+        raise InputError(
+            f"the teacher has {teacher.num_classes} classes and model.num_classes is {student.num_classes}; it must be"
+            " a classifier of the same classes"
+        )
+    if teacher.image_size != student.image_size:
+        raise InputError(f"the teacher sees {teacher.image_size} px, the student {student.image_size}; make them equal")
+    return dataclasses.replace(teacher, dtype=student.dtype, remat=False)
 
 
 def replace_by_partner(values: jax.Array, is_valid: jax.Array) -> jax.Array:

@@ -1,0 +1,74 @@
+import jax
+import numpy as np
+import pytest
+
+from tinymim_jax import config, mesh
+from tinymim_jax.config import Data, InputError
+from tinymim_jax.data.corruptions import ALEXNET_ERROR
+from tinymim_jax.evals import robustness
+from tinymim_jax.evals.robustness import Corruptions
+from tinymim_jax.tasks.base import Outputs
+
+ONE = mesh.make_mesh(config.Mesh(), jax.devices()[:1])
+DIGITS = Data("digits", split="test", image_size=32, transform="eval", crop_pct=1.0, per_class=1)
+
+
+def test_mce_by_hand():
+    """Two corruptions, two severities: means, then the mean of the means, then each over AlexNet's."""
+    errors = {("fog", 1): 20.0, ("fog", 5): 60.0, ("frost", 1): 50.0, ("frost", 5): 70.0}
+    summary = robustness.summarise(errors)
+    assert (summary["fog"], summary["frost"], summary["mean_error"]) == (40.0, 60.0, 50.0)
+    assert summary["mce"] == pytest.approx((40 / 0.819324 + 60 / 0.826572) / 2)
+
+
+def test_errors_are_looked_up_by_name():
+    errors = {("jpeg_compression", 1): 50.0, ("brightness", 1): 10.0}
+    swapped = dict(reversed(errors.items()))
+    assert robustness.summarise(errors)["mce"] == pytest.approx(robustness.summarise(swapped)["mce"])
+
+
+def test_alexnet_has_an_mce_of_100():
+    errors = {(name, s): 100 * e for name, e in ALEXNET_ERROR.items() for s in range(1, 6)}
+    assert robustness.summarise(errors)["mce"] == pytest.approx(100)
+
+
+def test_made_corruptions_are_counted_over_all_images():
+    pytest.importorskip("imagecorruptions", reason="corruptions are made by imagecorruptions-imaug, extra [robust]")
+    evaluator = Corruptions(config.Corruptions(DIGITS, severities=(1, 5), batch_size=4), ONE)
+    predict = lambda variables, frozen, batch: Outputs(None, jax.nn.one_hot(batch["label"] * 0, 10))  # noqa: E731
+    results = evaluator(predict, {}, {})
+    assert len(results) == 15 * 2 + 15 + 2
+    assert results["mean_error"] == pytest.approx(90) and results["snow_5"] == pytest.approx(
+        90
+    )  # one class of ten is right
+
+
+def stored(root, names=ALEXNET_ERROR, severities=(1, 2)):
+    from PIL import Image
+
+    for name in names:
+        for severity in severities:
+            folder = root / name / str(severity) / "a"
+            folder.mkdir(parents=True)
+            Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / "0.png")
+    return config.Corruptions(
+        Data("folder", path=str(root), image_size=8, transform="eval"), stored=True, severities=severities
+    )
+
+
+def test_stored_corruptions_are_read_from_their_folders(tmp_path):
+    cfg = stored(tmp_path)
+    assert robustness.corrupted(cfg, "fog", 2).crop_pct == 1.0  # they are cropped already
+    predict = lambda variables, frozen, batch: Outputs(None, jax.nn.one_hot(batch["label"] * 0, 2))  # noqa: E731
+    assert Corruptions(cfg, ONE)(predict, {}, {})["mean_error"] == 0.0
+
+
+def test_missing_corruptions_are_named(tmp_path):
+    cfg = stored(tmp_path, names=[n for n in ALEXNET_ERROR if n != "frost"])
+    with pytest.raises(InputError, match="there is no frost/1, frost/2; complete the copy of ImageNet-C"):
+        Corruptions(cfg, ONE)
+
+
+def test_tfds_names_each_corruption():
+    cfg = config.Corruptions(Data("tfds", name="imagenet2012_corrupted", split="validation"), stored=True)
+    assert robustness.corrupted(cfg, "glass_blur", 4).name == "imagenet2012_corrupted/glass_blur_4"
