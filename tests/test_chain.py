@@ -71,7 +71,7 @@ def test_an_unfinished_stage_with_a_checkpoint_may_change_little(chain, tmp_path
 
 def test_a_mistake_in_a_later_stage_is_found_before_the_first_runs(chain, tmp_path):
     chain.stages["distill"].task.teacher.block = 9
-    with pytest.raises(InputError, match="stage distill: teacher.block 9 is beyond the teacher's 3 blocks"):
+    with pytest.raises(InputError, match="stage distill: task.teacher.block 9 is beyond the teacher's 3 blocks"):
         chain_lib.run_chain(check(chain), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -118,7 +118,7 @@ def test_a_description_of_other_devices_and_data_elsewhere(chain, tmp_path):
 def test_one_stage_is_not_kept_from_running_by_another(chain, tmp_path):
     chain.stages["distill"].task.teacher.block = 9
     chain_lib.run_chain(check(chain), tmp_path, only="mae")
-    with pytest.raises(InputError, match="stage distill: teacher.block 9"):
+    with pytest.raises(InputError, match="stage distill: task.teacher.block 9"):
         chain_lib.run_chain(check(chain), tmp_path, only="finetune")
 
 

@@ -12,7 +12,7 @@ from tinymim_jax import chain as chain_lib
 from tinymim_jax import config
 from tinymim_jax.config import Classification, Data, Decoder, Distill, Knn, Mae
 from tinymim_jax.mesh import make_mesh
-from tinymim_jax.progress import Interrupted
+from tinymim_jax.stop import Interrupted
 from tinymim_jax.train import run_stage
 from tinymim_jax.validate import check
 
@@ -121,7 +121,9 @@ ROWS = ["imagenet/tables.py:row=deit_t", "imagenet/tables.py:row=tinymim_star_t,
 
 @pytest.mark.parametrize("name", [*(f for f in FILES if f not in CHAINS), *ROWS])
 def test_a_single_stage_runs_and_resumes(name, imagenet, tmp_path, stop_at):
-    run_interrupted(shrink_chain(load(name), imagenet), tmp_path, stop_at)
+    cfg = shrink_chain(load(name), imagenet)
+    assert "status: would start" in chain_lib.describe_chain(cfg, tmp_path)
+    run_interrupted(cfg, tmp_path, stop_at)
 
 
 def test_the_single_stages_are_those_of_the_chain():

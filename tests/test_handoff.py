@@ -410,3 +410,12 @@ def test_the_first_blocks_alone(k):
     assert kept == {"cls_token", "pos_embed", "patch_embed", *(f"block{i}" for i in range(1, k + 1))}
     assert set(report.fresh) == set(target) - set(report.moves) == set(report.skipped)
     assert len(handoff.match(target, target, Init("a")).moves) == len(target)
+
+
+def test_what_does_not_fit_may_be_skipped_and_fresh():
+    """Positions of another number of tokens in front, say; what does fit is loaded all the same."""
+    target, source = {"a/pos_embed": (1, 6, 4), "a/b": (2,)}, {"a/pos_embed": (1, 5, 4), "a/b": (2,)}
+    report = handoff.match(target, source, Init("s", skip=("a/.*",), fresh=("a/.*",)))
+    assert (list(report.moves), report.fresh, report.skipped) == (["a/b"], ["a/pos_embed"], ["a/pos_embed"])
+    with pytest.raises(InputError, match="the two models differ in size"):
+        handoff.match(target, source, Init("s", fresh=("a/.*",)))

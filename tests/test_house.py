@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "tinymim_jax"
 LAYERS = [
-    ["serial"],
+    ["serial", "stop"],
     ["config"],
     ["validate", "mesh", "metrics", "writer"],
     ["optim", "checkpoint", "recipes", "progress", "models", "objectives", "data"],

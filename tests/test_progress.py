@@ -1,6 +1,4 @@
 import json
-import os
-import signal
 import time
 
 import jax.numpy as jnp
@@ -9,7 +7,7 @@ import pytest
 
 from tinymim_jax.config import InputError
 from tinymim_jax.metrics import Mean
-from tinymim_jax.progress import Progress, StopRequest
+from tinymim_jax.progress import Progress
 
 
 class Lines(list):
@@ -161,54 +159,3 @@ def test_collecting_twice_counts_once():
     progress.collect()
     progress.collect()
     assert progress.state()["window"] == {"loss": [2.0, 4.0]}
-
-
-# StopRequest
-
-
-@pytest.fixture
-def handlers():
-    """Handlers of our own, so that a mistake does not end the tests."""
-    calls = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {n: signal.signal(n, lambda number, _: calls.append(number)) for n in numbers}
-    yield calls
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_asks_and_the_second_acts(handlers, number):
-    own = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    with StopRequest() as stop:
-        assert not stop.asked
-        assert all(signal.getsignal(n) is not own[n] for n in own)
-        os.kill(os.getpid(), number)
-        assert stop.asked and handlers == []
-        assert {n: signal.getsignal(n) for n in own} == own
-        os.kill(os.getpid(), number)
-        assert handlers == [number]
-    assert {n: signal.getsignal(n) for n in own} == own
-
-
-def test_the_second_ctrl_c_is_the_usual_one():
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with StopRequest() as stop:
-            os.kill(os.getpid(), signal.SIGINT)
-            assert stop.asked
-            with pytest.raises(KeyboardInterrupt):
-                os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(1)
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def test_without_a_signal_all_is_as_before(handlers):
-    own = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with StopRequest() as stop:
-        pass
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == own and not stop.asked
-    with pytest.raises(RuntimeError), StopRequest():
-        raise RuntimeError
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == own

@@ -14,7 +14,7 @@ import pytest
 from tinymim_jax import checkpoint, handoff, train
 from tinymim_jax.config import Classify, InputError
 from tinymim_jax.plan import make_plan
-from tinymim_jax.progress import Interrupted
+from tinymim_jax.stop import Interrupted
 from tinymim_jax.train import create_state, make_train_step, run_stage
 
 

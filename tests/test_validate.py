@@ -36,9 +36,12 @@ SEMANTIC = [
     ({"optim.accum_steps": 3}, "stages.s: batch_size 4 is not a multiple of accum_steps 3"),
     ({"run.batch_size": 0}, "stages.s: batch_size 0 is not a multiple of accum_steps 1"),
     ({"run.batch_size": -4}, "stages.s: batch_size -4 is not a multiple of accum_steps 1"),
-    ({"init": Init()}, "stages.s: an init needs exactly one of stage and path"),
-    ({"init": Init("a", path="b")}, "stages.s: an init needs exactly one of stage and path"),
-    ({"task": Distill(Teacher(Init(), 1), student_block=1)}, "stages.s: an init needs exactly one of stage and path"),
+    ({"init": Init()}, "stages.s.init needs exactly one of stage and path"),
+    ({"init": Init("a", path="b")}, "stages.s.init needs exactly one of stage and path"),
+    (
+        {"task": Distill(Teacher(Init(), 1), student_block=1)},
+        "stages.s.task.teacher.init needs exactly one of stage and path",
+    ),
     ({"model.num_classes": 1}, "stages.s.model: classify needs num_classes of at least 2, got 1"),
     ({"model.num_classes": 0}, "stages.s.model: classify needs num_classes of at least 2, got 0"),
     (

@@ -1,5 +1,6 @@
 """A chain: its stages in order, each fed by earlier ones."""
 
+import contextlib
 import json
 import math
 import statistics
@@ -14,20 +15,21 @@ from tinymim_jax.data import sources
 from tinymim_jax.mesh import make_mesh
 from tinymim_jax.models import vit
 from tinymim_jax.plan import Plan, make_plan, teacher_init
-from tinymim_jax.progress import StopRequest
 from tinymim_jax.ready import check_ready, check_writable, convert_sources, data_sets, foreign, read_foreign
+from tinymim_jax.stop import StopRequest
 from tinymim_jax.train import run_stage, write_json
 
 # What an unfinished stage may be given anew: the ways out that error messages name.
 MENDABLE_FIELDS = ("optim.lr", "optim.clip_norm", "data.on_bad_image", "model.remat", "run.eval_every")
 
 
-def run_chain(cfg: Config, workdir: Path, only: str | None = None) -> dict[str, Any]:
+def run_chain(cfg: Config, workdir: Path, only: str | None = None, stop: StopRequest | None = None) -> dict[str, Any]:
     """Runs the stages that are not finished (or just `only`) and writes WORKDIR/results.json, which it returns.
 
-    Raises InputError for bad input, a finished stage whose config was edited among it, before any stage runs.
+    Raises InputError for bad input, a finished stage whose config was edited among it, before any stage runs, and
+    Interrupted when `stop` asks for it.
     """
-    with StopRequest() as stop:
+    with contextlib.nullcontext(stop) if stop else StopRequest() as stop:
         mesh = make_mesh(cfg.mesh)
         describe_chain(cfg, workdir, only)  # what is wrong with a later stage is said now
         stop.check("before anything ran")
@@ -125,13 +127,19 @@ def _describe_stage(cfg: Config, name: str, workdir: Path, plans: dict[str, Plan
     if init:
         spec, frozen = stage.task.teacher, handoff.shapes(plan.frozen)
         report = handoff.match(frozen, _source(init, workdir, plans)[0], handoff.for_teacher(init))
-        heads = vit.heads_of(plan.task.teacher_cfg, spec.block)
-        lines.append(f"teacher {init.stage or init.path}: block {spec.block} of {teacher.depth}, {heads} heads")
+        lines += _foreign_lines(stage, init, workdir)
+        if isinstance(spec, config.Teacher):
+            heads = vit.heads_of(plan.task.teacher_cfg, spec.block)
+            what = f"block {spec.block} of {teacher.depth}, {heads} heads"
+        else:
+            what = f"{spec.labels} labels, weight {spec.weight:g}"
+        lines.append(f"teacher {init.stage or init.path}: {what}")
         lines += [f"  {line}" for line in report.lines()]
     if stage.init:
         source, untrained = _source(stage.init, workdir, plans)
         report = handoff.match(handoff.shapes(plan.params), source, stage.init, untrained)
         lines += [f"init from {stage.init.stage or stage.init.path}", *(f"  {line}" for line in report.lines())]
+        lines += _foreign_lines(stage, stage.init, workdir)
     else:
         lines.append("init: scratch")
     return plan, [*lines, *plan.untrained_line(), _status(workdir / name)]
@@ -159,6 +167,19 @@ def _source(init: config.Init, workdir: Path, plans: dict[str, Plan]) -> tuple[h
         return handoff.shapes(converted.params), converted.untrained
     folder = handoff.source_folder(init, workdir)
     return handoff.shapes(checkpoint.model_shapes(folder)["params"]), handoff.read_untrained(folder)
+
+
+def _foreign_lines(stage: Stage, init: config.Init, workdir: Path) -> list[str]:
+    """What conversion of the foreign checkpoint that `init` names would say, if it is still to be converted."""
+    path = foreign(init, workdir)
+    if path is None:
+        return []
+    found, folder = read_foreign(path).layout, handoff.source_folder(init, workdir)
+    lines = [f"would be converted into {folder}: {found.kind}", f"licence: {found.licence}"]
+    pixels = [list(getattr(stage.data, field)) for field in ("mean", "std")]
+    if pixels != [found.preprocessing[field] for field in ("mean", "std")]:
+        lines.append("note: this stage's data.mean and data.std are not those that it is taken to know")
+    return [f"  {line}" for line in [*lines, *(f"note: {note}" for note in found.notes)]]
 
 
 def _length(plan: Plan) -> str:

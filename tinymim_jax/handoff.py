@@ -100,7 +100,9 @@ def match(target: Shapes, source: Shapes, init: Init, untrained: Sequence[str] =
     report = Report(target, source, {}, [], [], {}, {}, [])
     problems = []
     for key, shape in target.items():
-        if _is_beyond(key, init.keep_blocks) or (key not in renamed and matches(init.fresh, key)):
+        if _is_beyond(key, init.keep_blocks) or (
+            matches(init.fresh, key) and not _fits(key, shape, renamed, report, init)
+        ):
             report.fresh.append(key)
             continue
         if key not in renamed:
@@ -143,6 +145,15 @@ def _fit(key: str, old: tuple[int, ...], new: tuple[int, ...], init: Init, repor
             )
     else:
         raise InputError(f"{key} is {old} in the source and {new} here: the two models differ in size")
+
+
+def _fits(key: str, shape: tuple[int, ...], renamed: Mapping[str, str], report: Report, init: Init) -> bool:
+    """Whether the source has a value for `key`; one of another size that may be left out (init.skip) is none."""
+    if key not in renamed:
+        return False
+    old = report.source[renamed[key]]
+    usable = old == shape or _is_regrouping(key, old, shape) or (key.endswith("pos_embed") and _is_resizing(old, shape))
+    return usable or not matches(init.skip, renamed[key])
 
 
 def _rename(key: str, rename: Mapping[str, str]) -> str:

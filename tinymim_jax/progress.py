@@ -1,7 +1,6 @@
 """What a running stage shows: a bar, averages, the first bad loss, and a wish to stop."""
 
 import math
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -91,36 +90,3 @@ class Progress:
         """The unfinished averages, as JSON types."""
         window = {key: [m.sum, m.count] for key, m in self.window.items()}
         return {"window": window, "averages": self.averages, "bad_images": self.bad_images}
-
-
-class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop; its state is on disk."""
-
-
-class StopRequest:
-    """Turns the first Ctrl-C or SIGTERM into a flag to read between steps; a second one acts at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopRequest":
-        self.previous = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._restore()
-
-    def check(self, where: str) -> None:
-        """Raises Interrupted if a stop was asked for; `where` says how far the run has come."""
-        if self.asked:
-            raise Interrupted(f"{where}; run the same command to go on")
-
-    def _ask(self, *_: object) -> None:
-        self.asked = True
-        self._restore()
-        print("\nstopping as soon as the state is saved; Ctrl-C again stops at once", file=sys.stderr, flush=True)
-
-    def _restore(self) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)

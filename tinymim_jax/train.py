@@ -21,7 +21,8 @@ from tinymim_jax.evals import make_evaluator
 from tinymim_jax.evals.base import make_predict
 from tinymim_jax.metrics import Mean
 from tinymim_jax.plan import Plan, example_batch, make_plan, teacher_init
-from tinymim_jax.progress import BAD_IMAGES, Progress, StopRequest
+from tinymim_jax.progress import BAD_IMAGES, Progress
+from tinymim_jax.stop import StopRequest
 from tinymim_jax.tasks.base import STREAMS, Batch, Frozen
 from tinymim_jax.writer import Writer
 

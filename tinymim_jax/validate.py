@@ -70,7 +70,8 @@ def _check_stage(where: str, stage: Stage) -> None:
         raise InputError(f"{where}: batch_size {run.batch_size} is not a multiple of accum_steps {optim.accum_steps}")
     for init in sources(stage):
         if (init.stage is None) == (init.path is None):
-            raise InputError(f"{where}: an init needs exactly one of stage and path")
+            which = "init" if init is stage.init else "task.teacher.init"
+            raise InputError(f"{where}.{which} needs exactly one of stage and path; set the other to none")
     if isinstance(stage.task, Classify) and model.num_classes < 2:
         raise InputError(f"{where}.model: classify needs num_classes of at least 2, got {model.num_classes}")
     if isinstance(stage.task, Distill) and not 1 <= stage.task.student_block <= model.depth:
@@ -110,12 +111,13 @@ def _check_mae(where: str, task: Mae) -> None:
 
 def _check_eval(where: str, stage: Stage, cfg: Eval) -> None:
     """What would otherwise be found only after the training."""
-    for data in [cfg.data, cfg.bank] if isinstance(cfg, (Knn, Logistic)) else [cfg.data]:
+    sets = {"data": cfg.data, "bank": cfg.bank} if isinstance(cfg, (Knn, Logistic)) else {"data": cfg.data}
+    for name, data in sets.items():
         if data.transform != "eval":
-            raise InputError(f"{where}: data.transform is 'train', which is random; set it to 'eval'")
+            raise InputError(f"{where}: {name}.transform is 'train', which is random; set it to 'eval'")
         for field in ("image_size", "mean", "std"):
             if getattr(data, field) != getattr(stage.data, field):
-                raise InputError(f"{where}: data.{field} differs from the stage's, {getattr(stage.data, field)}")
+                raise InputError(f"{where}: {name}.{field} differs from the stage's, {getattr(stage.data, field)}")
     if cfg.batch_size < 1:
         raise InputError(f"{where}.batch_size is {cfg.batch_size}; it must be at least 1")
     if isinstance(cfg, Knn) and (not cfg.k or min(cfg.k) < 1 or cfg.temperature <= 0):

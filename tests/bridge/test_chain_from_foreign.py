@@ -192,7 +192,7 @@ def test_only_what_is_needed_is_converted(tmp_path):
         (lambda path: files.mae_encoder(path, TEACHER), "how many heads .* cannot be seen .* convert .* --num_heads=N"),
         (
             lambda path: files.tinymim_pretrained(path, vit.Config(24, 1, 6, **IMAGE), NAME),
-            "stage distill: teacher.block 2 is beyond the teacher's 1 blocks",
+            "stage distill: task.teacher.block 2 is beyond the teacher's 1 blocks",
         ),
         (
             lambda path: files.tinymim_pretrained(path, vit.Config(24, 3, 6, image_size=16, patch_size=4), NAME),

@@ -109,7 +109,7 @@ def test_each_kind_of_file(name, tmp_path):
     assert kind.licence in found.licence
     assert set(found.ignored) == kind.ignored
     parameters = sum(p.numel() for p in model.parameters())
-    assert f"converted {kind.tensors} tensors, {parameters:,} parameters" in converted.lines()
+    assert f"weights: {kind.tensors} tensors, {parameters:,} parameters" in converted.lines()
     assert converted.lines()[0] == f"{path}: {kind.kind}" and converted.lines()[-1] == f"licence: {found.licence}"
     relative = differences(converted)
     names = {f"block {i} {part}" for i in range(1, found.model.depth + 1) for part in ("tokens", "q", "k", "v")}
@@ -181,7 +181,7 @@ def test_teacher_and_adapter_of_d_mae(tmp_path):
     }
     text = "\n".join(converted.lines())
     assert "ignored, the teacher of the training: module.tch_model.blocks.0.attn.qkv.weight" in text
-    assert "converted 38 tensors" in text
+    assert "weights: 38 tensors" in text
     assert max(differences(converted).values()) < 1e-5
 
 
@@ -256,7 +256,7 @@ def test_each_hugging_face_model(name, tmp_path):
     assert found.decoder == (config.Decoder(16, 2, 2) if name == "ViTMAEForPreTraining" else None)
     assert found.norm_pix_loss is (False if found.decoder else None)
     assert set(found.ignored) == ignored and "not stated in the file" in found.licence
-    assert f"converted {tensors} tensors" in "\n".join(converted.lines())
+    assert f"weights: {tensors} tensors" in "\n".join(converted.lines())
     relative = differences(converted)
     assert ("reconstruction" in relative, "logits" in relative) == (
         found.decoder is not None,

@@ -44,7 +44,7 @@ def test_convert_and_verify(here, capsys):
     assert main(argv) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "x.pth: MAE, with decoder"
-    assert "note: 3 heads, as you say" in out and "converted 50 tensors, 26,344 parameters" in out
+    assert "note: 3 heads, as you say" in out and "weights: 50 tensors, 26,344 parameters" in out
     assert [line.split()[0] for line in out if " / " in line] == ["block", "block", "tokens", "reconstruction"]
     assert any(line.startswith("largest relative difference ") for line in out)
     assert out[-1] == "wrote a/dst"
@@ -189,7 +189,7 @@ BAD = {  # what -> what makes it, arguments, message
         lambda: folder(GOOD), ["hf", "--verify", "--num_heads=4"], "the number of heads may be wrong (--num_heads",
     ),
     "a workdir": (lambda: write_text("work/mae/stage.json", "{}"), ["work"], "work has no config.json"),
-    "a stage": (lambda: write_text("mae/stage.json", "{}"), ["mae"], "mae has no config.json"),
+    "a stage": (lambda: write_text("mae/stage.json", "{}"), ["mae"], "mae is a stage's folder, or converted already"),
 }  # fmt: skip
 
 

@@ -155,9 +155,9 @@ TWO_PROCESSES = """
     data = Data("digits", split="test", image_size=8, transform="eval", crop_pct=1.0, per_class=3)
     batch = next(iter(Batches(data, 8, grid)))
     features = make_predict(Pixels(), grid)({}, {}, batch).features
-    print("RESULT whole", features.is_fully_replicated, features.shape, batch["label"].is_fully_addressable)
+    tell("whole", features.is_fully_replicated, features.shape, batch["label"].is_fully_addressable)
     for cfg in (config.Classification(data, batch_size=8), config.Knn(data, data, k=(1,), batch_size=8)):
-        print("RESULT", make_evaluator(cfg, grid)(make_predict(Pixels(), grid), {}, {}))
+        tell(make_evaluator(cfg, grid)(make_predict(Pixels(), grid), {}, {}))
 """
 
 

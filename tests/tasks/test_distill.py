@@ -237,20 +237,23 @@ def test_regrouped_heads():
     [
         (
             lambda: cut(stages.distill_stage(teacher={"block": 0})),
-            "teacher.block 0 is beyond the teacher's 4",
+            "task.teacher.block 0 is beyond the teacher's 4",
         ),
-        (lambda: cut(stages.distill_stage(teacher={"block": 5})), "teacher.block 5 is beyond the teacher's 4 blocks"),
+        (
+            lambda: cut(stages.distill_stage(teacher={"block": 5})),
+            "task.teacher.block 5 is beyond the teacher's 4 blocks",
+        ),
         (
             lambda: cut(stages.distill_stage(teacher={"heads": 6}, last_block_heads=6)),
-            r"block 3 \(width 24\) was trained with 3 heads, not teacher.heads=6; .*regroup_heads=True",
+            r"block 3 \(width 24\) was trained with 3 heads, not task.teacher.heads=6; .*regroup_heads=True",
         ),
         (
             lambda: cut(stages.distill_stage(teacher={"heads": 5}, init={"regroup_heads": True}, last_block_heads=6)),
-            r"not teacher.heads=5; leave it None, or set .* a divisor of the width",
+            r"not task.teacher.heads=5; leave it None, or set .* a divisor of the width",
         ),
         (
             lambda: cut(stages.distill_stage(last_block_heads=4)),
-            r"block 3 has 4 heads, the teacher's block 3 has 3; set model.last_block_heads=3, or teacher.heads=4",
+            r"block 3 has 4 heads, the teacher's block 3 has 3; set model.last_block_heads=3, or task.teacher.heads=4",
         ),
         (
             lambda: cut(stages.distill_stage(task={"student_block": 2})),

@@ -48,7 +48,7 @@ class Converted:
         ]
         text += [f"decoder: width {d.width}, {d.depth} blocks"] if d else ["no decoder: it cannot reconstruct"]
         text += [f"note: {note}" for note in self.layout.notes]
-        text.append(f"converted {len(self.layout.arrays)} tensors, {num_parameters(self.params):,} parameters")
+        text.append(f"weights: {len(self.layout.arrays)} tensors, {num_parameters(self.params):,} parameters")
         for why in dict.fromkeys(self.layout.ignored.values()):
             keys = [key for key, reason in self.layout.ignored.items() if reason == why]
             more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""

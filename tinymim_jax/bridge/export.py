@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -194,12 +195,20 @@ def to_mae(weights: Weights, folder: Path) -> str:
         "model": config.to_dict(model),
         "decoder": weights.decoder,
         "norm_pix_loss": weights.norm_pix,
+        "preprocessing": weights.pixels,
         "untrained": handoff.read_untrained(weights.folder),
         "made_from": card.provenance(weights.folder),
     }
     state = {name: torch.from_numpy(array) for name, array in weights.arrays.items()}
     torch.save({"model": state, "tinymim_jax": settings}, folder / "checkpoint.pth")
-    return 'import torch\n\nstate_dict = torch.load("PATH/checkpoint.pth")["model"]  # PATH: this folder'
+    m = weights.model
+    last = f", {m.last_block_heads} in the last block, which timm's class has not" if m.last_block_heads else ""
+    return (
+        'import torch\n\nstate_dict = torch.load("PATH/checkpoint.pth")["model"]  # PATH: this folder\n'
+        f"# for MAE's classes, or timm's VisionTransformer with img_size={m.image_size}, patch_size={m.patch_size},\n"
+        f"# embed_dim={m.width}, depth={m.depth}, num_heads={m.num_heads}{last}, eps 1e-6,"
+        f" global_pool={'avg' if m.pool == 'mean' else 'token'!r}"
+    )
 
 
 def to_onnx(weights: Weights, folder: Path) -> str:
@@ -209,6 +218,7 @@ def to_onnx(weights: Weights, folder: Path) -> str:
     runtime = _need("onnxruntime")
     weights.leave_out_decoder()
     transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # what it skips is not in these models
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as temporary:
         to_hugging_face(weights, Path(temporary))
@@ -234,7 +244,10 @@ def to_onnx(weights: Weights, folder: Path) -> str:
     )  # fmt: skip
     theirs = runtime.InferenceSession(folder / "model.onnx").run(None, {"images": images})[0]
     _check_onnx(weights, images, theirs)
-    return 'import onnxruntime\n\nsession = onnxruntime.InferenceSession("PATH/model.onnx")  # PATH: this folder'
+    return (
+        'import onnxruntime\n\nsession = onnxruntime.InferenceSession("PATH/model.onnx")  # PATH: this folder\n'
+        f'(out,) = session.run(["{output}"], {{"images": images}})  # float32 [B, 3, {size}, {size}], normalised'
+    )
 
 
 def _check_onnx(weights: Weights, images: np.ndarray, theirs: np.ndarray) -> None:

@@ -66,8 +66,10 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 def _read_folder(path: Path) -> Source:
     file, weights = path / "config.json", path / "model.safetensors"
+    if (path / "stage.json").is_file():
+        raise InputError(f"{path} is a stage's folder, or converted already; use it as it is")
     if not file.is_file():
-        raise InputError(f"{path} has no config.json: neither a Hugging Face nor a timm folder")
+        raise InputError(f"{path} has no config.json: neither a Hugging Face nor a timm folder; name a file in it")
     if not weights.is_file():
         raise InputError(f"{path} has no model.safetensors; save it again with safe_serialization=True, in one file")
     settings = _read_json(file)

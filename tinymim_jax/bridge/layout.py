@@ -218,7 +218,8 @@ def _decoder(arrays: dict[str, np.ndarray], source: Source, model: ViT, told: To
 
 def _preprocessing(source: Source, notes: list[str]) -> tuple[dict[str, Any], bool]:
     """Mean and std of the pixels that the model was trained on, and whether the file says so."""
-    told = source.settings.get("pretrained_cfg") if source.format == "timm" else source.settings.get("preprocessor")
+    places = {"timm": "pretrained_cfg", "huggingface": "preprocessor"}  # "preprocessing": of our own exports
+    told = source.settings.get(places.get(source.format, "preprocessing"))
     if isinstance(told, dict):
         mean, std = told.get("mean") or told.get("image_mean"), told.get("std") or told.get("image_std")
         if all(_are_three_numbers(values) for values in (mean, std)) and min(std) > 0:

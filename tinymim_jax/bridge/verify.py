@@ -76,7 +76,9 @@ def table(differences: list[Difference]) -> str:
         )
     lines += [f"{name:22}{cell}" for name, cell in cells.items() if not name.startswith("block")]
     worst = max(differences, key=lambda d: d.relative)
-    return "\n".join([*lines, f"largest relative difference {worst.relative:.1e}, in {worst.name}"])
+    return "\n".join(
+        [*lines, f"largest relative difference {worst.relative:.1e}, in {worst.name} (cells: absolute / relative)"]
+    )
 
 
 def check(differences: list[Difference]) -> None:

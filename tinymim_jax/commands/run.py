@@ -6,7 +6,8 @@ from pathlib import Path
 from absl import flags
 
 from tinymim_jax.commands.flags import new_flags, parse
-from tinymim_jax.config import InputError
+from tinymim_jax.config import Config, InputError
+from tinymim_jax.stop import StopRequest
 
 USAGE = """python -m tinymim_jax run --config=FILE[:options] [--workdir=DIR] [--stage=NAME] [--dry_run]
 
@@ -27,18 +28,26 @@ def main(argv: list[str]) -> None:
     workdir = Path(values.workdir or f"runs/{cfg.name}").expanduser()
     check_workdir(workdir)
 
+    if values.dry_run:
+        from tinymim_jax import chain
+
+        print(chain.describe_chain(cfg, workdir, values.stage))
+        return
+    with StopRequest() as stop:  # before jax is imported, whose callbacks would swallow a Ctrl-C
+        run(cfg, workdir, values.stage, stop)
+
+
+def run(cfg: Config, workdir: Path, only: str | None, stop: StopRequest) -> None:
+    """Runs the chain, prints its tables and draws its pictures."""
     import jax
 
     from tinymim_jax import chain, report
 
-    if values.dry_run:
-        print(chain.describe_chain(cfg, workdir, values.stage))
-        return
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         # Stages that differ in seed or weights only then compile once.
         jax.config.update("jax_compilation_cache_dir", str((workdir / "jax_cache").absolute()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    results = chain.run_chain(cfg, workdir, values.stage)
+    results = chain.run_chain(cfg, workdir, only, stop)
     if jax.process_index() == 0:
         print(report.table(results))
         for picture in report.write(workdir, list(results["stages"])):

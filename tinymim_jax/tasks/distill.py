@@ -82,24 +82,26 @@ class Distill:
 def cut_teacher(stage: config.Stage, teacher: config.ViT) -> config.ViT:
     """The teacher up to its target block, with that block's heads; raises InputError if it cannot teach `stage`."""
     spec, student = stage.task.teacher, stage.model
+    if teacher.dist_token or student.dist_token:
+        raise InputError("relations are between CLS and patches; a model with a distillation token has no part in them")
     if not 1 <= spec.block <= teacher.depth:
-        raise InputError(f"teacher.block {spec.block} is beyond the teacher's {teacher.depth} blocks")
+        raise InputError(f"task.teacher.block {spec.block} is beyond the teacher's {teacher.depth} blocks")
     trained = vit.heads_of(teacher, spec.block)
     heads = spec.heads or trained
     if heads != trained and (teacher.width % heads or not spec.init.regroup_heads):
         raise InputError(
             f"the teacher's block {spec.block} (width {teacher.width}) was trained with {trained} heads, not"
-            f" teacher.heads={heads}; leave it None, or set teacher.init.regroup_heads=True and a divisor of the width"
+            f" task.teacher.heads={heads}; leave it None, or set task.teacher.init.regroup_heads=True and a divisor of"
+            " the width"
         )
     own = vit.heads_of(student, stage.task.student_block)
     if own != heads:
         field = "last_block_heads" if stage.task.student_block == student.depth else "num_heads"
         raise InputError(
             f"the student's block {stage.task.student_block} has {own} heads, the teacher's block {spec.block} has"
-            f" {heads}; set model.{field}={heads}, or teacher.heads={own} with teacher.init.regroup_heads=True"
+            f" {heads}; set model.{field}={heads}, or task.teacher.heads={own} with"
+            " task.teacher.init.regroup_heads=True"
         )
-    if teacher.dist_token or student.dist_token:
-        raise InputError("relations are between CLS and patches; teacher and student must have model.dist_token=False")
     if teacher.patch_size != student.patch_size:
         raise InputError(
             f"teacher and student must see the same patches: patch_size {teacher.patch_size} and {student.patch_size}"

@@ -1,0 +1,38 @@
+"""A wish to stop, heard at any moment and acted on between steps. Imports nothing heavy: it is needed before jax."""
+
+import signal
+import sys
+from typing import Any
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop; its state is on disk."""
+
+
+class StopRequest:
+    """Turns the first Ctrl-C or SIGTERM into a flag to read between steps; a second one acts at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        self.previous = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def check(self, where: str) -> None:
+        """Raises Interrupted if a stop was asked for; `where` says how far the run has come."""
+        if self.asked:
+            raise Interrupted(f"{where}; run the same command to go on")
+
+    def _ask(self, *_: object) -> None:
+        self.asked = True
+        self._restore()
+        print("\nstopping as soon as the state is saved; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+
+    def _restore(self) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
