@@ -125,7 +125,7 @@ def test_the_table_has_a_row_for_each_block_and_output():
     assert lines[0].split() == ["tokens", "q", "k", "v"]
     assert lines[2].split() == ["block", "2", *["1.0e-07", "/", "2.0e-06"] * 4]
     assert lines[3].split() == ["logits", "2.0e-07", "/", "3.0e-05"]
-    assert lines[4:] == ["largest relative difference 3.0e-05, in logits"]
+    assert lines[4:] == ["largest relative difference 3.0e-05, in logits (cells: absolute / relative)"]
 
 
 # What stops it
