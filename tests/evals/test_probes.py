@@ -147,6 +147,10 @@ TWO_PROCESSES = """
     from tinymim_jax.evals.base import Batches, make_predict
     from tinymim_jax.tasks.base import Outputs
 
+    def tell(*values):  # in one piece: Gloo prints to the same stream
+        sys.stdout.write("\\nRESULT " + " ".join(map(str, values)) + "\\n")
+        sys.stdout.flush()
+
     class Pixels:
         def predict(self, variables, frozen, batch):
             return Outputs(batch["image"].reshape(len(batch["image"]), -1) / 255, jax.nn.one_hot(batch["label"], 10))
