@@ -127,14 +127,13 @@ def _describe_stage(cfg: Config, name: str, workdir: Path, plans: dict[str, Plan
     if init:
         spec, frozen = stage.task.teacher, handoff.shapes(plan.frozen)
         report = handoff.match(frozen, _source(init, workdir, plans)[0], handoff.for_teacher(init))
-        lines += _foreign_lines(stage, init, workdir)
         if isinstance(spec, config.Teacher):
             heads = vit.heads_of(plan.task.teacher_cfg, spec.block)
             what = f"block {spec.block} of {teacher.depth}, {heads} heads"
         else:
             what = f"{spec.labels} labels, weight {spec.weight:g}"
         lines.append(f"teacher {init.stage or init.path}: {what}")
-        lines += [f"  {line}" for line in report.lines()]
+        lines += [*(f"  {line}" for line in report.lines()), *_foreign_lines(stage, init, workdir)]
     if stage.init:
         source, untrained = _source(stage.init, workdir, plans)
         report = handoff.match(handoff.shapes(plan.params), source, stage.init, untrained)
@@ -178,7 +177,7 @@ def _foreign_lines(stage: Stage, init: config.Init, workdir: Path) -> list[str]:
     lines = [f"would be converted into {folder}: {found.kind}", f"licence: {found.licence}"]
     pixels = [list(getattr(stage.data, field)) for field in ("mean", "std")]
     if pixels != [found.preprocessing[field] for field in ("mean", "std")]:
-        lines.append("note: this stage's data.mean and data.std are not those that it is taken to know")
+        lines.append("note: this stage's data.mean and data.std are not those that it is taken to have seen")
     return [f"  {line}" for line in [*lines, *(f"note: {note}" for note in found.notes)]]
 
 

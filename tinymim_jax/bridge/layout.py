@@ -54,12 +54,8 @@ def understand(source: Source, arrays: dict[str, np.ndarray], told: Told) -> Lay
     """Works out what `arrays` are; raises InputError on keys or shapes that are of no known checkpoint."""
     is_mae_lite = any(key.startswith(spelling.MAE_LITE_PREFIX) for key in arrays)
     arrays, ignored = spelling.spell(source, arrays)
-    widths = [
-        arrays[k].shape[i]
-        for k, i in (("patch_embed.proj.weight", 0), ("decoder_embed.weight", 0))
-        if k in arrays and arrays[k].ndim
-    ]
-    is_mae_lite |= tuple(widths) in known.MAE_LITE
+    widths = [arrays[k].shape[:1] for k in ("patch_embed.proj.weight", "decoder_embed.weight") if k in arrays]
+    is_mae_lite |= sum(widths, ()) in known.MAE_LITE
     notes: list[str] = []
     if dropped := spelling.drop_training_block(arrays):
         notes.append("its norm was trained on the output of block 8, which D2-MAE's decoder read")

@@ -110,5 +110,6 @@ def drop_training_block(arrays: dict[str, np.ndarray]) -> dict[str, str]:
 
 
 def depth(arrays: dict[str, np.ndarray], stack: str) -> int:
+    """How many blocks `stack` has; 0 if their numbers have gaps."""
     found = {int(m[1]) for k in arrays if (m := re.match(rf"{stack}\.(\d{{1,4}})\.", k))}
     return len(found) if found == set(range(len(found))) else 0
