@@ -4,6 +4,7 @@ import dataclasses
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "tinymim_jax_test_cache"))
@@ -26,6 +27,7 @@ from tinymim_jax.config import (
     Teacher,
     ViT,
 )
+from tinymim_jax.evals.base import Evaluator, Predict, measure
 from tinymim_jax.mesh import make_mesh
 
 TRAIN = Data("digits", image_size=16, per_class=4, hflip=0.0)
@@ -65,6 +67,12 @@ def tiny_classify(source: str | None = "distill") -> Stage:
     stage.data.rand_augment = "rand-m9-mstd0.5-inc1"
     stage.evals = {"val": Classification(TEST, batch_size=16)}
     return stage
+
+
+def measured(evaluator: Evaluator, predict: Predict, variables: Any, frozen: Any) -> dict[str, float]:
+    """All that one evaluator finds."""
+    results = measure({"x": evaluator}, predict, variables, frozen, "x")
+    return {name.removeprefix("x/"): value for name, value in results.items()}
 
 
 @pytest.fixture

@@ -116,10 +116,14 @@ def test_a_chain_runs_and_resumes(name, imagenet, tmp_path, stop_at):
     run_interrupted(shrink_chain(load(name)), workdir, stop_at)
 
 
-ROWS = ["imagenet/tables.py:row=deit_t", "imagenet/tables.py:row=tinymim_star_t,teacher=x/finetune_b"]
+OPTIONS = [
+    "imagenet/tables.py:row=deit_t",
+    "imagenet/tables.py:row=tinymim_star_t,teacher=x/finetune_b",
+    "imagenet/transfer.py:sgd",
+]
 
 
-@pytest.mark.parametrize("name", [*(f for f in FILES if f not in CHAINS), *ROWS])
+@pytest.mark.parametrize("name", [*(f for f in FILES if f not in CHAINS), *OPTIONS])
 def test_a_single_stage_runs_and_resumes(name, imagenet, tmp_path, stop_at):
     cfg = shrink_chain(load(name), imagenet)
     assert "status: would start" in chain_lib.describe_chain(cfg, tmp_path)
@@ -129,7 +133,7 @@ def test_a_single_stage_runs_and_resumes(name, imagenet, tmp_path, stop_at):
 def test_the_single_stages_are_those_of_the_chain():
     chain = load("imagenet/chain.py")
     names = [f"imagenet/{n}.py" for n in ("mae_l", *(f"{a}_{b}" for a in ("tinymim", "finetune") for b in "bst"))]
-    others = {"imagenet/tables.py", *CHAINS}
+    others = {*(f"imagenet/{n}.py" for n in ("tables", "transfer", "linear_probe")), *CHAINS}
     assert sorted(names) == [f for f in FILES if f.startswith("imagenet/") and f not in others]
     for name in names:
         for stage_name, stage in load(name).stages.items():
@@ -157,7 +161,7 @@ def test_the_plan_of_the_imagenet_chain(tmp_path):
         "85,798,656 parameters",
     ):
         assert line in text
-    assert [line.split(":")[0] for line in text.splitlines() if not line.startswith(" ")] == [
+    assert [line.split(":")[0] for line in text.splitlines() if not line.startswith((" ", "before"))] == [
         "devices", "mae_l", "distill_b", "distill_s", "distill_t", "finetune_b", "finetune_s", "finetune_t",
     ]  # fmt: skip
 
@@ -189,3 +193,14 @@ def test_every_row_of_the_tables_loads():
 def test_the_first_blocks_are_swept():
     stages = load("cifar10/first_blocks.py:short").stages
     assert [stage.init.keep_blocks for stage in stages.values()] == list(range(7))
+
+
+def test_every_small_data_set_loads():
+    for name, num_classes in (("cifar10", 10), ("cifar100", 100), ("flowers", 102), ("pets", 37)):
+        (stage,) = load(f"imagenet/transfer.py:data_set={name},size=small").stages.values()
+        assert (stage.model.num_classes, stage.model.width, stage.optim.name) == (num_classes, 384, "adamw")
+        (stage,) = load(f"imagenet/transfer.py:data_set={name},data=/d,sgd").stages.values()
+        assert (stage.data.path, stage.data.split, stage.evals["val"].data.split) == ("/d", "train", "test")
+        assert stage.optim.name == "sgd"
+    with pytest.raises(config.InputError, match="unknown data set 'x'; choose one of cifar10, cifar100, flowers, pets"):
+        load("imagenet/transfer.py:data_set=x")

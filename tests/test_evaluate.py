@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from tests.conftest import measured
 from tinymim_jax import chain as chain_lib
 from tinymim_jax import evaluate
 from tinymim_jax.config import InputError
@@ -39,7 +40,7 @@ def test_probes_see_the_features_of_the_online_evaluator(workdir, mesh):
     knn = evaluate.make_evaluator(evaluate.Knn(clean, bank, k=(3,)), mesh)
     model = evaluate.handoff.read_model(workdir / "mae")
     predict = evaluate.make_predict(workdir / "mae", model, clean, mesh)
-    assert knn(predict, evaluate.handoff.read_variables(workdir / "mae"), {})["top1_k3"] == own
+    assert measured(knn, predict, evaluate.handoff.read_variables(workdir / "mae"), {})["top1_k3"] == own
 
 
 @pytest.mark.parametrize("suite", ["imagenet", "robust"])

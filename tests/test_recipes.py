@@ -303,3 +303,10 @@ def test_transfer():
     o = stage.optim
     assert (o.name, o.lr, o.lr_batch, o.weight_decay, o.layer_decay, o.clip_norm) == ("sgd", 0.1, None, 0.0, 0.75, 1.0)
     assert (stage.run.batch_size, stage.run.epochs, o.warmup_epochs) == (512, 50, 10)
+
+
+def test_small_sets_are_tested_on_what_is_not_trained_on():
+    for name in recipes.SMALL_SETS:
+        train, test, num_classes = recipes.small_set(name, image_size=96)
+        assert train.split != test.split and (train.transform, test.transform) == ("train", "eval")
+        assert train.image_size == test.image_size == 96 and num_classes >= 10

@@ -23,8 +23,10 @@ def run_chain_of(chain, workdir, mesh, names):
 
 
 def lines_without_speed(path):
+    """By step: when the results of an evaluation beside the training come is not fixed."""
     skip = ("images_per_s", "data_wait")
-    return [{k: v for k, v in json.loads(line).items() if k not in skip} for line in path.read_text().splitlines()]
+    lines = [{k: v for k, v in json.loads(line).items() if k not in skip} for line in path.read_text().splitlines()]
+    return sorted(lines, key=lambda line: (line["step"], sorted(line)))
 
 
 def assert_same_tree(a, b):
@@ -206,6 +208,25 @@ def test_evaluation_during_training(chain, mesh, tmp_path):
     run_stage(stage, "mae", tmp_path, mesh)
     lines = [json.loads(line) for line in (tmp_path / "mae" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "knn/top1_k3" in line] == [2, 4]
+
+
+def test_an_evaluation_that_was_due_when_the_run_was_killed_is_made_up_for(chain, mesh, tmp_path, monkeypatch):
+    """Killed right after the checkpoint of a step that is evaluated."""
+    stage = chain.stages["mae"]
+    stage.run.eval_every = 2
+    run_stage(stage, "mae", tmp_path / "whole", mesh)
+
+    def killed(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(train.Online, "start", killed)
+        run_stage(stage, "mae", tmp_path / "cut", mesh)
+    assert checkpoint.steps(tmp_path / "cut" / "mae") == [2]
+    run_stage(stage, "mae", tmp_path / "cut", mesh)
+    assert [line["step"] for line in lines_without_speed(tmp_path / "cut" / "mae" / "metrics.jsonl")] == [2, 3, 4, 4]
+    logs = [lines_without_speed(tmp_path / side / "mae" / "metrics.jsonl") for side in ("whole", "cut")]
+    assert logs[0] == logs[1]
 
 
 def test_there_is_one_loop_and_one_place_that_takes_gradients():

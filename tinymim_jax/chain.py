@@ -107,7 +107,7 @@ def describe_chain(cfg: Config, workdir: Path, only: str | None = None) -> str:
     """What `run_chain` would do, worked out from shapes alone; reads no data but its size, writes nothing."""
     check_stage_name(cfg, only)
     plans: dict[str, Plan] = {}
-    text = [_devices(cfg)]
+    text, missing = [_devices(cfg)], {}
     for name in cfg.stages if only is None else needed(cfg, only):
         try:
             check_unedited(cfg.stages[name], workdir / name)
@@ -116,6 +116,8 @@ def describe_chain(cfg: Config, workdir: Path, only: str | None = None) -> str:
             raise InputError(f"stage {name}: {error}") from None
         if only in (None, name):
             text += [f"{name}: {lines[0]}", *(f"  {line}" for line in lines[1:])]
+            missing |= {error: name for error in _data(cfg.stages[name]).values() if error and error not in missing}
+    text += [f"before stage {name} can run: {error}" for error, name in missing.items()]
     return "\n".join(text)
 
 
@@ -199,16 +201,16 @@ def _devices(cfg: Config) -> str:
     )
 
 
-def _data(stage: Stage) -> list[str]:
-    """One line per set of records that the stage reads, also of those that are not at hand."""
+def _data(stage: Stage) -> dict[str, str]:
+    """For each set of records that the stage reads, a line and, if it is not at hand, why."""
     lines = {}
     for data in data_sets(stage):
         what = f"data: {data.source} {data.path or data.name}".rstrip() + f", split {data.split}"
         try:
-            lines[what] = f"{what}: {len(sources.open_source(data)):,} images"
+            lines[f"{what}: {len(sources.open_source(data)):,} images"] = ""
         except InputError as error:
-            lines[what] = f"{what}: not at hand, needed to run: {error}"
-    return list(lines.values())
+            lines[f"{what}: not at hand"] = str(error)
+    return lines
 
 
 def _model(plan: Plan) -> str:

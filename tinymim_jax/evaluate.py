@@ -5,17 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from tinymim_jax import config, handoff
 from tinymim_jax.config import Classification, Corruptions, Data, Eval, InputError, Knn, Logistic
 from tinymim_jax.data.device_augment import normalize, to_float
 from tinymim_jax.data.sources import open_source
 from tinymim_jax.evals import make_evaluator
-from tinymim_jax.evals.base import Predict
+from tinymim_jax.evals.base import Predict, measure
 from tinymim_jax.mesh import replicated
-from tinymim_jax.models import vit
-from tinymim_jax.tasks.base import Outputs
+from tinymim_jax.tasks.base import Outputs, encode
 from tinymim_jax.train import write_json
 
 SUITES = ("imagenet", "robust", "probe", "all")
@@ -52,8 +50,8 @@ def evaluate(folder: Path, suite: str, sets: Sets, mesh: jax.sharding.Mesh) -> d
     predict = make_predict(folder, model, clean, mesh)
     results = {}
     for name, evaluator in evaluators.items():
-        print(f"{name} ...", flush=True)
-        results |= {f"{name}/{metric}": value for metric, value in evaluator(predict, variables, {}).items()}
+        results |= measure({name: evaluator}, predict, variables, {}, title=name)
+        print(f"{name}: done", flush=True)
     paper = PAPER.get(model.width, {}) if model.num_classes == 1000 else {}
     return {"checkpoint": str(folder), "model": config.to_dict(model), "results": results, "paper": paper}
 
@@ -110,17 +108,12 @@ def _folder(data: Data, path: str, split: str) -> Data:
 
 
 def make_predict(folder: Path, model: config.ViT, data: Data, mesh: jax.sharding.Mesh) -> Predict:
-    """Logits, and features: the mean patch token, of the block before the last if that was not trained to its end."""
-    module, untrained = vit.build(model), handoff.read_untrained(folder)
-    ends_early = model.depth > 1 and any(key.startswith(f"encoder/block{model.depth}/mlp/") for key in untrained)
-    block = model.depth - 1 if ends_early else None
+    """Logits and features; the latter from before the block that distillation left half trained, if there is one."""
+    half = handoff.half_trained(model, handoff.read_untrained(folder))
+    block = None if half is None else max(half - 1, 1)
 
     def predict(variables: Any, _: Any, batch: Any) -> Outputs:
-        images = normalize(to_float(batch["image"]), data.mean, data.std)
-        encoder = {**variables, "params": variables["params"]["encoder"]}
-        out = module.apply(encoder, images, capture=() if block is None else (block,))
-        tokens = out.tokens if block is None else out.trace[block].out
-        return Outputs(jnp.mean(tokens[:, vit.num_extra(model) :], axis=1), out.logits)
+        return encode(model, variables, normalize(to_float(batch["image"]), data.mean, data.std), block)
 
     return jax.jit(predict, out_shardings=replicated(mesh))
 

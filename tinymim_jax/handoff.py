@@ -242,6 +242,16 @@ def read_untrained(folder: Path) -> list[str]:
     return _stage_json(folder)["untrained"]
 
 
+def half_trained(model: config.ViT, untrained: Sequence[str]) -> int | None:
+    """The first block of which only norm1 and q, k, v were trained, as distillation leaves it; None if none is."""
+
+    def is_frozen(block: int, part: str) -> bool:
+        return any(key.startswith(f"encoder/block{block}/{part}/") for key in untrained)
+
+    blocks = range(1, model.depth + 1)
+    return next((i for i in blocks if is_frozen(i, "mlp") and not is_frozen(i, "attn/qkv")), None)
+
+
 def _stage_json(folder: Path) -> dict[str, Any]:
     file = folder / "stage.json"
     if not folder.exists():

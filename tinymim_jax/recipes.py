@@ -72,6 +72,30 @@ def imagenet(train: bool, path: str = "", **overrides: Any) -> Data:
     return Data(**{**where, "num_examples": size, "transform": transform, "threads": 16, **overrides})
 
 
+# Small data sets: tfds' name, its splits to train and to test on, classes.
+SMALL_SETS = {
+    "cifar10": ("cifar10", "train", "test", 10),
+    "cifar100": ("cifar100", "train", "test", 100),
+    "flowers": ("oxford_flowers102", "train+validation", "test", 102),
+    "pets": ("oxford_iiit_pet", "train", "test", 37),
+}
+
+
+def small_set(name: str, path: str = "", **overrides: Any) -> tuple[Data, Data, int]:
+    """Training data, test data and classes of one of `SMALL_SETS`; `path`, an ImageFolder tree with train/ and test/.
+
+    Raises InputError that lists the names.
+    """
+    if name not in SMALL_SETS:
+        raise InputError(f"unknown data set {name!r}; choose one of {', '.join(SMALL_SETS)}")
+    builder, *splits, num_classes = SMALL_SETS[name]
+    if path:
+        splits = ["train", "test"]
+    where = {"source": "folder", "path": path} if path else {"source": "tfds", "name": builder}
+    train, test = (Data(split=split, **{**where, "threads": 16, **overrides}) for split in splits)
+    return train, dataclasses.replace(test, transform="eval"), num_classes
+
+
 def mae(model: ViT, data: Data, *, epochs: float = 1600, warmup_epochs: float = 40) -> Stage:
     """MAE pre-training (He et al. 2022, PRETRAIN.md): batch 4096, lr 2.4e-3, decoder 512 x 8."""
     return Stage(
@@ -178,6 +202,17 @@ def tinymim_star(init: Init, teacher: Init, train: Data, val: Data) -> Stage:
     stage.init.skip = (*FINETUNE_SKIP, "encoder/pos_embed")
     stage.task.teacher = LabelTeacher(teacher, labels="hard", weight=0.5)
     stage.run.epochs = 1000
+    return stage
+
+
+def finetune_small(model: ViT, init: Init | None, train: Data, val: Data) -> Stage:
+    """Fine-tuning on a small data set with AdamW: 100 epochs, batch 512, lr 1e-3, layer decay 0.75.
+
+    The values are this project's, for want of published ones.
+    """
+    stage = finetune(model, init, train, val)
+    stage.optim = dataclasses.replace(stage.optim, lr=1e-3, lr_batch=512, layer_decay=0.75)
+    stage.run = Run(batch_size=512, epochs=100)
     return stage
 
 

@@ -18,12 +18,13 @@ from tinymim_jax.checkpoint import Checkpoints
 from tinymim_jax.config import InputError, Stage
 from tinymim_jax.data import pipeline, sources
 from tinymim_jax.evals import make_evaluator
-from tinymim_jax.evals.base import make_predict
+from tinymim_jax.evals.base import make_predict, measure
+from tinymim_jax.evals.online import Online
 from tinymim_jax.metrics import Mean
 from tinymim_jax.plan import Plan, example_batch, make_plan, teacher_init
 from tinymim_jax.progress import BAD_IMAGES, Progress
 from tinymim_jax.stop import StopRequest
-from tinymim_jax.tasks.base import STREAMS, Batch, Frozen
+from tinymim_jax.tasks.base import STREAMS, Batch, Frozen, Variables
 from tinymim_jax.writer import Writer
 
 
@@ -159,14 +160,23 @@ class Runner:
         options = {"batch_size": run.batch_size, "seed": run.seed, "start": start, "stop": stop, "mesh": self.mesh}
         return pipeline.train_batches(self.stage.data, self.source, **options)
 
+    def variables(self, state: TrainState) -> Variables:
+        """What is evaluated: the averaged weights if there are any."""
+        return {"params": state.ema or state.params, **state.model_state}
+
+    def online(self, writer: Writer) -> Online:
+        """Evaluation while training goes on."""
+        return Online(self.evaluators, self.predict, self.frozen, writer.write)
+
     def evaluate(self, state: TrainState) -> dict[str, float]:
-        """{"<eval>/<metric>": value}, of the averaged weights if there are any."""
-        variables = {"params": state.ema or state.params, **state.model_state}
-        return {
-            f"{key}/{metric}": value
-            for key, evaluator in self.evaluators.items()
-            for metric, value in evaluator(self.predict, variables, self.frozen).items()
-        }
+        """{"<eval>/<metric>": value} of the final weights."""
+        title = f"{self.name}, evaluation"
+        return measure(self.evaluators, self.predict, self.variables(state), self.frozen, title)
+
+    def is_evaluated(self, step: int) -> bool:
+        """Whether an evaluation is due after `step`, the last apart."""
+        every = self.stage.run.eval_every
+        return bool(self.evaluators and every) and 0 < step < self.plan.total_steps and step % every == 0
 
 
 def jit_step(plan: Plan, mesh: jax.sharding.Mesh, shardings: TrainState) -> TrainStep:
@@ -211,6 +221,9 @@ def run_stage(
         replicated = mesh_lib.replicated(mesh)
         rng = jax.jit(lambda: jax.random.fold_in(jax.random.key(run.seed), 1), out_shardings=replicated)()
         train_step = jit_step(runner.plan, mesh, runner.shardings)
+        online = stack.enter_context(runner.online(writer))
+        if runner.is_evaluated(first) and not writer.has(first, "/"):
+            online.start(first, runner.variables(state))
 
         for step in range(first + 1, total + 1):
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
@@ -222,14 +235,19 @@ def run_stage(
             if step % run.log_every == 0 or last:
                 epoch = step / runner.plan.steps_per_epoch
                 progress.log(step, {"lr": float(runner.plan.schedule(step - 1)), "epoch": epoch})
-            if run.eval_every and step % run.eval_every == 0 and not last:
-                writer.write(step, runner.evaluate(state))
+            online.advance()
             asked = stop.asked  # read once: what is not saved must not be left
             if step % run.checkpoint_every == 0 or last or asked:
                 progress.collect()  # a state whose loss is not finite is never saved
+                if not asked:  # or else the state comes first
+                    online.wait()  # whoever resumes from here has all results from before
                 checkpoints.save(step, *items(state), progress.state())
             if asked and not last:
+                checkpoints.wait()
+                online.wait()
                 stop.check(f"stage {name} stopped at step {step} of {total}")
+            if runner.is_evaluated(step):
+                online.start(step, runner.variables(state))
 
         if total == 0:
             checkpoints.save(0, *items(state), progress.state())

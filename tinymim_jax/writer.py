@@ -11,20 +11,23 @@ class Writer:
 
     def __init__(self, folder: Path, start: int = 0, *, active: bool = True):
         """`active` False, on all processes but one: writes nothing."""
-        self.path, self.active, self.last = folder / "metrics.jsonl", active, None
+        self.path, self.active = folder / "metrics.jsonl", active
+        self.kept = kept = [line for line in read(self.path) if line["step"] <= start]
         if not active:
             return
-        kept = [line for line in read(self.path) if line["step"] <= start]
         folder.mkdir(parents=True, exist_ok=True)
         self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self.last = kept[-1] if kept else None
         self.file = self.path.open("a")
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+
+    def has(self, step: int, part: str) -> bool:
+        """Whether a line of `step` with a name that contains `part` was there when this writer was made."""
+        return any(line["step"] == step and any(part in name for name in line) for line in self.kept)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """One line {"step": step, name: value, ...}, flushed."""
         line = {"step": step, **scalars}
-        if not self.active or line == self.last:  # the last: an evaluation done again after a crash
+        if not self.active or line in self.kept:  # the latter: an evaluation done again after a crash
             return
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()

@@ -41,6 +41,7 @@ def test_the_matmul_is_not_optimised_away():
     [
         (["fly"], "unknown benchmark 'fly'; choose one of step"),
         ([DIGITS, "--stage=mae_l"], "unknown benchmark '--config=configs/digits/chain.py'; choose one of step"),
+        (["augment", DIGITS, "--stage=mae_l"], "--stage=mae_l does not mix or erase images"),
         (["step", DIGITS], "--stage=NAME is needed; choose one of mae_l"),
         (["step", DIGITS, "--stage=x"], "--stage=x: no such stage; choose one of mae_l"),
         (["step", DIGITS, "--stage=mae_l", "--batch_size=0"], "--batch_size=0: 0 is not a positive integer"),
@@ -61,3 +62,9 @@ def test_loader_prints_one_json_object(capsys, monkeypatch):
     result = json.loads(capsys.readouterr().out)
     rates = [result[f"{name}_images_per_s"] for name in ("decode", "random_resized_crop", "transform")]
     assert min(rates) > 0 and result["of_decode"] == pytest.approx(rates[2] / rates[0])
+
+
+def test_augment_prints_one_json_object(capsys):
+    assert main(["bench", "augment", DIGITS, "--stage=finetune_chain_0", "--batch_size=8", "--rounds=1"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["share"] == pytest.approx(1 - result["plain_step_s"] / result["step_s"])

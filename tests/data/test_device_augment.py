@@ -195,3 +195,18 @@ def test_same_key_same_result():
     for a, b, c in zip(first, again, other, strict=True):
         np.testing.assert_array_equal(a, b)
         assert not np.array_equal(a, c)
+
+
+def test_pixel_noise_is_standard_normal():
+    noise = np.asarray(jax.jit(lambda key: da.pixel_noise(key, (8, 64, 64, 3)))(jax.random.key(0)), np.float64)
+    n = noise.size
+    for power, moment in ((1, 0), (2, 1), (3, 0), (4, 3)):
+        spread = math.sqrt(math.prod(range(1, 2 * power, 2)) - moment**2)  # of x^power: E x^2p = (2p - 1)!!
+        assert abs((noise**power).mean() - moment) < 4 * spread / math.sqrt(n)
+    assert np.isfinite(noise).all() and 4 < np.abs(noise).max() < 6
+    images = noise.reshape(8, -1)
+    pixels = noise.reshape(-1, 3)
+    neighbours = np.stack([noise[:, 1:].ravel(), noise[:, :-1].ravel()])
+    for rows in (images, pixels.T, neighbours):
+        np.testing.assert_allclose(np.corrcoef(rows), np.eye(len(rows)), atol=4 / math.sqrt(rows.shape[1]))
+    assert len(np.unique(noise)) > 0.98 * n

@@ -125,3 +125,16 @@ def test_parse():
 def test_parse_errors(text):
     with pytest.raises(InputError, match=r"data\.rand_augment"):
         parse(text)
+
+
+@pytest.mark.parametrize("magnitude", [0.0, 2.5, 7.3, 9.0, 9.9])
+@pytest.mark.parametrize("name", OPS)
+def test_operations_are_those_of_timm(name, magnitude, image):
+    """Op by op at fixed magnitudes, both signs."""
+    timm = pytest.importorskip("timm.data.auto_augment", reason="timm's own RandAugment: pip install timm torchvision")
+    options = {"fillcolor": FILL, "resample": BICUBIC}
+    amounts = timm.LEVEL_TO_ARG[name]
+    level = amounts(magnitude, {}) if amounts else ()
+    theirs = np.asarray(timm.NAME_TO_OP[name](image, *level, **options))
+    ours = [np.asarray(OPS[name](image, magnitude, sign, FILL)) for sign in (1, -1)]
+    assert any(np.array_equal(theirs, one) for one in ours)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
+from tests.conftest import measured
 from tinymim_jax import config, mesh
 from tinymim_jax.config import Data, InputError
 from tinymim_jax.evals.classification import Classification, count_correct, restrict
@@ -28,7 +29,7 @@ def always(scores):
 
 
 def evaluate(predict, batch_size=64, data=DIGITS):
-    return Classification(config.Classification(data, batch_size=batch_size), ONE)(predict, {}, {})
+    return measured(Classification(config.Classification(data, batch_size=batch_size), ONE), predict, {}, {})
 
 
 @pytest.mark.parametrize("batch_size", [64, 500, 512, 33])
@@ -76,8 +77,8 @@ def test_evaluating_twice_gives_the_same():
         pixels = batch["image"].reshape(len(batch["image"]), -1).astype(jnp.float32)
         return Outputs(pixels, pixels[:, :10] - variables["w"] + frozen["b"])
 
-    first = evaluator(predict, {"w": 1.0}, {"b": 2.0})
-    assert first == evaluator(predict, {"w": 1.0}, {"b": 2.0}) and first["images"] == 500.0
+    first = measured(evaluator, predict, {"w": 1.0}, {"b": 2.0})
+    assert first == measured(evaluator, predict, {"w": 1.0}, {"b": 2.0}) and first["images"] == 500.0
 
 
 def test_a_model_without_a_head_is_bad_input():
@@ -143,7 +144,8 @@ def test_a_subset_s_labels_are_columns(tmp_path):
     data = Data("folder", path=str(tmp_path), split="a", image_size=8, transform="eval")
     scores = np.zeros(1000)
     scores[0], scores[columns[7]] = 9.0, 5.0
-    result = Classification(config.Classification(data, subset="imagenet_a"), ONE)(always(scores), {}, {})
+    evaluator = Classification(config.Classification(data, subset="imagenet_a"), ONE)
+    result = measured(evaluator, always(scores), {}, {})
     assert (result["top1"], result["images"]) == (50.0, 2)
 
 

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.conftest import measured
 from tinymim_jax import config, mesh
 from tinymim_jax.config import Data, InputError
 from tinymim_jax.data.sources import open_source
 from tinymim_jax.evals.base import Batches
-from tinymim_jax.evals.probes import Knn, Logistic, extract, knn_predict
+from tinymim_jax.evals.probes import Knn, Logistic, extract, knn_predict, stack
 from tinymim_jax.tasks.base import Outputs
 
 QUERIES = Data("digits", split="test", image_size=8, transform="eval", crop_pct=1.0, per_class=6)
@@ -52,7 +53,7 @@ def vote(query, bank, bank_labels, k, temperature):
 
 def evaluate(batch_size=16, queries=QUERIES, bank=BANK, **cfg):
     evaluator = Knn(config.Knn(queries, bank, batch_size=batch_size, **cfg), ONE)
-    return evaluator(predict, {"w": MATRIX}, {})
+    return measured(evaluator, predict, {"w": MATRIX}, {})
 
 
 def test_knn_is_that_of_a_plain_loop():
@@ -79,7 +80,7 @@ def test_the_batch_size_changes_nothing():
 
 def test_evaluating_twice_gives_the_same():
     evaluator = Knn(config.Knn(QUERIES, BANK, k=(1, 7)), ONE)
-    assert evaluator(predict, {"w": MATRIX}, {}) == evaluator(predict, {"w": MATRIX}, {})
+    assert measured(evaluator, predict, {"w": MATRIX}, {}) == measured(evaluator, predict, {"w": MATRIX}, {})
 
 
 def test_an_image_is_its_own_neighbour():
@@ -93,7 +94,7 @@ def test_a_class_that_the_bank_lacks():
         return Outputs(jnp.ones((len(batch["label"]), 2)))
 
     evaluator = Knn(config.Knn(QUERIES, dataclasses.replace(BANK, per_class=1), k=(1,)), ONE)
-    assert evaluator(scalar, {}, {}) == {"top1_k1": 10.0}
+    assert measured(evaluator, scalar, {}, {}) == {"top1_k1": 10.0}
 
 
 def test_more_neighbours_than_the_bank_holds():
@@ -103,7 +104,12 @@ def test_more_neighbours_than_the_bank_holds():
 
 
 def test_extract():
-    found, labels = extract(Batches(QUERIES, 16, ONE), predict, {"w": MATRIX}, {})
+    extracting = extract(Batches(QUERIES, 16, ONE), predict, {"w": MATRIX}, {})
+    for _ in range(4):  # batches
+        next(extracting)
+    with pytest.raises(StopIteration) as end:
+        next(extracting)
+    found, labels = stack(end.value.value)
     expected, expected_labels = features(QUERIES)
     assert found.shape == (60, 5) and found.dtype == np.float32
     np.testing.assert_allclose(found, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-5)
@@ -141,6 +147,7 @@ TWO_PROCESSES = """
     import jax.numpy as jnp
 
     jax.distributed.initialize("127.0.0.1:" + sys.argv[1], 2, int(sys.argv[2]))
+    from tests.conftest import measured
     from tinymim_jax import config, mesh
     from tinymim_jax.config import Data
     from tinymim_jax.evals import make_evaluator
@@ -161,7 +168,7 @@ TWO_PROCESSES = """
     features = make_predict(Pixels(), grid)({}, {}, batch).features
     tell("whole", features.is_fully_replicated, features.shape, batch["label"].is_fully_addressable)
     for cfg in (config.Classification(data, batch_size=8), config.Knn(data, data, k=(1,), batch_size=8)):
-        tell(make_evaluator(cfg, grid)(make_predict(Pixels(), grid), {}, {}))
+        tell(measured(make_evaluator(cfg, grid), make_predict(Pixels(), grid), {}, {}))
 """
 
 
@@ -208,5 +215,5 @@ def test_logistic_regression_is_scikit_learn_s_on_standardised_unit_features():
     model = LogisticRegression(C=0.5, max_iter=1000).fit((bank - mean) / std, bank_labels)
     expected = 100 * (model.predict((queries - mean) / std) == labels).mean()
     evaluator = Logistic(config.Logistic(QUERIES, BANK, c=0.5), ONE)
-    found = evaluator(predict, {"w": MATRIX}, {})["top1"]
+    found = measured(evaluator, predict, {"w": MATRIX}, {})["top1"]
     assert found == pytest.approx(expected, abs=2) and 20 < found < 100

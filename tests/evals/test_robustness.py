@@ -2,6 +2,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.conftest import measured
 from tinymim_jax import config, mesh
 from tinymim_jax.config import Data, InputError
 from tinymim_jax.data.corruptions import ALEXNET_ERROR
@@ -36,7 +37,7 @@ def test_made_corruptions_are_counted_over_all_images():
     pytest.importorskip("imagecorruptions", reason="corruptions are made by imagecorruptions-imaug, extra [robust]")
     evaluator = Corruptions(config.Corruptions(DIGITS, severities=(1, 5), batch_size=4), ONE)
     predict = lambda variables, frozen, batch: Outputs(None, jax.nn.one_hot(batch["label"] * 0, 10))  # noqa: E731
-    results = evaluator(predict, {}, {})
+    results = measured(evaluator, predict, {}, {})
     assert len(results) == 15 * 2 + 15 + 2
     assert results["mean_error"] == pytest.approx(90) and results["snow_5"] == pytest.approx(
         90
@@ -60,7 +61,7 @@ def test_stored_corruptions_are_read_from_their_folders(tmp_path):
     cfg = stored(tmp_path)
     assert robustness.corrupted(cfg, "fog", 2).crop_pct == 1.0  # they are cropped already
     predict = lambda variables, frozen, batch: Outputs(None, jax.nn.one_hot(batch["label"] * 0, 2))  # noqa: E731
-    assert Corruptions(cfg, ONE)(predict, {}, {})["mean_error"] == 0.0
+    assert measured(Corruptions(cfg, ONE), predict, {}, {})["mean_error"] == 0.0
 
 
 def test_missing_corruptions_are_named(tmp_path):

@@ -51,15 +51,10 @@ def sizes(model: config.ViT) -> str:
 
 def last_block(model: config.ViT, untrained: list[str]) -> str:
     """What the last block is good for, given the parameters that were not trained."""
-
-    def is_frozen(block: int, part: str) -> bool:
-        return any(key.startswith(f"encoder/block{block}/{part}/") for key in untrained)
-
-    half = [i for i in range(1, model.depth + 1) if is_frozen(i, "mlp") and not is_frozen(i, "attn/qkv")]
-    if not half:
-        how = "not trained in this stage" if is_frozen(model.depth, "mlp") else "trained like the others"
-        return f"block {model.depth}: {how}"
-    i = half[0]
+    i = handoff.half_trained(model, untrained)
+    if i is None:
+        is_frozen = any(key.startswith(f"encoder/block{model.depth}/mlp/") for key in untrained)
+        return f"block {model.depth}: {'not trained in this stage' if is_frozen else 'trained like the others'}"
     behind = f"; nothing behind block {i} was" if i < model.depth else ""
     use = f"take features from the output of block {i - 1}, or fine-tune" if i > 1 else "fine-tune before use"
     return (

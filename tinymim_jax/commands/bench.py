@@ -13,11 +13,12 @@ from absl import flags
 from tinymim_jax.commands.flags import new_flags, parse
 from tinymim_jax.config import Config, InputError, Stage
 
-USAGE = """python -m tinymim_jax bench step|loader --config=FILE[:options] --stage=NAME [--batch_size=N] [--rounds=N]
+USAGE = """python -m tinymim_jax bench VERB --config=FILE[:options] --stage=NAME [--batch_size=N] [--rounds=N]
 
-  loader                            times reading, decoding and augmenting on one core; needs the stage's data
   step                              times a stage's training step on random images and weights, no data needed;
                                     a teacher named by path needs its stage.json
+  augment                           times it with and without mixup, cutmix and random erasing, which the device does
+  loader                            times reading, decoding and augmenting on one core; needs the stage's data
   --config.stages.NAME.FIELD=VALUE  changes one field, e.g. ....model.dtype=float32
   --batch_size=N                    over all devices (default: the stage's)
   --rounds=N                        the median of N is reported"""
@@ -53,13 +54,7 @@ def step(cfg: Config, name: str, rounds: int) -> dict[str, Any]:
     """
     import jax
 
-    from tinymim_jax import chain
-    from tinymim_jax.mesh import make_mesh
-    from tinymim_jax.plan import make_plan
-
-    stage, mesh = cfg.stages[name], make_mesh(cfg.mesh)
-    teacher = chain.teacher_model(cfg, name, Path(f"runs/{cfg.name}"))
-    plan = make_plan(stage, teacher, num_examples=1000 * stage.run.batch_size)
+    stage, plan, mesh = prepared(cfg, name)
     compiled, arguments = compile_step(plan, mesh)
     peak = matmul(stage.model.dtype)
 
@@ -87,6 +82,49 @@ def step(cfg: Config, name: str, rounds: int) -> dict[str, Any]:
         "model_flops_share": model_flops / seconds / flops_per_s,
         "peak_memory_bytes": peak_memory(compiled),
     }
+
+
+def augment(cfg: Config, name: str, rounds: int) -> dict[str, Any]:
+    """Times the step of the classify stage `name` with and without mixup, cutmix and random erasing, in turn.
+
+    Returns step_s and plain_step_s (medians), and share, how much of the step these augmentations take: the median
+    over rounds, each a pair of steps.
+    """
+    import jax
+
+    if cfg.stages[name].task.kind != "classify":
+        raise InputError(f"--stage={name} does not mix or erase images; choose a stage whose task is classify")
+    stage, plan, mesh = prepared(cfg, name)
+    full = compile_step(plan, mesh)
+    stage.task.mixup = stage.task.cutmix = stage.task.erasing = 0.0
+    plain = compile_step(prepared(cfg, name)[1], mesh)
+    seconds: list[tuple[float, float]] = []
+    for _ in range(rounds + 1):  # the first round warms up
+        (arguments, with_), (plain_arguments, without) = timed_step(*full), timed_step(*plain)
+        full, plain = (full[0], arguments), (plain[0], plain_arguments)
+        seconds.append((with_, without))
+        print(f"{with_:.4f} s a step, {without:.4f} s without", file=sys.stderr)
+    return {
+        "benchmark": "augment",
+        "stage": name,
+        "device": jax.devices()[0].device_kind,
+        "dtype": stage.model.dtype,
+        "batch_size": stage.run.batch_size,
+        "step_s": statistics.median(pair[0] for pair in seconds[1:]),
+        "plain_step_s": statistics.median(pair[1] for pair in seconds[1:]),
+        "share": statistics.median(1 - pair[1] / pair[0] for pair in seconds[1:]),
+    }
+
+
+def prepared(cfg: Config, name: str) -> tuple[Stage, Any, Any]:
+    """Stage `name`, its plan for any data, and the mesh."""
+    from tinymim_jax import chain
+    from tinymim_jax.mesh import make_mesh
+    from tinymim_jax.plan import make_plan
+
+    stage = cfg.stages[name]
+    teacher = chain.teacher_model(cfg, name, Path(f"runs/{cfg.name}"))
+    return stage, make_plan(stage, teacher, num_examples=1000 * stage.run.batch_size), make_mesh(cfg.mesh)
 
 
 def loader(cfg: Config, name: str, rounds: int) -> dict[str, Any]:
@@ -125,7 +163,7 @@ def loader(cfg: Config, name: str, rounds: int) -> dict[str, Any]:
     return {"benchmark": "loader", "stage": name, "rand_augment": data.rand_augment, **medians, "of_decode": share}
 
 
-VERBS = {"step": step, "loader": loader}
+VERBS = {"step": step, "augment": augment, "loader": loader}
 
 
 def compile_step(plan: Any, mesh: Any) -> tuple[Any, tuple]:

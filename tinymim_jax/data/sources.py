@@ -200,8 +200,8 @@ class Tfds:
         except Exception as error:  # tfds has no common error: assertions, KeyError, NotImplementedError, OSError
             raise InputError(
                 f"tfds {data.name!r}, split {data.split!r}: cannot be opened ({_one_line(error)}); check data.name,"
-                " data.split and data.path; prepare it once with:"
-                f" tfds build {data.name} --file_format=array_record"
+                f" data.split and data.path; prepare it once with: tfds build {data.name} --file_format=array_record,"
+                " or use an ImageFolder tree (configs that read tfds take data=PATH)"
             ) from error
 
     def __getstate__(self) -> dict[str, Any]:

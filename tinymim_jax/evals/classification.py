@@ -1,12 +1,14 @@
 """Top-1 and top-5 accuracy with exact counts."""
 
+from collections.abc import Generator
+
 import jax
 import jax.numpy as jnp
 
 from tinymim_jax import config, metrics
 from tinymim_jax.config import InputError
 from tinymim_jax.evals import subsets
-from tinymim_jax.evals.base import Batches, Predict
+from tinymim_jax.evals.base import Batches, Fetched, Finish, Predict
 from tinymim_jax.metrics import Mean
 from tinymim_jax.tasks.base import Frozen, Variables
 
@@ -16,27 +18,34 @@ class Classification:
 
     def __init__(self, cfg: config.Classification, mesh: jax.sharding.Mesh):
         self.batches = Batches(cfg.data, cfg.batch_size, mesh)
-        self.columns, self.targets = None, None  # all classes, labelled by column
+        self.subset = None  # all classes, labelled by column
         if cfg.subset:
-            self.columns = subsets.columns(cfg.subset)
-            self.targets = subsets.targets(cfg.subset, self.batches.source.classes)
+            self.subset = subsets.columns(cfg.subset), subsets.targets(cfg.subset, self.batches.source.classes)
 
-    def __call__(self, predict: Predict, variables: Variables, frozen: Frozen) -> dict[str, float]:
+    @property
+    def num_batches(self) -> int:
+        return len(self.batches)
+
+    def __call__(self, predict: Predict, variables: Variables, frozen: Frozen) -> Generator[None, None, Finish]:
         """Raises InputError if the model has no head, or fewer outputs than there are labels."""
-        counts = []
+        counts, outputs = Fetched(), 0
         for batch in self.batches:
             logits = predict(variables, frozen, batch).logits
             if logits is None:
                 raise InputError("a classification eval needs a model with a head; set model.num_classes")
-            labels = batch["label"] if self.targets is None else jnp.asarray(self.targets)[batch["label"]]
-            if self.columns is not None:
-                logits = restrict(logits, jnp.asarray(self.columns))
-            counts.append(jax.device_get(count_correct(logits, labels, batch["is_valid"])))
-        total = metrics.merge(counts)
-        if total["beyond"].sum:
-            raise InputError(f"the data has labels that the model's {logits.shape[-1]} outputs leave no place for")
-        scores = {name: 100 * value for name, value in metrics.to_floats(total).items() if name != "beyond"}
-        return {**scores, "images": float(total["top1"].count)}
+            outputs = logits.shape[-1]
+            counts.add(count_correct(logits, batch["label"], batch["is_valid"], self.subset))
+            yield
+        return lambda: scores(counts.all(), outputs)
+
+
+def scores(counts: list[dict[str, Mean]], outputs: int) -> dict[str, float]:
+    """Percent of all that was counted; raises InputError if a label was beyond the `outputs` of the model."""
+    total = metrics.merge(counts)
+    if total["beyond"].sum:
+        raise InputError(f"the data has labels that the model's {outputs} outputs leave no place for")
+    percent = {name: 100 * value for name, value in metrics.to_floats(total).items() if name != "beyond"}
+    return {**percent, "images": float(total["top1"].count)}
 
 
 def restrict(logits: jax.Array, columns: jax.Array) -> jax.Array:
@@ -46,8 +55,15 @@ def restrict(logits: jax.Array, columns: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def count_correct(logits: jax.Array, labels: jax.Array, is_valid: jax.Array) -> dict[str, Mean]:
-    """logits [B, C], labels [B] -> hits among the best 1 and the best 5, over the valid examples."""
+def count_correct(
+    logits: jax.Array, labels: jax.Array, is_valid: jax.Array, subset: tuple[jax.Array, jax.Array] | None = None
+) -> dict[str, Mean]:
+    """logits [B, C], labels [B] -> hits among the best 1 and the best 5, over the valid examples.
+
+    `subset`: the columns that may win, and the column of each label.
+    """
+    if subset is not None:
+        logits, labels = restrict(logits, subset[0]), subset[1][labels]
     best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]
     hits = best == labels[:, None]
     beyond = Mean.of(labels >= logits.shape[-1], is_valid)

@@ -1,70 +1,89 @@
 """Probes of frozen features."""
 
+from collections.abc import Generator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tinymim_jax import config
 from tinymim_jax.config import InputError
-from tinymim_jax.evals.base import Batches, Predict
+from tinymim_jax.evals.base import Batches, Fetched, Finish, Predict
 from tinymim_jax.tasks.base import Frozen, Variables
 
+Labelled = tuple[np.ndarray, np.ndarray]  # unit features [n, D], labels [n]
 
-class Knn:
+
+class Probe:
+    """Features of two labelled sets, one to learn from and one to score on; `score` says how."""
+
+    def __init__(self, cfg: config.Knn | config.Logistic, mesh: jax.sharding.Mesh):
+        self.cfg = cfg
+        self.bank = Batches(cfg.bank, cfg.batch_size, mesh)
+        self.queries = Batches(cfg.data, cfg.batch_size, mesh)
+
+    @property
+    def num_batches(self) -> int:
+        return len(self.bank) + len(self.queries)
+
+    def __call__(self, predict: Predict, variables: Variables, frozen: Frozen) -> Generator[None, None, Finish]:
+        """Extracts both sets' features; what is left is `score`."""
+        bank = yield from extract(self.bank, predict, variables, frozen)
+        queries = yield from extract(self.queries, predict, variables, frozen)
+        return lambda: self.score(stack(bank), stack(queries))
+
+    def score(self, bank: Labelled, queries: Labelled) -> dict[str, float]:
+        """Results of one probe, in percent."""
+        raise NotImplementedError
+
+
+class Knn(Probe):
     """{"top1_k<k>"} in percent: weighted k-nearest-neighbour votes (DINO, eval_knn.py)."""
 
     def __init__(self, cfg: config.Knn, mesh: jax.sharding.Mesh):
-        self.cfg = cfg
-        self.bank = Batches(cfg.bank, cfg.batch_size, mesh)
-        self.queries = Batches(cfg.data, cfg.batch_size, mesh)
+        super().__init__(cfg, mesh)
         if max(cfg.k) > len(self.bank.source):
             raise InputError(f"knn: k {max(cfg.k)} is more than the {len(self.bank.source)} images of the bank")
 
-    def __call__(self, predict: Predict, variables: Variables, frozen: Frozen) -> dict[str, float]:
-        """Extracts both sets' features, then votes."""
-        bank, bank_labels = extract(self.bank, predict, variables, frozen)
-        queries, labels = extract(self.queries, predict, variables, frozen)
-        num_classes = int(max(bank_labels.max(), labels.max())) + 1
-        scores = {}
+    def score(self, bank: Labelled, queries: Labelled) -> dict[str, float]:
+        num_classes = int(max(bank[1].max(), queries[1].max())) + 1
+        found = {}
         for k in self.cfg.k:
             votes = [
-                knn_predict(rows, bank, bank_labels, k, self.cfg.temperature, num_classes)
-                for rows in np.array_split(queries, -(-len(queries) // 1024))
+                knn_predict(rows, *bank, k, self.cfg.temperature, num_classes)
+                for rows in np.array_split(queries[0], -(-len(queries[0]) // 1024))
             ]
-            scores[f"top1_k{k}"] = 100 * float(np.mean(np.concatenate(votes) == labels))
-        return scores
+            found[f"top1_k{k}"] = 100 * float(np.mean(np.concatenate(votes) == queries[1]))
+        return found
 
 
-class Logistic:
+class Logistic(Probe):
     """{"top1"} in percent: scikit-learn's multinomial logistic regression on standardised features."""
 
-    def __init__(self, cfg: config.Logistic, mesh: jax.sharding.Mesh):
-        self.cfg = cfg
-        self.bank = Batches(cfg.bank, cfg.batch_size, mesh)
-        self.queries = Batches(cfg.data, cfg.batch_size, mesh)
-
-    def __call__(self, predict: Predict, variables: Variables, frozen: Frozen) -> dict[str, float]:
-        """Extracts both sets' features, fits on one, scores the other."""
+    def score(self, bank: Labelled, queries: Labelled) -> dict[str, float]:
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
 
-        bank, bank_labels = extract(self.bank, predict, variables, frozen)
-        queries, labels = extract(self.queries, predict, variables, frozen)
         classifier = make_pipeline(StandardScaler(), LogisticRegression(C=self.cfg.c, max_iter=self.cfg.max_iter))
-        return {"top1": 100 * float(np.mean(classifier.fit(bank, bank_labels).predict(queries) == labels))}
+        return {"top1": 100 * float(np.mean(classifier.fit(*bank).predict(queries[0]) == queries[1]))}
 
 
-def extract(batches: Batches, predict: Predict, variables: Variables, frozen: Frozen) -> tuple[np.ndarray, np.ndarray]:
-    """Features [n, D] of unit length and labels [n] of the valid examples."""
-    features, labels = [], []
+def extract(batches: Batches, predict: Predict, variables: Variables, frozen: Frozen) -> Generator[None, None, Fetched]:
+    """Features, labels and validity of each batch, for `stack`."""
+    found = Fetched()
     for batch in batches:
-        rows = np.asarray(jax.device_get(predict(variables, frozen, batch).features), np.float32)
-        is_valid, batch_labels = jax.device_get(batches.whole((batch["is_valid"], batch["label"])))
-        features.append(rows[is_valid])
-        labels.append(batch_labels[is_valid])
-    stacked = np.concatenate(features)
-    return stacked / np.linalg.norm(stacked, axis=1, keepdims=True), np.concatenate(labels)
+        features = predict(variables, frozen, batch).features
+        found.add((features, *batches.whole((batch["label"], batch["is_valid"]))))
+        yield
+    return found
+
+
+def stack(found: Fetched) -> Labelled:
+    """Features [n, D] of unit length and labels [n] of the valid examples."""
+    features, labels, is_valid = (np.concatenate(parts) for parts in zip(*found.all(), strict=True))
+    features = features[is_valid].astype(np.float32)
+    return features / np.linalg.norm(features, axis=1, keepdims=True), labels[is_valid]
 
 
 def knn_predict(

@@ -1,6 +1,7 @@
 """ImageNet-C: error under each corruption and severity, its plain mean, and AlexNet-normalised mCE."""
 
 import dataclasses
+from collections.abc import Generator
 from pathlib import Path
 
 import jax
@@ -10,7 +11,7 @@ from tinymim_jax import config
 from tinymim_jax.config import Data, InputError
 from tinymim_jax.data import corruptions
 from tinymim_jax.data.corruptions import ALEXNET_ERROR
-from tinymim_jax.evals.base import Predict
+from tinymim_jax.evals.base import Finish, Predict
 from tinymim_jax.evals.classification import Classification
 from tinymim_jax.tasks.base import Frozen, Variables
 
@@ -30,12 +31,16 @@ class Corruptions:
                     config.Classification(data, batch_size=cfg.batch_size), mesh
                 )
 
-    def __call__(self, predict: Predict, variables: Variables, frozen: Frozen) -> dict[str, float]:
+    @property
+    def num_batches(self) -> int:
+        return sum(evaluator.num_batches for evaluator in self.evaluators.values())
+
+    def __call__(self, predict: Predict, variables: Variables, frozen: Frozen) -> Generator[None, None, Finish]:
         """One pass over the data for each corruption and severity."""
-        errors = {
-            key: 100 - evaluator(predict, variables, frozen)["top1"] for key, evaluator in self.evaluators.items()
-        }
-        return {**summarise(errors), **{f"{name}_{severity}": error for (name, severity), error in errors.items()}}
+        finish = {}
+        for key, evaluator in self.evaluators.items():
+            finish[key] = yield from evaluator(predict, variables, frozen)
+        return lambda: summarise({key: 100 - finish[key]()["top1"] for key in finish})
 
 
 def corrupted(cfg: config.Corruptions, name: str, severity: int) -> Data:
@@ -61,7 +66,7 @@ def check_stored(cfg: config.Corruptions) -> None:
 
 
 def summarise(errors: dict[tuple[str, int], float]) -> dict[str, float]:
-    """Errors in percent by (corruption, severity) -> each corruption's mean, their mean, and mCE.
+    """Errors in percent by (corruption, severity) -> these, each corruption's mean, their mean, and mCE.
 
     mCE is the mean over corruptions of the error over that of AlexNet on ImageNet, in percent: of a model of another
     data set it is a number to compare with nothing but itself.
@@ -69,4 +74,5 @@ def summarise(errors: dict[tuple[str, int], float]) -> dict[str, float]:
     names = dict.fromkeys(name for name, _ in errors)
     means = {name: float(np.mean([e for (n, _), e in errors.items() if n == name])) for name in names}
     mce = float(np.mean([error / ALEXNET_ERROR[name] for name, error in means.items()]))
-    return {**means, "mean_error": float(np.mean(list(means.values()))), "mce": mce}
+    single = {f"{name}_{severity}": error for (name, severity), error in errors.items()}
+    return {**means, "mean_error": float(np.mean(list(means.values()))), "mce": mce, **single}

@@ -5,8 +5,11 @@ from typing import Any, Protocol
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 
+from tinymim_jax import config
 from tinymim_jax.metrics import Mean
+from tinymim_jax.models import vit
 
 Params = Any  # nested dict of arrays
 Variables = Mapping[str, Any]  # {"params": Params, other collections}
@@ -52,3 +55,17 @@ class Task(Protocol):
 
     def flops_per_image(self) -> float:
         """Matmul FLOPs of one training step, for one image (`models.flops`)."""
+
+
+def encode(cfg: config.ViT, variables: Variables, images: jax.Array, block: int | None = None) -> Outputs:
+    """What evaluators read of the ViT `encoder` in `variables`, for normalised images [B, S, S, 3].
+
+    Features are the mean patch token, or CLS for a classifier on CLS: of the last block (normed if pool is "cls"), or
+    as they leave `block`, and then there are no logits.
+    """
+    encoder = {**variables, "params": variables["params"]["encoder"]}
+    out = vit.build(cfg).apply(encoder, images, capture=() if block is None else (block,))
+    tokens = (out.tokens if block is None else out.trace[block].out).astype(jnp.float32)
+    is_on_cls = cfg.num_classes and cfg.pool == "cls"
+    features = tokens[:, 0] if is_on_cls else tokens[:, vit.num_extra(cfg) :].mean(axis=1)
+    return Outputs(features, out.logits if block is None else None)

@@ -12,7 +12,7 @@ from tinymim_jax.data.device_augment import mix, normalize, random_erasing, to_f
 from tinymim_jax.metrics import Mean
 from tinymim_jax.models import flops, vit
 from tinymim_jax.objectives import losses
-from tinymim_jax.tasks.base import Aux, Batch, Frozen, Outputs, Params, Rngs, Variables
+from tinymim_jax.tasks.base import Aux, Batch, Frozen, Outputs, Params, Rngs, Variables, encode
 
 
 class Classify:
@@ -35,12 +35,13 @@ class Classify:
         return normalize(to_float(batch["image"]), self.data.mean, self.data.std)
 
     def _augmented(self, batch: Batch, rng: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Images erased, then mixed, with their soft labels [B, C]; one whose partner is unreadable stays itself."""
+        """Images erased, then mixed, with their soft labels [B, C]; one whose partner is unreadable keeps its label."""
         erase_rng, mix_rng = jax.random.split(rng)
+        if self.task.mix_prob and (self.task.mixup or self.task.cutmix):
+            both = {key: replace_by_partner(batch[key], batch["is_valid"]) for key in ("image", "label")}
+            batch = {**batch, **both}
         targets = losses.smooth_one_hot(batch["label"], self.cfg.num_classes, self.task.label_smoothing)
         images = random_erasing(erase_rng, self._clean(batch), self.task.erasing)
-        if self.task.mix_prob and (self.task.mixup or self.task.cutmix):
-            images, targets = (replace_by_partner(x, batch["is_valid"]) for x in (images, targets))
         return mix(mix_rng, images, targets, self.task)
 
     def loss(
@@ -72,13 +73,7 @@ class Classify:
         return losses.soft_distillation(logits, teacher, self.task.teacher.temperature)
 
     def predict(self, variables: Variables, frozen: Frozen, batch: Batch) -> Outputs:
-        """Features: mean patch token, or CLS, as the head pools."""
-        encoder = {**variables, "params": variables["params"]["encoder"]}
-        out = self.model.apply(encoder, self._clean(batch))
-        features = (
-            out.tokens[:, vit.num_extra(self.cfg) :].mean(axis=1) if self.cfg.pool == "mean" else out.tokens[:, 0]
-        )
-        return Outputs(features, out.logits)
+        return encode(self.cfg, variables, self._clean(batch))
 
     def flops_per_image(self) -> float:
         teacher = flops.forward(self.teacher_cfg) if self.teacher_cfg else 0.0

@@ -13,7 +13,7 @@ from tinymim_jax.models import flops, vit
 from tinymim_jax.models.layers import BlockTrace
 from tinymim_jax.objectives import relations
 from tinymim_jax.objectives.relation_kl import relation_kl
-from tinymim_jax.tasks.base import Aux, Batch, Frozen, Outputs, Params, Rngs, Variables
+from tinymim_jax.tasks.base import Aux, Batch, Frozen, Outputs, Params, Rngs, Variables, encode
 
 
 class Distill:
@@ -65,11 +65,9 @@ class Distill:
         return loss.value(), Aux({"loss": loss, **terms}, model_state)
 
     def predict(self, variables: Variables, frozen: Frozen, batch: Batch) -> Outputs:
-        """Features: mean patch token that enters the student's target block (of block 1: that leaves it)."""
+        """Features: those that enter the student's target block (of block 1: that leave it)."""
         block = max(self.task.student_block - 1, 1)
-        params = {"params": variables["params"]["encoder"]}
-        out = self.student.apply(params, self._views(batch, None)[0], capture=(block,))
-        return Outputs(out.trace[block].out[:, 1:].mean(axis=1))
+        return encode(self.student_cfg, variables, self._views(batch, None)[0], block)
 
     def flops_per_image(self) -> float:
         return (

@@ -7,10 +7,10 @@ import jax
 from tinymim_jax import config
 from tinymim_jax.data.device_augment import normalize, to_float
 from tinymim_jax.metrics import Mean
-from tinymim_jax.models import flops, mae, vit
+from tinymim_jax.models import flops, mae
 from tinymim_jax.models.layers import patchify
 from tinymim_jax.objectives import losses
-from tinymim_jax.tasks.base import Aux, Batch, Frozen, Outputs, Params, Rngs, Variables
+from tinymim_jax.tasks.base import Aux, Batch, Frozen, Outputs, Params, Rngs, Variables, encode
 
 
 class Mae:
@@ -49,9 +49,7 @@ class Mae:
         return loss.value(), Aux({"loss": loss}, model_state)
 
     def predict(self, variables: Variables, frozen: Frozen, batch: Batch) -> Outputs:
-        """Features: mean of the normed patch tokens of the whole image."""
-        encoder = {"params": variables["params"]["encoder"]}
-        return Outputs(vit.build(self.cfg).apply(encoder, self._images(batch)).tokens[:, 1:].mean(axis=1))
+        return encode(self.cfg, variables, self._images(batch))
 
     def flops_per_image(self) -> float:
         patches, dec = flops.num_tokens(self.cfg) - 1, self.task.decoder

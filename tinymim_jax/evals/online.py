@@ -1,0 +1,67 @@
+"""Evaluation beside the training: a batch of it after each step, the host's part in a thread."""
+
+import concurrent.futures
+from collections.abc import Callable, Generator, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from tinymim_jax.evals.base import Evaluator, Finish, Predict, together
+from tinymim_jax.tasks.base import Frozen, Variables
+
+
+class Online:
+    """One evaluation at a time, of a copy of the weights: training goes on and donates its own.
+
+    Devices get its batches from the training thread, between steps, in an order that is the same in every process.
+    """
+
+    def __init__(
+        self,
+        evaluators: Mapping[str, Evaluator],
+        predict: Predict,
+        frozen: Frozen,
+        write: Callable[[int, dict[str, float]], None],
+    ):
+        """`write` gets the step that an evaluation was started at, and its results."""
+        self.evaluators, self.predict, self.frozen, self.write = evaluators, predict, frozen, write
+        self.copy = jax.jit(lambda variables: jax.tree.map(jnp.copy, variables))
+        self.thread = concurrent.futures.ThreadPoolExecutor(1)
+        self.step = 0
+        self.running: Generator[None, None, Finish] | None = None
+        self.finishing: concurrent.futures.Future | None = None
+
+    def start(self, step: int, variables: Variables) -> None:
+        """Begins to evaluate the weights after `step`; first waits for the evaluation before."""
+        self.wait()
+        self.step = step
+        self.running = together(self.evaluators, self.predict, self.copy(variables), self.frozen)
+
+    def advance(self) -> None:
+        """One batch further, or, when all are done, a look whether the host is; raises what the evaluator raised."""
+        if self.running is not None:
+            try:
+                next(self.running)
+            except StopIteration as end:
+                self.running, self.finishing = None, self.thread.submit(end.value)
+        elif self.finishing is not None and self.finishing.done():
+            self._write()
+
+    def wait(self) -> None:
+        """Returns when the results of what was started are written."""
+        while self.running is not None:
+            self.advance()
+        if self.finishing is not None:
+            self._write()
+
+    def _write(self) -> None:
+        finishing, self.finishing = self.finishing, None
+        self.write(self.step, finishing.result())
+
+    def __enter__(self) -> "Online":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.running is not None:
+            self.running.close()
+        self.thread.shutdown()
