@@ -203,5 +203,5 @@ def test_a_summary_is_a_mean_and_its_standard_error():
 
 
 def test_a_workdir_that_cannot_be_written_to(chain):
-    with pytest.raises(InputError, match=r"/proc/gone cannot be written to \(.+\); choose another --workdir"):
+    with pytest.raises(InputError, match=r"/proc/gone cannot be written to \(.+\); choose another folder"):
         chain_lib.run_chain(chain, Path("/proc/gone"))

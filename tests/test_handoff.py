@@ -419,12 +419,3 @@ def test_what_does_not_fit_may_be_skipped_and_fresh():
     assert (list(report.moves), report.fresh, report.skipped) == (["a/b"], ["a/pos_embed"], ["a/pos_embed"])
     with pytest.raises(InputError, match="the two models differ in size"):
         handoff.match(target, source, Init("s", fresh=("a/.*",)))
-
-
-def test_half_trained_is_the_block_whose_queries_alone_were_trained():
-    model = config.ViT(24, 3, 2)
-    parts = [f"encoder/block{i}/{part}/kernel" for i in (1, 2, 3) for part in ("attn/qkv", "attn/proj", "mlp/fc1")]
-    assert handoff.half_trained(model, []) is None
-    assert handoff.half_trained(model, [parts[-2], parts[-1]]) == 3
-    assert handoff.half_trained(model, parts[4:]) == 2  # and nothing behind it
-    assert handoff.half_trained(model, parts) is None  # a linear probe's

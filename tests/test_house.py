@@ -9,12 +9,13 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "tinymim_jax"
 LAYERS = [
     ["serial", "stop"],
-    ["config"],
+    ["config", "distributed", "lock"],
     ["validate", "mesh", "metrics", "writer"],
     ["optim", "checkpoint", "recipes", "progress", "models", "objectives", "data"],
     ["handoff", "tasks"],
     ["plan", "evals", "bridge"],
-    ["train", "ready"],
+    ["step", "ready"],
+    ["train"],
     ["chain", "report", "evaluate"],
     ["commands"],
     ["__main__"],

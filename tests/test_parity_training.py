@@ -37,8 +37,8 @@ from tinymim_jax.config import Init, Run, Teacher, ViT
 from tinymim_jax.data import pipeline, sources
 from tinymim_jax.mesh import make_mesh
 from tinymim_jax.plan import Plan, make_plan
+from tinymim_jax.step import TrainState, make_train_step
 from tinymim_jax.tasks.base import STREAMS
-from tinymim_jax.train import TrainState, make_train_step
 
 KINDS = ("mae", "distill", "classify")
 STEPS, BATCH, IMAGES = 50, 8, 80  # ten steps an epoch
@@ -106,7 +106,7 @@ def pair(kind: str) -> Pair:
 def batches(count: int) -> list[dict[str, jax.Array]]:
     """Of the embedded digits."""
     mesh, source = make_mesh(config.Mesh()), sources.open_source(TRAIN)
-    return list(pipeline.train_batches(TRAIN, source, batch_size=BATCH, seed=0, start=0, stop=count, mesh=mesh))
+    return list(pipeline.train_batches(pipeline.train_rows(TRAIN, source, BATCH, 0), 0, count, mesh))
 
 
 def rngs_at(step: int) -> dict[str, jax.Array]:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinymim_jax.config import InputError
+from tinymim_jax.config import InputError, Run
 from tinymim_jax.metrics import Mean
 from tinymim_jax.progress import Progress
 
@@ -13,13 +13,15 @@ from tinymim_jax.progress import Progress
 class Lines(list):
     """A writer that keeps what it is given."""
 
+    active = True
+
     def write(self, step, scalars):
         self.append((step, scalars))
 
 
-def make_progress(saved=None, start=0):
+def make_progress(saved=None, start=0, **run):
     lines = Lines()
-    return Progress("tiny", lines, start=start, total=10, batch_size=4, saved=saved), lines
+    return Progress("tiny", lines, start=start, total=10, run=Run(batch_size=4, **run), saved=saved), lines
 
 
 def step_metrics(loss, count=4.0, **others):
@@ -129,13 +131,13 @@ def test_an_interrupted_run_writes_what_an_uninterrupted_one_does():
 
 def test_state_holds_the_last_averages():
     progress, _ = make_progress()
-    assert progress.state() == {"window": {}, "averages": {}, "bad_images": 0}
+    assert progress.state() == {"window": {}, "averages": {}, "totals": {"bad_images": 0}}
     progress.add(1, step_metrics(2.0))
     progress.log(1, {"lr": 0.5})
     progress.add(2, step_metrics(3.0, count=2.0))
     progress.collect()
     averages = {"loss": 0.5, "lr": 0.5, "bad_images": 0}
-    assert progress.state() == {"window": {"loss": [3.0, 2.0]}, "averages": averages, "bad_images": 0}
+    assert progress.state() == {"window": {"loss": [3.0, 2.0]}, "averages": averages, "totals": {"bad_images": 0}}
     resumed, _ = make_progress(progress.state(), start=2)
     assert resumed.averages == averages  # a run that was over has its results
     assert resumed.state() == progress.state()

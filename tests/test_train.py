@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import os
 import re
@@ -12,10 +11,10 @@ import numpy as np
 import pytest
 
 from tinymim_jax import checkpoint, handoff, train
-from tinymim_jax.config import Classify, InputError
-from tinymim_jax.plan import make_plan
+from tinymim_jax import step as step_lib
+from tinymim_jax.config import InputError
 from tinymim_jax.stop import Interrupted
-from tinymim_jax.train import create_state, make_train_step, run_stage
+from tinymim_jax.train import run_stage
 
 
 def run_chain_of(chain, workdir, mesh, names):
@@ -103,12 +102,100 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(chai
     stage.run.checkpoint_every = 1
     stage.optim.lr = 1e38
     with pytest.raises(
-        InputError, match=r"stage mae: the \w+ is not finite at step 3; the last good checkpoint is kept"
+        InputError, match=r"stage mae: the \w+ is not finite at step 3 .*; the last good checkpoint is kept"
     ):
         run_stage(stage, "mae", tmp_path, mesh)
     assert checkpoint.steps(tmp_path / "mae") == [2]
     assert_same_tree(checkpoint.read_model(tmp_path / "mae"), good)
     assert not handoff.finished(tmp_path / "mae")
+    (line,) = map(json.loads, (tmp_path / "mae" / "bad_steps.jsonl").read_text().splitlines())
+    assert (line["step"], len(line["records"])) == (3, 8) and line["records"][0].startswith("image ")
+
+
+def poison(monkeypatch, at):
+    """The loss of the steps `at` is not a number."""
+    from tinymim_jax.tasks.mae import Mae
+
+    loss = Mae.loss
+
+    def poisoned(self, params, model_state, frozen, batch, rngs, *, train):
+        value, aux = loss(self, params, model_state, frozen, batch, rngs, train=train)
+        factor = jnp.where(jnp.isin(batch["index"][0], at), jnp.nan, 1.0)
+        metrics = {name: m.replace(sum=m.sum * factor) for name, m in aux.metrics.items()}
+        return value * factor, aux.replace(metrics=metrics)
+
+    monkeypatch.setattr(Mae, "loss", poisoned)
+
+
+def test_an_update_that_is_not_finite_is_left_out(chain, mesh, tmp_path, monkeypatch, capfd):
+    stage = chain.stages["mae"]
+    runner = train.Runner(stage, "mae", tmp_path, mesh)
+    bad = int(runner.rows.numbers(1)[1][0])  # the first image of step 2
+    start = runner.start()[0]
+    poison(monkeypatch, jnp.array([bad]))
+    stage.run.on_nan, stage.run.checkpoint_every, stage.run.keep = "skip", 1, 4
+    results = run_stage(stage, "mae", tmp_path, mesh)
+    assert results["skipped"] == 1 and np.isfinite(results["loss"])
+    assert "the loss is not finite at step 2 (its images: " in capfd.readouterr().err
+    line = json.loads((tmp_path / "mae" / "bad_steps.jsonl").read_text())
+    assert line["not_finite"] == "loss" and line["records"][0] == runner.source.describe(bad)
+
+    def params(step):
+        shapes = jax.eval_shape(lambda: start)
+        with checkpoint.Checkpoints(tmp_path / "mae", 4) as checkpoints:
+            model, optimizer, _ = checkpoints.restore(step, *step_lib.items(shapes))
+        assert int(optimizer["step"]) == step
+        return model["params"]
+
+    assert_same_tree(params(1), params(2))
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), params(2), params(3))
+    assert any(jax.tree.leaves(changed))
+
+
+def test_updates_are_left_out_up_to_a_bound(chain, mesh, tmp_path, monkeypatch):
+    stage = chain.stages["mae"]
+    poison(monkeypatch, jnp.arange(40))
+    stage.run.on_nan, stage.run.max_skipped = "skip", 2
+    with pytest.raises(InputError, match=r"at step 3 .*, after 2 such updates were left out \(run\.max_skipped\)"):
+        run_stage(stage, "mae", tmp_path, mesh)
+    assert not handoff.finished(tmp_path / "mae")
+
+
+def damage(folder, step):
+    """One bit of the largest file of a checkpoint."""
+    path = max((folder / checkpoint.FOLDER / str(step) / "model").rglob("*"), key=lambda p: p.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_damaged_checkpoint_is_named_and_passed_over(chain, mesh, tmp_path, stop_at, capsys):
+    stage = chain.stages["mae"]
+    whole = run_stage(stage, "mae", tmp_path / "whole", mesh)
+    stop_at(3)
+    with pytest.raises(Interrupted):
+        run_stage(stage, "mae", tmp_path / "cut", mesh)
+    folder = tmp_path / "cut" / "mae"
+    assert checkpoint.steps(folder) == [2, 3]
+    damage(folder, 3)
+    assert run_stage(stage, "mae", tmp_path / "cut", mesh) == whole
+    out = capsys.readouterr().out
+    assert "the checkpoint of step 3 is damaged" in out and "resumed at step 2 of 4" in out
+    assert_same_tree(*[checkpoint.read_model(tmp_path / side / "mae") for side in ("whole", "cut")])
+
+    damage(folder, 4)  # of a finished stage: whoever reads it says so
+    with pytest.raises(InputError, match="mae: the checkpoint of step 4 is damaged"):
+        run_stage(chain.stages["distill"], "distill", tmp_path / "cut", mesh)
+
+
+def test_without_a_whole_checkpoint_the_user_decides(chain, mesh, tmp_path, stop_at):
+    stop_at(1)
+    with pytest.raises(Interrupted):
+        run_stage(chain.stages["mae"], "mae", tmp_path, mesh)
+    damage(tmp_path / "mae", 1)
+    with pytest.raises(InputError, match="step 1 is damaged .* there is no older one; delete .*mae to run the stage"):
+        run_stage(chain.stages["mae"], "mae", tmp_path, mesh)
+    assert checkpoint.steps(tmp_path / "mae") == [1]
 
 
 def test_labels_beyond_the_head_stop_the_run(chain, mesh, tmp_path):
@@ -116,75 +203,6 @@ def test_labels_beyond_the_head_stop_the_run(chain, mesh, tmp_path):
     stage.init, stage.model.num_classes = None, 4
     with pytest.raises(InputError, match=r"step 1 has labels that model\.num_classes leaves no output for"):
         run_stage(stage, "finetune", tmp_path, mesh)
-
-
-def batch_of(stage, n=8):
-    rng = np.random.default_rng(0)
-    size = stage.data.image_size
-    images = rng.integers(0, 256, (n, size, size, 3), np.uint8)
-    labels = rng.integers(0, 10, n).astype(np.int32)
-    return {"image": images, "label": labels, "is_valid": np.ones(n, bool), "index": np.arange(n, dtype=np.int32)}
-
-
-def plain_classify(chain, **optim):
-    stage = chain.stages["finetune"]
-    stage.init, stage.model.drop_path = None, 0.0
-    stage.task = Classify(mixup=0.0, cutmix=0.0, erasing=0.0)
-    stage.optim = dataclasses.replace(stage.optim, warmup_epochs=0, **optim)
-    return stage
-
-
-def one_step(stage, batch, steps=1):
-    plan = make_plan(stage, None, 40)
-    state = create_state(plan, jax.random.key(0))
-    step = jax.jit(make_train_step(plan))
-    for _ in range(steps):
-        state, metrics = step(state, {}, batch, jax.random.key(1))
-    return state, metrics
-
-
-def test_accumulation_gives_the_gradient_of_the_whole_batch(chain):
-    stage = plain_classify(chain)
-    batch = batch_of(stage)
-    whole, whole_metrics = one_step(stage, batch)
-    stage.optim.accum_steps = 4
-    parts, parts_metrics = one_step(stage, batch)
-    # Adam's first step divides by |gradient|: compare its moments, which hold the gradient itself.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-7), whole.opt_state, parts.opt_state)
-    assert float(parts_metrics["loss"].count) == 8
-    np.testing.assert_allclose(parts_metrics["loss"].value(), whole_metrics["loss"].value(), rtol=1e-5)
-
-
-def test_accumulation_weighs_micro_batches_by_their_valid_images(chain):
-    stage = plain_classify(chain)
-    batch = batch_of(stage)
-    batch["is_valid"][[0, 4]] = False  # both in the first of four micro-batches
-    whole, _ = one_step(stage, batch)
-    stage.optim.accum_steps = 4
-    parts, _ = one_step(stage, batch)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-7), whole.opt_state, parts.opt_state)
-
-
-def test_ema_follows_the_weights(chain):
-    stage = plain_classify(chain, ema=0.9)
-    plan = make_plan(stage, None, 40)
-    start = create_state(plan, jax.random.key(0)).params
-    state, _ = one_step(stage, batch_of(stage), steps=1)
-    expected = jax.tree.map(lambda old, new: 0.9 * np.float64(old) + 0.1 * np.float64(new), start, state.params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), state.ema, expected)
-    assert one_step(plain_classify(chain, ema=None), batch_of(stage))[0].ema == {}
-
-
-def test_frozen_and_untrained_parameters_keep_their_values(chain, mesh, tmp_path):
-    chain.stages["mae"].optim.freeze = ("encoder/block1/.*",)
-    stage = chain.stages["mae"]
-    plan = make_plan(stage, None, 40)
-    start = handoff.flatten(create_state(plan, jax.random.key(0)).params)
-    state, _ = one_step(stage, batch_of(stage), steps=3)
-    for name, value in handoff.flatten(state.params).items():
-        moved = bool(jnp.any(value != start[name]))
-        # A zero gradient in the first steps would leave a bias of keys where it is; nothing else may stay.
-        assert moved == (name not in plan.untrained()), name
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(chain, mesh, tmp_path):
@@ -235,7 +253,7 @@ def test_there_is_one_loop_and_one_place_that_takes_gradients():
         word: [p.name for p in sorted(package.rglob("*.py")) if re.search(word, p.read_text())]
         for word in (r"StepTraceAnnotation", r"jax\.(value_and_)?grad\(")
     }
-    assert found == {r"StepTraceAnnotation": ["train.py"], r"jax\.(value_and_)?grad\(": ["train.py"]}
+    assert found == {r"StepTraceAnnotation": ["train.py"], r"jax\.(value_and_)?grad\(": ["step.py"]}
 
 
 FOUR_DEVICES = """

@@ -6,6 +6,7 @@ import sys
 import absl.logging
 
 from tinymim_jax.config import InputError
+from tinymim_jax.stop import INTERRUPTED, Interrupted
 
 COMMANDS = {
     "run": "run a chain of stages, or go on with it",
@@ -19,7 +20,7 @@ COMMANDS = {
 
 
 def main(argv: list[str]) -> int:
-    """Runs one command; the exit status: 0, 2 on bad input, 130 after an interruption."""
+    """Runs one command; the exit status: 0, 2 on bad input, 130 after Ctrl-C, 75 after SIGTERM: run me again."""
     if not argv or argv[0] in ("-h", "--help"):
         lines = [f"  {name:8} {text}" for name, text in COMMANDS.items()]
         print("\n".join(["usage: python -m tinymim_jax COMMAND ...", "", *lines, "", "COMMAND --help says more."]))
@@ -34,7 +35,7 @@ def main(argv: list[str]) -> int:
         return 2
     except KeyboardInterrupt as stop:
         print(f"interrupted: {stop}" if str(stop) else "interrupted", file=sys.stderr)
-        return 130
+        return stop.status if isinstance(stop, Interrupted) else INTERRUPTED
     return 0
 
 

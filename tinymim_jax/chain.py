@@ -9,18 +9,28 @@ from typing import Any
 
 import jax
 
-from tinymim_jax import checkpoint, config, handoff, optim
+from tinymim_jax import checkpoint, config, distributed, handoff, optim
 from tinymim_jax.config import Config, InputError, Stage
 from tinymim_jax.data import sources
+from tinymim_jax.lock import Lock
 from tinymim_jax.mesh import make_mesh
 from tinymim_jax.models import vit
 from tinymim_jax.plan import Plan, make_plan, teacher_init
 from tinymim_jax.ready import check_ready, check_writable, convert_sources, data_sets, foreign, read_foreign
 from tinymim_jax.stop import StopRequest
-from tinymim_jax.train import run_stage, write_json
+from tinymim_jax.train import run_stage
+from tinymim_jax.writer import write_json
 
 # What an unfinished stage may be given anew: the ways out that error messages name.
-MENDABLE_FIELDS = ("optim.lr", "optim.clip_norm", "data.on_bad_image", "model.remat", "run.eval_every")
+MENDABLE_FIELDS = (
+    "optim.lr",
+    "optim.clip_norm",
+    "data.on_bad_image",
+    "model.remat",
+    "run.eval_every",
+    "run.on_nan",
+    "run.max_skipped",
+)
 
 
 def run_chain(cfg: Config, workdir: Path, only: str | None = None, stop: StopRequest | None = None) -> dict[str, Any]:
@@ -29,17 +39,19 @@ def run_chain(cfg: Config, workdir: Path, only: str | None = None, stop: StopReq
     Raises InputError for bad input, a finished stage whose config was edited among it, before any stage runs, and
     Interrupted when `stop` asks for it.
     """
-    with contextlib.nullcontext(stop) if stop else StopRequest() as stop:
+    with contextlib.ExitStack() as stack:
+        stop = stop or stack.enter_context(StopRequest())
         mesh = make_mesh(cfg.mesh)
         describe_chain(cfg, workdir, only)  # what is wrong with a later stage is said now
-        stop.check("before anything ran")
+        _check_stop(stop)
         names = list(cfg.stages) if only is None else [only]
         to_run = [name for name in names if not handoff.finished(workdir / name)]
         for name in to_run:
             check_ready(cfg, name, workdir, mesh, to_run)
-        check_writable(workdir)
-        stop.check("before anything ran")
-        convert_sources(cfg, to_run, workdir)
+        distributed.on_first(lambda: check_workdir(cfg, workdir))
+        distributed.on_first(lambda: stack.enter_context(Lock(workdir)))
+        _check_stop(stop)
+        distributed.on_first(lambda: convert_sources(cfg, to_run, workdir))
         for name in names:
             if name in to_run:
                 run_stage(cfg.stages[name], name, workdir, mesh, stop)
@@ -48,6 +60,24 @@ def run_chain(cfg: Config, workdir: Path, only: str | None = None, stop: StopReq
     results = collect(cfg, workdir)
     write_json(workdir / "results.json", results)
     return results
+
+
+def _check_stop(stop: StopRequest) -> None:
+    stop.asked = distributed.agreed(stop.asked)
+    stop.check("before anything ran")
+
+
+def check_workdir(cfg: Config, workdir: Path) -> None:
+    """Makes the folder and notes whose it is; raises InputError if that is another experiment's, or it is read-only."""
+    file = workdir / "chain.json"
+    owner = json.loads(file.read_text())["name"] if file.is_file() else cfg.name
+    if owner != cfg.name:
+        raise InputError(
+            f"{workdir} belongs to the experiment {owner!r}, and this is {cfg.name!r}; choose another --workdir"
+        )
+    check_writable(workdir)
+    if not file.is_file():
+        write_json(file, {"name": cfg.name})
 
 
 def check_stage_name(cfg: Config, name: str | None) -> None:
@@ -125,7 +155,7 @@ def _describe_stage(cfg: Config, name: str, workdir: Path, plans: dict[str, Plan
     stage = cfg.stages[name]
     init, teacher = teacher_init(stage), teacher_model(cfg, name, workdir)
     plan = make_plan(stage, teacher, stage.data.num_examples or len(sources.open_source(stage.data)))
-    lines = [_length(plan), _model(plan), _optimizer(plan), *_data(stage)]
+    lines = [_length(plan), _model(plan), _optimizer(plan), *_data(stage), *_evals(stage)]
     if init:
         spec, frozen = stage.task.teacher, handoff.shapes(plan.frozen)
         report = handoff.match(frozen, _source(init, workdir, plans)[0], handoff.for_teacher(init))
@@ -167,7 +197,10 @@ def _source(init: config.Init, workdir: Path, plans: dict[str, Plan]) -> tuple[h
         converted = read_foreign(path)
         return handoff.shapes(converted.params), converted.untrained
     folder = handoff.source_folder(init, workdir)
-    return handoff.shapes(checkpoint.model_shapes(folder)["params"]), handoff.read_untrained(folder)
+    untrained = handoff.read_untrained(folder)  # says best what is wrong with the folder
+    if not handoff.finished(folder):
+        raise InputError(f"{folder} has no finished stage: run that stage to its end first")
+    return handoff.shapes(checkpoint.model_shapes(folder)["params"]), untrained
 
 
 def _foreign_lines(stage: Stage, init: config.Init, workdir: Path) -> list[str]:
@@ -213,6 +246,13 @@ def _data(stage: Stage) -> dict[str, str]:
     return lines
 
 
+def _evals(stage: Stage) -> list[str]:
+    """What is measured, and when."""
+    kinds = ", ".join(f"{name} ({cfg.kind})" for name, cfg in stage.evals.items())
+    when = f"every {stage.run.eval_every} steps and at the end" if stage.run.eval_every else "at the end"
+    return [f"evals, {when}: {kinds}"] if kinds else []
+
+
 def _model(plan: Plan) -> str:
     m = plan.stage.model
     sizes = {key: math.prod(leaf.shape) for key, leaf in handoff.flatten(plan.params).items()}
@@ -228,9 +268,11 @@ def _optimizer(plan: Plan) -> str:
     o, batch = plan.stage.optim, plan.stage.run.batch_size
     scaling = f" ({o.lr:g} x {batch} / {o.lr_batch})" if o.lr_batch else ""
     layers = f", layer decay {o.layer_decay:g}" if o.layer_decay != 1 else ""
+    own = f"betas {o.b1:g} {o.b2:g}" if o.name == "adamw" else f"momentum {o.momentum:g}"
     return (
-        f"optimiser: lr {optim.peak_lr(o, batch):g}{scaling}, warm-up {o.warmup_epochs:g} epochs, min lr {o.min_lr:g},"
-        f" weight decay {o.weight_decay:g}, betas {o.b1:g} {o.b2:g}{layers}"
+        f"optimiser: {o.name}, lr {optim.peak_lr(o, batch):g}{scaling}, warm-up {o.warmup_epochs:g} epochs,"
+        f" min lr {o.min_lr:g},"
+        f" weight decay {o.weight_decay:g}, {own}{layers}"
     )
 
 

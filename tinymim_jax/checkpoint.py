@@ -6,10 +6,15 @@ and, with the stage's seed, the source of every random number.
 """
 
 import contextlib
+import gc
+import logging
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -17,6 +22,8 @@ from etils import epath
 from tinymim_jax.config import InputError
 
 FOLDER = "checkpoints"
+DAMAGED = ".damaged"  # what a checkpoint's name ends in once it could not be read
+SUMS = "sums"  # of the items, beside the log
 
 
 class Checkpoints:
@@ -24,38 +31,129 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        self.folder = folder
         self.manager = ocp.CheckpointManager((folder / FOLDER).absolute(), options=options)
 
     def save(self, step: int, model: dict[str, Any], optim: dict[str, Any], log: dict[str, Any]) -> None:
-        """Starts writing; does nothing if `step` is there already."""
-        items = {"model": ocp.args.StandardSave(model), "optim": ocp.args.StandardSave(optim)}
-        self.manager.save(step, args=ocp.args.Composite(**items, log=ocp.args.JsonSave(log)))
+        """Starts writing; does nothing if `step` is there already. Raises InputError if an earlier one failed."""
+        items = {"model": model, "optim": optim}
+        sums = {name: jax.device_get(_device_sums(item)) for name, item in items.items()}
+        log = {**log, SUMS: {name: [int(value) for value in values] for name, values in sums.items()}}
+        args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+        with self._writing():
+            self.manager.save(step, args=ocp.args.Composite(**args, log=ocp.args.JsonSave(log)))
 
     def restore(self, step: int, model: Any, optim: Any) -> tuple[Any, Any, dict[str, Any]]:
-        """(model, optim, log) of `step`, in the shapes and shardings of the given `jax.ShapeDtypeStruct` trees."""
+        """(model, optim, log) of `step`, in the shapes and shardings of the given `jax.ShapeDtypeStruct` trees.
+
+        Raises InputError if it is damaged.
+        """
         items = {"model": ocp.args.StandardRestore(model), "optim": ocp.args.StandardRestore(optim)}
-        restored = self.manager.restore(step, args=ocp.args.Composite(**items, log=ocp.args.JsonRestore()))
-        return restored.model, restored.optim, restored.log
+        with reading(self.folder, step):
+            restored = self.manager.restore(step, args=ocp.args.Composite(**items, log=ocp.args.JsonRestore()))
+            log = dict(restored.log)
+            for name, saved in log.pop(SUMS, {}).items():
+                _compare(jax.device_get(_device_sums(restored[name])), saved)
+        return restored.model, restored.optim, log
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.wait()
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        with contextlib.suppress(InputError) if kind else contextlib.nullcontext():  # the first error is the cause
+            self.wait()
         self.manager.close()
 
     def wait(self) -> None:
-        """Returns when everything is written."""
-        self.manager.wait_until_finished()
+        """Returns when everything is written; raises InputError if something could not be."""
+        with self._writing():
+            self.manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # tensorstore and orbax raise ValueError, OSError, RuntimeError and their own
+            whole = steps(self.folder)
+            kept = f"that of step {whole[-1]} is kept" if whole else "there is none before it"
+            raise InputError(
+                f"{self.folder}: a checkpoint could not be written ({_reason(error)}); {kept}: make room or mend the"
+                " storage, and run the same command again"
+            ) from error
+
+
+@contextlib.contextmanager
+def reading(folder: Path, step: int) -> Iterator[None]:
+    """Turns whatever reading the checkpoint of `step` raises into one InputError."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError):
+        raise  # no fault of the file
+    except Exception as error:  # any, as in writing
+        with _silence():
+            raise InputError(f"{folder}: the checkpoint of step {step} is damaged ({_reason(error)})") from None
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """What a failed read leaves behind complains when it is collected: now, and unheard."""
+    hook, log = sys.unraisablehook, logging.getLogger("asyncio")
+    was_off = log.disabled
+    sys.unraisablehook, log.disabled = lambda _: None, True
+    try:
+        yield
+    finally:
+        gc.collect()
+        sys.unraisablehook, log.disabled = hook, was_off
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__
+
+
+def set_aside(folder: Path, step: int) -> None:
+    """Renames the checkpoint of `step`, so that it is neither read nor in the way."""
+    path = folder / FOLDER / str(step)
+    target = path.with_name(f"{step}{DAMAGED}")
+    if target.exists():
+        epath.Path(target).rmtree()
+    path.rename(target)
+
+
+def sums(tree: Any, xp: Any = np) -> list[Any]:
+    """For each leaf, the sum of its values' bits as whole numbers, mod 2^32: the same however it is split."""
+
+    def one(leaf: Any) -> Any:
+        leaf = xp.asarray(leaf)
+        kind = xp.dtype(f"uint{8 * leaf.dtype.itemsize}") if leaf.dtype != bool else None
+        bits = leaf.astype(xp.uint32) if kind is None else leaf.view(kind)
+        return xp.sum(bits, dtype=xp.uint32)
+
+    return [one(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+@jax.jit
+def _device_sums(tree: Any) -> list[jax.Array]:
+    return sums(tree, jnp)
+
+
+def _compare(found: list[Any], saved: list[int]) -> None:
+    if [int(value) for value in found] != saved:
+        raise ValueError("its values are not those that were saved")
 
 
 def save_model(folder: Path, params: Any) -> None:
     """Writes `params` alone as the checkpoint of step 0 under `folder`."""
     model = {"params": params, "model_state": {}, "ema": {}}
-    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+    alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="convert")
+    options = ocp.CheckpointManagerOptions(
+        enable_async_checkpointing=False, multiprocessing_options=alone, create=False
+    )
     # A file for each array: orbax's database of all of them takes twice their size in memory while it is written.
     handlers = {"model": ocp.StandardCheckpointHandler(use_ocdbt=False)}
     path = (folder / FOLDER).absolute()
+    path.mkdir(parents=True, exist_ok=True)
     with contextlib.closing(ocp.CheckpointManager(path, options=options, item_handlers=handlers)) as manager:
         manager.save(0, args=ocp.args.Composite(model=ocp.args.StandardSave(model)))
 
@@ -68,11 +166,18 @@ def model_shapes(folder: Path) -> dict[str, Any]:
 
 
 def read_model(folder: Path) -> dict[str, Any]:
-    """The newest checkpoint's `model` item under stage folder `folder`, as numpy arrays."""
-    # Restoring into numpy asks nothing of the devices it was written on.
-    target = jax.tree.map(lambda s: np.empty(s.shape, s.dtype), model_shapes(folder))
-    with contextlib.closing(ocp.StandardCheckpointHandler()) as reader:
-        return reader.restore(_newest(folder) / "model", args=ocp.args.StandardRestore(target))
+    """The newest checkpoint's `model` item under stage folder `folder`, as numpy arrays; InputError if damaged."""
+    path = _newest(folder)
+    with reading(folder, int(path.name)):
+        # Restoring into numpy asks nothing of the devices it was written on.
+        target = jax.tree.map(lambda s: np.empty(s.shape, s.dtype), model_shapes(folder))
+        with contextlib.closing(ocp.StandardCheckpointHandler()) as reader:
+            model = reader.restore(path / "model", args=ocp.args.StandardRestore(target))
+        if (path / "log").exists():  # not of a converted checkpoint
+            with contextlib.closing(ocp.JsonCheckpointHandler()) as reader:
+                log = reader.restore(path / "log", args=ocp.args.JsonRestore())
+            _compare(sums(model), log.get(SUMS, {}).get("model", [int(v) for v in sums(model)]))
+    return model
 
 
 def steps(folder: Path) -> list[int]:

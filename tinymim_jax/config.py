@@ -178,6 +178,8 @@ class Run:
     checkpoint_every: int = 1000  # steps
     eval_every: int = 0  # steps; 0: at the end only
     keep: int = 2  # checkpoints
+    on_nan: Literal["stop", "skip"] = "stop"  # a loss or gradient that is not finite; skip: leave out the update
+    max_skipped: int = 10  # updates of the stage; one more stops it
 
 
 @dataclasses.dataclass

@@ -20,6 +20,7 @@ from tinymim_jax.config import Init, InputError
 from tinymim_jax.models import posembed, vit
 from tinymim_jax.optim import matches
 
+FORMAT = 1  # of stage.json and of what stands beside it
 WEIGHTS = (".safetensors", ".pth", ".pt", ".tar", ".bin", ".ckpt")  # how names of weight files end
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -242,16 +243,6 @@ def read_untrained(folder: Path) -> list[str]:
     return _stage_json(folder)["untrained"]
 
 
-def half_trained(model: config.ViT, untrained: Sequence[str]) -> int | None:
-    """The first block of which only norm1 and q, k, v were trained, as distillation leaves it; None if none is."""
-
-    def is_frozen(block: int, part: str) -> bool:
-        return any(key.startswith(f"encoder/block{block}/{part}/") for key in untrained)
-
-    blocks = range(1, model.depth + 1)
-    return next((i for i in blocks if is_frozen(i, "mlp") and not is_frozen(i, "attn/qkv")), None)
-
-
 def _stage_json(folder: Path) -> dict[str, Any]:
     file = folder / "stage.json"
     if not folder.exists():
@@ -267,9 +258,16 @@ def _stage_json(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder} is not the folder of a stage: {advice}")
     try:
         content = json.loads(file.read_text())
+        if content.get("format", FORMAT) > FORMAT:
+            raise InputError(
+                f"{folder} was written by a newer tinymim_jax (format {content['format']}, this one reads {FORMAT});"
+                " update it"
+            )
         if ("stage" in content or "converted" in content) and isinstance(content["untrained"], list):
             return content
-    except (ValueError, KeyError, TypeError):
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError):
         pass
     raise InputError(f"{file} is damaged; run its stage again")
 

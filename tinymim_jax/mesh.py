@@ -51,6 +51,20 @@ def state_sharding(mesh: jax.sharding.Mesh, tree: Any) -> Any:
     return jax.tree.map(rule, tree)
 
 
+def put_tree(tree: Any, shardings: Any) -> Any:
+    """Arrays that every process holds whole -> global arrays; each device gets its part."""
+
+    def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+        return jax.make_array_from_callback(np.shape(leaf), sharding, lambda index: np.asarray(leaf)[index])
+
+    return jax.tree.map(put, tree, shardings)
+
+
+def get_tree(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Global arrays -> numpy, whole in every process."""
+    return jax.device_get(jax.jit(lambda arrays: arrays, out_shardings=replicated(mesh))(tree))
+
+
 def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
     """This process's rows of a batch -> global arrays; raises InputError if the devices do not divide it."""
     sharding = batch_sharding(mesh)

@@ -3,18 +3,21 @@
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import tqdm
 
 from tinymim_jax import metrics
-from tinymim_jax.config import InputError
+from tinymim_jax.config import InputError, Run
 from tinymim_jax.metrics import Mean
 from tinymim_jax.writer import Writer
 
 BAD_IMAGES = "bad_images"  # of a step: how many could not be read; written as a total
+SKIPPED = "skipped"  # updates left out because they were not finite; a total
+STOP = "stop"  # of a step: rows whose process was asked to stop
+FINITE = ("loss", "grad_norm", "param_norm")  # what an update must be to be made
 STEPS_AHEAD = 3  # dispatched and unfinished: enough to keep a device busy, few enough to hold few batches
 
 
@@ -24,21 +27,34 @@ class Progress:
     `state()` goes into the checkpoint, so that averages do not depend on where a run was interrupted.
     """
 
-    def __init__(self, name: str, writer: Writer, *, start: int, total: int, batch_size: int, saved: dict | None):
-        saved = saved or {"window": {}, "averages": {}, "bad_images": 0}
-        self.bad_images = saved["bad_images"]
+    def __init__(
+        self,
+        name: str,
+        writer: Writer,
+        *,
+        start: int,
+        total: int,
+        run: Run,
+        saved: dict | None,
+        note: Callable[[int, str], str] = lambda step, what: "",
+    ):
+        """`note` writes down what a step that is not finite was given, and returns where."""
+        saved = saved or {"window": {}, "averages": {}, "totals": {}}
+        self.totals = {BAD_IMAGES: 0, **saved["totals"]}
+        self.run, self.note, self.is_asked = run, note, False
         self.window = {key: Mean(*sum_count) for key, sum_count in saved["window"].items()}
         self.averages: dict[str, float] = saved["averages"]
-        self.name, self.writer, self.batch_size = name, writer, batch_size
+        self.name, self.writer, self.batch_size = name, writer, run.batch_size
         self.pending: list[tuple[int, dict[str, Mean]]] = []
         self.waited, self.since, self.images = 0.0, time.perf_counter(), 0
         self.bar = tqdm.tqdm(
             desc=name,
-            initial=start * batch_size,
-            total=total * batch_size,
+            initial=start * run.batch_size,
+            total=total * run.batch_size,
             unit="img",
             unit_scale=True,
             mininterval=0.1 if sys.stderr.isatty() else 10,
+            disable=not writer.active,
         )
 
     def next_batch(self, batches: Iterator[Any]) -> Any:
@@ -52,41 +68,70 @@ class Progress:
         """Takes step `step`'s metrics, still on the device."""
         self.pending.append((step, step_metrics))
         if len(self.pending) > STEPS_AHEAD:
-            jax.block_until_ready(self.pending[-1 - STEPS_AHEAD])
+            finished = jax.block_until_ready(self.pending[-1 - STEPS_AHEAD][1])
+            if jax.process_count() > 1:
+                self._hear(finished)
         self.images += self.batch_size
         self.bar.update(self.batch_size)
 
+    def _hear(self, values: dict[str, Mean]) -> None:
+        """Learns whether any process had been asked to stop when it read this step's batch."""
+        self.is_asked = self.is_asked or bool(STOP in values and values[STOP].sum)
+
     def collect(self) -> None:
-        """Fetches what is pending; raises InputError at the first loss, gradient or weights that are not finite."""
+        """Fetches what is pending; raises InputError at a loss, gradient or weights that are not finite.
+
+        Where `run.on_nan` is skip, the step has left out that update, and it is only counted, up to `run.max_skipped`.
+        """
         for step, values in jax.device_get(self.pending):
-            bad = [k for k in ("loss", "grad_norm", "param_norm") if k in values and not math.isfinite(values[k].sum)]
+            self._hear(values)
+            floats = {key: Mean(float(m.sum), float(m.count)) for key, m in values.items() if key != STOP}
+            self.totals[BAD_IMAGES] += int(floats.pop(BAD_IMAGES, Mean(0, 1)).sum)
+            if beyond := floats.get("labels_beyond_head"):
+                self._check_labels(step, beyond)
+            bad = [k for k in FINITE if k in floats and not math.isfinite(floats[k].sum)]
             if bad:
-                raise InputError(
-                    f"stage {self.name}: the {bad[0]} is not finite at step {step}; the last good checkpoint is kept:"
-                    " lower optim.lr or set optim.clip_norm, and run again"
-                )
-            if "labels_beyond_head" in values and values["labels_beyond_head"].sum:
-                raise InputError(
-                    f"stage {self.name}: step {step} has labels that model.num_classes leaves no output for;"
-                    " set it to the number of classes of the data"
-                )
-            floats = {key: Mean(float(m.sum), float(m.count)) for key, m in values.items()}
-            self.bad_images += int(floats.pop(BAD_IMAGES, Mean(0, 1)).sum)
-            self.window = metrics.merge([self.window, floats])
+                self._skip(step, bad[0])
+            else:
+                self.window = metrics.merge([self.window, floats])
         self.pending.clear()
+
+    def _check_labels(self, step: int, beyond: Mean) -> None:
+        if beyond.sum:
+            raise InputError(
+                f"stage {self.name}: step {step} has labels that model.num_classes leaves no output for;"
+                " set it to the number of classes of the data"
+            )
+
+    def _skip(self, step: int, what: str) -> None:
+        where = self.note(step, what)
+        told = f"stage {self.name}: the {what} is not finite at step {step}{where}"
+        if self.run.on_nan == "stop":
+            raise InputError(
+                f"{told}; the last good checkpoint is kept: lower optim.lr, set optim.clip_norm, or leave such updates"
+                " out with run.on_nan=skip, and run again"
+            )
+        self.totals[SKIPPED] = self.totals.get(SKIPPED, 0) + 1
+        if self.totals[SKIPPED] > self.run.max_skipped:
+            raise InputError(
+                f"{told}, after {self.run.max_skipped} such updates were left out (run.max_skipped); the last good"
+                " checkpoint is kept: lower optim.lr or set optim.clip_norm, and run again"
+            )
+        self.bar.write(f"{told}; its update is left out", file=sys.stderr)
 
     def log(self, step: int, extra: dict[str, float]) -> None:
         """Writes the averages since the last call, `extra`, images/s and the share of time spent waiting for data."""
         self.collect()
         seconds = time.perf_counter() - self.since
-        self.averages = {**metrics.to_floats(self.window), **extra, BAD_IMAGES: self.bad_images}
+        self.averages = {**metrics.to_floats(self.window), **extra, **self.totals}
         speed = {"images_per_s": self.images / seconds, "data_wait": self.waited / seconds}
         self.writer.write(step, {**self.averages, **speed})
-        self.bar.set_postfix(loss=f"{self.averages['loss']:.4g}", refresh=False)
+        if "loss" in self.averages:  # not if every update was left out
+            self.bar.set_postfix(loss=f"{self.averages['loss']:.4g}", refresh=False)
         self.window = {}
         self.waited, self.since, self.images = 0.0, time.perf_counter(), 0
 
     def state(self) -> dict[str, Any]:
         """The unfinished averages, as JSON types."""
         window = {key: [m.sum, m.count] for key, m in self.window.items()}
-        return {"window": window, "averages": self.averages, "bad_images": self.bad_images}
+        return {"window": window, "averages": self.averages, "totals": self.totals}

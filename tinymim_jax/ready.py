@@ -11,6 +11,7 @@ from tinymim_jax import config, handoff
 from tinymim_jax.bridge import convert
 from tinymim_jax.config import Config, InputError, Stage
 from tinymim_jax.data import sources
+from tinymim_jax.evals import make_evaluator
 from tinymim_jax.mesh import check_batch
 
 PROBES = (config.Knn, config.Logistic)  # evals that compare the labels of two sets
@@ -26,8 +27,9 @@ def check_ready(cfg: Config, name: str, workdir: Path, mesh: jax.sharding.Mesh, 
             if init.stage not in to_run and not handoff.finished(folder) and not foreign(init, workdir):
                 raise InputError(f"takes weights from {folder}, which has no finished stage: run that stage first")
             check_pixels(stage, init, workdir)
-        for data in data_sets(stage):
-            sources.open_source(data)
+        sources.open_source(stage.data)
+        for cfg_eval in stage.evals.values():
+            make_evaluator(cfg_eval, mesh)
         check_classes(stage)
     except InputError as error:
         raise InputError(f"stage {name}: {error}") from None
@@ -56,13 +58,18 @@ def check_classes(stage: Stage) -> None:
     if isinstance(stage.task, config.Classify):
         pairs += [(stage.data, cfg.data) for cfg in stage.evals.values() if _has_the_same_classes(cfg)]
         names = sources.open_source(stage.data).classes or ()
-        if len(names) > stage.model.num_classes:
+        if names and len(names) != stage.model.num_classes:
             raise InputError(f"data has {len(names)} classes; set model.num_classes, now {stage.model.num_classes}")
     for pair in pairs:
-        first, second = (sources.open_source(data).classes for data in pair)
-        if first is not None and second is not None and (odd := sorted(set(first) ^ set(second))):
-            where = " and ".join(f"{data.path}/{data.split}" for data in pair)
-            raise InputError(f"data: {where} differ in their classes ({odd[0]}); both need the same")
+        check_same_classes(*pair)
+
+
+def check_same_classes(*pair: config.Data) -> None:
+    """Raises InputError if two sets differ in the names of their classes, as far as they have any."""
+    first, second = (sources.open_source(data).classes for data in pair)
+    if first is not None and second is not None and (odd := sorted(set(first) ^ set(second))):
+        where = " and ".join(f"{data.path}/{data.split}" for data in pair)
+        raise InputError(f"data: {where} differ in their classes ({odd[0]}); both need the same")
 
 
 def _has_the_same_classes(cfg: config.Eval) -> bool:
@@ -78,7 +85,7 @@ def check_writable(workdir: Path) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=workdir).close()
     except OSError as error:
-        raise InputError(f"{workdir} cannot be written to ({error.strerror}); choose another --workdir") from None
+        raise InputError(f"{workdir} cannot be written to ({error.strerror}); choose another folder") from None
 
 
 def convert_sources(cfg: Config, to_run: list[str], workdir: Path) -> None:

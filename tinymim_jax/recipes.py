@@ -34,6 +34,8 @@ LAST_BLOCK_HEADS = {"tiny": 12, "small": 12, "base": 16}  # of the student: thos
 TEACHER_BLOCK = {"large": 18, "base": 12, "small": 12}  # target block (Table 10)
 FINETUNE_SKIP = ("encoder/norm/.*", "decoder/.*")  # of the source: a mean-pooling classifier has neither
 FINETUNE_FRESH = ("encoder/(fc_norm|head)/.*",)  # of the classifier: new in fine-tuning
+# A source that was fine-tuned on other classes: its head goes, whether it would fit or not.
+OLD_HEAD = {"rename": {"encoder/(fc_norm|head|head_dist)/": r"old/\1/"}, "skip": "encoder/(fc_norm|head|head_dist)/.*"}
 
 
 def options(arg: str, **defaults: bool | str) -> dict[str, Any]:
@@ -49,14 +51,14 @@ def options(arg: str, **defaults: bool | str) -> dict[str, Any]:
 
 
 def choose(table: dict[str, Any], size: str) -> Any:
-    """table[size]; raises ValueError that lists the names."""
+    """table[size]; raises InputError that lists the names."""
     if size not in table:
-        raise ValueError(f"unknown size {size!r}; choose one of {', '.join(table)}")
+        raise InputError(f"unknown size {size!r}; choose one of {', '.join(table)}")
     return table[size]
 
 
 def vit(size: str, **overrides: Any) -> ViT:
-    """A ViT of a named size; raises ValueError that lists the names."""
+    """A ViT of a named size; raises InputError that lists the names."""
     return ViT(**{**choose(SIZES, size), **overrides})
 
 
@@ -72,12 +74,12 @@ def imagenet(train: bool, path: str = "", **overrides: Any) -> Data:
     return Data(**{**where, "num_examples": size, "transform": transform, "threads": 16, **overrides})
 
 
-# Small data sets: tfds' name, its splits to train and to test on, classes.
+# Small data sets: tfds' name, its splits to train and to test on with their sizes, classes.
 SMALL_SETS = {
-    "cifar10": ("cifar10", "train", "test", 10),
-    "cifar100": ("cifar100", "train", "test", 100),
-    "flowers": ("oxford_flowers102", "train+validation", "test", 102),
-    "pets": ("oxford_iiit_pet", "train", "test", 37),
+    "cifar10": ("cifar10", {"train": 50_000, "test": 10_000}, 10),
+    "cifar100": ("cifar100", {"train": 50_000, "test": 10_000}, 100),
+    "flowers": ("oxford_flowers102", {"train+validation": 2_040, "test": 6_149}, 102),
+    "pets": ("oxford_iiit_pet", {"train": 3_680, "test": 3_669}, 37),
 }
 
 
@@ -88,11 +90,12 @@ def small_set(name: str, path: str = "", **overrides: Any) -> tuple[Data, Data, 
     """
     if name not in SMALL_SETS:
         raise InputError(f"unknown data set {name!r}; choose one of {', '.join(SMALL_SETS)}")
-    builder, *splits, num_classes = SMALL_SETS[name]
-    if path:
-        splits = ["train", "test"]
+    builder, splits, num_classes = SMALL_SETS[name]
     where = {"source": "folder", "path": path} if path else {"source": "tfds", "name": builder}
-    train, test = (Data(split=split, **{**where, "threads": 16, **overrides}) for split in splits)
+    fields = {**where, "threads": 16, **overrides}
+    if path:
+        splits = {"train": None, "test": None}
+    train, test = (Data(split=split, **{"num_examples": size, **fields}) for split, size in splits.items())
     return train, dataclasses.replace(test, transform="eval"), num_classes
 
 
@@ -205,12 +208,20 @@ def tinymim_star(init: Init, teacher: Init, train: Data, val: Data) -> Stage:
     return stage
 
 
+def without_head(init: Init | None) -> Init | None:
+    """`init`, but for a head that the source may have."""
+    if init is None:
+        return None
+    return dataclasses.replace(init, rename={**init.rename, **OLD_HEAD["rename"]}, skip=(*init.skip, OLD_HEAD["skip"]))
+
+
 def finetune_small(model: ViT, init: Init | None, train: Data, val: Data) -> Stage:
     """Fine-tuning on a small data set with AdamW: 100 epochs, batch 512, lr 1e-3, layer decay 0.75.
 
     The values are this project's, for want of published ones.
     """
     stage = finetune(model, init, train, val)
+    stage.init = without_head(stage.init)
     stage.optim = dataclasses.replace(stage.optim, lr=1e-3, lr_batch=512, layer_decay=0.75)
     stage.run = Run(batch_size=512, epochs=100)
     return stage
@@ -219,6 +230,7 @@ def finetune_small(model: ViT, init: Init | None, train: Data, val: Data) -> Sta
 def transfer(model: ViT, init: Init, train: Data, val: Data) -> Stage:
     """Fine-tuning on a small data set with SGD (MAE-Lite, transfer.sh): 50 epochs, batch 512, lr 0.1."""
     stage = finetune(model, init, train, val)
+    stage.init = without_head(stage.init)
     stage.task = Classify(label_smoothing=0.1, mixup=0.0, cutmix=0.0, erasing=0.0)
     stage.data.rand_augment = ""
     stage.optim = dataclasses.replace(
@@ -230,18 +242,20 @@ def transfer(model: ViT, init: Init, train: Data, val: Data) -> Stage:
 
 
 def linear_probe(model: ViT, init: Init, train: Data, val: Data) -> Stage:
-    """A linear classifier on frozen CLS features (MAE, main_linprobe.py): LARS, 90 epochs, batch 16384, lr 6.4.
+    """A linear classifier on frozen CLS features (MAE, main_linprobe.py): LARS, batch 16384, lr 6.4.
 
-    `model` as it was pre-trained, with its final norm.
+    90 epochs for ViT-B and smaller, 50 for L and H. `model` as it was pre-trained, with its final norm. MAE draws its
+    crops once, here as torchvision does: again, if one does not fit.
     """
     model = dataclasses.replace(model, pool="cls", num_classes=model.num_classes or 1000, head_norm=True, drop_path=0.0)
     stage = finetune(model, init, train, val)
-    stage.init = dataclasses.replace(init, skip=("decoder/.*",), fresh=("encoder/head/.*",), regroup_heads=True)
+    init = dataclasses.replace(init, skip=("decoder/.*",), fresh=("encoder/head/.*",), regroup_heads=True)
+    stage.init = without_head(init)
     stage.task = Classify(label_smoothing=0.0, mixup=0.0, cutmix=0.0, erasing=0.0)
     stage.data.rand_augment = ""
     frozen = ("encoder/(block.*|norm/.*|patch_embed/.*|cls_token|pos_embed)",)
     stage.optim = Optim(lr=0.1, warmup_epochs=10, weight_decay=0.0, freeze=frozen, name="lars")
-    stage.run = Run(batch_size=16384, epochs=90)
+    stage.run = Run(batch_size=16384, epochs=90 if model.depth <= 12 else 50)
     return stage
 
 

@@ -4,9 +4,16 @@ import signal
 import sys
 from typing import Any
 
+INTERRUPTED = 130  # exit status after Ctrl-C
+RUN_AGAIN = 75  # and after SIGTERM, which schedulers send before they take a machine away (EX_TEMPFAIL)
+
 
 class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop; its state is on disk."""
+    """The run was asked to stop; its state is on disk. `status` is the exit status that says by whom."""
+
+    def __init__(self, message: str, status: int = INTERRUPTED):
+        super().__init__(message)
+        self.status = status
 
 
 class StopRequest:
@@ -14,6 +21,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.asked = False
+        self.status = RUN_AGAIN  # where another process was asked
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -26,10 +34,10 @@ class StopRequest:
     def check(self, where: str) -> None:
         """Raises Interrupted if a stop was asked for; `where` says how far the run has come."""
         if self.asked:
-            raise Interrupted(f"{where}; run the same command to go on")
+            raise Interrupted(f"{where}; run the same command to go on", self.status)
 
-    def _ask(self, *_: object) -> None:
-        self.asked = True
+    def _ask(self, number: int, _: object) -> None:
+        self.asked, self.status = True, INTERRUPTED if number == signal.SIGINT else RUN_AGAIN
         self._restore()
         print("\nstopping as soon as the state is saved; Ctrl-C again stops at once", file=sys.stderr, flush=True)
 

@@ -7,12 +7,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
-import optax
 
-from tinymim_jax import checkpoint, config, handoff, optim
+from tinymim_jax import checkpoint, config, distributed, handoff
 from tinymim_jax import mesh as mesh_lib
 from tinymim_jax.checkpoint import Checkpoints
 from tinymim_jax.config import InputError, Stage
@@ -20,85 +18,12 @@ from tinymim_jax.data import pipeline, sources
 from tinymim_jax.evals import make_evaluator
 from tinymim_jax.evals.base import make_predict, measure
 from tinymim_jax.evals.online import Online
-from tinymim_jax.metrics import Mean
-from tinymim_jax.plan import Plan, example_batch, make_plan, teacher_init
+from tinymim_jax.plan import Plan, make_plan, teacher_init
 from tinymim_jax.progress import BAD_IMAGES, Progress
+from tinymim_jax.step import TrainState, create_state, items, jit_step
 from tinymim_jax.stop import StopRequest
-from tinymim_jax.tasks.base import STREAMS, Batch, Frozen, Variables
-from tinymim_jax.writer import Writer
-
-
-@flax.struct.dataclass
-class TrainState:
-    """All that a step changes. `ema` is {} where no average is kept."""
-
-    step: jax.Array
-    params: Any
-    model_state: Any
-    opt_state: Any
-    ema: Any
-
-
-TrainStep = Callable[[TrainState, Frozen, Batch, jax.Array], tuple[TrainState, dict[str, Mean]]]
-
-
-def create_state(plan: Plan, rng: jax.Array) -> TrainState:
-    """Fresh parameters and optimiser state."""
-    variables = dict(plan.task.init(rng, example_batch(plan.stage))[0])
-    params = variables.pop("params")
-    ema = params if plan.stage.optim.ema else {}
-    return TrainState(jnp.zeros((), jnp.int32), params, variables, plan.tx.init(params), ema)
-
-
-def make_train_step(plan: Plan) -> TrainStep:
-    """step(state, frozen, batch, rng) -> (state, metrics); pure, for `jit`.
-
-    `rng` is the stage's key: every random number is a function of it, the step and the stream's name.
-    """
-    task, tx, cfg = plan.task, plan.tx, plan.stage.optim
-
-    def gradients(state: TrainState, frozen: Frozen, batch: Batch, rng: jax.Array) -> tuple[Any, Any]:
-        rngs = {name: jax.random.fold_in(rng, i) for i, name in enumerate(STREAMS)}
-
-        def loss(params: Any) -> tuple[jax.Array, Any]:
-            params = optim.stop_frozen(params, plan.labels)
-            return task.loss(params, state.model_state, frozen, batch, rngs, train=True)
-
-        grads, aux = jax.grad(loss, has_aux=True)(state.params)
-        return grads, aux
-
-    def step(state: TrainState, frozen: Frozen, batch: Batch, rng: jax.Array) -> tuple[TrainState, dict[str, Mean]]:
-        rng = jax.random.fold_in(rng, state.step)
-        grads, aux = accumulate(gradients, cfg.accum_steps, state, frozen, batch, rng)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = optax.incremental_update(params, state.ema, 1 - cfg.ema) if cfg.ema else {}
-        norms = {"grad_norm": Mean.of(optax.global_norm(grads)), "param_norm": Mean.of(optax.global_norm(params))}
-        bad = {BAD_IMAGES: Mean.of(jnp.sum(~batch["is_valid"]))}
-        return TrainState(state.step + 1, params, aux.model_state, opt_state, ema), {**aux.metrics, **norms, **bad}
-
-    return step
-
-
-def accumulate(
-    gradients: Callable, steps: int, state: TrainState, frozen: Frozen, batch: Batch, rng: jax.Array
-) -> tuple[Any, Any]:
-    """Gradients of the mean over all valid images, and summed metrics, from `steps` micro-batches over all devices."""
-    if steps == 1:
-        return gradients(state, frozen, batch, rng)
-    # Row i goes to micro-batch i % steps, so that no row moves to another device.
-    micro = jax.tree.map(lambda x: x.reshape(-1, steps, *x.shape[1:]).swapaxes(0, 1), batch)
-
-    def body(total: Any, item: tuple[Batch, jax.Array]) -> tuple[Any, Any]:
-        rows, i = item
-        grads, aux = gradients(state, frozen, rows, jax.random.fold_in(rng, i))
-        return jax.tree.map(lambda t, g: t + g * aux.metrics["loss"].count, total, grads), aux
-
-    zeros = jax.tree.map(jnp.zeros_like, state.params)
-    grads, aux = jax.lax.scan(body, zeros, (micro, jnp.arange(steps)))
-    summed = jax.tree.map(lambda x: x.sum(axis=0), aux.metrics)
-    newest = jax.tree.map(lambda x: x[-1], aux.model_state)
-    return jax.tree.map(lambda g: g / summed["loss"].count, grads), aux.replace(metrics=summed, model_state=newest)
+from tinymim_jax.tasks.base import Batch, Frozen, Variables
+from tinymim_jax.writer import Writer, read, write_json
 
 
 class Runner:
@@ -112,6 +37,7 @@ class Runner:
         init = teacher_init(stage)
         teacher = handoff.read_model(handoff.source_folder(init, workdir)) if init else None
         self.plan = make_plan(stage, teacher, len(self.source))
+        self.rows = pipeline.train_rows(stage.data, self.source, stage.run.batch_size, stage.run.seed)
         self.evaluators = {key: make_evaluator(cfg, mesh) for key, cfg in stage.evals.items()}
         self.predict = make_predict(self.plan.task, mesh)
         self.report: list[str] = []
@@ -119,7 +45,7 @@ class Runner:
 
     def _load_teacher(self, init: config.Init) -> Frozen:
         frozen = self._hand_over("teacher", self.plan.frozen, handoff.for_teacher(init))
-        return jax.device_put(frozen, mesh_lib.state_sharding(self.mesh, frozen))
+        return mesh_lib.put_tree(frozen, mesh_lib.state_sharding(self.mesh, frozen))
 
     def _hand_over(self, what: str, target: Any, init: config.Init) -> Any:
         folder = handoff.source_folder(init, self.workdir)
@@ -137,28 +63,50 @@ class Runner:
         key = jax.random.fold_in(jax.random.key(stage.run.seed), 0)
         shapes = jax.eval_shape(lambda: create_state(plan, key))
         self.shardings = mesh_lib.state_sharding(self.mesh, shapes)
-        if saved_steps := checkpoint.steps(self.folder):
-            target = jax.tree.map(
-                lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, self.shardings
-            )
-            with Checkpoints(self.folder, stage.run.keep) as checkpoints:
-                model, optimizer, log = checkpoints.restore(saved_steps[-1], *items(target))
-            self.report.append(f"resumed at step {saved_steps[-1]} of {plan.total_steps}")
+        target = jax.tree.map(
+            lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, self.shardings
+        )
+        for step in reversed(checkpoint.steps(self.folder)):
+            try:
+                with Checkpoints(self.folder, stage.run.keep) as checkpoints:
+                    model, optimizer, log = checkpoints.restore(step, *items(target))
+            except InputError as error:
+                self._pass_over(step, error)
+                continue
+            self.report.append(f"resumed at step {step} of {plan.total_steps}")
             return TrainState(**model, **optimizer), log
         # The key is an argument: stages that differ by seed share one compilation.
         state = jax.jit(lambda key: create_state(plan, key), out_shardings=self.shardings)(key)
         if stage.init is not None:
-            params = self._hand_over("init", jax.device_get(state.params), stage.init)
-            state = state.replace(params=jax.device_put(params, self.shardings.params))
+            params = self._hand_over("init", mesh_lib.get_tree(state.params, self.mesh), stage.init)
+            state = state.replace(params=mesh_lib.put_tree(params, self.shardings.params))
             if stage.optim.ema:
                 state = state.replace(ema=jax.tree.map(jnp.copy, state.params))
         return state, None
 
-    def batches(self, start: int) -> Iterator[Batch]:
+    def _pass_over(self, step: int, error: InputError) -> None:
+        """Puts a damaged checkpoint aside; raises `error` if there is none older to go on from."""
+        if len(checkpoint.steps(self.folder)) == 1:
+            raise InputError(f"{error}, and there is no older one; delete {self.folder} to run the stage again")
+        distributed.barrier(f"{self.name}: damaged checkpoint")
+        if jax.process_index() == 0:
+            checkpoint.set_aside(self.folder, step)
+        distributed.barrier(f"{self.name}: passed over")
+        print(f"{error}; it is put aside, and the one before it used", flush=True)
+
+    def batches(self, start: int, stop: StopRequest) -> Iterator[Batch]:
         """The batches of the steps after step `start`."""
-        run, stop = self.stage.run, self.plan.total_steps
-        options = {"batch_size": run.batch_size, "seed": run.seed, "start": start, "stop": stop, "mesh": self.mesh}
-        return pipeline.train_batches(self.stage.data, self.source, **options)
+        return pipeline.train_batches(self.rows, start, self.plan.total_steps, self.mesh, lambda: stop.asked)
+
+    def note_bad_step(self, step: int, what: str) -> str:
+        """Writes the records of a step whose `what` is not finite into bad_steps.jsonl, once; says so."""
+        path = self.folder / "bad_steps.jsonl"
+        if jax.process_index() == 0 and all(line["step"] != step for line in read(path)):
+            epoch, index, _ = self.rows.numbers(step - 1)
+            records = [self.source.describe(int(i)) for i in index]
+            with path.open("a") as file:
+                file.write(json.dumps({"step": step, "epoch": epoch, "not_finite": what, "records": records}) + "\n")
+        return f" (its images: {path})"
 
     def variables(self, state: TrainState) -> Variables:
         """What is evaluated: the averaged weights if there are any."""
@@ -168,27 +116,15 @@ class Runner:
         """Evaluation while training goes on."""
         return Online(self.evaluators, self.predict, self.frozen, writer.write)
 
-    def evaluate(self, state: TrainState) -> dict[str, float]:
-        """{"<eval>/<metric>": value} of the final weights."""
+    def evaluate(self, state: TrainState, check: Callable[[], None]) -> dict[str, float]:
+        """{"<eval>/<metric>": value} of the final weights; `check` is called now and then and may raise."""
         title = f"{self.name}, evaluation"
-        return measure(self.evaluators, self.predict, self.variables(state), self.frozen, title)
+        return measure(self.evaluators, self.predict, self.variables(state), self.frozen, title, check)
 
     def is_evaluated(self, step: int) -> bool:
         """Whether an evaluation is due after `step`, the last apart."""
         every = self.stage.run.eval_every
         return bool(self.evaluators and every) and 0 < step < self.plan.total_steps and step % every == 0
-
-
-def jit_step(plan: Plan, mesh: jax.sharding.Mesh, shardings: TrainState) -> TrainStep:
-    """The train step for `jit`: the state is donated and nothing else is."""
-    out = (shardings, mesh_lib.replicated(mesh))
-    return jax.jit(make_train_step(plan), donate_argnums=0, out_shardings=out)
-
-
-def items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The two array items of a checkpoint: what later stages read, and the rest."""
-    model = {"params": state.params, "model_state": state.model_state, "ema": state.ema}
-    return model, {"opt_state": state.opt_state, "step": state.step}
 
 
 def run_stage(
@@ -215,14 +151,14 @@ def run_stage(
         lines = [f"{name}: {total} steps of {run.batch_size} images", *runner.report, *runner.plan.untrained_line()]
         print("\n  ".join(lines), flush=True)
         writer = stack.enter_context(Writer(runner.folder, first, active=jax.process_index() == 0))
-        batches = stack.enter_context(contextlib.closing(runner.batches(first)))
-        progress = Progress(name, writer, start=first, total=total, batch_size=run.batch_size, saved=log)
+        batches = stack.enter_context(contextlib.closing(runner.batches(first, stop)))
+        progress = Progress(name, writer, start=first, total=total, run=run, saved=log, note=runner.note_bad_step)
         stack.enter_context(progress.bar)
         replicated = mesh_lib.replicated(mesh)
         rng = jax.jit(lambda: jax.random.fold_in(jax.random.key(run.seed), 1), out_shardings=replicated)()
         train_step = jit_step(runner.plan, mesh, runner.shardings)
         online = stack.enter_context(runner.online(writer))
-        if runner.is_evaluated(first) and not writer.has(first, "/"):
+        if distributed.agreed(runner.is_evaluated(first) and not writer.has(first, "/")):
             online.start(first, runner.variables(state))
 
         for step in range(first + 1, total + 1):
@@ -236,7 +172,8 @@ def run_stage(
                 epoch = step / runner.plan.steps_per_epoch
                 progress.log(step, {"lr": float(runner.plan.schedule(step - 1)), "epoch": epoch})
             online.advance()
-            asked = stop.asked  # read once: what is not saved must not be left
+            # Read once: what is not saved must not be left. Several processes must leave at the same step.
+            asked = stop.asked if jax.process_count() == 1 else progress.is_asked
             if step % run.checkpoint_every == 0 or last or asked:
                 progress.collect()  # a state whose loss is not finite is never saved
                 if not asked:  # or else the state comes first
@@ -245,19 +182,23 @@ def run_stage(
             if asked and not last:
                 checkpoints.wait()
                 online.wait()
+                stop.asked = True
                 stop.check(f"stage {name} stopped at step {step} of {total}")
             if runner.is_evaluated(step):
                 online.start(step, runner.variables(state))
 
         if total == 0:
             checkpoints.save(0, *items(state), progress.state())
-        evaluated = runner.evaluate(state)
+        checkpoints.wait()  # from here on the state is safe
+        online.wait()
+        evaluated = runner.evaluate(state, lambda: stop.check(f"stage {name} stopped while it was evaluated"))
         writer.write(total, evaluated)
-        checkpoints.wait()
-        if progress.bad_images:
-            print(f"{name}: images left out because they could not be read: {progress.bad_images}, all epochs together")
+        if bad := progress.totals[BAD_IMAGES]:
+            print(f"{name}: images left out because they could not be read: {bad}, all epochs together")
         results = {**progress.averages, **evaluated}
         write_json(runner.folder / "DONE", {"step": total, "metrics": results})
+        distributed.barrier(f"{name}: done")  # others may read it now
+        stop.asked = distributed.agreed(stop.asked)
         stop.check(f"stopped after stage {name}")
     return results
 
@@ -265,13 +206,9 @@ def run_stage(
 def describe(plan: Plan) -> dict[str, Any]:
     """The contents of `stage.json`: everything needed to build the stage again, and what it ran on."""
     versions = {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")}
-    return {"stage": config.to_dict(plan.stage), "untrained": plan.untrained(), "versions": versions}
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes `value` to `path`, which never holds half of it."""
-    if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(value, indent=2) + "\n")
-        partial.replace(path)
+    return {
+        "format": handoff.FORMAT,
+        "stage": config.to_dict(plan.stage),
+        "untrained": plan.untrained(),
+        "versions": versions,
+    }

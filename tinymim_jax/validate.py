@@ -1,12 +1,14 @@
 """What is wrong with a config, said before anything runs."""
 
 import re
+from typing import Any
 
 from tinymim_jax.config import (
     Classification,
     Classify,
     Config,
     Corruptions,
+    Data,
     Distill,
     Eval,
     Init,
@@ -113,6 +115,7 @@ def _check_eval(where: str, stage: Stage, cfg: Eval) -> None:
     """What would otherwise be found only after the training."""
     sets = {"data": cfg.data, "bank": cfg.bank} if isinstance(cfg, (Knn, Logistic)) else {"data": cfg.data}
     for name, data in sets.items():
+        _check_data(f"{where}.{name}", data)
         if data.transform != "eval":
             raise InputError(f"{where}: {name}.transform is 'train', which is random; set it to 'eval'")
         for field in ("image_size", "mean", "std"):
@@ -124,6 +127,8 @@ def _check_eval(where: str, stage: Stage, cfg: Eval) -> None:
         raise InputError(
             f"{where}: k {cfg.k} must hold numbers of at least 1, and temperature {cfg.temperature} be above 0"
         )
+    if isinstance(cfg, Logistic) and (cfg.c <= 0 or cfg.max_iter < 1):
+        raise InputError(f"{where}: c {cfg.c} must be above 0, and max_iter {cfg.max_iter} at least 1")
     if isinstance(cfg, (Classification, Corruptions)) and not stage.model.num_classes:
         raise InputError(f"{where}: {cfg.kind} needs a model with a head; set model.num_classes, or use knn")
     if isinstance(cfg, Classification) and cfg.subset and stage.model.num_classes != 1000:
@@ -136,8 +141,6 @@ def _check_ranges(where: str, stage: Stage) -> None:
     data, run, model, optim = stage.data, stage.run, stage.model, stage.optim
     checks = {
         "model.depth": (model.depth, model.depth >= 1, "at least 1"),
-        "data.repeats": (data.repeats, data.repeats >= 1, "at least 1"),
-        "data.severity": (data.severity, 1 <= data.severity <= 5, "1 to 5"),
         "model.neck": (model.neck, model.neck >= 0, "at least 0"),
         "model.patch_size": (model.patch_size, model.patch_size >= 1, "at least 1"),
         "run.steps": (run.steps, run.steps is None or run.steps >= 0, "at least 0"),
@@ -145,24 +148,55 @@ def _check_ranges(where: str, stage: Stage) -> None:
         "run.seed": (run.seed, run.seed >= 0, "at least 0"),
         "run.log_every": (run.log_every, run.log_every >= 1, "at least 1"),
         "run.checkpoint_every": (run.checkpoint_every, run.checkpoint_every >= 1, "at least 1"),
+        "run.max_skipped": (run.max_skipped, run.max_skipped >= 0, "at least 0"),
+        "run.eval_every": (run.eval_every, run.eval_every >= 0, "at least 0"),
         "run.keep": (run.keep, run.keep >= 1, "at least 1"),
         "optim.lr": (optim.lr, optim.lr >= 0, "at least 0"),
         "optim.b1": (optim.b1, 0 <= optim.b1 < 1, "at least 0 and below 1"),
         "optim.b2": (optim.b2, 0 <= optim.b2 < 1, "at least 0 and below 1"),
+        "optim.momentum": (optim.momentum, 0 <= optim.momentum < 1, "at least 0 and below 1"),
+        "optim.trust": (optim.trust, optim.trust > 0, "above 0"),
         "optim.layer_decay": (optim.layer_decay, 0 < optim.layer_decay <= 1, "above 0 and at most 1"),
         "optim.clip_norm": (optim.clip_norm, optim.clip_norm is None or optim.clip_norm > 0, "above 0, or none"),
         "optim.ema": (optim.ema, optim.ema is None or 0 < optim.ema < 1, "above 0 and below 1, or none"),
-        "data.crop_scale": (data.crop_scale, 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1, "0 < low <= high <= 1"),
-        "data.crop_ratio": (data.crop_ratio, 0 < data.crop_ratio[0] <= data.crop_ratio[1], "0 < low <= high"),
-        "data.hflip": (data.hflip, 0 <= data.hflip <= 1, "at least 0 and at most 1"),
-        "data.std": (data.std, min(data.std) > 0, "above 0"),
         "optim.accum_steps": (optim.accum_steps, optim.accum_steps >= 1, "at least 1"),
-        "data.crop_pct": (data.crop_pct, 0 < data.crop_pct <= 1, "above 0 and at most 1"),
-        "data.threads": (data.threads, data.threads >= 1, "at least 1"),
-        "data.workers": (data.workers, data.workers >= 0, "at least 0"),
-        "data.prefetch": (data.prefetch, data.prefetch >= 1, "at least 1"),
         "model.drop_path": (model.drop_path, 0 <= model.drop_path < 1, "at least 0 and below 1"),
     }
+    _check_data(f"{where}.data", data)
+    _raise_first(where, checks)
+    if isinstance(stage.task, Classify):
+        _check_classify(f"{where}.task", stage.task)
+
+
+def _check_data(where: str, data: Data) -> None:
+    checks = {
+        "repeats": (data.repeats, data.repeats >= 1, "at least 1"),
+        "severity": (data.severity, 1 <= data.severity <= 5, "1 to 5"),
+        "crop_scale": (data.crop_scale, 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1, "0 < low <= high <= 1"),
+        "crop_ratio": (data.crop_ratio, 0 < data.crop_ratio[0] <= data.crop_ratio[1], "0 < low <= high"),
+        "hflip": (data.hflip, 0 <= data.hflip <= 1, "at least 0 and at most 1"),
+        "std": (data.std, min(data.std) > 0, "above 0"),
+        "crop_pct": (data.crop_pct, 0 < data.crop_pct <= 1, "above 0 and at most 1"),
+        "threads": (data.threads, data.threads >= 1, "at least 1"),
+        "workers": (data.workers, data.workers >= 0, "at least 0"),
+        "prefetch": (data.prefetch, data.prefetch >= 1, "at least 1"),
+    }
+    _raise_first(where, checks)
+
+
+def _check_classify(where: str, task: Classify) -> None:
+    shares = {name: getattr(task, name) for name in ("label_smoothing", "mix_prob", "switch_prob", "erasing")}
+    checks = {name: (value, 0 <= value <= 1, "at least 0 and at most 1") for name, value in shares.items()}
+    alphas = {name: getattr(task, name) for name in ("mixup", "cutmix")}
+    checks |= {name: (value, value >= 0, "at least 0") for name, value in alphas.items()}
+    if task.teacher is not None:
+        weight, temperature = task.teacher.weight, task.teacher.temperature
+        checks["teacher.weight"] = (weight, 0 <= weight <= 1, "at least 0 and at most 1")
+        checks["teacher.temperature"] = (temperature, temperature > 0, "above 0")
+    _raise_first(where, checks)
+
+
+def _raise_first(where: str, checks: dict[str, tuple[Any, bool, str]]) -> None:
     for field, (value, is_good, range_) in checks.items():
         if not is_good:
             raise InputError(f"{where}.{field} is {value}; it must be {range_}")

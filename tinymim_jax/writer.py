@@ -2,7 +2,9 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import jax
 from tensorboardX import SummaryWriter
 
 
@@ -12,17 +14,22 @@ class Writer:
     def __init__(self, folder: Path, start: int = 0, *, active: bool = True):
         """`active` False, on all processes but one: writes nothing."""
         self.path, self.active = folder / "metrics.jsonl", active
-        self.kept = kept = [line for line in read(self.path) if line["step"] <= start]
         if not active:
             return
+        self.kept = [line for line in read(self.path) if line["step"] <= start]
         folder.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        whole = self.path.with_name(self.path.name + ".partial")
+        whole.write_text("".join(json.dumps(line) + "\n" for line in self.kept))
+        whole.replace(self.path)
         self.file = self.path.open("a")
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
 
     def has(self, step: int, part: str) -> bool:
-        """Whether a line of `step` with a name that contains `part` was there when this writer was made."""
-        return any(line["step"] == step and any(part in name for name in line) for line in self.kept)
+        """Whether a line of `step` with a name that contains `part` was there when this writer was made.
+
+        One that is not active does not know, and says yes: the one that is decides.
+        """
+        return not self.active or any(line["step"] == step and any(part in name for name in line) for line in self.kept)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """One line {"step": step, name: value, ...}, flushed."""
@@ -54,3 +61,12 @@ def read(path: Path) -> list[dict[str, float]]:
         except json.JSONDecodeError:
             break
     return lines
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` to `path`, which never holds half of it; in process 0 alone."""
+    if jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(value, indent=2) + "\n")
+        partial.replace(path)

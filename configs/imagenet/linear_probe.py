@@ -4,8 +4,8 @@ python -m tinymim_jax run --config=configs/imagenet/linear_probe.py:init=runs/im
 
 Options: init=PATH, the pre-trained stage or checkpoint; size=tiny, small, base, large or huge; data=PATH, an ImageFolder
 tree with train/ and val/ (default: tfds' imagenet2012).
-Cost: not measured. Expected: 67.8, 76.0 and 77.2 % top-1 for MAE-B, L and H (MAE, FINETUNE.md). A distilled student's last block is half trained: probe
-a fine-tuned one, or use `eval --suite=probe`, which takes the block before.
+Cost: not measured. Expected: 67.8, 76.0 and 77.2 % top-1 for MAE-B, L and H (MAE, FINETUNE.md). A distilled student's last block is half trained: use
+`eval --suite=probe` for it, which takes the block before.
 """
 
 from tinymim_jax import config, recipes

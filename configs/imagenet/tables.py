@@ -37,12 +37,14 @@ def get_config(arg: str = "") -> Config:
         raise InputError(f"config option row={row}: unknown; choose one of {', '.join(EXPECTED)}")
     method, size = row.rsplit("_", 1)
     train, val = recipes.imagenet(True, o["data"]), recipes.imagenet(False, o["data"])
-    init = Init(path=o["init"] or f"runs/imagenet/distill_{size}")
+    init = Init(path=o["init"] or f"runs/imagenet/{'mae' if method == 'mae' else 'distill'}_{size}")
     if method == "deit":
         model = dataclasses.replace(recipes.classifier(SIZE[size]), pool="cls", drop_path=0.1)
         stage = recipes.deit(model, train, val)
     elif method == "tinymim_star":
         stage = recipes.tinymim_star(init, Init(path=o["teacher"] or "runs/teacher"), train, val)
     else:
-        stage = recipes.finetune_imagenet(SIZE[size], init, o["data"], short=method == "mae", code=o["code"])
+        stage = recipes.finetune_imagenet(
+            SIZE[size], init, o["data"], short=method == "mae", code=o["code"] or method == "mae"
+        )
     return Config(row, {row: stage})

@@ -7,7 +7,7 @@ def test_a_checkpoint_is_measured(mesh, tmp_path, capsys):
     run_stage(tiny_mae(), "mae", tmp_path, mesh)
     assert main(["eval", str(tmp_path / "mae"), "--suite=probe"]) == 0
     out = capsys.readouterr().out
-    assert "| logistic/top1 |" in out and f"wrote {tmp_path / 'mae' / 'eval' / 'eval.md'}" in out
+    assert "| logistic/top1 |" in out and f"and {tmp_path / 'mae' / 'eval' / 'eval.md'}" in out
     assert main(["eval", str(tmp_path / "mae"), "--suite=imagenet"]) == 2
     assert "needs a model with a head" in capsys.readouterr().err
 

@@ -13,9 +13,10 @@ from PIL import Image
 from tinymim_jax import config
 from tinymim_jax import mesh as mesh_lib
 from tinymim_jax.config import Data, InputError
+from tinymim_jax.data import pipeline
 from tinymim_jax.data.augment import transform
 from tinymim_jax.data.decode import decode
-from tinymim_jax.data.pipeline import EvalRows, TrainRows, epoch_order, eval_batches, image_rng, train_batches
+from tinymim_jax.data.pipeline import EvalRows, TrainRows, epoch_order, eval_batches, image_rng
 from tinymim_jax.data.sources import open_source
 
 
@@ -63,6 +64,10 @@ def evaluate(mesh, source, batch_size, **fields):
     return list(eval_batches(data, source, batch_size=batch_size, mesh=mesh))
 
 
+def train_batches(data, source, *, batch_size, seed, start, stop, mesh):
+    return pipeline.train_batches(pipeline.train_rows(data, source, batch_size, seed), start, stop, mesh)
+
+
 def assert_same(batches, others):
     assert len(batches) == len(others) > 0
     for batch, other in zip(batches, others, strict=True):
@@ -79,7 +84,7 @@ def no_grain_threads():
 
 def test_shapes_and_types(mesh):
     for batch in (train(mesh, stop=1)[0], evaluate(mesh, Numbered(5), 8)[0]):
-        described = {k: (v.shape, v.dtype.name) for k, v in batch.items()}
+        described = {k: (v.shape, v.dtype.name) for k, v in batch.items() if k != "stop"}
         assert described == {
             "image": ((8, 6, 6, 3), "uint8"),
             "label": ((8,), "int32"),
@@ -259,3 +264,15 @@ def test_repeated_augmentation(mesh):
     assert len({i for batch in batches for i in np.asarray(batch["index"]).tolist()}) == 10  # of 30
     once = train(mesh, dataclasses.replace(data, repeats=1), source, stop=5, batch_size=6)
     np.testing.assert_array_equal(once[0]["image"][0], batches[0]["image"][0])
+
+
+def test_a_wish_to_stop_travels_with_the_batches(mesh):
+    rows = pipeline.train_rows(Data("digits", image_size=6), Numbered(64), 8, 0)
+    asked = iter([False, False, True, True, True])
+    batches = list(pipeline.train_batches(rows, 0, 5, mesh, lambda: next(asked)))
+    assert [np.asarray(batch["stop"]).tolist() for batch in batches] == [
+        [x] * 8 for x in (False, False, True, True, True)
+    ]
+    assert "stop" not in next(
+        eval_batches(Data("digits", image_size=6, transform="eval"), Numbered(8), batch_size=8, mesh=mesh)
+    )

@@ -126,19 +126,19 @@ def test_votes_by_hand():
     bank, labels = unit(0, 30, -30, 180), np.array([2, 0, 0, 1])
 
     def predicted(k, temperature):
-        return knn_predict(unit(0), bank, labels, k, temperature, 3).tolist()
+        return knn_predict(unit(0), bank, labels, (k,), temperature, 3)[k].tolist()
 
     assert predicted(3, 0.07) == [2] and predicted(3, 0.18) == [2]
     assert predicted(3, 0.21) == [0] and predicted(3, 10.0) == [0]
     assert predicted(1, 10.0) == [2]
-    assert knn_predict(unit(0, 170, 25), bank, labels, 1, 0.07, 3).tolist() == [2, 1, 0]
+    assert knn_predict(unit(0, 170, 25), bank, labels, (1,), 0.07, 3)[1].tolist() == [2, 1, 0]
 
 
 def test_a_low_temperature_does_not_overflow():
     """exp(1 / 0.01) is beyond float32; the nearest neighbour still outweighs the others."""
     bank, labels = unit(10, 3, -10), np.array([0, 1, 0])
-    assert knn_predict(unit(0), bank, labels, 3, 0.01, 2).tolist() == [1]
-    assert knn_predict(unit(0), bank, labels, 3, 0.001, 2).tolist() == [1]
+    assert knn_predict(unit(0), bank, labels, (3,), 0.01, 2)[3].tolist() == [1]
+    assert knn_predict(unit(0), bank, labels, (3,), 0.001, 2)[3].tolist() == [1]
 
 
 TWO_PROCESSES = """

@@ -44,6 +44,13 @@ def test_made_corruptions_are_counted_over_all_images():
     )  # one class of ten is right
 
 
+def test_each_corruption_and_severity_is_made():
+    cfg = config.Corruptions(DIGITS)
+    found = [robustness.corrupted(cfg, name, severity) for name in ALEXNET_ERROR for severity in cfg.severities]
+    assert [(d.corruption, d.severity) for d in found] == [(n, s) for n in ALEXNET_ERROR for s in range(1, 6)]
+    assert all(d.source == "digits" and d.split == "test" for d in found)
+
+
 def stored(root, names=ALEXNET_ERROR, severities=(1, 2)):
     from PIL import Image
 
@@ -51,7 +58,10 @@ def stored(root, names=ALEXNET_ERROR, severities=(1, 2)):
         for severity in severities:
             folder = root / name / str(severity) / "a"
             folder.mkdir(parents=True)
-            Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / "0.png")
+            value = 10 * list(ALEXNET_ERROR).index(name) + severity
+            Image.fromarray(np.full((8, 8, 3), value, np.uint8)).save(folder / "0.png")
+            (folder.parent / "b").mkdir()
+            Image.fromarray(np.full((8, 8, 3), 255, np.uint8)).save(folder.parent / "b" / "0.png")
     return config.Corruptions(
         Data("folder", path=str(root), image_size=8, transform="eval"), stored=True, severities=severities
     )
@@ -60,8 +70,17 @@ def stored(root, names=ALEXNET_ERROR, severities=(1, 2)):
 def test_stored_corruptions_are_read_from_their_folders(tmp_path):
     cfg = stored(tmp_path)
     assert robustness.corrupted(cfg, "fog", 2).crop_pct == 1.0  # they are cropped already
-    predict = lambda variables, frozen, batch: Outputs(None, jax.nn.one_hot(batch["label"] * 0, 2))  # noqa: E731
-    assert measured(Corruptions(cfg, ONE), predict, {}, {})["mean_error"] == 0.0
+
+    def predict(variables, frozen, batch):
+        """Wrong in class a where the pixels are those of fog at severity 2, and always right in class b."""
+        pixel = batch["image"][:, 0, 0, 0].astype(int)
+        wrong = pixel == 10 * list(ALEXNET_ERROR).index("fog") + 2
+        return Outputs(None, jax.nn.one_hot(jax.numpy.where(pixel == 255, 1, wrong), 2))
+
+    results = measured(Corruptions(cfg, ONE), predict, {}, {})
+    assert {name: results[name] for name in ("fog_1", "fog_2", "fog", "frost_2")} == {
+        "fog_1": 0.0, "fog_2": 50.0, "fog": 25.0, "frost_2": 0.0
+    }  # fmt: skip
 
 
 def test_missing_corruptions_are_named(tmp_path):

@@ -49,9 +49,19 @@ def sizes(model: config.ViT) -> str:
     )
 
 
+def half_trained(model: config.ViT, untrained: list[str]) -> int | None:
+    """The first block of which only norm1 and q, k, v were trained, as distillation leaves it; None if none is."""
+
+    def is_frozen(block: int, part: str) -> bool:
+        return any(key.startswith(f"encoder/block{block}/{part}/") for key in untrained)
+
+    blocks = range(1, model.depth + 1)
+    return next((i for i in blocks if is_frozen(i, "mlp") and not is_frozen(i, "attn/qkv")), None)
+
+
 def last_block(model: config.ViT, untrained: list[str]) -> str:
     """What the last block is good for, given the parameters that were not trained."""
-    i = handoff.half_trained(model, untrained)
+    i = half_trained(model, untrained)
     if i is None:
         is_frozen = any(key.startswith(f"encoder/block{model.depth}/mlp/") for key in untrained)
         return f"block {model.depth}: {'not trained in this stage' if is_frozen else 'trained like the others'}"

@@ -173,7 +173,7 @@ def compile_step(plan: Any, mesh: Any) -> tuple[Any, tuple]:
 
     from tinymim_jax import mesh as mesh_lib
     from tinymim_jax.plan import example_batch
-    from tinymim_jax.train import create_state, jit_step
+    from tinymim_jax.step import create_state, jit_step
 
     stage: Stage = plan.stage
     mesh_lib.check_batch(stage.run.batch_size // stage.optim.accum_steps, mesh)

@@ -14,10 +14,11 @@ USAGE = """python -m tinymim_jax eval CHECKPOINT [--suite=imagenet|robust|probe|
   --suite=robust     ImageNet-C: made from the clean set, or stored; ImageNet-A and -R where their sets are given
   --suite=probe      kNN and logistic regression on frozen features
   --suite=all        all of these (default); without a head, the probes
-  --data=PATH        an ImageFolder tree to take instead, with the splits of the stage (ImageNet: train/ and val/)
+  --data=PATH        an ImageFolder tree to take instead, with train/ and val/ (or test/)
   --imagenet_a=PATH  the archive's folder of 200 wnids; likewise --imagenet_r
   --imagenet_c=PATH  holds <corruption>/<severity>/<wnid>/*
   --per_class=N      measure on so many images of each class only (of stored corruptions: of each folder)
+  --bank_per_class=N what kNN and logistic regression learn from; on all of ImageNet the latter takes hours
   --out=DIR          where eval.json and eval.md go (default: CHECKPOINT/eval)"""
 
 
@@ -28,7 +29,8 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_string("out", None, "where to write", flag_values=values)
     for name in ("data", "imagenet_a", "imagenet_r", "imagenet_c"):
         flags.DEFINE_string(name, "", "an ImageFolder tree", flag_values=values)
-    flags.DEFINE_integer("per_class", None, "images", lower_bound=1, flag_values=values)
+    for name in ("per_class", "bank_per_class"):
+        flags.DEFINE_integer(name, None, "images", lower_bound=1, flag_values=values)
     (folder,) = parse_positional(values, argv, ["CHECKPOINT"])
 
     from tinymim_jax import evaluate
@@ -36,7 +38,7 @@ def main(argv: list[str]) -> None:
     from tinymim_jax.mesh import make_mesh
 
     sets = evaluate.Sets(**{f.name: getattr(values, f.name) for f in dataclasses.fields(evaluate.Sets)})
-    report = evaluate.evaluate(folder, values.suite, sets, make_mesh(Mesh()))
+    out = Path(values.out).expanduser() if values.out else folder / "eval"
+    report = evaluate.evaluate(folder, values.suite, sets, make_mesh(Mesh()), out)
     print(evaluate.table(report))
-    for file in evaluate.write(report, Path(values.out).expanduser() if values.out else folder / "eval"):
-        print(f"wrote {file}")
+    print(f"wrote {out}/eval.json and {out}/eval.md")

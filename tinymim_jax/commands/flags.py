@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from typing import Any, Literal
 from absl import flags
 from ml_collections import config_flags
 
+from tinymim_jax import distributed
 from tinymim_jax.config import Config, InputError
 from tinymim_jax.validate import check
 
@@ -41,6 +43,29 @@ def new_flags(usage: str) -> flags.FlagValues:
     values = flags.FlagValues()
     flags.DEFINE_bool("help", False, usage, flag_values=values)
     return values
+
+
+CLUSTER_USAGE = """
+  --coordinator=HOST:PORT, --num_processes=N, --process_id=I
+                                    several processes, numbered from 0, that reach process 0 at HOST:PORT; Slurm, Open
+                                    MPI, TPU pods and JAX_COORDINATOR_ADDRESS, ... are found without flags
+  --start_timeout=SECONDS           how long to wait for all of them (default: 300)"""
+
+
+def define_cluster(values: flags.FlagValues) -> None:
+    """Adds the flags of `CLUSTER_USAGE`."""
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "how many", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("process_id", None, "which", lower_bound=0, flag_values=values)
+    flags.DEFINE_float("start_timeout", 300, "seconds", lower_bound=1, flag_values=values)
+
+
+def start_cluster(values: flags.FlagValues, **facts: Any) -> None:
+    """Joins the other processes, if there are any; raises InputError if they do not come or differ in `facts`."""
+    parts = values.coordinator, values.num_processes, values.process_id
+    is_given = any(part is not None for part in parts)
+    cluster = distributed.given(*parts) if is_given else distributed.find(os.environ)
+    distributed.start(cluster, distributed.own_facts(**facts), values.start_timeout)
 
 
 def parse(values: flags.FlagValues, argv: list[str]) -> Config:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from absl import flags
 
-from tinymim_jax.commands.flags import new_flags, parse
-from tinymim_jax.config import Config, InputError
+from tinymim_jax.commands.flags import CLUSTER_USAGE, define_cluster, new_flags, parse, start_cluster
+from tinymim_jax.config import Config, InputError, to_dict
 from tinymim_jax.stop import StopRequest
 
 USAGE = """python -m tinymim_jax run --config=FILE[:options] [--workdir=DIR] [--stage=NAME] [--dry_run]
@@ -15,7 +15,8 @@ USAGE = """python -m tinymim_jax run --config=FILE[:options] [--workdir=DIR] [--
   --config.stages.NAME.FIELD=VALUE  changes one field
   --workdir=DIR                     where results go (default: runs/ and the config's name); the same DIR again goes on
   --stage=NAME                      run this stage only
-  --dry_run                         print what would happen, and touch nothing"""
+  --dry_run                         print what would happen, and touch nothing
+""" + CLUSTER_USAGE.lstrip("\n")
 
 
 def main(argv: list[str]) -> None:
@@ -24,6 +25,7 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_string("workdir", None, "where results go", flag_values=values)
     flags.DEFINE_string("stage", None, "run this stage only", flag_values=values)
     flags.DEFINE_bool("dry_run", False, "print the plan only", flag_values=values)
+    define_cluster(values)
     cfg = parse(values, argv)
     workdir = Path(values.workdir or f"runs/{cfg.name}").expanduser()
     check_workdir(workdir)
@@ -33,7 +35,9 @@ def main(argv: list[str]) -> None:
 
         print(chain.describe_chain(cfg, workdir, values.stage))
         return
+    facts = {"config": to_dict(cfg), "workdir": str(workdir), "stage": values.stage}
     with StopRequest() as stop:  # before jax is imported, whose callbacks would swallow a Ctrl-C
+        start_cluster(values, **facts)
         run(cfg, workdir, values.stage, stop)
 
 

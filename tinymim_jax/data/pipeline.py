@@ -8,7 +8,7 @@ import logging
 import multiprocessing
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import chex
 import grain
@@ -30,19 +30,24 @@ log = logging.getLogger(__name__)
 
 
 def train_batches(
-    data: Data, source: Source, *, batch_size: int, seed: int, start: int, stop: int, mesh: jax.sharding.Mesh
+    rows: "TrainRows", start: int, stop: int, mesh: jax.sharding.Mesh, is_asked: Callable[[], bool] = lambda: False
 ) -> Iterator[dict[str, jax.Array]]:
     """The batches of steps start to stop - 1, each epoch in its own order, its last incomplete batch dropped.
 
-    A batch is image uint8 [B, S, S, 3], label int32 [B], is_valid bool [B] (False: could not be read) and index
-    int32 [B] (the record's number in `source`). Raises InputError, also while iterating.
+    A batch is image uint8 [B, S, S, 3], label int32 [B], is_valid bool [B] (False: could not be read), index
+    int32 [B] (the record's number in the source) and stop bool [B] (whether the process that read the row was asked to
+    stop: so that all learn of it at the same step). Raises InputError, also while iterating.
     """
+    return _batches(rows, start, stop, mesh, is_asked)
+
+
+def train_rows(data: Data, source: Source, batch_size: int, seed: int) -> "TrainRows":
+    """This process's part of the batches; raises InputError."""
     if batch_size > len(source):
         raise InputError(f"batch_size {batch_size} is more than the {len(source)} images; use at most that")
     if seed < 0:
         raise InputError(f"run.seed is {seed}; it must not be negative")
-    rows = TrainRows(data, source, batch_size, jax.process_index(), jax.process_count(), seed)
-    return _batches(rows, start, stop, mesh)
+    return TrainRows(data, source, batch_size, jax.process_index(), jax.process_count(), seed)
 
 
 def eval_batches(
@@ -137,21 +142,27 @@ def image_rng(seed: int, epoch: int, index: int, repeat: int = 0) -> np.random.G
     return np.random.default_rng((IMAGE_STREAM, epoch, index, seed, repeat))
 
 
-def _batches(rows: EvalRows, start: int, stop: int, mesh: jax.sharding.Mesh) -> Iterator[dict[str, jax.Array]]:
+def _batches(
+    rows: EvalRows, start: int, stop: int, mesh: jax.sharding.Mesh, is_asked: Callable[[], bool] | None = None
+) -> Iterator[dict[str, jax.Array]]:
     """Checks here, at the call; reads in the generator, at the first batch."""
     mesh_lib.check_batch(rows.batch_size, mesh)
     if rows.batch_size % rows.num_processes:
         raise InputError(f"batch_size {rows.batch_size} is not a multiple of the {rows.num_processes} processes")
-    return _to_devices(rows, start, stop, mesh)
+    return _to_devices(rows, start, stop, mesh, is_asked)
 
 
-def _to_devices(rows: EvalRows, start: int, stop: int, mesh: jax.sharding.Mesh) -> Iterator[dict[str, jax.Array]]:
+def _to_devices(
+    rows: EvalRows, start: int, stop: int, mesh: jax.sharding.Mesh, is_asked: Callable[[], bool] | None
+) -> Iterator[dict[str, jax.Array]]:
     if start >= stop:
         return
     host = iter(_host_dataset(rows, start, stop))
     ready: collections.deque[dict[str, jax.Array]] = collections.deque()
     try:
         for batch in host:
+            if is_asked is not None:
+                batch = {**batch, "stop": np.full(len(batch["index"]), is_asked())}
             ready.append(_checked(mesh_lib.put_batch(batch, mesh), rows))
             if len(ready) == DEVICE_BATCHES:
                 yield ready.popleft()

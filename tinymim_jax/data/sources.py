@@ -57,8 +57,8 @@ def _open(*identity: Any) -> Source:
         raise InputError(f"data: split {data.split!r} of {data.source} holds no images; choose another data.split")
     if data.num_examples is not None and len(source) != data.num_examples:
         raise InputError(
-            f"data.num_examples is {data.num_examples}, but split {data.split!r} of {data.source} has {len(source)}"
-            " images; correct it or complete the data"
+            f"data.num_examples is {data.num_examples}, but split {data.split!r} of {data.path or data.source} has"
+            f" {len(source)} images; correct it (none: count them) or complete the data"
         )
     return source
 

@@ -46,9 +46,14 @@ def together(
 
 
 def measure(
-    evaluators: Mapping[str, Evaluator], predict: Predict, variables: Variables, frozen: Frozen, title: str
+    evaluators: Mapping[str, Evaluator],
+    predict: Predict,
+    variables: Variables,
+    frozen: Frozen,
+    title: str,
+    check: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """All that the evaluators find, with a bar named `title`."""
+    """All that the evaluators find, with a bar named `title`; `check` is called after each batch and may raise."""
     running = together(evaluators, predict, variables, frozen)
     total = sum(evaluator.num_batches for evaluator in evaluators.values())
     interval = 0.1 if sys.stderr.isatty() else 10
@@ -59,6 +64,7 @@ def measure(
             except StopIteration as end:
                 return end.value()
             bar.update()
+            check()
 
 
 class Fetched:

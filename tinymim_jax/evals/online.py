@@ -1,6 +1,7 @@
 """Evaluation beside the training: a batch of it after each step, the host's part in a thread."""
 
 import concurrent.futures
+import threading
 from collections.abc import Callable, Generator, Mapping
 
 import jax
@@ -26,7 +27,6 @@ class Online:
         """`write` gets the step that an evaluation was started at, and its results."""
         self.evaluators, self.predict, self.frozen, self.write = evaluators, predict, frozen, write
         self.copy = jax.jit(lambda variables: jax.tree.map(jnp.copy, variables))
-        self.thread = concurrent.futures.ThreadPoolExecutor(1)
         self.step = 0
         self.running: Generator[None, None, Finish] | None = None
         self.finishing: concurrent.futures.Future | None = None
@@ -43,9 +43,9 @@ class Online:
             try:
                 next(self.running)
             except StopIteration as end:
-                self.running, self.finishing = None, self.thread.submit(end.value)
-        elif self.finishing is not None and self.finishing.done():
-            self._write()
+                self.running, self.finishing = None, in_thread(end.value)
+        elif self.finishing is not None and self.finishing.done() and jax.process_count() == 1:
+            self._write()  # several processes write, and raise, where all of them wait
 
     def wait(self) -> None:
         """Returns when the results of what was started are written."""
@@ -64,4 +64,17 @@ class Online:
     def __exit__(self, *_: object) -> None:
         if self.running is not None:
             self.running.close()
-        self.thread.shutdown()
+
+
+def in_thread(function: Finish) -> concurrent.futures.Future:
+    """`function` under way in a thread that nothing waits for at the end."""
+    future: concurrent.futures.Future = concurrent.futures.Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:  # raised where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future

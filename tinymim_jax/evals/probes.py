@@ -11,6 +11,7 @@ from tinymim_jax.config import InputError
 from tinymim_jax.evals.base import Batches, Fetched, Finish, Predict
 from tinymim_jax.tasks.base import Frozen, Variables
 
+QUERIES_AT_ONCE = 1024
 Labelled = tuple[np.ndarray, np.ndarray]  # unit features [n, D], labels [n]
 
 
@@ -47,14 +48,13 @@ class Knn(Probe):
 
     def score(self, bank: Labelled, queries: Labelled) -> dict[str, float]:
         num_classes = int(max(bank[1].max(), queries[1].max())) + 1
-        found = {}
-        for k in self.cfg.k:
-            votes = [
-                knn_predict(rows, *bank, k, self.cfg.temperature, num_classes)
-                for rows in np.array_split(queries[0], -(-len(queries[0]) // 1024))
-            ]
-            found[f"top1_k{k}"] = 100 * float(np.mean(np.concatenate(votes) == queries[1]))
-        return found
+        vectors, labels = jnp.asarray(bank[0]), jnp.asarray(bank[1])  # on the device once
+        hits = dict.fromkeys(self.cfg.k, 0)
+        for start in range(0, len(queries[0]), QUERIES_AT_ONCE):
+            rows, truth = (part[start : start + QUERIES_AT_ONCE] for part in queries)
+            for k, votes in knn_predict(rows, vectors, labels, self.cfg.k, self.cfg.temperature, num_classes).items():
+                hits[k] += int(np.sum(votes == truth))
+        return {f"top1_k{k}": 100 * count / len(queries[1]) for k, count in hits.items()}
 
 
 class Logistic(Probe):
@@ -65,6 +65,8 @@ class Logistic(Probe):
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
 
+        if len(np.unique(bank[1])) < 2:
+            raise InputError("logistic: the images to fit on are all of one class; a classifier needs two")
         classifier = make_pipeline(StandardScaler(), LogisticRegression(C=self.cfg.c, max_iter=self.cfg.max_iter))
         return {"top1": 100 * float(np.mean(classifier.fit(*bank).predict(queries[0]) == queries[1]))}
 
@@ -87,12 +89,15 @@ def stack(found: Fetched) -> Labelled:
 
 
 def knn_predict(
-    queries: np.ndarray, bank: np.ndarray, bank_labels: np.ndarray, k: int, temperature: float, num_classes: int
-) -> np.ndarray:
-    """Unit queries [q, D] -> classes [q]: the k most similar of bank [n, D] vote with exp(cosine / temperature)."""
+    queries: np.ndarray, bank: jax.Array, bank_labels: jax.Array, ks: tuple[int, ...], temperature: float, classes: int
+) -> dict[int, np.ndarray]:
+    """Unit queries [q, D] -> for each k classes [q]: the k most similar of bank [n, D] vote.
+
+    A vote weighs exp(cosine / temperature).
+    """
     cosine = jnp.matmul(jnp.asarray(queries), jnp.asarray(bank).T, precision="highest")
-    similarity, nearest = jax.lax.top_k(cosine, k)
-    votes = jax.nn.one_hot(jnp.asarray(bank_labels)[nearest], num_classes)  # [q, k, C]
-    return np.asarray(
-        jnp.argmax(jnp.einsum("qk,qkc->qc", jnp.exp((similarity - similarity[:, :1]) / temperature), votes), axis=1)
-    )
+    similarity, nearest = jax.lax.top_k(cosine, max(ks))
+    weights = jnp.exp((similarity - similarity[:, :1]) / temperature)
+    labels, rows = jnp.asarray(bank_labels)[nearest], jnp.arange(len(queries))[:, None]
+    votes = {k: jnp.zeros((len(queries), classes)).at[rows, labels[:, :k]].add(weights[:, :k]) for k in ks}
+    return {k: np.asarray(jnp.argmax(sums, axis=1)) for k, sums in votes.items()}

@@ -14,7 +14,8 @@ from tinymim_jax.models import vit
 Params = Any  # nested dict of arrays
 Variables = Mapping[str, Any]  # {"params": Params, other collections}
 Frozen = Any  # arrays the loss reads and nothing trains: the teacher
-Batch = Mapping[str, jax.Array]  # image uint8 [B, S, S, 3], label int32 [B], is_valid bool [B], index int32 [B]
+# image uint8 [B, S, S, 3], label int32 [B], is_valid bool [B], index int32 [B]; to train, stop bool [B]
+Batch = Mapping[str, jax.Array]
 Rngs = Mapping[str, jax.Array]  # one key per name in STREAMS
 
 STREAMS = ("mask", "augment", "drop_path")

@@ -37,9 +37,8 @@ class Classify:
     def _augmented(self, batch: Batch, rng: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Images erased, then mixed, with their soft labels [B, C]; one whose partner is unreadable keeps its label."""
         erase_rng, mix_rng = jax.random.split(rng)
-        if self.task.mix_prob and (self.task.mixup or self.task.cutmix):
-            both = {key: replace_by_partner(batch[key], batch["is_valid"]) for key in ("image", "label")}
-            batch = {**batch, **both}
+        # Unreadable images reach others by mixing and by batch statistics.
+        batch = {**batch, **{key: replace_by_partner(batch[key], batch["is_valid"]) for key in ("image", "label")}}
         targets = losses.smooth_one_hot(batch["label"], self.cfg.num_classes, self.task.label_smoothing)
         images = random_erasing(erase_rng, self._clean(batch), self.task.erasing)
         return mix(mix_rng, images, targets, self.task)
@@ -54,7 +53,8 @@ class Classify:
         variables, rngs = {"params": params["encoder"], **model_state}, {"drop_path": rngs["drop_path"]}
         out, new = self.model.apply(variables, images, train=train, rngs=rngs, mutable=list(model_state))
         values = losses.soft_cross_entropy(out.heads[0] if self.task.teacher else out.logits, targets)
-        metrics = {"labels_beyond_head": Mean.of(jnp.sum(batch["label"] >= self.cfg.num_classes))}
+        beyond = is_beyond(batch["label"], self.cfg.num_classes) & batch["is_valid"]
+        metrics = {"labels_beyond_head": Mean.of(jnp.sum(beyond))}
         if self.task.teacher:
             distilled = self._distilled(frozen, images, out.heads[1])
             metrics["loss_labels"], metrics["loss_teacher"] = (
@@ -89,9 +89,16 @@ def check_teacher(student: config.ViT, teacher: config.ViT) -> config.ViT:
             f"the teacher has {teacher.num_classes} classes and model.num_classes is {student.num_classes}; it must be"
             " a classifier of the same classes"
         )
+    if teacher.head_norm:
+        raise InputError("the teacher has a BatchNorm before its head (a linear probe): fine-tune it, or take another")
     if teacher.image_size != student.image_size:
         raise InputError(f"the teacher sees {teacher.image_size} px, the student {student.image_size}; make them equal")
     return dataclasses.replace(teacher, dtype=student.dtype, remat=False)
+
+
+def is_beyond(labels: jax.Array, num_classes: int) -> jax.Array:
+    """Labels [B] -> whether there is no such class; bool [B]. tfds has -1 where it has no label."""
+    return (labels < 0) | (labels >= num_classes)
 
 
 def replace_by_partner(values: jax.Array, is_valid: jax.Array) -> jax.Array:

@@ -1,0 +1,112 @@
+"""The training step: one, for every task."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from tinymim_jax import mesh as mesh_lib
+from tinymim_jax import optim
+from tinymim_jax.metrics import Mean
+from tinymim_jax.plan import Plan, example_batch
+from tinymim_jax.progress import BAD_IMAGES, FINITE, STOP
+from tinymim_jax.tasks.base import STREAMS, Batch, Frozen
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a step changes. `ema` is {} where no average is kept."""
+
+    step: jax.Array
+    params: Any
+    model_state: Any
+    opt_state: Any
+    ema: Any
+
+
+TrainStep = Callable[[TrainState, Frozen, Batch, jax.Array], tuple[TrainState, dict[str, Mean]]]
+
+
+def create_state(plan: Plan, rng: jax.Array) -> TrainState:
+    """Fresh parameters and optimiser state."""
+    variables = dict(plan.task.init(rng, example_batch(plan.stage))[0])
+    params = variables.pop("params")
+    ema = params if plan.stage.optim.ema else {}
+    return TrainState(jnp.zeros((), jnp.int32), params, variables, plan.tx.init(params), ema)
+
+
+def make_train_step(plan: Plan) -> TrainStep:
+    """step(state, frozen, batch, rng) -> (state, metrics); pure, for `jit`.
+
+    `rng` is the stage's key: every random number is a function of it, the step and the stream's name.
+    """
+    task, tx, cfg = plan.task, plan.tx, plan.stage.optim
+
+    def gradients(state: TrainState, frozen: Frozen, batch: Batch, rng: jax.Array) -> tuple[Any, Any]:
+        rngs = {name: jax.random.fold_in(rng, i) for i, name in enumerate(STREAMS)}
+
+        def loss(params: Any) -> tuple[jax.Array, Any]:
+            params = optim.stop_frozen(params, plan.labels)
+            return task.loss(params, state.model_state, frozen, batch, rngs, train=True)
+
+        grads, aux = jax.grad(loss, has_aux=True)(state.params)
+        return grads, aux
+
+    def step(state: TrainState, frozen: Frozen, batch: Batch, rng: jax.Array) -> tuple[TrainState, dict[str, Mean]]:
+        rng = jax.random.fold_in(rng, state.step)
+        grads, aux = accumulate(gradients, cfg.accum_steps, state, frozen, batch, rng)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = optax.incremental_update(params, state.ema, 1 - cfg.ema) if cfg.ema else {}
+        norms = {"grad_norm": Mean.of(optax.global_norm(grads)), "param_norm": Mean.of(optax.global_norm(params))}
+        counts = {BAD_IMAGES: Mean.of(jnp.sum(~batch["is_valid"])), STOP: Mean.of(jnp.sum(batch["stop"]))}
+        new = TrainState(state.step + 1, params, aux.model_state, opt_state, ema)
+        step_metrics = {**aux.metrics, **norms, **counts}
+        if plan.stage.run.on_nan == "skip":
+            new = keep_if_bad(state, new, step_metrics)
+        return new, step_metrics
+
+    return step
+
+
+def keep_if_bad(old: TrainState, new: TrainState, step_metrics: dict[str, Mean]) -> TrainState:
+    """`new`, or where it is not finite `old` a step later (the optimiser's own count stays as well)."""
+    is_good = jnp.all(jnp.isfinite(jnp.stack([step_metrics[name].sum for name in FINITE])))
+    kept = jax.tree.map(lambda n, o: jnp.where(is_good, n, o), new, old)
+    return kept.replace(step=new.step)
+
+
+def accumulate(
+    gradients: Callable, steps: int, state: TrainState, frozen: Frozen, batch: Batch, rng: jax.Array
+) -> tuple[Any, Any]:
+    """Gradients of the mean over all valid images, and summed metrics, from `steps` micro-batches over all devices."""
+    if steps == 1:
+        return gradients(state, frozen, batch, rng)
+    # Row i goes to micro-batch i % steps, so that no row moves to another device.
+    micro = jax.tree.map(lambda x: x.reshape(-1, steps, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def body(total: Any, item: tuple[Batch, jax.Array]) -> tuple[Any, Any]:
+        rows, i = item
+        grads, aux = gradients(state, frozen, rows, jax.random.fold_in(rng, i))
+        return jax.tree.map(lambda t, g: t + g * aux.metrics["loss"].count, total, grads), aux
+
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    grads, aux = jax.lax.scan(body, zeros, (micro, jnp.arange(steps)))
+    summed = jax.tree.map(lambda x: x.sum(axis=0), aux.metrics)
+    averaged = jax.tree.map(lambda x: x.mean(axis=0), aux.model_state)
+    return jax.tree.map(lambda g: g / summed["loss"].count, grads), aux.replace(metrics=summed, model_state=averaged)
+
+
+def jit_step(plan: Plan, mesh: jax.sharding.Mesh, shardings: TrainState) -> TrainStep:
+    """The train step for `jit`: the state is donated and nothing else is."""
+    out = (shardings, mesh_lib.replicated(mesh))
+    return jax.jit(make_train_step(plan), donate_argnums=0, out_shardings=out)
+
+
+def items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The two array items of a checkpoint: what later stages read, and the rest."""
+    model = {"params": state.params, "model_state": state.model_state, "ema": state.ema}
+    return model, {"opt_state": state.opt_state, "step": state.step}
