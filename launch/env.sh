@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the launch scripts: makes .venv (or $VENV) with this package, once, and activates it.
 # PYTHON chooses the interpreter; EXTRAS what else to install, e.g. EXTRAS=cuda,torch.
 set -euo pipefail

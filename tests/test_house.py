@@ -17,6 +17,8 @@ LAYERS = [
     ["step", "ready"],
     ["train"],
     ["chain", "report", "evaluate"],
+    ["forecast"],
+    ["doctor"],
     ["commands"],
     ["__main__"],
 ]

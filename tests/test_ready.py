@@ -32,6 +32,7 @@ def test_everything_that_a_stage_reads(chain):
 def test_classes_are_compared_where_labels_are(chain, tmp_path):
     """Training on one tree, tested on a split of the same name of another."""
     stage = chain.stages["finetune"]
+    stage.model.num_classes = 2
     stage.data = from_folder(stage.data, write_tree(tmp_path / "a", {"test": "ab"}), "test")
     stage.evals["val"].data = from_folder(stage.evals["val"].data, write_tree(tmp_path / "b", {"test": "ac"}))
     with pytest.raises(InputError, match=r"a/test and .*b/test differ in their classes \(b\)"):

@@ -10,6 +10,8 @@ from tinymim_jax.stop import INTERRUPTED, Interrupted
 
 COMMANDS = {
     "run": "run a chain of stages, or go on with it",
+    "plan": "compile a chain for a pod, without the pod: memory, FLOPs, hours",
+    "doctor": "what is wrong with this machine or cluster, and the fix",
     "bench": "measure speed, as JSON",
     "eval": "measure a finished model: accuracy, robustness, probes",
     "report": "make the tables and pictures of a finished run again",

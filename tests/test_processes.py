@@ -1,0 +1,115 @@
+"""Several processes and devices against one; `python -m tests.test_processes` measures it at length."""
+
+import json
+import shutil
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.processes import difference, finish, free_port, log, run, start
+from tinymim_jax import checkpoint
+
+STAGES = ("mae", "distill", "finetune")
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """The chain in one process with one device."""
+    folder = tmp_path_factory.mktemp("one")
+    ((status, _, err),) = run(folder, "steps=4")
+    assert status == 0, err[-2000:]
+    return folder
+
+
+def test_two_processes_with_two_devices_train_like_one(one, tmp_path):
+    """Parameters, teacher and optimiser state are split over fsdp, which spans both devices of each process."""
+    ended = run(tmp_path, "steps=4,fsdp=2", 2, 2)
+    for status, _, err in ended:
+        assert status == 0, err[-2000:]
+    assert "mae: 4 steps of 8 images" in ended[0][1] and "steps of" not in ended[1][1]  # one process speaks
+    for name in STAGES:
+        assert difference(one / name, tmp_path / name) < 2e-5, name
+        mine, theirs = log(one / name), log(tmp_path / name)
+        assert [sorted(line) for line in mine] == [sorted(line) for line in theirs]
+    assert not (tmp_path / "run.lock").exists()
+
+
+def test_sigterm_to_one_of_two_processes_stops_both_at_one_step_and_the_run_goes_on_elsewhere(one, tmp_path):
+    """Saved by two processes with a device each, restored by one with four."""
+    running = start(tmp_path, "steps=400,every=400", 2, 1, "--stage=mae")
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "mae" / "metrics.jsonl").exists() or not (tmp_path / "mae" / "metrics.jsonl").read_text():
+        assert time.monotonic() < deadline and all(process.poll() is None for process in running)
+        time.sleep(0.1)
+    running[1].send_signal(signal.SIGTERM)
+    ended = finish(running)
+    assert [status for status, _, _ in ended] == [75, 75], ended
+    (step,) = checkpoint.steps(tmp_path / "mae")
+    assert f"stage mae stopped at step {step} of 400; run the same command to go on" in ended[0][2]
+    ((status, _, err),) = run(tmp_path, f"steps={step + 3},every=400", 1, 4, "--stage=mae")
+    assert status == 2 and "run.steps: 400 -> " in err  # the length is part of the schedule
+    stopped = start(tmp_path, "steps=400,every=400", 1, 4, "--stage=mae")
+    assert any(f"resumed at step {step} of 400" in line for line in iter(stopped[0].stdout.readline, ""))
+    stopped[0].kill()
+    stopped[0].communicate()
+
+
+def test_processes_that_differ_say_so_and_start_nothing(tmp_path):
+    address = f"--coordinator=127.0.0.1:{free_port()}"
+    running = []
+    for i, override in enumerate((["--config.stages.mae.optim.lr=0.001"], ["--config.stages.mae.optim.lr=0.5"])):
+        cluster = [address, "--num_processes=2", f"--process_id={i}"]
+        running += start(tmp_path, "steps=4", 1, 1, *cluster, *override)
+    for status, _, err in finish(running, 100):
+        assert status == 2
+        assert "differs from process 0 in config.stages.mae.optim.lr: 0.001 -> 0.5; start all with the same code" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_run_in_one_workdir(tmp_path):
+    (first,) = start(tmp_path, "steps=2000,every=1000", 1, 1, "--stage=mae")
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run.lock").exists():
+        assert time.monotonic() < deadline and first.poll() is None
+        time.sleep(0.05)
+    ((status, _, err),) = run(tmp_path, "steps=2000,every=1000", 1, 1, "--stage=mae")
+    assert status == 2 and f"is in use by process {first.pid} on " in err
+    first.send_signal(signal.SIGTERM)
+    ((status, _, _),) = finish([first], 120)
+    assert status == 75 and not (tmp_path / "run.lock").exists()
+
+
+def measure() -> None:
+    """30 steps on 2 x 4 and 1 x 8 devices against 1 x 1; then what 8 devices saved, restored on 1, 2 and 4."""
+    folder, found = Path(tempfile.mkdtemp()), {}
+
+    def trained(name: str, options: str, processes: int, devices: int) -> list[str]:
+        ended = run(folder / name, f"steps=30,every=15,{options}", processes, devices)
+        for status, _, err in ended:
+            assert status == 0, err[-3000:]
+        return [out for _, out, _ in ended]
+
+    for name, options, processes, devices in (
+        ("1x1", "fsdp=1", 1, 1),
+        ("2x4", "fsdp=2", 2, 4),
+        ("1x8", "fsdp=2", 1, 8),
+    ):
+        trained(name, options, processes, devices)
+        found[f"{name} against 1x1"] = {s: difference(folder / "1x1" / s, folder / name / s) for s in STAGES}
+    for devices in (1, 2, 4):
+        name = f"saved on 1x8 after 15 steps, restored on 1x{devices}"
+        shutil.copytree(folder / "1x8", folder / name)
+        for stage in STAGES:
+            (folder / name / stage / "DONE").unlink()
+            shutil.rmtree(folder / name / stage / checkpoint.FOLDER / "30")
+        (out,) = trained(name, f"fsdp={min(devices, 2)}", 1, devices)
+        assert out.count("resumed at step 15 of 30") == 3
+        found[f"{name}, against 1x8"] = {s: difference(folder / "1x8" / s, folder / name / s) for s in STAGES}
+    print(json.dumps({"largest difference of a weight after 30 steps": found}, indent=2))
+
+
+if __name__ == "__main__":
+    measure()

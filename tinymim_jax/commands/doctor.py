@@ -1,0 +1,40 @@
+"""`doctor`: what is wrong with this machine or cluster, and the fix."""
+
+from pathlib import Path
+
+from absl import flags
+
+from tinymim_jax.commands.flags import CLUSTER_USAGE, define_cluster, new_flags, parse, start_cluster
+from tinymim_jax.config import InputError, to_dict
+
+USAGE = """python -m tinymim_jax doctor [--config=FILE[:options]] [--workdir=DIR]
+
+  looks at versions, devices, processes, free disk and, with a config, at its mesh and data; started in every process of
+  a cluster, as `run` would be, it also finds missing processes and hosts that differ in code, packages or config
+
+  --workdir=DIR                     where results would go (default: runs/ and the config's name)
+""" + CLUSTER_USAGE.lstrip("\n")
+
+
+def main(argv: list[str]) -> None:
+    """Runs the command with its arguments; raises InputError if something needs mending."""
+    values = new_flags(USAGE)
+    flags.DEFINE_string("workdir", None, "where results would go", flag_values=values)
+    define_cluster(values)
+    if any(arg.startswith("--config") or arg in ("--help", "-h") for arg in argv):
+        cfg = parse(values, argv)
+    else:
+        cfg = None
+        try:
+            rest = values(["", *argv])[1:]
+        except flags.Error as error:
+            raise InputError(f"{' '.join(str(error).split())}; see --help") from None
+        if rest:
+            raise InputError(f"unexpected argument {rest[0]!r}; see --help")
+    start_cluster(values, config=to_dict(cfg))
+
+    from tinymim_jax import doctor
+
+    bad = doctor.report(cfg, Path(values.workdir or (f"runs/{cfg.name}" if cfg else "runs")).expanduser())
+    if bad:
+        raise InputError(f"{bad} of these need mending")

@@ -1,0 +1,160 @@
+"""What is wrong with a machine or a cluster, and the fix: one finding a line."""
+
+import dataclasses
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+
+import jax
+
+from tinymim_jax import chain, distributed
+from tinymim_jax.config import Config, InputError
+from tinymim_jax.data import sources
+from tinymim_jax.data.decode import decode
+from tinymim_jax.forecast import plans
+from tinymim_jax.handoff import flatten
+from tinymim_jax.mesh import make_mesh
+from tinymim_jax.ready import data_sets
+
+JAX = ((0, 10), (0, 12))  # from, and before
+IMAGES = 20  # read from each data set
+ADAM_COPIES = 3  # of the parameters in a checkpoint: themselves and two moments
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at; `fix` is empty if it is well."""
+
+    what: str
+    fix: str = ""
+
+    def __str__(self) -> str:
+        return f"FIX  {self.what}: {self.fix}" if self.fix else f"ok   {self.what}"
+
+
+def examine(cfg: Config | None, workdir: Path, env: Mapping[str, str]) -> Iterator[Finding]:
+    """Everything, in the order in which a run would meet it."""
+    yield from versions()
+    yield from devices(env)
+    yield from processes(env)
+    yield disk(cfg, workdir)
+    if cfg is not None:
+        yield mesh(cfg)
+        yield from data(cfg)
+
+
+def versions() -> Iterator[Finding]:
+    """Python and the packages that decide."""
+    names = ", ".join(f"{name} {metadata.version(name)}" for name in distributed.VERSIONED)
+    yield Finding(f"Python {'.'.join(map(str, sys.version_info[:3]))}, {names}")
+    found = tuple(int(n) for n in jax.__version__.split(".")[:2])
+    if not JAX[0] <= found < JAX[1]:
+        yield Finding(f"jax {jax.__version__}", "it was tried with 0.10 and 0.11: pip install 'jax>=0.10,<0.12'")
+    if (jaxlib := metadata.version("jaxlib")) != jax.__version__:
+        yield Finding(f"jaxlib {jaxlib} beside jax {jax.__version__}", f"pip install jaxlib=={jax.__version__}")
+
+
+def devices(env: Mapping[str, str]) -> Iterator[Finding]:
+    """What jax computes on, and accelerators that it does not see."""
+    kinds = {d.device_kind for d in jax.local_devices()}
+    yield Finding(f"{jax.local_device_count()} local devices ({', '.join(sorted(kinds))}), {jax.device_count()} in all")
+    on_cpu = jax.default_backend() == "cpu"
+    forced = env.get("JAX_PLATFORMS", "")
+    has = {"NVIDIA GPU": Path("/dev/nvidia0"), "TPU": Path("/dev/accel0"), "TPU v5 or newer": Path("/dev/vfio/0")}
+    for name, path in has.items():
+        if on_cpu and path.exists():
+            extra = "cuda" if "GPU" in name else "tpu"
+            fix = f"unset JAX_PLATFORMS={forced}" if forced else f"pip install -e '.[{extra}]'"
+            yield Finding(f"this machine has an {name} that jax does not use", fix)
+    if env.get("CUDA_VISIBLE_DEVICES") in ("", "-1") and Path("/dev/nvidia0").exists():
+        yield Finding("CUDA_VISIBLE_DEVICES hides every GPU", "unset it, or name the GPUs of this process")
+    if "xla_force_host_platform_device_count" in env.get("XLA_FLAGS", "") and not on_cpu:
+        yield Finding("XLA_FLAGS asks for several CPU devices", "unset it: it is for tests")
+
+
+def processes(env: Mapping[str, str]) -> Iterator[Finding]:
+    """How many there are, and whether they share their devices well."""
+    count = jax.process_count()
+    yield Finding(f"process {jax.process_index()} of {count}")
+    tasks = int(env.get("SLURM_NTASKS", 1))
+    if count == 1 and tasks > 1:
+        yield Finding(f"Slurm gave {tasks} tasks, and this process is on its own", "start with srun inside the job")
+    per_host = int(env.get("SLURM_NTASKS_PER_NODE") or env.get("OMPI_COMM_WORLD_LOCAL_SIZE") or 1)
+    if jax.default_backend() == "gpu" and per_host > 1 and jax.local_device_count() > 1:
+        yield Finding(
+            f"{per_host} processes on this host, each with {jax.local_device_count()} GPUs",
+            "one process for each GPU (--gpus-per-task=1), or one for each host",
+        )
+    if count > 1 and jax.local_device_count() * count != jax.device_count():
+        yield Finding("processes have different numbers of devices", "give each the same")
+    proxies = [name for name in env if name.lower() in ("http_proxy", "https_proxy", "grpc_proxy")]
+    if count > 1 and proxies:
+        yield Finding(f"{proxies[0]} is set", "unset it if processes hang at the start")
+
+
+def disk(cfg: Config | None, workdir: Path) -> Finding:
+    """Room for the checkpoints of all stages."""
+    at = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
+    free = shutil.disk_usage(at).free
+    what = f"{free / 1e9:.0f} GB free at {at}"
+    if cfg is None:
+        return Finding(what)
+    need = 0
+    for _, plan in plans(cfg, workdir):
+        size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in flatten(plan.params).values())
+        copies = ADAM_COPIES + bool(plan.stage.optim.ema)
+        need += size * copies * (plan.stage.run.keep + 1)  # one more while it is written
+    fix = f"checkpoints take up to {need / 1e9:.1f} GB: make room, or choose another --workdir" if need > free else ""
+    return Finding(f"{what}, checkpoints of all stages take up to {need / 1e9:.1f} GB", fix)
+
+
+def mesh(cfg: Config) -> Finding:
+    """Whether the devices fill the grid and share each batch."""
+    try:
+        grid = make_mesh(cfg.mesh)
+        for name, stage in cfg.stages.items():
+            if stage.run.batch_size // stage.optim.accum_steps % grid.size:
+                return Finding(
+                    f"batch {stage.run.batch_size} of {name} on {grid.size} devices",
+                    "make it a multiple of devices times accum_steps",
+                )
+    except InputError as error:
+        return Finding(f"mesh {cfg.mesh.data} x {cfg.mesh.fsdp}", str(error))
+    return Finding(f"mesh {grid.shape['data']} x {grid.shape['fsdp']}")
+
+
+def data(cfg: Config) -> Iterator[Finding]:
+    """Each data set: is it there, can its images be decoded, how fast by one thread."""
+    seen = set()
+    for stage in cfg.stages.values():
+        for one in data_sets(stage):
+            what = f"{one.source} {one.path or one.name}, split {one.split}"
+            if what in seen:
+                continue
+            seen.add(what)
+            try:
+                source = sources.open_source(one)
+                begin = time.perf_counter()
+                chosen = [i * len(source) // IMAGES for i in range(min(IMAGES, len(source)))]
+                for i in chosen:
+                    decode(source[i]["image"], source.describe(i))
+                rate = len(chosen) / (time.perf_counter() - begin)
+                yield Finding(f"{what}: {len(source):,} images, {rate:.0f} read and decoded a second by one thread")
+            except InputError as error:
+                yield Finding(what, str(error))
+
+
+def report(cfg: Config | None, workdir: Path) -> int:
+    """Prints every finding as it is made; returns how many need mending."""
+    bad = 0
+    if cfg is not None:
+        chain.describe_chain(cfg, workdir)  # what is wrong with the config comes first
+    for finding in examine(cfg, workdir, os.environ):
+        print(finding, flush=True)
+        bad += bool(finding.fix)
+    return bad

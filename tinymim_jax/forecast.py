@@ -1,0 +1,237 @@
+"""What a stage's step asks of devices that need not be at hand: it is compiled for them, and not run."""
+
+import copy
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from tinymim_jax import chain
+from tinymim_jax import mesh as mesh_lib
+from tinymim_jax.config import Config, InputError
+from tinymim_jax.plan import Plan, example_batch, make_plan
+from tinymim_jax.step import create_state, jit_step
+
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+TOPOLOGY = re.compile(r"(v\d+[ep]?|v\d+):(\d+(?:x\d+)*)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Published limits of one chip; a published figure is never quite reached."""
+
+    flops: float  # bfloat16, a second
+    memory: float  # bytes
+    bandwidth: float  # of that memory, bytes a second
+    links: float  # to other chips, all links together, bytes a second
+
+
+# cloud.google.com/tpu/docs/v4, v5e, v5p, v6e; NVIDIA's data sheets for H100 SXM and H200 (without sparsity).
+CHIPS = {
+    "v4": Chip(275e12, 32 * 2**30, 1228e9, 300e9),
+    "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9),
+    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9),
+    "v6e": Chip(918e12, 32 * 2**30, 1640e9, 448e9),
+    "H100": Chip(989e12, 80e9, 3350e9, 900e9),
+    "H200": Chip(989e12, 141e9, 4800e9, 900e9),
+}
+KINDS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}  # as jax calls them
+
+
+def devices_of(topology: str) -> list[Any]:
+    """The devices of "v5e:16x16" and the like, described by libtpu without one; "" for those at hand.
+
+    Raises InputError if there is no such topology, or libtpu is missing.
+    """
+    if not topology:
+        return jax.devices()
+    match = TOPOLOGY.fullmatch(topology)
+    if not match or match[1] not in CHIPS:
+        names = ", ".join(name for name in CHIPS if name.startswith("v"))
+        raise InputError(f"--topology={topology}: write it like v5e:16x16; the chips are {names}")
+    # This machine is none of its hosts; without these libtpu asks around, and complains.
+    quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost"}
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
+    from jax.experimental import topologies
+
+    cores = {"chip_config_name": "megacore"} if match[1] == "v4" else {}  # a chip's two cores as one device
+    try:
+        found = topologies.get_topology_desc(topology_name=topology, platform="tpu", **cores)
+    except Exception as error:  # what libtpu and its loader raise differs between versions
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(
+            f"--topology={topology}: not known to libtpu, or libtpu is missing ({reason}); pip install libtpu, or"
+            " choose a topology that exists"
+        ) from None
+    return list(found.devices)
+
+
+def chip_of(device: Any) -> Chip | None:
+    """The limits of a device, if they are known."""
+    kind = KINDS.get(device.device_kind, device.device_kind)
+    return next((chip for name, chip in CHIPS.items() if name in kind), None)
+
+
+def plans(cfg: Config, workdir: Path) -> Iterator[tuple[str, Plan]]:
+    """Every stage of a chain, worked out without data."""
+    for name, stage in cfg.stages.items():
+        size = stage.data.num_examples or 1000 * stage.run.batch_size
+        yield name, make_plan(stage, chain.teacher_model(cfg, name, workdir), size)
+
+
+def compile_for(plan: Plan, mesh: jax.sharding.Mesh) -> Any:
+    """The compiled train step of `plan` on `mesh`, whose devices need not exist."""
+    mesh_lib.check_batch(plan.stage.run.batch_size // plan.stage.optim.accum_steps, mesh)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    state = jax.eval_shape(lambda: create_state(plan, jax.random.key(0)))
+    shardings = mesh_lib.state_sharding(mesh, state)
+    batch = example_batch(plan.stage, plan.stage.run.batch_size)
+
+    def placed(tree: Any, where: Any) -> Any:
+        return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, where)
+
+    arguments = (
+        placed(state, shardings),
+        placed(plan.frozen, mesh_lib.state_sharding(mesh, plan.frozen)),
+        {name: placed(rows, mesh_lib.batch_sharding(mesh)) for name, rows in batch.items()},
+        placed(key, mesh_lib.replicated(mesh)),
+    )
+    return jit_step(plan, mesh, shardings).lower(*arguments).compile()
+
+
+def forecast(plan: Plan, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """What one step of `plan` takes on each device of `mesh`, and no less than how long it and the stage take.
+
+    Bytes a device (arguments, temporaries, total), FLOPs a step (of the model, counted by hand; of all devices,
+    counted by XLA), collectives (kind, count, bytes a device), and with a known chip: fits, seconds a step (the largest
+    of FLOPs over peak, arguments read and written over memory bandwidth, collectives over links), hours for the stage.
+    """
+    compiled = compile_for(plan, mesh)
+    memory = compiled.memory_analysis()
+    cost = compiled.cost_analysis()
+    total = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    total += memory.temp_size_in_bytes
+    collectives = find_collectives(compiled.as_text())
+    model_flops = plan.task.flops_per_image() * plan.stage.run.batch_size
+    result = {
+        "devices": mesh.size,
+        "fsdp": mesh.shape["fsdp"],
+        "accum_steps": plan.stage.optim.accum_steps,
+        "batch_size": plan.stage.run.batch_size,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "total_bytes": total,
+        "model_flops": model_flops,
+        "xla_flops": cost["flops"] * mesh.size,
+        "collectives": collectives,
+        "steps": plan.total_steps,
+    }
+    if chip := chip_of(mesh.devices.flat[0]):
+        moved = sum(c["bytes"] for c in collectives.values())
+        bounds = {
+            "compute": model_flops / mesh.size / chip.flops,
+            "memory": (memory.argument_size_in_bytes + memory.output_size_in_bytes) / chip.bandwidth,
+            "links": 2 * moved * (mesh.size - 1) / mesh.size / chip.links,
+        }
+        seconds = max(bounds.values())
+        result |= {
+            "memory_bytes": chip.memory,
+            "fits": total <= chip.memory,
+            "bounds_s": bounds,
+            "step_s": seconds,
+            "hours": seconds * plan.total_steps / 3600,
+        }
+    return result
+
+
+def find_collectives(text: str) -> dict[str, dict[str, int]]:
+    """{"all-reduce": {"count", "bytes"}, ...} in the text of a compiled program; bytes of the results on one device."""
+    found: dict[str, dict[str, int]] = {}
+    pattern = re.compile(rf"= (\(.*?\)|\S+) ({'|'.join(COLLECTIVES)})(?:-start)?\(")
+    for shapes, kind in pattern.findall(text):
+        sizes = [
+            BYTES.get(dtype, 4) * math.prod(int(n) for n in dims.split(",") if n)
+            for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+        ]
+        entry = found.setdefault(kind, {"count": 0, "bytes": 0})
+        entry["count"] += 1
+        entry["bytes"] += sum(sizes)
+    return found
+
+
+def advise(cfg: Config, name: str, workdir: Path, devices: list[Any]) -> str:
+    """The first change that makes stage `name` fit into the memory of `devices`, each tried by compiling it."""
+    for words, fields in changes(cfg, name, len(devices)):
+        other = copy.deepcopy(cfg)
+        stage = other.stages[name]
+        stage.optim.accum_steps = fields.get("accum_steps", stage.optim.accum_steps)
+        stage.model.remat = fields.get("remat", stage.model.remat)
+        other.mesh.fsdp = fields.get("fsdp", other.mesh.fsdp)
+        mesh = mesh_lib.make_mesh(other.mesh, devices)
+        plan = next(plan for key, plan in plans(other, workdir) if key == name)
+        if forecast(plan, mesh)["fits"]:
+            return words
+    return "more or larger devices, or a smaller batch"
+
+
+def changes(cfg: Config, name: str, devices: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What can be tried, in the order of what it costs: flags, and the fields that they set."""
+    stage = cfg.stages[name]
+    at = f"--config.stages.{name}"
+    for accum in (2, 4, 8):
+        if stage.run.batch_size // accum % devices == 0:
+            yield f"{at}.optim.accum_steps={accum}", {"accum_steps": accum}
+    yield f"{at}.model.remat=True", {"remat": True}
+    for fsdp in (4, 16):
+        if devices % fsdp == 0:
+            yield f"--config.mesh.fsdp={fsdp} {at}.model.remat=True", {"fsdp": fsdp, "remat": True}
+
+
+def table(report: dict[str, Any]) -> str:
+    """The forecasts as a Markdown table."""
+    columns = [
+        f"stage on {report['topology'] or 'the devices at hand'}",
+        "batch a device",
+        "memory a device, GB",
+        "model FLOPs",
+        "XLA's over them",
+        "collectives a step",
+        "at least, ms a step",
+        "at least, hours",
+    ]
+    rows = [columns, ["---"] * len(columns)]
+    for name, f in report["stages"].items():
+        fits = "" if f.get("fits", True) else f" **of {f['memory_bytes'] / 1e9:.0f}**; {f.get('advice', '')}"
+        collectives = ", ".join(f"{c['count']} {k} ({c['bytes'] / 1e6:.0f} MB)" for k, c in f["collectives"].items())
+        times = [f"{1e3 * f['step_s']:.1f}", f"{f['hours']:.1f}"] if "step_s" in f else ["", ""]
+        memory = f"{f['total_bytes'] / 1e9:.1f}{fits}"
+        share = f"{f['xla_flops'] / f['model_flops']:.3f}"
+        flops = f"{f['model_flops']:.3g}"
+        rows.append([name, f"{f['batch_size'] / f['devices']:g}", memory, flops, share, collectives or "none", *times])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def run(cfg: Config, only: str | None, topology: str, workdir: Path) -> dict[str, Any]:
+    """Forecasts of every stage of `cfg` (or just `only`) on `topology`; advice where one does not fit."""
+    chain.check_stage_name(cfg, only)
+    devices = devices_of(topology)
+    mesh = mesh_lib.make_mesh(cfg.mesh, devices)
+    stages = {}
+    for name, plan in plans(cfg, workdir):
+        if only not in (None, name):
+            continue
+        print(f"{name}: compiling for {len(devices)} devices ...", flush=True)
+        try:
+            stages[name] = forecast(plan, mesh)
+            if not stages[name].get("fits", True):
+                stages[name]["advice"] = advise(cfg, name, workdir, devices)
+        except InputError as error:
+            raise InputError(f"stage {name}: {error}") from None
+    return {"config": cfg.name, "topology": topology, "stages": stages}
