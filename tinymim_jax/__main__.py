@@ -1,5 +1,6 @@
 """`python -m tinymim_jax COMMAND`."""
 
+import errno
 import importlib
 import sys
 
@@ -20,6 +21,8 @@ COMMANDS = {
     "export": "our checkpoint -> timm, Hugging Face, MAE's .pth or ONNX",
 }
 
+STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE)  # the disk's fault
+
 
 def main(argv: list[str]) -> int:
     """Runs one command; the exit status: 0, 2 on bad input, 130 after Ctrl-C, 75 after SIGTERM: run me again."""
@@ -27,13 +30,20 @@ def main(argv: list[str]) -> int:
         lines = [f"  {name:8} {text}" for name, text in COMMANDS.items()]
         print("\n".join(["usage: python -m tinymim_jax COMMAND ...", "", *lines, "", "COMMAND --help says more."]))
         return 0
-    absl.logging.set_verbosity(absl.logging.ERROR)  # orbax's warnings are about its own files
+    absl.logging.set_verbosity(absl.logging.FATAL)  # orbax logs with tracebacks what we say in a line
     try:
         if argv[0] not in COMMANDS:
             raise InputError(f"unknown command {argv[0]!r}; choose one of {', '.join(COMMANDS)}")
         importlib.import_module(f"tinymim_jax.commands.{argv[0]}").main(argv[1:])
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in STORAGE:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror}; make room or mend the storage, and run the same command again: what was"
+              " saved is kept", file=sys.stderr)  # fmt: skip
         return 2
     except KeyboardInterrupt as stop:
         print(f"interrupted: {stop}" if str(stop) else "interrupted", file=sys.stderr)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 import shutil
 import sys
 import time
@@ -133,7 +132,7 @@ def data(cfg: Config) -> Iterator[Finding]:
     seen = set()
     for stage in cfg.stages.values():
         for one in data_sets(stage):
-            what = f"{one.source} {one.path or one.name}, split {one.split}"
+            what = f"{one.source} {one.path or one.name}".rstrip() + f", split {one.split}"
             if what in seen:
                 continue
             seen.add(what)
@@ -149,12 +148,12 @@ def data(cfg: Config) -> Iterator[Finding]:
                 yield Finding(what, str(error))
 
 
-def report(cfg: Config | None, workdir: Path) -> int:
+def report(cfg: Config | None, workdir: Path, env: Mapping[str, str]) -> int:
     """Prints every finding as it is made; returns how many need mending."""
     bad = 0
     if cfg is not None:
         chain.describe_chain(cfg, workdir)  # what is wrong with the config comes first
-    for finding in examine(cfg, workdir, os.environ):
+    for finding in examine(cfg, workdir, env):
         print(finding, flush=True)
         bad += bool(finding.fix)
     return bad

@@ -11,9 +11,10 @@ from typing import Any
 
 import jax
 
-from tinymim_jax import chain
+from tinymim_jax import chain, config
 from tinymim_jax import mesh as mesh_lib
 from tinymim_jax.config import Config, InputError
+from tinymim_jax.data import sources
 from tinymim_jax.plan import Plan, example_batch, make_plan
 from tinymim_jax.step import create_state, jit_step
 
@@ -82,8 +83,15 @@ def chip_of(device: Any) -> Chip | None:
 def plans(cfg: Config, workdir: Path) -> Iterator[tuple[str, Plan]]:
     """Every stage of a chain, worked out without data."""
     for name, stage in cfg.stages.items():
-        size = stage.data.num_examples or 1000 * stage.run.batch_size
-        yield name, make_plan(stage, chain.teacher_model(cfg, name, workdir), size)
+        yield name, make_plan(stage, chain.teacher_model(cfg, name, workdir), _size(stage))
+
+
+def _size(stage: config.Stage) -> int:
+    """Images in an epoch, if the data says so; a step is the same without."""
+    try:
+        return stage.data.num_examples or len(sources.open_source(stage.data))
+    except InputError:
+        return 1000 * stage.run.batch_size
 
 
 def compile_for(plan: Plan, mesh: jax.sharding.Mesh) -> Any:

@@ -1,5 +1,6 @@
 """`doctor`: what is wrong with this machine or cluster, and the fix."""
 
+import os
 from pathlib import Path
 
 from absl import flags
@@ -35,6 +36,7 @@ def main(argv: list[str]) -> None:
 
     from tinymim_jax import doctor
 
-    bad = doctor.report(cfg, Path(values.workdir or (f"runs/{cfg.name}" if cfg else "runs")).expanduser())
+    workdir = Path(values.workdir or (f"runs/{cfg.name}" if cfg else "runs")).expanduser()
+    bad = doctor.report(cfg, workdir, os.environ)
     if bad:
         raise InputError(f"{bad} of these need mending")

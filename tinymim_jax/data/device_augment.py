@@ -11,6 +11,7 @@ GREY = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL's mode L
 ERASE_AREA = (0.02, 1 / 3)  # of the image
 ERASE_LOG_ASPECT = (math.log(0.3), math.log(1 / 0.3))  # height over width
 ERASE_ATTEMPTS = 10
+PAIRED_ROWS = 8  # of a batch, among which images find their partners
 
 
 def to_float(images: jax.Array) -> jax.Array:
@@ -52,9 +53,9 @@ def jitter_in_order(images: jax.Array, factors: jax.Array, order: jax.Array) -> 
 
 
 def mix(key: jax.Array, images: jax.Array, soft_labels: jax.Array, cfg: Classify) -> tuple[jax.Array, jax.Array]:
-    """Mixup or cutmix of each image with its partner in the flipped batch; one draw a batch; labels [B, C].
+    """Mixup or cutmix of each image with its `partner`; one draw a batch; labels [B, C].
 
-    The semantics are those of timm's Mixup in batch mode.
+    The semantics are those of timm's Mixup in batch mode, but for who is whose partner.
     """
     if cfg.mix_prob == 0 or (cfg.mixup == 0 and cfg.cutmix == 0):
         return images, soft_labels
@@ -63,12 +64,24 @@ def mix(key: jax.Array, images: jax.Array, soft_labels: jax.Array, cfg: Classify
     def mixed(images: jax.Array, soft_labels: jax.Array) -> tuple[jax.Array, jax.Array]:
         own = own_share(*keys, *images.shape[1:3], cfg).astype(images.dtype)
         lam = jnp.mean(own)  # after clipping of the box: the share of pixels that are the image's own
-        images = images * own[..., None] + images[::-1] * (1 - own[..., None])
-        return images, soft_labels * lam + soft_labels[::-1] * (1 - lam)
+        images = images * own[..., None] + partner(images) * (1 - own[..., None])
+        return images, soft_labels * lam + partner(soft_labels) * (1 - lam)
 
     # A branch also keeps XLA from computing `images` (with erasing's noise) anew for each of their two uses.
     is_on = jax.random.bernoulli(on_key, cfg.mix_prob)
     return jax.lax.cond(is_on, mixed, lambda *same: same, images, soft_labels)
+
+
+def partner(rows: jax.Array) -> jax.Array:
+    """rows [B, ...], each replaced by its partner: half a block of up to `PAIRED_ROWS` rows away.
+
+    timm pairs an image with its mirror in the batch of one GPU. Blocks keep pairs on one device whatever the number of
+    devices is, without sending images around; repetitions of an image, which are neighbours, are never paired up to 4.
+    """
+    block = math.gcd(len(rows), PAIRED_ROWS)
+    if block == 1:
+        return rows[::-1]
+    return rows.reshape(-1, 2, block // 2, *rows.shape[1:])[:, ::-1].reshape(rows.shape)
 
 
 def own_share(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from tinymim_jax import config
 from tinymim_jax.config import InputError
-from tinymim_jax.data.device_augment import mix, normalize, random_erasing, to_float
+from tinymim_jax.data.device_augment import mix, normalize, partner, random_erasing, to_float
 from tinymim_jax.metrics import Mean
 from tinymim_jax.models import flops, vit
 from tinymim_jax.objectives import losses
@@ -102,5 +102,5 @@ def is_beyond(labels: jax.Array, num_classes: int) -> jax.Array:
 
 
 def replace_by_partner(values: jax.Array, is_valid: jax.Array) -> jax.Array:
-    """values [B, ...] where is_valid [B], elsewhere those of the row that the flipped batch pairs with it."""
-    return jnp.where(is_valid.reshape(-1, *[1] * (values.ndim - 1)), values, values[::-1])
+    """values [B, ...] where is_valid [B], elsewhere those of the row that `mix` pairs with it."""
+    return jnp.where(is_valid.reshape(-1, *[1] * (values.ndim - 1)), values, partner(values))

@@ -1,0 +1,153 @@
+"""The launch scripts, as far as a machine without a scheduler can tell."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.processes import ROOT, environment
+from tinymim_jax.distributed import Cluster, find
+
+LAUNCH = ROOT / "launch"
+SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch", ROOT / ".ci" / "run"]
+
+
+def tool(name):
+    """A program of the test extra, beside this Python."""
+    found = shutil.which(name, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    return found or pytest.skip(f"needs {name}: pip install -e '.[test]'")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
+def test_shellcheck(script):
+    # SC1091: sourced files are checked by themselves.
+    run = subprocess.run([tool("shellcheck"), "--exclude=SC1091", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
+
+
+def test_kubernetes():
+    """JobSet is no part of Kubernetes' own schemas; the job in it is."""
+    kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="pip install -e '.[test]'")
+    yaml = pytest.importorskip("yaml")
+    jobset = yaml.safe_load((LAUNCH / "k8s" / "jobset.yaml").read_text())
+    assert jobset["apiVersion"] == "jobset.x-k8s.io/v1alpha2"
+    (workers,) = jobset["spec"]["replicatedJobs"]
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, "spec": workers["template"]["spec"]}
+    kubernetes_validate.validate(job, kubernetes_validate.latest_version(), strict=True)
+    spec = job["spec"]
+    (container,) = spec["template"]["spec"]["containers"]
+    env = {e["name"]: e["value"] for e in container["env"]}
+    name = f"{jobset['metadata']['name']}-{workers['name']}-0-0.{jobset['metadata']['name']}"
+    assert find({**env, "JOB_COMPLETION_INDEX": "1"}) == Cluster(f"{name}:8476", spec["completions"], 1)
+    config = container["args"][0].removeprefix("--config=").split(":")[0]
+    assert (ROOT / config).is_file() and container["command"] == ["python", "-m", "tinymim_jax", "run"]
+
+
+FAKE_SRUN = """#!/usr/bin/env bash
+# Two tasks on this host, as srun would start them.
+shift
+for i in 0 1; do
+  SLURM_JOB_ID=$PORT_JOB SLURM_STEP_ID=0 SLURM_NTASKS=2 SLURM_PROCID=$i SLURM_LOCALID=$i SLURM_NTASKS_PER_NODE=2 \\
+    SLURM_STEP_NODELIST=127.0.0.1 "$@" > "$LOGS/$i" 2>&1 &
+  pids[i]=$!
+done
+status=0
+for i in 0 1; do wait "${pids[i]}" || status=$?; done
+exit $status
+"""
+
+
+def test_slurm_with_two_tasks_on_this_host(tmp_path):
+    """The batch script itself, with a srun that starts two processes here; stopped, it is put back into the queue."""
+    venv = tmp_path / "venv" / "bin"
+    venv.mkdir(parents=True)
+    setup = subprocess.run(
+        ["bash", "-c", "cat setup.py <(echo cuda) | cksum | cut -d' ' -f1"], cwd=ROOT, capture_output=True, text=True
+    )
+    (venv.parent / f"installed-{setup.stdout.strip()}").touch()  # env.sh has nothing to install
+    (venv / "activate").write_text(f"export PATH={Path(sys.executable).parent}:$PATH\n")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "srun").write_text(FAKE_SRUN)
+    (tools / "scontrol").write_text('#!/bin/sh\necho "$@" > "$LOGS/scontrol"\n')
+    for path in tools.iterdir():
+        path.chmod(0o755)
+    logs, workdir = tmp_path / "logs", tmp_path / "work"
+    logs.mkdir()
+    env = {**environment(), "PATH": f"{tools}:{os.environ['PATH']}", "VENV": str(venv.parent), "LOGS": str(logs)}
+    env |= {"PORT_JOB": str(os.getpid()), "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "77"}
+    arguments = [f"--config={ROOT / 'tests/tiny_chain.py'}:steps=4", f"--workdir={workdir}", "--stage=mae"]
+    run = subprocess.run(["bash", LAUNCH / "slurm.sbatch", *arguments], env=env, capture_output=True, timeout=300)
+    assert run.returncode == 0, (logs / "0").read_text()[-2000:]
+    assert (workdir / "mae" / "DONE").is_file() and not (logs / "scontrol").exists()
+    assert "mae: 4 steps" in (logs / "0").read_text() and "mae: 4 steps" not in (logs / "1").read_text()
+
+    (tools / "srun").write_text("#!/bin/sh\nexit 75\n")
+    run = subprocess.run(["bash", LAUNCH / "slurm.sbatch", *arguments], env=env, capture_output=True, timeout=60)
+    assert run.returncode == 75 and (logs / "scontrol").read_text() == "requeue 77\n"
+
+
+def test_the_batch_script_asks_for_a_process_a_gpu_and_for_time_to_save():
+    text = (LAUNCH / "slurm.sbatch").read_text()
+    asked = dict(re.findall(r"#SBATCH --([\w-]+)=(\S+)", text))
+    assert asked["ntasks-per-node"] == asked["gpus-per-node"] and asked["gpus-per-task"] == "1"
+    assert asked["signal"] == "TERM@120"
+
+
+FAKE_GCLOUD = '#!/bin/sh\nprintf "%s\\n" "$*" >> "$LOG"\n'
+
+
+@pytest.mark.parametrize(
+    ("verb", "parts"),
+    [
+        (["create", "v4-64"], ["create mim --zone=z --accelerator-type=v4-64 --version=tpu-ubuntu2204-base"]),
+        (["install"], ["scp /tmp/tinymim_jax.tar.gz mim: --zone=z --worker=all", "EXTRAS=tpu bash launch/env.sh"]),
+        (["run", "--config=a b.py"], ["ssh mim --zone=z --worker=all --command=EXTRAS=tpu nohup bash -c", "run.log"]),
+        (["log"], ["--worker=0 --command=tail"]),
+        (["delete"], ["delete mim --zone=z"]),
+    ],
+)
+def test_tpu_pod_calls_gcloud(verb, parts, tmp_path):
+    (tmp_path / "gcloud").write_text(FAKE_GCLOUD)
+    (tmp_path / "gcloud").chmod(0o755)
+    env = {
+        **os.environ,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "LOG": str(tmp_path / "log"),
+        "NAME": "mim",
+        "ZONE": "z",
+    }
+    run = subprocess.run(["bash", LAUNCH / "tpu_pod.sh", *verb], env=env, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    calls = (tmp_path / "log").read_text()
+    assert calls.startswith("compute tpus tpu-vm ") and all(part in calls for part in parts)
+
+
+def test_tpu_pod_runs_its_command_until_it_is_done(tmp_path):
+    """The command that is sent to the workers, here: twice stopped, then done; quoting survives."""
+    (tmp_path / "gcloud").write_text(
+        '#!/bin/bash\nfor a; do case $a in --command=*) printf %s "${a#--command=}" > "$LOG";; esac; done\n'
+    )
+    (tmp_path / "gcloud").chmod(0o755)
+    env = {
+        **os.environ,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "LOG": str(tmp_path / "log"),
+        "NAME": "mim",
+        "ZONE": "z",
+    }
+    subprocess.run(["bash", LAUNCH / "tpu_pod.sh", "run", "--config=a b.py"], env=env, cwd=ROOT, check=True)
+    home = tmp_path / "home"
+    (home / "tinymim" / "launch").mkdir(parents=True)
+    (home / "tinymim" / "launch" / "env.sh").write_text("export PATH=$HOME:$PATH\n")
+    (home / "python").write_text(
+        '#!/bin/bash\necho "$4" >> "$HOME/calls"\n[[ $(wc -l < "$HOME/calls") -lt 3 ]] && exit 75\nexit 0\n'
+    )
+    (home / "python").chmod(0o755)
+    command = (tmp_path / "log").read_text()
+    subprocess.run(["bash", "-c", f"{command}\nwait"], env={**env, "HOME": str(home)}, cwd=home, check=True, timeout=60)
+    assert (home / "calls").read_text() == "--config=a b.py\n" * 3
