@@ -43,14 +43,14 @@ def run_chain(cfg: Config, workdir: Path, only: str | None = None, stop: StopReq
         stop = stop or stack.enter_context(StopRequest())
         mesh = make_mesh(cfg.mesh)
         describe_chain(cfg, workdir, only)  # what is wrong with a later stage is said now
-        _check_stop(stop)
+        distributed.check_stop(stop, "before anything ran")
         names = list(cfg.stages) if only is None else [only]
         to_run = [name for name in names if not handoff.finished(workdir / name)]
         for name in to_run:
             check_ready(cfg, name, workdir, mesh, to_run)
         distributed.on_first(lambda: check_workdir(cfg, workdir))
         distributed.on_first(lambda: stack.enter_context(Lock(workdir)))
-        _check_stop(stop)
+        distributed.check_stop(stop, "before anything ran")
         distributed.on_first(lambda: convert_sources(cfg, to_run, workdir))
         for name in names:
             if name in to_run:
@@ -60,11 +60,6 @@ def run_chain(cfg: Config, workdir: Path, only: str | None = None, stop: StopReq
     results = collect(cfg, workdir)
     write_json(workdir / "results.json", results)
     return results
-
-
-def _check_stop(stop: StopRequest) -> None:
-    stop.asked = distributed.agreed(stop.asked)
-    stop.check("before anything ran")
 
 
 def check_workdir(cfg: Config, workdir: Path) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from tinymim_jax.serial import InputError, differences
+from tinymim_jax.stop import StopRequest
 
 VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain")
 MAX_MESSAGE = 2**20  # bytes
@@ -251,6 +252,12 @@ def agreed(flag: bool) -> bool:
     from jax.experimental import multihost_utils
 
     return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def check_stop(stop: StopRequest, where: str) -> None:
+    """Raises Interrupted in every process if any was asked to stop; all must call it at the same point."""
+    stop.asked = agreed(stop.asked)
+    stop.check(where)
 
 
 def on_first(action: Callable[[], Any]) -> None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -116,9 +116,14 @@ class Runner:
         """Evaluation while training goes on."""
         return Online(self.evaluators, self.predict, self.frozen, writer.write)
 
-    def evaluate(self, state: TrainState, check: Callable[[], None]) -> dict[str, float]:
-        """{"<eval>/<metric>": value} of the final weights; `check` is called now and then and may raise."""
+    def evaluate(self, state: TrainState, stop: StopRequest) -> dict[str, float]:
+        """{"<eval>/<metric>": value} of the final weights; raises Interrupted, of several processes only at its end."""
         title = f"{self.name}, evaluation"
+
+        def check() -> None:
+            if jax.process_count() == 1:
+                stop.check(f"stage {self.name} stopped while it was evaluated")
+
         return measure(self.evaluators, self.predict, self.variables(state), self.frozen, title, check)
 
     def is_evaluated(self, step: int) -> bool:
@@ -144,7 +149,7 @@ def run_stage(
         runner = Runner(stage, name, workdir, mesh)
         run, total = stage.run, runner.plan.total_steps
         state, log = runner.start()  # before anything is written
-        stop.check(f"before stage {name}")
+        distributed.check_stop(stop, f"before stage {name}")
         first = int(state.step)
         checkpoints = stack.enter_context(Checkpoints(runner.folder, run.keep))
         write_json(runner.folder / "stage.json", describe(runner.plan))
@@ -191,15 +196,14 @@ def run_stage(
             checkpoints.save(0, *items(state), progress.state())
         checkpoints.wait()  # from here on the state is safe
         online.wait()
-        evaluated = runner.evaluate(state, lambda: stop.check(f"stage {name} stopped while it was evaluated"))
+        evaluated = runner.evaluate(state, stop)
         writer.write(total, evaluated)
         if bad := progress.totals[BAD_IMAGES]:
             print(f"{name}: images left out because they could not be read: {bad}, all epochs together")
         results = {**progress.averages, **evaluated}
         write_json(runner.folder / "DONE", {"step": total, "metrics": results})
         distributed.barrier(f"{name}: done")  # others may read it now
-        stop.asked = distributed.agreed(stop.asked)
-        stop.check(f"stopped after stage {name}")
+        distributed.check_stop(stop, f"stopped after stage {name}")
     return results
 
 
