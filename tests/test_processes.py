@@ -31,9 +31,11 @@ def test_two_processes_with_two_devices_train_like_one(one, tmp_path):
         assert status == 0, err[-2000:]
     assert "mae: 4 steps of 8 images" in ended[0][1] and "steps of" not in ended[1][1]  # one process speaks
     for name in STAGES:
-        assert difference(one / name, tmp_path / name) < 2e-5, name
-        mine, theirs = log(one / name), log(tmp_path / name)
-        assert [sorted(line) for line in mine] == [sorted(line) for line in theirs]
+        # Adam moves a weight by up to lr = 1e-3 a step, whatever the size of its gradient: rounding included.
+        assert difference(one / name, tmp_path / name) < 1e-4, name
+        for mine, theirs in zip(log(one / name), log(tmp_path / name), strict=True):
+            assert sorted(mine) == sorted(theirs)
+            assert mine.get("loss") == pytest.approx(theirs.get("loss"), rel=1e-4)
     assert not (tmp_path / "run.lock").exists()
 
 
