@@ -98,7 +98,15 @@ def test_the_batch_script_asks_for_a_process_a_gpu_and_for_time_to_save():
     assert asked["signal"] == "TERM@120"
 
 
-FAKE_GCLOUD = '#!/bin/sh\nprintf "%s\\n" "$*" >> "$LOG"\n'
+def tpu_pod(folder, verb, gcloud):
+    """What launch/tpu_pod.sh has a gcloud write into its log, the script `gcloud`."""
+    (folder / "gcloud").write_text(gcloud)
+    (folder / "gcloud").chmod(0o755)
+    own = {"PATH": f"{folder}:{os.environ['PATH']}", "LOG": str(folder / "log"), "NAME": "mim", "ZONE": "z"}
+    command = ["bash", LAUNCH / "tpu_pod.sh", *verb]
+    run = subprocess.run(command, env={**os.environ, **own}, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return (folder / "log").read_text()
 
 
 @pytest.mark.parametrize(
@@ -112,35 +120,14 @@ FAKE_GCLOUD = '#!/bin/sh\nprintf "%s\\n" "$*" >> "$LOG"\n'
     ],
 )
 def test_tpu_pod_calls_gcloud(verb, parts, tmp_path):
-    (tmp_path / "gcloud").write_text(FAKE_GCLOUD)
-    (tmp_path / "gcloud").chmod(0o755)
-    env = {
-        **os.environ,
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "LOG": str(tmp_path / "log"),
-        "NAME": "mim",
-        "ZONE": "z",
-    }
-    run = subprocess.run(["bash", LAUNCH / "tpu_pod.sh", *verb], env=env, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    calls = (tmp_path / "log").read_text()
+    calls = tpu_pod(tmp_path, verb, '#!/bin/sh\nprintf "%s\\n" "$*" >> "$LOG"\n')
     assert calls.startswith("compute tpus tpu-vm ") and all(part in calls for part in parts)
 
 
 def test_tpu_pod_runs_its_command_until_it_is_done(tmp_path):
     """The command that is sent to the workers, here: twice stopped, then done; quoting survives."""
-    (tmp_path / "gcloud").write_text(
-        '#!/bin/bash\nfor a; do case $a in --command=*) printf %s "${a#--command=}" > "$LOG";; esac; done\n'
-    )
-    (tmp_path / "gcloud").chmod(0o755)
-    env = {
-        **os.environ,
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "LOG": str(tmp_path / "log"),
-        "NAME": "mim",
-        "ZONE": "z",
-    }
-    subprocess.run(["bash", LAUNCH / "tpu_pod.sh", "run", "--config=a b.py"], env=env, cwd=ROOT, check=True)
+    keep = 'for a; do case $a in --command=*) printf %s "${a#--command=}" > "$LOG";; esac; done'
+    command = tpu_pod(tmp_path, ["run", "--config=a b.py"], f"#!/bin/bash\n{keep}\n")
     home = tmp_path / "home"
     (home / "tinymim" / "launch").mkdir(parents=True)
     (home / "tinymim" / "launch" / "env.sh").write_text("export PATH=$HOME:$PATH\n")
@@ -148,6 +135,7 @@ def test_tpu_pod_runs_its_command_until_it_is_done(tmp_path):
         '#!/bin/bash\necho "$4" >> "$HOME/calls"\n[[ $(wc -l < "$HOME/calls") -lt 3 ]] && exit 75\nexit 0\n'
     )
     (home / "python").chmod(0o755)
-    command = (tmp_path / "log").read_text()
-    subprocess.run(["bash", "-c", f"{command}\nwait"], env={**env, "HOME": str(home)}, cwd=home, check=True, timeout=60)
+    subprocess.run(
+        ["bash", "-c", f"{command}\nwait"], env={**os.environ, "HOME": str(home)}, cwd=home, check=True, timeout=60
+    )
     assert (home / "calls").read_text() == "--config=a b.py\n" * 3

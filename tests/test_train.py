@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.processes import log
 from tinymim_jax import checkpoint, handoff, train
 from tinymim_jax import step as step_lib
 from tinymim_jax.config import InputError
@@ -19,13 +20,6 @@ from tinymim_jax.train import run_stage
 
 def run_chain_of(chain, workdir, mesh, names):
     return {name: run_stage(chain.stages[name], name, workdir, mesh) for name in names}
-
-
-def lines_without_speed(path):
-    """By step: when the results of an evaluation beside the training come is not fixed."""
-    skip = ("images_per_s", "data_wait")
-    lines = [{k: v for k, v in json.loads(line).items() if k not in skip} for line in path.read_text().splitlines()]
-    return sorted(lines, key=lambda line: (line["step"], sorted(line)))
 
 
 def assert_same_tree(a, b):
@@ -48,7 +42,7 @@ def test_an_interrupted_chain_ends_like_an_uninterrupted_one(chain, mesh, tmp_pa
         folders = [tmp_path / side / name for side in ("whole", "cut")]
         assert_same_tree(*[checkpoint.read_model(folder) for folder in folders])
         assert len({(folder / "DONE").read_text() for folder in folders}) == 1
-        logs = [lines_without_speed(folder / "metrics.jsonl") for folder in folders]
+        logs = [log(folder) for folder in folders]
         assert logs[0] == logs[1]
 
 
@@ -242,8 +236,8 @@ def test_an_evaluation_that_was_due_when_the_run_was_killed_is_made_up_for(chain
         run_stage(stage, "mae", tmp_path / "cut", mesh)
     assert checkpoint.steps(tmp_path / "cut" / "mae") == [2]
     run_stage(stage, "mae", tmp_path / "cut", mesh)
-    assert [line["step"] for line in lines_without_speed(tmp_path / "cut" / "mae" / "metrics.jsonl")] == [2, 3, 4, 4]
-    logs = [lines_without_speed(tmp_path / side / "mae" / "metrics.jsonl") for side in ("whole", "cut")]
+    assert [line["step"] for line in log(tmp_path / "cut" / "mae")] == [2, 3, 4, 4]
+    logs = [log(tmp_path / side / "mae") for side in ("whole", "cut")]
     assert logs[0] == logs[1]
 
 
@@ -285,6 +279,6 @@ def test_four_devices_with_split_parameters_train_like_one(chain, mesh, tmp_path
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     subprocess.run([sys.executable, "-c", FOUR_DEVICES, str(tmp_path / "four")], env=env, check=True)
     for name in ("mae", "distill"):
-        one, four = [lines_without_speed(tmp_path / side / name / "metrics.jsonl") for side in ("one", "four")]
+        one, four = [log(tmp_path / side / name) for side in ("one", "four")]
         for a, b in zip(one, four, strict=True):
             assert {key: pytest.approx(value, rel=1e-3) for key, value in a.items()} == b

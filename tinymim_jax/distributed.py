@@ -101,47 +101,40 @@ def _own_device(env: Mapping[str, str], variable: str) -> tuple[int, ...] | None
     return (int(env[variable]),) if shares and len(visible) > 1 and variable in env else None
 
 
-def start(cluster: Cluster | None, facts: Facts, timeout: float) -> None:
+def start(cluster: Cluster | None, timeout: float, **facts: Any) -> None:
     """Joins this process to the others; must come before anything that asks JAX for devices.
 
     After it, only process 0 prints. Without a cluster, on a TPU machine, JAX's own detection is used.
 
     Raises:
-      InputError: processes did not come within `timeout` seconds (named), or differ in `facts`.
+      InputError: processes did not come within `timeout` seconds (named), or differ in `own_facts`, `facts` among them.
     """
-    if cluster is None:
-        if _is_tpu_machine():
-            import jax
-
-            jax.distributed.initialize(initialization_timeout=int(timeout))
-            _quiet_unless(jax.process_index() == 0)
+    if cluster is None and not _is_tpu_machine():
         return
-    if cluster.num_processes > 1:
-        roll_call(cluster, facts, timeout)
+    if cluster is not None and cluster.num_processes > 1:
+        roll_call(cluster, own_facts(**facts), timeout)
+    place = {}
+    if cluster is not None:
+        place = {
+            "coordinator_address": cluster.coordinator,
+            "num_processes": cluster.num_processes,
+            "process_id": cluster.process_id,
+            "local_device_ids": cluster.local_devices,
+            "cluster_detection_method": "deactivate",
+        }
     import jax
 
     # It would take SIGTERM for itself; ours is heard by `stop` and agreed on in the step.
     jax.config.update("jax_enable_preemption_service", False)
-    jax.distributed.initialize(
-        cluster.coordinator,
-        cluster.num_processes,
-        cluster.process_id,
-        local_device_ids=cluster.local_devices,
-        cluster_detection_method="deactivate",
-        initialization_timeout=int(timeout),
-    )
-    _quiet_unless(cluster.process_id == 0)
+    jax.distributed.initialize(**place, initialization_timeout=int(timeout))
+    if jax.process_index():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def _is_tpu_machine() -> bool:
     return any(Path(device).exists() for device in ("/dev/accel0", "/dev/vfio/0")) and "TPU_SKIP_MDS_QUERY" not in (
         os.environ
     )
-
-
-def _quiet_unless(is_first: bool) -> None:
-    if not is_first:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def own_facts(**more: Any) -> dict[str, Any]:
@@ -235,10 +228,10 @@ def _disagreement(present: Mapping[int, Any]) -> str:
         for name in {**first, **facts}:
             mine, theirs = first.get(name), facts.get(name)
             if mine != theirs:
+                what = "; ".join(differences(mine, theirs, name)[:3]) or name
                 return (
-                    f"process {index} ({present[index].get('host')}) differs from process 0 in"
-                    f" {'; '.join(differences(mine, theirs, name)[:3])}; start all with the same code, packages and"
-                    " command line"
+                    f"process {index} ({present[index].get('host')}) differs from process 0 in {what};"
+                    " start all with the same code, packages and command line"
                 )
     return ""
 

@@ -80,9 +80,10 @@ def chip_of(device: Any) -> Chip | None:
     return next((chip for name, chip in CHIPS.items() if name in kind), None)
 
 
-def plans(cfg: Config, workdir: Path) -> Iterator[tuple[str, Plan]]:
-    """Every stage of a chain, worked out without data."""
-    for name, stage in cfg.stages.items():
+def plans(cfg: Config, workdir: Path, only: str | None = None) -> Iterator[tuple[str, Plan]]:
+    """Every stage of a chain (or just `only`), worked out without data."""
+    for name in [only] if only else cfg.stages:
+        stage = cfg.stages[name]
         yield name, make_plan(stage, chain.teacher_model(cfg, name, workdir), _size(stage))
 
 
@@ -183,7 +184,7 @@ def advise(cfg: Config, name: str, workdir: Path, devices: list[Any]) -> str:
         stage.model.remat = fields.get("remat", stage.model.remat)
         other.mesh.fsdp = fields.get("fsdp", other.mesh.fsdp)
         mesh = mesh_lib.make_mesh(other.mesh, devices)
-        plan = next(plan for key, plan in plans(other, workdir) if key == name)
+        ((_, plan),) = plans(other, workdir, name)
         if forecast(plan, mesh)["fits"]:
             return words
     return "more or larger devices, or a smaller batch"
@@ -232,9 +233,7 @@ def run(cfg: Config, only: str | None, topology: str, workdir: Path) -> dict[str
     devices = devices_of(topology)
     mesh = mesh_lib.make_mesh(cfg.mesh, devices)
     stages = {}
-    for name, plan in plans(cfg, workdir):
-        if only not in (None, name):
-            continue
+    for name, plan in plans(cfg, workdir, only):
         print(f"{name}: compiling for {len(devices)} devices ...", flush=True)
         try:
             stages[name] = forecast(plan, mesh)

@@ -18,9 +18,7 @@ class Writer:
             return
         self.kept = [line for line in read(self.path) if line["step"] <= start]
         folder.mkdir(parents=True, exist_ok=True)
-        whole = self.path.with_name(self.path.name + ".partial")
-        whole.write_text("".join(json.dumps(line) + "\n" for line in self.kept))
-        whole.replace(self.path)
+        _write_whole(self.path, "".join(json.dumps(line) + "\n" for line in self.kept))
         self.file = self.path.open("a")
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
 
@@ -67,6 +65,10 @@ def write_json(path: Path, value: Any) -> None:
     """Writes `value` to `path`, which never holds half of it; in process 0 alone."""
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(value, indent=2) + "\n")
-        partial.replace(path)
+        _write_whole(path, json.dumps(value, indent=2) + "\n")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from absl import flags
 
-from tinymim_jax.commands.flags import CLUSTER_USAGE, define_cluster, new_flags, parse, start_cluster
+from tinymim_jax.commands.flags import CLUSTER_USAGE, define_cluster, new_flags, parse, parse_flags, start_cluster
 from tinymim_jax.config import InputError, to_dict
 
 USAGE = """python -m tinymim_jax doctor [--config=FILE[:options]] [--workdir=DIR]
@@ -26,11 +26,7 @@ def main(argv: list[str]) -> None:
         cfg = parse(values, argv)
     else:
         cfg = None
-        try:
-            rest = values(["", *argv])[1:]
-        except flags.Error as error:
-            raise InputError(f"{' '.join(str(error).split())}; see --help") from None
-        if rest:
+        if rest := parse_flags(values, argv):
             raise InputError(f"unexpected argument {rest[0]!r}; see --help")
     start_cluster(values, config=to_dict(cfg))
 

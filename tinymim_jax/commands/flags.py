@@ -65,7 +65,7 @@ def start_cluster(values: flags.FlagValues, **facts: Any) -> None:
     parts = values.coordinator, values.num_processes, values.process_id
     is_given = any(part is not None for part in parts)
     cluster = distributed.given(*parts) if is_given else distributed.find(os.environ)
-    distributed.start(cluster, distributed.own_facts(**facts), values.start_timeout)
+    distributed.start(cluster, values.start_timeout, **facts)
 
 
 def parse(values: flags.FlagValues, argv: list[str]) -> Config:
@@ -96,13 +96,18 @@ def parse_positional(values: flags.FlagValues, argv: list[str], names: list[str]
     if not argv or "--help" in argv or "-h" in argv:
         print(values["help"].help)
         raise SystemExit(0)
-    try:
-        rest = values(["", *argv])[1:]
-    except flags.Error as error:
-        raise InputError(f"{' '.join(str(error).split())}; see --help") from None
+    rest = parse_flags(values, argv)
     if len(rest) != len(names):
         raise InputError(f"expected {' '.join(names)}, got {' '.join(rest) or 'nothing'}; see --help")
     return [Path(path).expanduser() for path in rest]
+
+
+def parse_flags(values: flags.FlagValues, argv: list[str]) -> list[str]:
+    """Parses `argv` into `values`; returns what is no flag. Raises InputError."""
+    try:
+        return values(["", *argv])[1:]
+    except flags.Error as error:
+        raise InputError(f"{' '.join(str(error).split())}; see --help") from None
 
 
 def _header(path: str | None) -> list[str]:

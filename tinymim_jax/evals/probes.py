@@ -1,5 +1,6 @@
 """Probes of frozen features."""
 
+import abc
 from collections.abc import Generator
 
 import jax
@@ -15,7 +16,7 @@ QUERIES_AT_ONCE = 1024
 Labelled = tuple[np.ndarray, np.ndarray]  # unit features [n, D], labels [n]
 
 
-class Probe:
+class Probe(abc.ABC):
     """Features of two labelled sets, one to learn from and one to score on; `score` says how."""
 
     def __init__(self, cfg: config.Knn | config.Logistic, mesh: jax.sharding.Mesh):
@@ -33,9 +34,9 @@ class Probe:
         queries = yield from extract(self.queries, predict, variables, frozen)
         return lambda: self.score(stack(bank), stack(queries))
 
+    @abc.abstractmethod
     def score(self, bank: Labelled, queries: Labelled) -> dict[str, float]:
         """Results of one probe, in percent."""
-        raise NotImplementedError
 
 
 class Knn(Probe):
