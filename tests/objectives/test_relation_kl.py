@@ -111,3 +111,53 @@ def test_batch_tokens_and_heads_must_agree(axis):
     smaller = tuple(np.delete(x, 0, axis=axis) for x in pair(1))
     with pytest.raises(AssertionError):
         relation_kl(pair(0), smaller)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("tokens", "heads", "widths", "rows"),
+    [
+        (17, 3, (5, 7), 4),
+        (17, 3, (5, 7), None),
+        (65, 1, (24, 9), 64),
+        (197, 3, (64, 24), 50),
+        (197, 5, (32, 13), None),
+        (1025, 1, (16, 11), None),
+    ],
+)
+def test_blocks_of_rows_against_float64(tokens, heads, widths, rows, dtype):
+    """Value and gradient, also where the last block is not full."""
+    rng = np.random.default_rng(0)
+    teacher, student = (
+        tuple(jnp.asarray(rng.normal(0, 1.3, (1, tokens, heads, width)), dtype) for _ in range(2)) for width in widths
+    )
+    value, found = jax.value_and_grad(lambda s: relation_kl(teacher, s, rows).mean())(student)
+    exact = [[reference.f64(np.asarray(x, np.float32)) for x in p] for p in (teacher, student)]
+    np.testing.assert_allclose(value, reference.relation_kl(*exact), rtol=1e-5 if dtype == "float32" else 1e-4)
+    for actual, wanted in zip(found, reference_gradient(*exact), strict=True):
+        assert actual.dtype == dtype
+        error = np.abs(np.asarray(actual, np.float64) - wanted).max() / np.abs(wanted).max()
+        assert error < (1e-5 if dtype == "float32" else 2e-2)  # bfloat16: P - T is rounded before the products
+
+
+def reference_gradient(teacher, student):
+    """By hand, float64: (P - T) / (H N sqrt(E)) times the other operand."""
+
+    def relation(a, b):
+        logits = np.einsum("bnhe,bmhe->bhnm", a, b) / np.sqrt(a.shape[-1])
+        e = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        return e / e.sum(axis=-1, keepdims=True)
+
+    q, k = student
+    d = (relation(q, k) - relation(*teacher)) / (q.shape[1] * q.shape[2] * np.sqrt(q.shape[-1]))
+    return np.einsum("bhnm,bmhe->bnhe", d, k), np.einsum("bhnm,bnhe->bmhe", d, q)
+
+
+def test_memory_grows_with_the_tokens_and_not_with_their_square():
+    def extra(tokens):
+        arrays = [tuple(jax.ShapeDtypeStruct((1, tokens, 2, 8), jnp.float32) for _ in range(2)) for _ in range(2)]
+        step = jax.jit(jax.value_and_grad(lambda s, t: relation_kl(t, s).mean()))
+        return step.lower(*arrays).compile().memory_analysis().temp_size_in_bytes
+
+    assert extra(4096) < 2.3 * extra(2048)
+    assert extra(4096) < 0.2 * 2 * 4096**2 * 4  # a fifth of one relation
