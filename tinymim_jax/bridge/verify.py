@@ -119,13 +119,20 @@ def reference() -> ModuleType:
     name = "tinymim_reference"
     if name not in sys.modules:
         if not REFERENCE.is_dir():
-            raise InputError("--verify of this format runs tests/reference, which only a clone of the repository has")
+            raise InputError("the PyTorch reference lies in tests/reference, which only a clone of the repository has")
         where = {"submodule_search_locations": [str(REFERENCE)]}
         spec = importlib.util.spec_from_file_location(name, REFERENCE / "__init__.py", **where)
         sys.modules[name] = importlib.util.module_from_spec(spec)
-    for part in ("vit", "mae"):
+    for part in ("vit", "mae", "distill"):
         importlib.import_module(f"{name}.{part}")
     return sys.modules[name]
+
+
+def reference_config(model: config.ViT) -> Any:
+    """What the reference calls `model`."""
+    cls = reference().vit.Config
+    fields = {f.name for f in dataclasses.fields(cls)} - {"norm_eps"}
+    return cls(**{k: v for k, v in dataclasses.asdict(model).items() if k in fields})
 
 
 def _reference(converted: Converted, images: np.ndarray, noise: np.ndarray) -> Tensors:
@@ -133,8 +140,7 @@ def _reference(converted: Converted, images: np.ndarray, noise: np.ndarray) -> T
     import torch
 
     package, found = reference(), converted.layout
-    fields = {f.name for f in dataclasses.fields(package.vit.Config)} - {"norm_eps"}
-    cfg = package.vit.Config(**{k: v for k, v in dataclasses.asdict(found.model).items() if k in fields})
+    cfg = reference_config(found.model)
     weights = {name: torch.from_numpy(np.array(array)) for name, array in found.arrays.items()}
     if found.decoder is None:
         model = package.vit.ViT(cfg)

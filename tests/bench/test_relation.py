@@ -1,0 +1,47 @@
+import json
+
+import numpy as np
+import pytest
+
+from tests.models import reference
+from tinymim_jax.__main__ import main
+from tinymim_jax.bench import relation
+
+HEADS = 8  # of the stage
+CALL = ["bench", "relation", "--config=configs/digits/chain.py", "--stage=distill_t", "--batch_size=2", "--rounds=1"]
+
+
+def test_relation_prints_one_json_object(capsys, monkeypatch):
+    monkeypatch.setattr(relation, "MAX_DENSE", 2 * HEADS * 600**2 * 4)
+    assert main([*CALL, "--tokens=17,577,700"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    small, large, largest = result["tokens"].values()
+    assert small["time_ratio"] == pytest.approx(small["ours_s"] / small["plain_s"])
+    assert large["bytes_ratio"] == large["ours_bytes"] / large["plain_bytes"] < 0.5  # blocks of rows
+    assert "plain_s" not in largest  # would not fit
+
+
+def test_the_stages_own_number_of_tokens(capsys):
+    assert main(CALL) == 0
+    assert list(json.loads(capsys.readouterr().out)["tokens"]) == ["17"]
+
+
+def test_the_plain_one_against_float64():
+    rng = np.random.default_rng(0)
+    teacher, student = (tuple(rng.normal(size=(2, 5, 3, 4)).astype(np.float32) for _ in range(2)) for _ in range(2))
+    np.testing.assert_allclose(
+        relation.plain(teacher, student).mean(), reference.relation_kl(teacher, student), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([*CALL, "--tokens=x"], "--tokens: 'x' is not a positive whole number"),
+        ([*CALL, "--tokens=0"], "--tokens: '0' is not a positive whole number"),
+        ([*CALL[:3], "--stage=mae_l"], "--stage=mae_l matches no relations; choose a stage whose task is distill"),
+    ],
+)
+def test_bad_input(argv, message, capsys):
+    assert main(argv) == 2
+    assert message in capsys.readouterr().err

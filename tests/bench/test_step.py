@@ -1,0 +1,42 @@
+import json
+
+import pytest
+
+from tests.conftest import tiny_classify, tiny_distill, tiny_mae
+from tinymim_jax.__main__ import main
+from tinymim_jax.bench import step
+from tinymim_jax.plan import make_plan
+
+DIGITS = "--config=configs/digits/chain.py"
+
+
+def test_step_prints_one_json_object(capsys):
+    assert main(["bench", "step", DIGITS, "--stage=distill_t", "--batch_size=4", "--rounds=1"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["stage"], result["batch_size"], result["devices"]) == ("distill_t", 4, 1)
+    assert result["images_per_s"] == pytest.approx(4 / result["step_s"])
+    assert result["model_flops_share"] == pytest.approx(
+        result["model_flops"] / result["step_s"] / result["matmul_flops_per_s"]
+    )
+    assert result["model_flops"] < result["xla_flops"] and result["peak_memory_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("stage", "teacher"), [(tiny_mae(), None), (tiny_distill(), tiny_mae().model), (tiny_classify(), None)]
+)
+def test_every_task_can_be_timed(stage, teacher, mesh):
+    compiled, arguments = step.compile_step(make_plan(stage, teacher, 40), mesh)
+    for _ in range(2):
+        arguments, seconds = step.timed_step(compiled, arguments)
+        assert seconds > 0
+    assert int(arguments[0].step) == 2
+
+
+def test_the_matmul_is_not_optimised_away():
+    assert 1e8 < step.matmul("float32")() < 1e13
+
+
+def test_augment_prints_one_json_object(capsys):
+    assert main(["bench", "augment", DIGITS, "--stage=finetune_chain_0", "--batch_size=8", "--rounds=1"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["share"] == pytest.approx(1 - result["plain_step_s"] / result["step_s"])

@@ -1,0 +1,67 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from tests.conftest import tiny_classify, tiny_distill, tiny_mae
+from tinymim_jax.__main__ import main
+from tinymim_jax.bench import versus
+from tinymim_jax.bridge import names
+from tinymim_jax.config import InputError
+from tinymim_jax.handoff import flatten
+from tinymim_jax.plan import make_plan
+
+torch = pytest.importorskip("torch")
+
+
+@pytest.mark.parametrize(
+    ("stage", "teacher"), [(tiny_mae(), None), (tiny_distill(), tiny_mae().model), (tiny_classify(), None)]
+)
+def test_a_step_has_our_parameters_and_changes_them(stage, teacher):
+    step = versus.TorchStep(stage, teacher, "eager")
+    student = step.models[-1]
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    ours = flatten(make_plan(stage, teacher, 40).params)
+    assert sum(p.numel() for p in before.values()) == sum(np.prod(leaf.shape) for leaf in ours.values())
+    assert {names.mae_name(key) for key in ours} == set(before)
+    step()
+    assert any(not torch.equal(p, before[name]) for name, p in student.named_parameters())
+    assert step.dtype == torch.float32 and step.peak_memory() is None
+
+
+def test_fused_attention_computes_the_same():
+    stage, teacher = tiny_distill(), tiny_mae().model
+    eager = versus.TorchStep(stage, teacher, "eager")
+    for model in eager.models:
+        model.eval()  # no drop path
+    expected = eager.loss(eager.images)
+    for model in eager.models:
+        versus.use_fused_attention(model, eager.package)
+    torch.testing.assert_close(eager.loss(eager.images), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_bench_step_compares(capsys, monkeypatch):
+    monkeypatch.setattr(versus, "VARIANTS", {"eager": ""})
+    call = ["bench", "step", "--config=configs/digits/chain.py", "--stage=distill_t", "--batch_size=4", "--rounds=2"]
+    assert main([*call, "--vs=torch"]) == 0
+    theirs = json.loads(capsys.readouterr().out)["torch_eager"]
+    assert theirs["ratio"] > 0 and theirs["images_per_s"] == pytest.approx(4 / theirs["step_s"])
+
+
+def test_a_variant_that_does_not_run_is_named(capsys, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda loss: (_ for _ in ()).throw(RuntimeError("no C++ compiler")))
+    assert list(versus.steps(tiny_mae(), None)) == ["eager"]
+    assert "torch compiled does not run here: RuntimeError: no C++ compiler" in capsys.readouterr().err
+
+
+def test_a_task_without_counterpart():
+    stage = tiny_mae()
+    stage.task.kind = "segment"
+    with pytest.raises(InputError, match="--vs=torch has no step for segment; choose one of mae, distill, classify"):
+        versus.TorchStep(stage, None, "eager")
+
+
+def test_the_device_of_both_is_one():
+    assert jax.default_backend() == "cpu"
+    assert versus.TorchStep(tiny_mae(), None, "eager").images.device.type == "cpu"

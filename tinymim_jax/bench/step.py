@@ -1,0 +1,167 @@
+"""What a training step costs."""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils.epath import Path
+
+from tinymim_jax import chain
+from tinymim_jax import mesh as mesh_lib
+from tinymim_jax.bench import versus
+from tinymim_jax.config import Config, InputError, Stage
+from tinymim_jax.plan import Plan, example_batch, make_plan
+from tinymim_jax.step import create_state, jit_step
+
+MATMUL_SIZES = {"cpu": 2048, "gpu": 8192, "tpu": 8192}
+
+
+def step(cfg: Config, name: str, rounds: int, vs: str | None = None) -> dict[str, Any]:
+    """Times the step of stage `name` and, in turn, the device's matmul peak and, with `vs` "torch", PyTorch's steps.
+
+    Returns:
+      images_per_s and step_s (medians), model_flops (counted by hand, a step) and xla_flops (what the compiler
+      counts), matmul_flops_per_s (measured, same dtype), model_flops_share of it, peak_memory_bytes. With `vs`, for
+      each of `versus.VARIANTS` its images_per_s and ratio, ours over theirs: the median over rounds.
+    """
+    stage, plan, mesh = prepared(cfg, name)
+    compiled, arguments = compile_step(plan, mesh)
+    peak = matmul(stage.model.dtype)
+    others = versus.steps(stage, chain.teacher_model(cfg, name, Path(f"runs/{cfg.name}"))) if vs else {}
+
+    steps, peaks = [], []
+    theirs: dict[str, list[float]] = {variant: [] for variant in others}
+    for _ in range(rounds + 1):  # the first round warms up
+        arguments, seconds = timed_step(compiled, arguments)
+        steps.append(seconds)
+        peaks.append(peak())
+        line = f"{seconds:.3f} s a step, {peaks[-1] / 1e9:.0f} matmul GFLOP/s"
+        for variant, other in others.items():
+            begin = time.perf_counter()
+            other()
+            theirs[variant].append(time.perf_counter() - begin)
+            line += f", torch {variant} {theirs[variant][-1]:.3f} s"
+        print(line, file=sys.stderr)
+    seconds, flops_per_s = statistics.median(steps[1:]), statistics.median(peaks[1:]) * mesh.size
+    model_flops = plan.task.flops_per_image() * stage.run.batch_size
+    return {
+        "benchmark": "step",
+        "stage": name,
+        "device": jax.devices()[0].device_kind,
+        "devices": mesh.size,
+        "jax": jax.__version__,
+        "dtype": stage.model.dtype,
+        "batch_size": stage.run.batch_size,
+        "images_per_s": stage.run.batch_size / seconds,
+        "step_s": seconds,
+        "model_flops": model_flops,
+        "xla_flops": compiled.cost_analysis()["flops"] * mesh.size,
+        "matmul_flops_per_s": flops_per_s,
+        "model_flops_share": model_flops / seconds / flops_per_s,
+        "peak_memory_bytes": peak_memory(compiled),
+        **{f"torch_{variant}": _compared(other, steps, theirs[variant], stage) for variant, other in others.items()},
+    }
+
+
+def _compared(other: versus.TorchStep, ours: list[float], theirs: list[float], stage: Stage) -> dict[str, Any]:
+    seconds = statistics.median(theirs[1:])
+    return {
+        "ratio": statistics.median(b / a for a, b in zip(ours[1:], theirs[1:], strict=True)),
+        "images_per_s": stage.run.batch_size / seconds,
+        "step_s": seconds,
+        "dtype": str(other.dtype).removeprefix("torch."),
+        "peak_memory_bytes": other.peak_memory(),
+    }
+
+
+def augment(cfg: Config, name: str, rounds: int) -> dict[str, Any]:
+    """Times the step of the classify stage `name` with and without mixup, cutmix and random erasing, in turn.
+
+    Returns step_s and plain_step_s (medians), and share, how much of the step these augmentations take: the median
+    over rounds, each a pair of steps.
+    """
+    if cfg.stages[name].task.kind != "classify":
+        raise InputError(f"--stage={name} does not mix or erase images; choose a stage whose task is classify")
+    stage, plan, mesh = prepared(cfg, name)
+    full = compile_step(plan, mesh)
+    stage.task.mixup = stage.task.cutmix = stage.task.erasing = 0.0
+    plain = compile_step(prepared(cfg, name)[1], mesh)
+    seconds: list[tuple[float, float]] = []
+    for _ in range(rounds + 1):  # the first round warms up
+        (arguments, with_), (plain_arguments, without) = timed_step(*full), timed_step(*plain)
+        full, plain = (full[0], arguments), (plain[0], plain_arguments)
+        seconds.append((with_, without))
+        print(f"{with_:.4f} s a step, {without:.4f} s without", file=sys.stderr)
+    return {
+        "benchmark": "augment",
+        "stage": name,
+        "device": jax.devices()[0].device_kind,
+        "dtype": stage.model.dtype,
+        "batch_size": stage.run.batch_size,
+        "step_s": statistics.median(pair[0] for pair in seconds[1:]),
+        "plain_step_s": statistics.median(pair[1] for pair in seconds[1:]),
+        "share": statistics.median(1 - pair[1] / pair[0] for pair in seconds[1:]),
+    }
+
+
+def prepared(cfg: Config, name: str) -> tuple[Stage, Plan, jax.sharding.Mesh]:
+    """Stage `name`, its plan for any data, and the mesh."""
+    stage = cfg.stages[name]
+    teacher = chain.teacher_model(cfg, name, Path(f"runs/{cfg.name}"))
+    return stage, make_plan(stage, teacher, num_examples=1000 * stage.run.batch_size), mesh_lib.make_mesh(cfg.mesh)
+
+
+def compile_step(plan: Plan, mesh: jax.sharding.Mesh) -> tuple[Any, tuple]:
+    """The compiled train step of `plan` and arguments for it: fresh weights, a random teacher, random images."""
+    stage: Stage = plan.stage
+    mesh_lib.check_batch(stage.run.batch_size // stage.optim.accum_steps, mesh)
+    batch = example_batch(stage, stage.run.batch_size)
+    batch["image"] = np.random.default_rng(0).integers(0, 256, batch["image"].shape, np.uint8)
+    batch = mesh_lib.put_batch(batch, mesh)
+    key = jax.random.key(0)
+    state_shapes = jax.eval_shape(lambda: create_state(plan, key))
+    shardings = mesh_lib.state_sharding(mesh, (state_shapes, plan.frozen))
+    state, frozen = jax.jit(
+        lambda: (create_state(plan, key), plan.task.init(key, example_batch(stage))[1]), out_shardings=shardings
+    )()
+    arguments = (state, frozen, batch, jax.device_put(key, mesh_lib.replicated(mesh)))
+    return jit_step(plan, mesh, shardings[0]).lower(*arguments).compile(), arguments
+
+
+def timed_step(compiled: Any, arguments: tuple) -> tuple[tuple, float]:
+    """One call: the arguments of the next, and seconds."""
+    begin = time.perf_counter()
+    state, metrics = jax.block_until_ready(compiled(*arguments))
+    seconds = time.perf_counter() - begin
+    del metrics
+    return (state, *arguments[1:]), seconds
+
+
+def matmul(dtype: str) -> Callable[[], float]:
+    """A function that measures one device's FLOP/s on a large square product in `dtype`."""
+    n = MATMUL_SIZES.get(jax.default_backend(), 4096)
+    a = jax.random.normal(jax.random.key(0), (n, n)).astype(dtype)
+    repeats = 10
+    product = jax.jit(lambda x: jax.lax.fori_loop(0, repeats, lambda _, y: (y @ x) * (1 / n), jnp.eye(n, dtype=dtype)))
+    jax.block_until_ready(product(a))
+
+    def measure() -> float:
+        begin = time.perf_counter()
+        jax.block_until_ready(product(a))
+        return repeats * 2 * n**3 / (time.perf_counter() - begin)
+
+    return measure
+
+
+def peak_memory(compiled: Any) -> int:
+    """Bytes: what the device counted at its peak, or where it does not count, what the compiler reserves."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    m = compiled.memory_analysis()
+    return m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes

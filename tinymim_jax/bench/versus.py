@@ -1,0 +1,139 @@
+"""The same training step in PyTorch, by the project's own reference: what ours is compared with."""
+
+import dataclasses
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from tinymim_jax import config
+from tinymim_jax.bridge.files import one_line
+from tinymim_jax.bridge.verify import reference, reference_config
+from tinymim_jax.config import InputError, Stage
+
+VARIANTS = {
+    "eager": "as the released code runs: attention and relations written out, mixed precision by autocast",
+    "compiled": "as a good user would: scaled_dot_product_attention, torch.compile, bfloat16 by autocast, fused AdamW",
+}
+
+
+def steps(stage: Stage, teacher: config.ViT | None) -> dict[str, "TorchStep"]:
+    """Each variant that works here, run once; of the others, standard error says why not."""
+    found = {}
+    for variant in VARIANTS:
+        try:
+            step = TorchStep(stage, teacher, variant)
+            step()
+        except InputError:
+            raise
+        except Exception as error:  # torch.compile needs a compiler and fails in many ways
+            print(f"torch {variant} does not run here: {one_line(error)}", file=sys.stderr)
+            continue
+        found[variant] = step
+    return found
+
+
+class TorchStep:
+    """A stage's step on images of its own; calling it trains once and waits for the device."""
+
+    def __init__(self, stage: Stage, teacher: config.ViT | None, variant: str):
+        """Raises InputError where PyTorch is missing or the stage has no counterpart in the reference."""
+        try:
+            import torch
+        except ImportError:
+            raise InputError("--vs=torch needs PyTorch; install it with: pip install 'tinymim_jax[torch]'") from None
+        torch.manual_seed(0)
+        self.torch, self.package = torch, reference()
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.is_compiled, self.dtype = variant == "compiled", _dtype(torch, stage, variant, self.device)
+        if stage.task.kind not in LOSSES:
+            raise InputError(f"--vs=torch has no step for {stage.task.kind}; choose one of {', '.join(LOSSES)}")
+        self.models, loss = LOSSES[stage.task.kind](self, stage, teacher)
+        for model in self.models:
+            model.to(self.device).train()
+            if self.is_compiled:
+                use_fused_attention(model, self.package)
+        self.loss = torch.compile(loss) if self.is_compiled else loss
+        trained = [p for p in self.models[-1].parameters() if p.requires_grad]
+        fused = {"fused": True} if self.is_compiled and self.device.type == "cuda" else {}
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-6, betas=(0.9, 0.95), weight_decay=0.05, **fused)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        size, batch = stage.data.image_size, stage.run.batch_size
+        images = np.random.default_rng(0).normal(size=(batch, 3, size, size)).astype(np.float32)
+        self.images = torch.from_numpy(images).to(self.device)
+
+    def __call__(self) -> None:
+        """One step."""
+        torch = self.torch
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            loss = self.loss(self.images)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def peak_memory(self) -> int | None:
+        """Bytes; None where PyTorch does not count."""
+        return self.torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
+
+
+Loss = Callable[[Any], Any]
+
+
+def _mae(step: TorchStep, stage: Stage, _: config.ViT | None) -> tuple[list[Any], Loss]:
+    decoder = step.package.mae.Decoder(**dataclasses.asdict(stage.task.decoder))
+    model = step.package.mae.MAE(
+        reference_config(stage.model), decoder, stage.task.mask_ratio, stage.task.norm_pix_loss
+    )
+    patches = (stage.model.image_size // stage.model.patch_size) ** 2
+
+    def loss(images: Any) -> Any:
+        return model(images, step.torch.rand(len(images), patches, device=images.device))[0]
+
+    return [model], loss
+
+
+def _distill(step: TorchStep, stage: Stage, teacher: config.ViT | None) -> tuple[list[Any], Loss]:
+    from tinymim_jax.tasks.distill import cut_teacher
+
+    vit, block = step.package.vit, stage.task.teacher.block
+    models = [vit.ViT(reference_config(cfg)) for cfg in (cut_teacher(stage, teacher), stage.model)]
+    return models, lambda images: step.package.distill.loss(models[0], block, models[1], images, images)
+
+
+def _classify(step: TorchStep, stage: Stage, _: config.ViT | None) -> tuple[list[Any], Loss]:
+    model, torch = step.package.vit.ViT(reference_config(stage.model)), step.torch
+
+    def loss(images: Any) -> Any:
+        logits = model(images).logits
+        target = torch.full_like(logits, 1 / logits.shape[1])  # soft labels, as mixup makes them
+        return torch.nn.functional.cross_entropy(logits, target)
+
+    return [model], loss
+
+
+LOSSES = {"mae": _mae, "distill": _distill, "classify": _classify}
+
+
+def use_fused_attention(model: Any, package: types.ModuleType) -> None:
+    """Replaces the written-out attention of every block."""
+    import torch
+
+    def forward(self: Any, q: Any, k: Any, v: Any) -> Any:
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+    for module in model.modules():
+        if isinstance(module, package.vit.Attention):
+            module.forward = types.MethodType(forward, module)
+
+
+def _dtype(torch: types.ModuleType, stage: Stage, variant: str, device: Any) -> Any:
+    """The released code's autocast computes in float16 on a GPU."""
+    if stage.model.dtype == "float32":
+        return torch.float32
+    return torch.float16 if variant == "eager" and device.type == "cuda" else torch.bfloat16
