@@ -93,6 +93,18 @@ def test_imagenet_from_a_folder():
     assert (train.num_examples, val.num_examples) == (1_281_167, 50_000)
 
 
+def test_prepared_shards():
+    train, val = recipes.imagenet(True, "array_record:/data"), recipes.imagenet(False, "array_record:/data")
+    assert (train.source, train.path, train.split) == ("array_record", "/data", "train")
+    assert (val.source, val.path, val.split) == ("array_record", "/data", "val")
+    small = recipes.small_set("pets", "array_record:~/pets")
+    assert [(data.source, data.path, data.split) for data in small[:2]] == [
+        ("array_record", "~/pets", "train"),
+        ("array_record", "~/pets", "test"),
+    ]
+    assert recipes.imagenet(True).fast_crop
+
+
 def test_imagenet_from_tfds():
     train, val = recipes.imagenet(True), recipes.imagenet(False)
     assert (train.source, train.name, train.split, train.path) == ("tfds", "imagenet2012", "train", "")

@@ -1,11 +1,11 @@
 """`python -m tinymim_jax COMMAND`."""
 
-import errno
 import importlib
 import sys
 
 import absl.logging
 
+from tinymim_jax import storage
 from tinymim_jax.config import InputError
 from tinymim_jax.stop import INTERRUPTED, Interrupted
 
@@ -13,6 +13,7 @@ COMMANDS = {
     "run": "run a chain of stages, or go on with it",
     "plan": "compile a chain for a pod, without the pod: memory, FLOPs, hours",
     "doctor": "what is wrong with this machine or cluster, and the fix",
+    "prepare": "pack a data set into shards that are fast to read",
     "bench": "measure speed, as JSON",
     "eval": "measure a finished model: accuracy, robustness, probes",
     "report": "make the tables and pictures of a finished run again",
@@ -20,8 +21,6 @@ COMMANDS = {
     "inspect": "say what is in a checkpoint, theirs or ours",
     "export": "our checkpoint -> timm, Hugging Face, MAE's .pth or ONNX",
 }
-
-STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE)  # the disk's fault
 
 
 def main(argv: list[str]) -> int:
@@ -31,6 +30,7 @@ def main(argv: list[str]) -> int:
         print("\n".join(["usage: python -m tinymim_jax COMMAND ...", "", *lines, "", "COMMAND --help says more."]))
         return 0
     absl.logging.set_verbosity(absl.logging.FATAL)  # orbax logs with tracebacks what we say in a line
+    storage.prepare()
     try:
         if argv[0] not in COMMANDS:
             raise InputError(f"unknown command {argv[0]!r}; choose one of {', '.join(COMMANDS)}")
@@ -38,12 +38,11 @@ def main(argv: list[str]) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        if error.errno not in STORAGE:
+    except Exception as error:
+        if (what := storage.fault(error)) is None:
             raise
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror}; make room or mend the storage, and run the same command again: what was"
-              " saved is kept", file=sys.stderr)  # fmt: skip
+        print(f"error: {what}; make room or mend the storage, and run the same command again: what was saved is kept",
+              file=sys.stderr)  # fmt: skip
         return 2
     except KeyboardInterrupt as stop:
         print(f"interrupted: {stop}" if str(stop) else "interrupted", file=sys.stderr)

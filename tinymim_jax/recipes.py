@@ -62,16 +62,28 @@ def vit(size: str, **overrides: Any) -> ViT:
     return ViT(**{**choose(SIZES, size), **overrides})
 
 
+SHARDS = "array_record:"  # before the path of a folder that `prepare` has written
+
+
+def stored(path: str) -> dict[str, str]:
+    """The fields of `Data` for an ImageFolder tree, PATH, or shards, array_record:PATH."""
+    source = "array_record" if path.startswith(SHARDS) else "folder"
+    return {"source": source, "path": path.removeprefix(SHARDS)}
+
+
 def imagenet(train: bool, path: str = "", **overrides: Any) -> Data:
-    """ImageNet-1K: the ImageFolder tree `path`/{train,val}, or without a path tfds' imagenet2012."""
+    """ImageNet-1K: `stored` as `path`, with splits train and val, or without a path tfds' imagenet2012.
+
+    Training crops are the fast ones; those that the published numbers were made with are PIL's (fast_crop=False).
+    """
     where = (
-        {"source": "folder", "path": path, "split": "train" if train else "val"}
+        {**stored(path), "split": "train" if train else "val"}
         if path
         else {"source": "tfds", "name": "imagenet2012", "split": "train" if train else "validation"}
     )
     size = 1_281_167 if train else 50_000
-    transform = "train" if train else "eval"
-    return Data(**{**where, "num_examples": size, "transform": transform, "threads": 16, **overrides})
+    speed = {"threads": 16, "fast_crop": True}
+    return Data(**{**where, "num_examples": size, "transform": "train" if train else "eval", **speed, **overrides})
 
 
 # Small data sets: tfds' name, its splits to train and to test on with their sizes, classes.
@@ -84,14 +96,14 @@ SMALL_SETS = {
 
 
 def small_set(name: str, path: str = "", **overrides: Any) -> tuple[Data, Data, int]:
-    """Training data, test data and classes of one of `SMALL_SETS`; `path`, an ImageFolder tree with train/ and test/.
+    """Training data, test data and classes of one of `SMALL_SETS`; `stored` as `path`, with splits train and test.
 
     Raises InputError that lists the names.
     """
     if name not in SMALL_SETS:
         raise InputError(f"unknown data set {name!r}; choose one of {', '.join(SMALL_SETS)}")
     builder, splits, num_classes = SMALL_SETS[name]
-    where = {"source": "folder", "path": path} if path else {"source": "tfds", "name": builder}
+    where = stored(path) if path else {"source": "tfds", "name": builder}
     fields = {**where, "threads": 16, **overrides}
     if path:
         splits = {"train": None, "test": None}

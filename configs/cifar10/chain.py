@@ -29,7 +29,7 @@ def vit(size: str, short: bool, **fields: object) -> ViT:
 
 
 def data(path: str, short: bool, split: str, per_class: int | None) -> Data:
-    where = {"source": "folder", "path": path} if path else {"source": "tfds", "name": "cifar10"}
+    where = recipes.stored(path) if path else {"source": "tfds", "name": "cifar10"}
     host = {} if short else {"workers": 8}
     return Data(split=split, per_class=per_class, image_size=32, crop_pct=1.0, mean=MEAN, std=STD, **where, **host)
 

@@ -1,3 +1,5 @@
+import dataclasses
+import io
 import math
 
 import numpy as np
@@ -5,7 +7,8 @@ import pytest
 from PIL import Image
 
 from tinymim_jax.config import Data, InputError
-from tinymim_jax.data import augment
+from tinymim_jax.data import augment, turbo
+from tinymim_jax.data.decode import decode
 
 BICUBIC = Image.Resampling.BICUBIC
 
@@ -132,5 +135,105 @@ def test_transform_applies_rand_augment_filled_with_the_mean():
 def test_transform_is_a_function_of_the_generator():
     data = Data("digits", image_size=16, rand_augment="rand-m9-mstd0.5-inc1")
     outs = [augment.transform(noise(30, 20), data, np.random.default_rng(seed)) for seed in (7, 7, 8)]
+    np.testing.assert_array_equal(outs[0], outs[1])
+    assert not np.array_equal(outs[0], outs[2])
+
+
+def encoded(image, kind="JPEG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def smooth(width, height, seed=0):
+    return noise(width // 20 + 2, height // 20 + 2, seed).resize((width, height), BICUBIC)
+
+
+FAST = Data("digits", image_size=32)
+EXACT = dataclasses.replace(FAST, fast_crop=False)
+
+
+def both(image, seed=0, **fields):
+    """What the fast and the exact route make of an image, and the state of the generator after each."""
+    made = []
+    for data in (FAST, EXACT):
+        rng = np.random.default_rng(seed)
+        made += [augment.load(image, "a/b.JPEG", dataclasses.replace(data, **fields), rng), rng.bit_generator.state]
+    return made
+
+
+@pytest.mark.parametrize(("width", "height"), [(150, 100), (61, 333), (20, 17)])
+def test_fast_crops_show_what_exact_ones_show(width, height):
+    image = encoded(smooth(width, height), quality=95)
+    for seed in range(20):
+        fast, fast_state, exact, exact_state = both(image, seed)
+        assert fast.shape == exact.shape == (32, 32, 3) and fast.dtype == np.uint8
+        assert np.abs(fast.astype(int) - exact).mean() < 1.5
+        assert fast_state == exact_state  # as many draws, and so the same RandAugment
+    policy = {"rand_augment": "rand-m5-n1-inc1"}
+    near = [np.abs(a.astype(int) - b).mean() for a, _, b, _ in (both(image, seed, **policy) for seed in range(20))]
+    assert np.median(near) < 1.5  # a few operations jump
+
+
+def test_the_exact_route_is_pils():
+    image = encoded(smooth(150, 100))
+    for data in (EXACT, dataclasses.replace(FAST, transform="eval")):
+        expected = augment.transform(decode(image, ""), data, np.random.default_rng(3))
+        np.testing.assert_array_equal(augment.load(image, "", data, np.random.default_rng(3)), expected)
+
+
+def test_fast_crops_are_mirrored():
+    image = encoded(smooth(90, 70))
+    (plain, *_), (mirrored, *_) = both(image, hflip=0.0), both(image, hflip=1.0)
+    np.testing.assert_array_equal(mirrored, plain[:, ::-1])
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        encoded(smooth(90, 70).convert("CMYK")),
+        encoded(smooth(90, 70), "PNG"),  # whatever its name says
+        encoded(smooth(90, 70), "WEBP"),
+        np.asarray(smooth(90, 70)),
+    ],
+    ids=["cmyk", "png", "webp", "array"],
+)
+def test_what_is_no_usual_jpeg_takes_the_exact_route(image):
+    fast, fast_state, exact, exact_state = both(image)
+    np.testing.assert_array_equal(fast, exact)
+    assert fast_state == exact_state
+
+
+def test_damage_that_pil_bears_is_borne_with_the_same_crop():
+    image = encoded(smooth(64, 64), quality=95)
+    damaged = image[:800] + turbo.END + image[800:]
+    fast, fast_state, exact, exact_state = both(damaged, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))
+    np.testing.assert_array_equal(fast, exact)
+    assert fast_state == exact_state
+
+
+@pytest.mark.parametrize("image", [b"", b"<html>", encoded(smooth(64, 64))[:900], encoded(smooth(64, 64))[:-40]])
+def test_fast_crops_name_what_cannot_be_decoded(image):
+    for data in (FAST, EXACT):
+        with pytest.raises(
+            InputError, match=r"^a/b\.JPEG: cannot be decoded as an image \(.+\); remove or replace it$"
+        ):
+            augment.load(image, "a/b.JPEG", data, np.random.default_rng(0))
+
+
+def test_no_orientation_is_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn, which training has never made
+    for data in (FAST, EXACT):
+        plain, turned = (
+            augment.load(encoded(smooth(90, 70), **options), "", data, np.random.default_rng(0))
+            for options in ({}, {"exif": exif})
+        )
+        np.testing.assert_array_equal(plain, turned)
+
+
+def test_fast_crops_are_a_function_of_the_generator():
+    image = encoded(smooth(150, 100))
+    outs = [augment.load(image, "", FAST, np.random.default_rng(seed)) for seed in (7, 7, 8)]
     np.testing.assert_array_equal(outs[0], outs[1])
     assert not np.array_equal(outs[0], outs[2])

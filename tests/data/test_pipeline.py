@@ -147,6 +147,15 @@ def test_order_does_not_depend_on_threads_or_workers(mesh):
         assert_same(runs[0], run)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_host_batches_are_the_rows_in_order(workers):
+    rows = pipeline.train_rows(Data("digits", image_size=6, workers=workers), Numbered(21), 8, 5)
+    batches = list(pipeline.host_batches(rows, 1, 4))
+    for step, batch in zip(range(1, 4), batches, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, batch, rows(step))
+    assert not multiprocessing.active_children()
+
+
 def test_workers_more_than_batches_and_without_devices(mesh):
     jax.devices()
     here = evaluate(mesh, Backend(8), 8)[0]["label"]

@@ -18,8 +18,7 @@ from absl import flags
 
 from tinymim_jax import mesh as mesh_lib
 from tinymim_jax.config import Data, InputError
-from tinymim_jax.data.augment import transform
-from tinymim_jax.data.decode import decode
+from tinymim_jax.data.augment import load
 from tinymim_jax.data.sources import Source
 
 # What a generator is for. It comes first and the seed behind: zeros at the end of a seed sequence do not count.
@@ -109,8 +108,8 @@ class EvalRows:
 
     def _read(self, epoch: int, index: int, repeat: int) -> tuple[np.ndarray, int]:
         record = self.source[index]
-        image = decode(record["image"], self.source.describe(index))
-        return transform(image, self.data, self.rng(epoch, index, repeat)), record["label"]
+        rng = self.rng(epoch, index, repeat)
+        return load(record["image"], self.source.describe(index), self.data, rng), record["label"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +156,7 @@ def _to_devices(
 ) -> Iterator[dict[str, jax.Array]]:
     if start >= stop:
         return
-    host = iter(_host_dataset(rows, start, stop))
+    host = host_batches(rows, start, stop)
     ready: collections.deque[dict[str, jax.Array]] = collections.deque()
     try:
         for batch in host:
@@ -167,12 +166,22 @@ def _to_devices(
             if len(ready) == DEVICE_BATCHES:
                 yield ready.popleft()
         yield from ready
+    finally:
+        batch = None
+        host.close()
+
+
+def host_batches(rows: EvalRows, start: int, stop: int) -> Iterator[dict[str, np.ndarray]]:
+    """`rows` of steps start to stop - 1 in order, made by `data.threads` and `data.workers`; raises InputError."""
+    host = iter(_host_dataset(rows, start, stop))
+    try:
+        yield from host
     except InputError as error:
         raise InputError(*error.args) from None  # without the note that grain adds to it
     finally:
         host.close()  # stops its threads and worker processes, also when the caller leaves early
         if rows.data.workers:
-            host = batch = None
+            host = None
             gc.collect()  # grain's iterators are cycles that keep the last batches in shared memory
 
 

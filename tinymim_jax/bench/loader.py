@@ -1,0 +1,122 @@
+"""What the host does for a batch."""
+
+import contextlib
+import dataclasses
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import simplejpeg
+
+from tinymim_jax.config import Config, Data
+from tinymim_jax.data import pipeline, sources, turbo
+from tinymim_jax.data.augment import load
+from tinymim_jax.data.decode import decode
+
+IMAGES = 300  # of a measurement on one core
+IN_TURN = 50  # of these: noise is shared, caches are those of the kind of work
+BATCH_SIZE = 32  # of one on all cores
+BATCHES = 20
+
+Work = Callable[[bytes | np.ndarray, str, int], Any]
+
+
+def loader(cfg: Config, name: str, rounds: int) -> dict[str, Any]:
+    """Times the host's work for stage `name`, reading included: on one core, on the same images in turn; on all cores.
+
+    Returns:
+      images/s (medians; a core's seconds are those that it works) of decode (at full size, by libjpeg-turbo), pil (its
+      decode, random-resized-crop and flip: the baseline) and transform (what the stage asks for but RandAugment), the
+      last as a multiple of the others (medians over rounds), and as the pipeline makes it with worker processes on
+      all cores. Where the stage asks for RandAugment, also with it.
+    """
+    data = dataclasses.replace(cfg.stages[name].data, transform="train")
+    plain = dataclasses.replace(data, rand_augment="")
+    source = sources.open_source(data)
+    wanted = {"transform": plain} | ({"rand_augment": data} if data.rand_augment else {})
+    exact = dataclasses.replace(plain, fast_crop=False)
+    work = {"decode": _decode, "pil": _loading(exact)} | {key: _loading(value) for key, value in wanted.items()}
+
+    rates = _one_core(source, work, rounds)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = data.workers or cores
+    return {
+        "benchmark": "loader",
+        "stage": name,
+        "image_size": data.image_size,
+        "fast_crop": data.fast_crop,
+        **{f"{key}_images_per_s": statistics.median(values) for key, values in rates.items()},
+        "of_pil": _ratio(rates["transform"], rates["pil"]),
+        "of_decode": _ratio(rates["transform"], rates["decode"]),
+        "cores": cores,
+        "workers": workers,
+        **{
+            f"{key}_all_cores_images_per_s": _all_cores(dataclasses.replace(value, workers=workers), source, rounds)
+            for key, value in wanted.items()
+        },
+    }
+
+
+def _decode(image: bytes | np.ndarray, name: str, index: int) -> np.ndarray:
+    if isinstance(image, bytes) and turbo.read_header(image) is not None:
+        with contextlib.suppress(ValueError):  # damaged: PIL's to judge
+            return simplejpeg.decode_jpeg(image)
+    return np.asarray(decode(image, name))
+
+
+def _loading(data: Data) -> Work:
+    return lambda image, name, index: load(image, name, data, pipeline.image_rng(0, 0, index))
+
+
+def _ratio(ours: list[float], theirs: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def _one_core(source: sources.Source, work: dict[str, Work], rounds: int) -> dict[str, list[float]]:
+    """Images a second of one core's time, for each kind of work in each round."""
+    chosen = np.random.default_rng(0).permutation(len(source))[:IMAGES].tolist()
+    rates: dict[str, list[float]] = {key: [] for key in work}
+    for number in range(rounds + 1):  # the first warms up
+        seconds = dict.fromkeys(work, 0.0)
+        for part in range(0, len(chosen), IN_TURN):
+            for key, function in work.items():
+                begin = time.thread_time()
+                for index in chosen[part : part + IN_TURN]:
+                    function(source[index]["image"], source.describe(index), index)
+                seconds[key] += time.thread_time() - begin
+        for key, values in rates.items():
+            values.append(len(chosen) / seconds[key])
+        _say(number, rounds, ", ".join(f"{key} {values[-1]:.0f}" for key, values in rates.items()), "a core")
+    return {key: values[1:] for key, values in rates.items()}
+
+
+def _all_cores(data: Data, source: sources.Source, rounds: int) -> float:
+    """Images/s (median) that worker processes keep up with; their start is left out."""
+    rows = pipeline.train_rows(data, source, min(BATCH_SIZE, len(source)), seed=0)
+    kept = data.prefetch + data.workers * (data.threads + 1)  # batches that lie ready when nobody has taken any
+    # As many more at the end: the last round, too, has what comes behind it to make.
+    batches = pipeline.host_batches(rows, 0, 2 * kept + (rounds + 1) * BATCHES)
+    rates = []
+    try:
+        _take(batches, kept)
+        for number in range(rounds + 1):
+            begin = time.perf_counter()
+            _take(batches, BATCHES)
+            rates.append(BATCHES * rows.batch_size / (time.perf_counter() - begin))
+            _say(number, rounds, f"{rates[-1]:.0f}", f"with {data.workers} workers")
+    finally:
+        batches.close()
+    return statistics.median(rates[1:])
+
+
+def _take(batches: Iterator[Any], number: int) -> None:
+    for _ in range(number):
+        next(batches)
+
+
+def _say(number: int, rounds: int, rates: str, where: str) -> None:
+    print(f"round {number} of {rounds}: {rates} images/s {where}", file=sys.stderr)

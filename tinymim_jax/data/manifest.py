@@ -1,0 +1,172 @@
+"""`FOLDER/<split>.json`: what made a split's ArrayRecord shards, how many records they hold, and their checksums."""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import sys
+from typing import Any
+
+import tqdm
+from etils.epath import Path
+
+from tinymim_jax.config import Data, InputError, differences, to_dict
+from tinymim_jax.data.sources import IDENTITY, Source
+
+FORMAT = 1
+
+Shard = dict[str, Any]  # records, bytes, sha256 and, if images were left out, skipped: what was wrong with each
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the bytes of shards depend on, beside their source."""
+
+    short_side: int | None = None  # pixels, of larger images; None: every image as it is
+    quality: int = 95  # of the JPEGs that are made, whose colours are not subsampled
+    images_per_shard: int = 4096
+    seed: int = 0  # of the order
+
+
+@dataclasses.dataclass
+class Manifest:
+    """The contents of the file."""
+
+    split: str
+    source: dict[str, Any]  # the fields of `Data` that choose the images
+    images: int
+    classes: list[str] | None  # names, where they are known
+    settings: dict[str, Any]
+    num_shards: int
+    shards: dict[str, Shard] = dataclasses.field(default_factory=dict)  # the whole ones, by file name
+    format: int = FORMAT
+
+    def name(self, shard: int) -> str:
+        """The file of shard number `shard`."""
+        return f"{self.split}-{shard:05d}-of-{self.num_shards:05d}.array_record"
+
+    def missing(self) -> list[int]:
+        """The numbers of shards that are not there yet."""
+        return [shard for shard in range(self.num_shards) if self.name(shard) not in self.shards]
+
+    def images_done(self) -> int:
+        """Packed or left out."""
+        return sum(shard["records"] + len(shard.get("skipped", ())) for shard in self.shards.values())
+
+    def summary(self) -> str:
+        """One line: how much, and how much was left out."""
+        shards = self.shards.values()
+        records, size = (sum(shard[key] for shard in shards) for key in ("records", "bytes"))
+        skipped = self.images_done() - records
+        left_out = f"; {skipped} that cannot be read left out, listed in {self.split}.json" if skipped else ""
+        return f"{self.split}: {records} images in {len(shards)} shards, {size / 1e9:.3f} GB{left_out}"
+
+    def save(self, folder: Path) -> None:
+        """Writes the file anew, at one blow."""
+        content = dataclasses.asdict(self) | {"shards": dict(sorted(self.shards.items()))}
+        partial = folder / f".{self.split}.json.partial"
+        partial.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(partial, folder / f"{self.split}.json")
+
+
+def new(data: Data, source: Source, settings: Settings) -> Manifest:
+    """Of no shards yet; raises InputError if the split's name cannot be that of files."""
+    if not re.fullmatch(r"[\w+-]+", data.split):
+        raise InputError(f"split {data.split!r} cannot name files; choose one of letters, digits, _, + and -")
+    identity = {field: value for field, value in to_dict(data).items() if field in IDENTITY and value}
+    return Manifest(
+        split=data.split,
+        source=identity,
+        images=len(source),
+        classes=list(source.classes) if source.classes else None,
+        settings=to_dict(settings),
+        num_shards=-(-len(source) // settings.images_per_shard),
+    )
+
+
+def read(file: Path) -> Manifest:
+    """Raises InputError if it is something else."""
+    try:
+        content = json.loads(file.read_text())
+        if content["format"] == FORMAT and isinstance(content["shards"], dict):
+            return Manifest(**content)
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise InputError(f"{file}: no manifest of shards that this version prepares; name another folder")
+
+
+def take_over(folder: Path, manifest: Manifest) -> None:
+    """Enters the whole shards of an earlier run; raises InputError if `folder` holds any that are in the way."""
+    file = folder / f"{manifest.split}.json"
+    if file.exists():
+        known = read(file)
+        changes = differences(_made_by(known), _made_by(manifest))
+        if changes:
+            raise InputError(
+                f"{file}: its shards were made otherwise ({'; '.join(changes)[:300]}); repeat what made them, name"
+                " another folder, or delete them and this file"
+            )
+        for name, shard in known.shards.items():
+            path = folder / name
+            if path.exists() and os.path.getsize(path) == shard["bytes"]:
+                manifest.shards[name] = shard
+    own = {manifest.name(shard) for shard in range(manifest.num_shards)}
+    for path in sorted(folder.glob("*.array_record*")):
+        if path.name not in own and overlap(re.sub(r"-\d{5}-of-\d{5}\.array_record$", "", path.name), manifest.split):
+            raise InputError(
+                f"{path}: would be read along with split {manifest.split!r}, or the other way; name another folder"
+            )
+
+
+def overlap(split: str, other: str) -> bool:
+    """Whether `data.split` of one, a prefix of file names, is one of the other's, too."""
+    return split.startswith(other) or other.startswith(split)
+
+
+def _made_by(manifest: Manifest) -> dict[str, Any]:
+    return dataclasses.asdict(manifest) | {"shards": None}
+
+
+def verify(folder: Path) -> list[str]:
+    """A line for each split of `folder`; raises InputError that names the first shard that is not as it was written."""
+    manifests = [read(file) for file in sorted(folder.glob("*.json"))]
+    if not manifests:
+        raise InputError(f"{folder}: holds no prepared shards; name the folder that `prepare` wrote")
+    for manifest in manifests:
+        if manifest.missing():
+            raise InputError(
+                f"{folder}: {len(manifest.missing())} of the {manifest.num_shards} shards of split"
+                f" {manifest.split!r} have not been made; run prepare again"
+            )
+        with concurrent.futures.ThreadPoolExecutor() as pool, bar(manifest, 0) as shown:
+            futures = [pool.submit(_check, folder / name, shard) for name, shard in manifest.shards.items()]
+            for future, shard in zip(futures, manifest.shards.values(), strict=True):
+                future.result()
+                shown.update(shard["records"])
+    return [f"{manifest.summary()}: as written" for manifest in manifests]
+
+
+def _check(file: Path, shard: Shard) -> None:
+    if not file.exists() or sha256(file) != shard["sha256"]:
+        what = "is not as it was written" if file.exists() else "is missing"
+        raise InputError(f"{file}: {what}; delete it and run prepare again, which makes it anew")
+
+
+def bar(manifest: Manifest, done: int) -> tqdm.tqdm:
+    """Counts the images of a split, `done` of which are."""
+    return tqdm.tqdm(
+        desc=manifest.split,
+        initial=done,
+        total=manifest.images,
+        unit="img",
+        unit_scale=True,
+        mininterval=0.1 if sys.stderr.isatty() else 10,
+    )
+
+
+def sha256(file: Path) -> str:
+    """Of the contents, in hexadecimal."""
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -1,0 +1,196 @@
+"""Any source -> ArrayRecord shards in one shuffled order, images no larger than wanted; a run that was killed goes on.
+
+A shard gets its name when it is whole.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import io
+import itertools
+import math
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any, Literal
+
+import numpy as np
+from etils.epath import Path
+from PIL import Image
+
+from tinymim_jax import storage
+from tinymim_jax.config import Data, InputError
+from tinymim_jax.data import manifest
+from tinymim_jax.data.decode import decode
+from tinymim_jax.data.manifest import Manifest, Settings, Shard
+from tinymim_jax.data.shards import encode_record
+from tinymim_jax.data.sources import Source, open_source
+from tinymim_jax.lock import Lock
+
+WRITER = "group_size:1,uncompressed"  # each record for itself, as it will be read; JPEGs do not compress
+POLL = 0.2  # seconds
+
+OnBad = Literal["stop", "skip"]
+
+
+def prepare(splits: list[Data], folder: Path, settings: Settings, workers: int, on_bad_image: OnBad = "stop") -> None:
+    """Writes the shards of each of `splits` into `folder`, or those that are missing, with worker processes.
+
+    Raises InputError if a source is missing, an image cannot be read (skip: it is left out, and the manifest says so),
+    or `folder` holds something else.
+    """
+    storage.check_on_disk(folder, "shards")
+    for one, other in itertools.combinations(splits, 2):
+        if manifest.overlap(one.split, other.split):
+            raise InputError(f"splits {one.split!r} and {other.split!r} would be read together; name another folder")
+    packers = []
+    for data in splits:
+        source = open_source(data)
+        found = manifest.new(data, source, settings)
+        manifest.take_over(folder, found)
+        packers.append(Packer(source, str(folder), found, settings, on_bad_image))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be made ({error.strerror}); name another folder") from None
+    with Lock(folder):
+        for packer in packers:
+            _pack(packer, folder, workers)
+            print(packer.manifest.summary())
+
+
+@dataclasses.dataclass(frozen=True)
+class Packer:
+    """Writes the shards of one split; sent to worker processes by pickle."""
+
+    source: Source
+    folder: str
+    manifest: Manifest
+    settings: Settings
+    on_bad_image: OnBad = "stop"
+
+    def __call__(self, shard: int, after_each: Callable[[], None] = lambda: None) -> Shard:
+        """Writes shard number `shard`; raises InputError."""
+        name = self.manifest.name(shard)
+        partial = os.path.join(self.folder, f".{name}.partial")
+        order = np.random.default_rng(self.settings.seed).permutation(len(self.source))
+        chosen = np.array_split(order, self.manifest.num_shards)[shard].tolist()
+        try:
+            skipped = self._write(partial, chosen, after_each)
+            size, checksum = os.path.getsize(partial), manifest.sha256(Path(partial))
+            os.replace(partial, os.path.join(self.folder, name))
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(partial)
+        facts = {"records": len(chosen) - len(skipped), "bytes": size, "sha256": checksum}
+        return facts | ({"skipped": skipped} if skipped else {})
+
+    def _write(self, file: str, chosen: list[int], after_each: Callable[[], None]) -> list[str]:
+        """Returns what is wrong with each image that was left out."""
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        skipped = []
+        try:
+            with contextlib.closing(ArrayRecordWriter(file, WRITER)) as writer:
+                for index in chosen:
+                    try:
+                        writer.write(self._record(index))
+                    except InputError as error:
+                        if self.on_bad_image == "stop":
+                            raise InputError(f"{error}, or leave such images out with --on_bad_image=skip") from error
+                        skipped.append(str(error))
+                    after_each()
+        except RuntimeError as error:  # of the writer, which is C++
+            reason = " ".join(str(error).split())
+            raise InputError(f"{file}: cannot be written ({reason}); make room or mend the storage") from error
+        return skipped
+
+    def _record(self, index: int) -> bytes:
+        record = self.source[index]
+        return encode_record(fit(record["image"], self.source.describe(index), self.settings), record["label"])
+
+
+def fit(image: bytes | np.ndarray, name: str, settings: Settings) -> bytes:
+    """The image encoded, its shorter side at most `settings.short_side`; its own bytes where it is that already.
+
+    Arrays become PNGs, what is made smaller JPEGs. Raises InputError that begins with `name` if it cannot be decoded.
+    """
+    picture = decode(image, name)
+    scale = (settings.short_side or math.inf) / min(picture.size)
+    if scale >= 1 and isinstance(image, bytes):
+        return image
+    buffer = io.BytesIO()
+    if scale >= 1:
+        picture.save(buffer, "PNG")
+    else:
+        picture = picture.resize([round(side * scale) for side in picture.size], Image.Resampling.BICUBIC)
+        picture.save(buffer, "JPEG", quality=settings.quality, subsampling=0)
+    return buffer.getvalue()
+
+
+def _pack(packer: Packer, folder: Path, workers: int) -> None:
+    """Makes the missing shards; the manifest is written after each."""
+    made = packer.manifest
+    for partial in folder.glob(f".{made.split}*.partial"):  # of a run that was killed
+        partial.unlink()
+    made.save(folder)
+    if not (missing := made.missing()):
+        return
+    done = made.images_done()
+    with manifest.bar(made, done) as bar, _pool(packer, min(workers, len(missing))) as (submit, packed):
+        pending = {submit(shard): made.name(shard) for shard in missing}
+        while pending:
+            finished, _ = concurrent.futures.wait(pending, POLL, concurrent.futures.FIRST_COMPLETED)
+            bar.update(done + packed.value - bar.n)
+            for future in finished:
+                made.shards[pending.pop(future)] = future.result()
+            if finished:
+                made.save(folder)
+
+
+@contextlib.contextmanager
+def _pool(packer: Packer, workers: int) -> Iterator[tuple[Callable[[int], Future[Shard]], Any]]:
+    """How to have a shard made, and the number of images packed so far; all workers stop at the end of the block."""
+    context = multiprocessing.get_context("spawn")
+    packed, stop = context.Value("Q"), context.Event()
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (packer, packed, stop))
+    try:
+        yield lambda shard: pool.submit(_work, shard), packed
+    except concurrent.futures.BrokenExecutor:
+        raise InputError(
+            "a worker process was ended from outside, perhaps for want of memory; run the same command again, with"
+            " fewer --workers: whole shards are kept"
+        ) from None
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("whole shards are kept; the same command goes on") from None
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+_worker: dict[str, Any] = {}  # of a worker process: what it packs
+
+
+def _start_worker(packer: Packer, packed: Any, stop: Any) -> None:
+    _worker.update(packer=packer, packed=packed, stop=stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent will say when to stop
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed says nothing."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _work(shard: int) -> Shard:
+    def after_each() -> None:
+        with _worker["packed"].get_lock():
+            _worker["packed"].value += 1
+        if _worker["stop"].is_set():
+            raise InputError("stopped")
+
+    return _worker["packer"](shard, after_each)

@@ -1,0 +1,94 @@
+"""ArrayRecord shards of labelled images, as `prepare` writes them."""
+
+import bisect
+import concurrent.futures
+import glob
+import itertools
+import json
+import os
+from typing import Any
+
+import msgpack
+import numpy as np
+from etils.epath import Path
+
+from tinymim_jax import storage
+from tinymim_jax.config import Data, InputError
+from tinymim_jax.storage import reason
+
+
+class ArrayRecord:
+    """Shards `path/split*.array_record*` in order of name, each record as `encode_record` writes it."""
+
+    def __init__(self, data: Data) -> None:
+        from array_record.python import array_record_data_source as reader
+
+        storage.check_on_disk(data.path, "array_record files")
+        pattern = os.path.join(os.path.expanduser(data.path), f"{data.split}*.array_record*")
+        self._files = sorted(glob.glob(pattern))
+        if not self._files:
+            raise InputError(f"{pattern}: no such files; set data.path and data.split to PATH/SPLIT*.array_record*")
+        self.classes = _prepared_classes(Path(os.path.expanduser(data.path)) / f"{data.split}.json", len(self._files))
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+            counts = list(pool.map(_count_records, self._files))
+        self._ends = list(itertools.accumulate(counts))
+        # With its range given, a file is not opened a second time to be counted.
+        self._records = reader.ArrayRecordDataSource(
+            [f"{file}[0:{count}]" for file, count in zip(self._files, counts, strict=True)]
+        )
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return decode_record(self._records[index], self.describe(index))
+
+    def describe(self, index: int) -> str:
+        shard = bisect.bisect_right(self._ends, index)
+        start = self._ends[shard - 1] if shard else 0
+        return f"{self._files[shard]} record {index - start}"
+
+    def labels(self) -> np.ndarray:
+        return np.array([self[i]["label"] for i in range(len(self))], np.int64)
+
+
+def _prepared_classes(file: Path, shards: int) -> tuple[str, ...] | None:
+    """What the manifest that `prepare` writes knows, if there is one; raises InputError if it lists more shards."""
+    if not file.is_file():
+        return None
+    try:
+        manifest = json.loads(file.read_text())
+        expected, classes = manifest["num_shards"], manifest["classes"]
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{file} is damaged; run the prepare command again") from None
+    if shards < expected:
+        raise InputError(f"{file}: {expected - shards} of {expected} shards are missing; run the prepare command again")
+    return tuple(classes) if classes else None
+
+
+def _count_records(file: str) -> int:
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    try:
+        reader = ArrayRecordReader(file)
+        count = reader.num_records()
+        reader.close()
+    except Exception as error:  # the C++ reader raises bare RuntimeErrors and the like
+        raise InputError(f"{file}: not an array_record file ({reason(error)}); write it again") from error
+    return count
+
+
+def encode_record(image: bytes, label: int) -> bytes:
+    """One record of an array_record shard: a msgpack map of the encoded image and its class."""
+    return msgpack.packb({"image": image, "label": int(label)})
+
+
+def decode_record(record: bytes, name: str = "record") -> dict[str, Any]:
+    """The inverse of `encode_record`; raises InputError that begins with `name`."""
+    try:
+        fields = msgpack.unpackb(record)
+        return {"image": bytes(fields["image"]), "label": int(fields["label"])}
+    except Exception as error:  # arbitrary bytes fail in many ways
+        raise InputError(
+            f"{name}: not a msgpack map of image and label ({reason(error)}); write it with shards.encode_record"
+        ) from error
