@@ -61,6 +61,7 @@ class Data:
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # train: aspect of the crop
     hflip: float = 0.5  # train: probability
     repeats: int = 1  # train: each image so often in a row, augmented anew; an epoch has 1 / repeats of the images
+    fast_crop: bool = True  # train: JPEGs by libjpeg-turbo, as far and fine as a crop needs; False: PIL's exact pixels
     rand_augment: str = ""  # train: e.g. "rand-m9-mstd0.5-inc1"; "": none
     crop_pct: float = 0.875  # eval: the shorter side becomes image_size / crop_pct
     corruption: str = ""  # eval: one of ImageNet-C's, e.g. "gaussian_noise", made on the crop; "": none
@@ -69,6 +70,7 @@ class Data:
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     on_bad_image: Literal["stop", "skip"] = "stop"  # skip: left out of the loss and counted
+    resident: bool = False  # train: decoded once into the memory of every device, cropped and flipped there
     threads: int = 2  # batches read in parallel in each process
     workers: int = 0  # worker processes; 0: threads only
     prefetch: int = 4  # batches kept ready

@@ -10,6 +10,7 @@ import optax
 
 from tinymim_jax import mesh as mesh_lib
 from tinymim_jax import optim
+from tinymim_jax.data import resident
 from tinymim_jax.metrics import Mean
 from tinymim_jax.plan import Plan, example_batch
 from tinymim_jax.progress import BAD_IMAGES, FINITE, STOP
@@ -56,6 +57,8 @@ def make_train_step(plan: Plan) -> TrainStep:
         return grads, aux
 
     def step(state: TrainState, frozen: Frozen, batch: Batch, rng: jax.Array) -> tuple[TrainState, dict[str, Mean]]:
+        if "held" in batch:
+            batch = resident.make_batch(plan.stage.data, batch)
         rng = jax.random.fold_in(rng, state.step)
         grads, aux = accumulate(gradients, cfg.accum_steps, state, frozen, batch, rng)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)

@@ -177,6 +177,11 @@ def _check_data(where: str, data: Data) -> None:
         "hflip": (data.hflip, 0 <= data.hflip <= 1, "at least 0 and at most 1"),
         "std": (data.std, min(data.std) > 0, "above 0"),
         "crop_pct": (data.crop_pct, 0 < data.crop_pct <= 1, "above 0 and at most 1"),
+        "rand_augment": (
+            repr(data.rand_augment),
+            not (data.resident and data.rand_augment),
+            "'' with resident=True: it is made on the host",
+        ),
         "threads": (data.threads, data.threads >= 1, "at least 1"),
         "workers": (data.workers, data.workers >= 0, "at least 0"),
         "prefetch": (data.prefetch, data.prefetch >= 1, "at least 1"),

@@ -15,7 +15,14 @@ from tinymim_jax.config import Classify, Compare, Config, Data, Decoder, Init, K
 SEEDS = 5
 LABELS_PER_CLASS = 10
 TRAIN = Data(
-    "digits", image_size=16, crop_scale=(0.5, 1.0), crop_ratio=(0.8, 1.25), hflip=0.0, mean=(0.3,) * 3, std=(0.38,) * 3
+    "digits",
+    image_size=16,
+    crop_scale=(0.5, 1.0),
+    crop_ratio=(0.8, 1.25),
+    hflip=0.0,
+    resident=True,
+    mean=(0.3,) * 3,
+    std=(0.38,) * 3,
 )
 TEST = dataclasses.replace(TRAIN, split="test", transform="eval", crop_pct=1.0)
 BANK = dataclasses.replace(TEST, split="train")

@@ -1,0 +1,177 @@
+"""A whole data set in the memory of every device: crops and flips are made there, and the host only counts."""
+
+import concurrent.futures
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from tinymim_jax import mesh as mesh_lib
+from tinymim_jax.config import Data, InputError
+from tinymim_jax.data import sources
+from tinymim_jax.data.augment import CROP_ATTEMPTS
+from tinymim_jax.data.decode import decode
+from tinymim_jax.data.pipeline import TrainRows
+from tinymim_jax.data.sources import IDENTITY, Source
+
+MAX_BYTES = 2**33  # of a data set, on each device
+SLOW = 10_000  # images, from which on decoding has a bar
+Batch = dict[str, Any]
+
+
+def train_batches(
+    rows: TrainRows, start: int, stop: int, mesh: jax.sharding.Mesh, is_asked: Callable[[], bool] = lambda: False
+) -> Iterator[Batch]:
+    """What `make_batch` makes the batches of steps start to stop - 1 from, inside the train step.
+
+    Its draws are its own, likewise a function of (seed, epoch, index, repeat). Raises InputError, here, if images
+    differ in size, take too much memory, or cannot be read.
+    """
+    mesh_lib.check_batch(rows.batch_size, mesh)
+    identity = tuple(getattr(rows.data, field) for field in IDENTITY)
+    key = np.asarray(jax.random.key_data(jax.random.key(rows.seed)))
+    held = {**_read(identity, rows.data.on_bad_image), "key": key}
+    held = {name: mesh_lib.put_tree(array, mesh_lib.replicated(mesh)) for name, array in held.items()}
+    return _batches(rows, range(start, stop), mesh, is_asked, held)
+
+
+def _batches(
+    rows: TrainRows, steps: range, mesh: jax.sharding.Mesh, is_asked: Callable[[], bool], held: Batch
+) -> Iterator[Batch]:
+    per_process = rows.batch_size // rows.num_processes
+    own = slice(rows.process * per_process, (rows.process + 1) * per_process)
+    for step in steps:
+        epoch, index, repeat = rows.numbers(step)
+        numbers = np.stack([np.full_like(index, epoch), index, repeat, np.full_like(index, is_asked())], axis=1)
+        yield {"held": held, **mesh_lib.put_batch({"numbers": numbers[own].astype(np.int32)}, mesh)}
+
+
+@functools.lru_cache(maxsize=2)  # stages of a chain share their data
+def _read(identity: tuple, on_bad_image: str) -> dict[str, np.ndarray]:
+    source = sources.open_source(Data(**dict(zip(IDENTITY, identity, strict=True))))
+    images: list[np.ndarray | None] = [None] * len(source)
+    labels = np.zeros(len(source), np.int32)
+
+    def read(index: int) -> None:
+        try:
+            record = source[index]
+            images[index] = np.asarray(decode(record["image"], source.describe(index)))
+            labels[index] = record["label"]
+        except InputError as error:
+            if on_bad_image == "stop":
+                raise InputError(f"{error}, or set data.on_bad_image=skip") from error
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        done = pool.map(read, range(len(source)))
+        for _ in tqdm.tqdm(done, "decoding", len(source), unit="img", disable=len(source) < SLOW):
+            pass
+    return _stacked(images, labels, source)
+
+
+def _stacked(images: list[np.ndarray | None], labels: np.ndarray, source: Source) -> dict[str, np.ndarray]:
+    """image uint8 [n, H, W, 3], label int32 [n], is_valid bool [n]; raises InputError if they make no array."""
+    is_valid = np.array([image is not None for image in images])
+    if not is_valid.any():
+        raise InputError(f"{source.describe(0)}: neither this nor any other image can be read")
+    shape = images[int(is_valid.argmax())].shape
+    for index, image in enumerate(images):
+        if image is not None and image.shape != shape:
+            raise InputError(
+                f"{source.describe(index)}: is {image.shape[1]} x {image.shape[0]} pixels, others {shape[1]} x"
+                f" {shape[0]}; data.resident needs one size: set data.resident=False"
+            )
+    if len(images) * np.prod(shape) > MAX_BYTES:
+        raise InputError(
+            f"data.resident: {len(images)} images of {shape[1]} x {shape[0]} pixels take"
+            f" {len(images) * np.prod(shape) / 1e9:.1f} GB on each device, more than {MAX_BYTES / 1e9:.1f} GB; set"
+            " data.resident=False"
+        )
+    blank = np.zeros(shape, np.uint8)
+    return {
+        "image": np.stack([blank if image is None else image for image in images]),
+        "label": labels,
+        "is_valid": is_valid,
+    }
+
+
+def make_batch(data: Data, batch: Batch) -> Batch:
+    """Of what `train_batches` here yields, what `pipeline.train_batches` would."""
+    held, (epoch, index, repeat, stop) = batch["held"], batch["numbers"].T
+    stream = jax.random.wrap_key_data(held["key"])
+    keys = jax.vmap(lambda *row: functools.reduce(jax.random.fold_in, row, stream))(epoch, index, repeat)
+    image = jax.vmap(functools.partial(crop_and_flip, data))(held["image"][index], keys)
+    is_valid = held["is_valid"][index]
+    image = jnp.where(is_valid[:, None, None, None], image, 0)
+    return {
+        "image": image,
+        "label": held["label"][index],
+        "is_valid": is_valid,
+        "index": index,
+        "stop": stop.astype(bool),
+    }
+
+
+def crop_and_flip(data: Data, image: jax.Array, key: jax.Array) -> jax.Array:
+    """Random-resized-crop and flip of one image, uint8 [H, W, 3] -> uint8 [S, S, 3]; resampled as PIL does."""
+    crop_key, flip_key = jax.random.split(key)
+    height, width, _ = image.shape
+    left, top, w, h = crop_box(crop_key, width, height, data.crop_scale, data.crop_ratio)
+    across = resampling(left, w, width, data.image_size, data.interpolation)
+    across = jnp.where(jax.random.uniform(flip_key) < data.hflip, across[::-1], across)
+    down = resampling(top, h, height, data.image_size, data.interpolation)
+    exact = {"precision": jax.lax.Precision.HIGHEST}
+    # PIL rounds between its two passes too.
+    rows = _levels(jnp.einsum("hwc,sw->hsc", image.astype(jnp.float32), across, **exact))
+    return _levels(jnp.einsum("hsc,th->tsc", rows, down, **exact)).astype(jnp.uint8)
+
+
+def _levels(values: jax.Array) -> jax.Array:
+    return jnp.clip(jnp.floor(values + 0.5), 0, 255)
+
+
+def crop_box(
+    key: jax.Array, width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """As `augment.crop_box`: (left, top, width, height) int32 scalars."""
+    keys = jax.random.split(key, 4)
+    area = width * height * jax.random.uniform(keys[0], (CROP_ATTEMPTS,), minval=scale[0], maxval=scale[1])
+    log_ratio = np.log(ratio)
+    aspect = jnp.exp(jax.random.uniform(keys[1], (CROP_ATTEMPTS,), minval=log_ratio[0], maxval=log_ratio[1]))
+    w, h = jnp.round(jnp.sqrt(area * aspect)), jnp.round(jnp.sqrt(area / aspect))
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    first = jnp.argmax(fits)
+    # No draw fits a very long image: the largest central part with an allowed aspect.
+    most_w = max(1, min(width, round(height * ratio[1])))
+    most_h = max(1, min(height, round(width / ratio[0])))
+    w = jnp.where(fits.any(), w[first], most_w).astype(jnp.int32)
+    h = jnp.where(fits.any(), h[first], most_h).astype(jnp.int32)
+    left, top = jax.random.randint(keys[2], (), 0, width - w + 1), jax.random.randint(keys[3], (), 0, height - h + 1)
+    central = (width - w) // 2, (height - h) // 2
+    return jnp.where(fits.any(), left, central[0]), jnp.where(fits.any(), top, central[1]), w, h
+
+
+def resampling(start: jax.Array, length: jax.Array, size: int, out: int, interpolation: str) -> jax.Array:
+    """The matrix [out, size] that resizes pixels start to start + length - 1 of a line, antialiased like PIL's."""
+    scale = length / out
+    stretch = jnp.maximum(scale, 1.0)
+    place = jnp.arange(size) - start
+    distance = (place + 0.5 - (jnp.arange(out)[:, None] + 0.5) * scale) / stretch
+    weights = KERNELS[interpolation](jnp.abs(distance)) * ((place >= 0) & (place < length))
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def _bilinear(x: jax.Array) -> jax.Array:
+    return jnp.maximum(1 - x, 0)
+
+
+def _bicubic(x: jax.Array) -> jax.Array:
+    """Keys's cubic with a = -1/2."""
+    near, far = (1.5 * x - 2.5) * x**2 + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return jnp.where(x < 1, near, jnp.where(x < 2, far, 0))
+
+
+KERNELS = {"bicubic": _bicubic, "bilinear": _bilinear}
