@@ -1,6 +1,8 @@
 import dataclasses
 import io
 import multiprocessing
+import subprocess
+import sys
 import threading
 import time
 import types
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.processes import ROOT
 from tinymim_jax import config
 from tinymim_jax import mesh as mesh_lib
 from tinymim_jax.config import Data, InputError
@@ -18,6 +21,7 @@ from tinymim_jax.data.augment import transform
 from tinymim_jax.data.decode import decode
 from tinymim_jax.data.pipeline import EvalRows, TrainRows, epoch_order, eval_batches, image_rng
 from tinymim_jax.data.sources import open_source
+from tinymim_jax.lock import born
 
 
 class Numbered:
@@ -285,3 +289,27 @@ def test_a_wish_to_stop_travels_with_the_batches(mesh):
     assert "stop" not in next(
         eval_batches(Data("digits", image_size=6, transform="eval"), Numbered(8), batch_size=8, mesh=mesh)
     )
+
+
+KILLED = """
+import multiprocessing, os, signal
+from tinymim_jax.config import Data
+from tinymim_jax.data import pipeline, sources
+
+data = Data("digits", image_size=6, workers=2)
+rows = pipeline.train_rows(data, sources.open_source(data), 8, 0)
+batches = pipeline.host_batches(rows, 0, 10**6)
+next(batches)
+print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_end_with_a_killed_parent():
+    run = subprocess.run([sys.executable, "-c", KILLED], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    workers = [int(pid) for pid in run.stdout.split()]
+    assert workers
+    deadline = time.monotonic() + 20
+    while any(map(born, workers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(born, workers))

@@ -6,6 +6,7 @@ import functools
 import gc
 import logging
 import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -94,8 +95,7 @@ class EvalRows:
         self.__dict__.update(state)
         in_worker = multiprocessing.parent_process() is not None
         if in_worker and threading.current_thread() is threading.main_thread():
-            # A terminal sends Ctrl-C to workers too; it is the trainer that ends them, once its state is saved.
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            follow_parent()
 
     def numbers(self, step: int) -> tuple[int, np.ndarray, np.ndarray]:
         """(epoch, record numbers, which repetition), int64 [batch_size] each, of the whole batch; -1: no record."""
@@ -110,6 +110,20 @@ class EvalRows:
         record = self.source[index]
         rng = self.rng(epoch, index, repeat)
         return load(record["image"], self.source.describe(index), self.data, rng), record["label"]
+
+
+@functools.cache
+def follow_parent() -> None:
+    """Lets a worker process, in its main thread, end with the process that started it and not before."""
+    # A terminal sends Ctrl-C to workers too; their parent ends them, once its state is saved.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """One that is killed says nothing, and a worker would wait for room in its queue forever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,8 +11,6 @@ import itertools
 import math
 import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any, Literal
@@ -26,6 +24,7 @@ from tinymim_jax.config import Data, InputError
 from tinymim_jax.data import manifest
 from tinymim_jax.data.decode import decode
 from tinymim_jax.data.manifest import Manifest, Settings, Shard
+from tinymim_jax.data.pipeline import follow_parent
 from tinymim_jax.data.shards import encode_record
 from tinymim_jax.data.sources import Source, open_source
 from tinymim_jax.lock import Lock
@@ -176,14 +175,7 @@ _worker: dict[str, Any] = {}  # of a worker process: what it packs
 
 def _start_worker(packer: Packer, packed: Any, stop: Any) -> None:
     _worker.update(packer=packer, packed=packed, stop=stop)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent will say when to stop
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A parent that is killed says nothing."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    follow_parent()
 
 
 def _work(shard: int) -> Shard:
