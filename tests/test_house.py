@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "tinymim_jax"
 LAYERS = [
     ["serial", "stop"],
+    ["storage"],
     ["config", "distributed", "lock"],
     ["validate", "mesh", "metrics", "writer"],
     ["optim", "checkpoint", "recipes", "progress", "models", "objectives", "data"],
@@ -18,7 +19,7 @@ LAYERS = [
     ["train"],
     ["chain", "report", "evaluate"],
     ["forecast"],
-    ["doctor"],
+    ["doctor", "bench"],
     ["commands"],
     ["__main__"],
 ]

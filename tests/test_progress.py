@@ -47,6 +47,17 @@ def test_averages_between_log_lines():
     assert progress.averages == {"loss": 2.0, "kl": 7.0, "lr": 0.2, "bad_images": 0}
 
 
+def test_the_first_line_says_when_the_first_step_was_done():
+    lines, begin = Lines(), time.perf_counter() - 5
+    progress = Progress("tiny", lines, start=0, total=10, run=Run(batch_size=4), saved=None, begin=begin)
+    progress.collect()  # nothing yet
+    for step in (1, 2):
+        time.sleep(0.01)
+        progress.add(step, step_metrics(1.0))
+        progress.log(step, {})
+    assert 5.01 < lines[0][1]["first_step_s"] < 60 and "first_step_s" not in lines[1][1]
+
+
 def test_speed():
     progress, lines = make_progress()
 

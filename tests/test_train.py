@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.processes import log
-from tinymim_jax import checkpoint, handoff, train
+from tinymim_jax import checkpoint, handoff, train, writer
 from tinymim_jax import step as step_lib
 from tinymim_jax.config import InputError
 from tinymim_jax.stop import Interrupted
@@ -220,6 +220,35 @@ def test_evaluation_during_training(chain, mesh, tmp_path):
     run_stage(stage, "mae", tmp_path, mesh)
     lines = [json.loads(line) for line in (tmp_path / "mae" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "knn/top1_k3" in line] == [2, 4]
+
+
+def test_what_a_finished_stage_has_measured_is_in_its_log_before_it_is_done(chain, mesh, tmp_path, monkeypatch):
+    seen = []
+
+    def write_json(path, value):
+        if path.name == "DONE":
+            seen.extend(log(tmp_path / "mae"))
+        writer.write_json(path, value)
+
+    monkeypatch.setattr(train, "write_json", write_json)
+    results = run_stage(chain.stages["mae"], "mae", tmp_path, mesh)
+    evaluated = {key: value for key, value in results.items() if "/" in key}
+    assert evaluated and {"step": 4, **evaluated} in seen
+
+
+@pytest.mark.parametrize("name", ["mae", "finetune"])
+def test_a_resident_data_set_resumes_like_the_uninterrupted_run(chain, mesh, tmp_path, stop_at, name):
+    stage = chain.stages[name]
+    stage.init, stage.data.resident = None, True
+    run_stage(stage, name, tmp_path / "whole", mesh)
+    for step in (1, 3):
+        stop_at(step)
+        with pytest.raises(Interrupted, match=f"step {step} of 4"):
+            run_stage(stage, name, tmp_path / "cut", mesh)
+    run_stage(stage, name, tmp_path / "cut", mesh)
+    folders = [tmp_path / side / name for side in ("whole", "cut")]
+    assert_same_tree(*[checkpoint.read_model(folder) for folder in folders])
+    assert log(folders[0]) == log(folders[1])
 
 
 def test_an_evaluation_that_was_due_when_the_run_was_killed_is_made_up_for(chain, mesh, tmp_path, monkeypatch):

@@ -1,7 +1,10 @@
 import json
+import time
 
+import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from tinymim_jax import writer as writer_module
 from tinymim_jax.writer import Writer, read
 
 
@@ -22,10 +25,32 @@ def test_lines(tmp_path):
     assert text.endswith("\n")
 
 
-def test_each_line_is_there_at_once(tmp_path):
+def test_each_line_is_there_soon_and_after_a_flush(tmp_path, monkeypatch):
     with Writer(tmp_path) as writer:
         writer.write(1, {"loss": 0.5})
+        writer.flush()
         assert steps(tmp_path) == [1]
+    monkeypatch.setattr(writer_module, "EVERY", 0.02)
+    with Writer(tmp_path, 1) as writer:
+        writer.write(2, {"loss": 0.5})
+        deadline = time.monotonic() + 20
+        while steps(tmp_path) == [1]:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert steps(tmp_path) == [1, 2]
+
+
+def test_a_write_that_fails_is_tried_again_and_raised_by_who_waits_for_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer_module, "EVERY", 0.02)
+    with Writer(tmp_path) as writer:
+        with monkeypatch.context() as patch:
+            patch.setattr(writer_module, "write_whole", lambda *_: 1 / 0)
+            writer.write(1, {"loss": 0.5})
+            time.sleep(0.1)
+            with pytest.raises(ZeroDivisionError):
+                writer.flush()
+        writer.flush()
+    assert steps(tmp_path) == [1]
 
 
 def test_resuming_drops_what_comes_after_start(tmp_path):

@@ -4,10 +4,10 @@ import contextlib
 import json
 import math
 import statistics
-from pathlib import Path
 from typing import Any
 
 import jax
+from etils.epath import Path
 
 from tinymim_jax import checkpoint, config, distributed, handoff, optim
 from tinymim_jax.config import Config, InputError, Stage

@@ -10,16 +10,17 @@ import gc
 import logging
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
+from etils.epath import Path
 
+from tinymim_jax import storage
 from tinymim_jax.config import InputError
+from tinymim_jax.storage import reason
 
 FOLDER = "checkpoints"
 DAMAGED = ".damaged"  # what a checkpoint's name ends in once it could not be read
@@ -32,7 +33,7 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self.folder = folder
-        self.manager = ocp.CheckpointManager((folder / FOLDER).absolute(), options=options)
+        self.manager = ocp.CheckpointManager(storage.absolute(folder / FOLDER), options=options)
 
     def save(self, step: int, model: dict[str, Any], optim: dict[str, Any], log: dict[str, Any]) -> None:
         """Starts writing; does nothing if `step` is there already. Raises InputError if an earlier one failed."""
@@ -60,9 +61,12 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        with contextlib.suppress(InputError) if kind else contextlib.nullcontext():  # the first error is the cause
-            self.wait()
-        self.manager.close()
+        # Of two errors the first is the cause.
+        with contextlib.suppress(InputError) if kind else contextlib.nullcontext(), self._writing():
+            try:
+                self.manager.wait_until_finished()
+            finally:
+                self.manager.close()  # which raises, too
 
     def wait(self) -> None:
         """Returns when everything is written; raises InputError if something could not be."""
@@ -77,7 +81,7 @@ class Checkpoints:
             whole = steps(self.folder)
             kept = f"that of step {whole[-1]} is kept" if whole else "there is none before it"
             raise InputError(
-                f"{self.folder}: a checkpoint could not be written ({_reason(error)}); {kept}: make room or mend the"
+                f"{self.folder}: a checkpoint could not be written ({reason(error)}); {kept}: make room or mend the"
                 " storage, and run the same command again"
             ) from error
 
@@ -91,7 +95,7 @@ def reading(folder: Path, step: int) -> Iterator[None]:
         raise  # no fault of the file
     except Exception as error:  # any, as in writing
         with _silence():
-            raise InputError(f"{folder}: the checkpoint of step {step} is damaged ({_reason(error)})") from None
+            raise InputError(f"{folder}: the checkpoint of step {step} is damaged ({reason(error)})") from None
 
 
 @contextlib.contextmanager
@@ -107,17 +111,11 @@ def _silence() -> Iterator[None]:
         sys.unraisablehook, log.disabled = hook, was_off
 
 
-def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__
-
-
 def set_aside(folder: Path, step: int) -> None:
     """Renames the checkpoint of `step`, so that it is neither read nor in the way."""
     path = folder / FOLDER / str(step)
     target = path.with_name(f"{step}{DAMAGED}")
-    if target.exists():
-        epath.Path(target).rmtree()
+    storage.remove(target)
     path.rename(target)
 
 
@@ -152,8 +150,8 @@ def save_model(folder: Path, params: Any) -> None:
     )
     # A file for each array: orbax's database of all of them takes twice their size in memory while it is written.
     handlers = {"model": ocp.StandardCheckpointHandler(use_ocdbt=False)}
-    path = (folder / FOLDER).absolute()
-    path.mkdir(parents=True, exist_ok=True)
+    path = storage.absolute(folder / FOLDER)
+    storage.make(path)
     with contextlib.closing(ocp.CheckpointManager(path, options=options, item_handlers=handlers)) as manager:
         manager.save(0, args=ocp.args.Composite(model=ocp.args.StandardSave(model)))
 
@@ -186,8 +184,8 @@ def steps(folder: Path) -> list[int]:
     return sorted(ocp.utils.checkpoint_steps(folder / FOLDER)) if (folder / FOLDER).is_dir() else []
 
 
-def _newest(folder: Path) -> epath.Path:
+def _newest(folder: Path) -> Path:
     found = steps(folder)
     if not found:
         raise InputError(f"{folder} has no checkpoint; point at the folder of a stage that was trained")
-    return epath.Path(folder / FOLDER).absolute() / str(max(found))
+    return storage.absolute(folder / FOLDER) / str(max(found))

@@ -22,7 +22,7 @@ import numpy as np
 from tinymim_jax.serial import InputError, differences
 from tinymim_jax.stop import StopRequest
 
-VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain")
+VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "simplejpeg")
 MAX_MESSAGE = 2**20  # bytes
 MAX_ERROR = 2000  # bytes
 RETRY = 0.2  # seconds between attempts to reach process 0

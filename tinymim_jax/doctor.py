@@ -7,9 +7,9 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from importlib import metadata
-from pathlib import Path
 
 import jax
+from etils.epath import Path
 
 from tinymim_jax import chain, distributed
 from tinymim_jax.config import Config, InputError
@@ -98,9 +98,12 @@ def processes(env: Mapping[str, str]) -> Iterator[Finding]:
 
 def disk(cfg: Config | None, workdir: Path) -> Finding:
     """Room for the checkpoints of all stages."""
-    at = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
-    free = shutil.disk_usage(at).free
-    what = f"{free / 1e9:.0f} GB free at {at}"
+    at = next(p for p in (workdir, *workdir.parents) if p.exists())
+    try:
+        free = shutil.disk_usage(at).free
+        what = f"{free / 1e9:.0f} GB free at {at}"
+    except FileNotFoundError:
+        free, what = math.inf, f"{at} is in a bucket, which has no size"
     if cfg is None:
         return Finding(what)
     need = 0

@@ -2,12 +2,12 @@
 
 import dataclasses
 import re
-from pathlib import Path
 from typing import Any
 
 import jax
+from etils.epath import Path
 
-from tinymim_jax import config, handoff
+from tinymim_jax import config, handoff, storage
 from tinymim_jax.bridge import card
 from tinymim_jax.config import Classification, Corruptions, Data, Eval, InputError, Knn, Logistic
 from tinymim_jax.data.device_augment import normalize, to_float
@@ -105,7 +105,8 @@ def _held_out(train: Data) -> Data:
 
 def _in_tree(data: Data, path: str, splits: tuple[str, ...]) -> Data:
     """`data` from the first of the folders `splits` that the tree at `path` has; raises InputError if it has none."""
-    root = Path(path).expanduser()
+    root = storage.path(path)
+    storage.check(root)
     found = next((split for split in splits if (root / split).is_dir()), None)
     if found is None:
         raise InputError(f"{root} has no folder {' or '.join(f'{split}/' for split in splits)}; give the tree that has")
@@ -140,7 +141,8 @@ def evals(suite: str, model: config.ViT, clean: Data, bank: Data, sets: Sets) ->
         if path := getattr(sets, name):
             if suite not in ("robust", "all"):
                 raise InputError(f"--{name} is measured by --suite=robust or all, not {suite}; choose one")
-            if not Path(path).expanduser().is_dir():
+            storage.check(storage.path(path))
+            if not storage.path(path).is_dir():
                 raise InputError(f"--{name}={path}: no such folder")
             if model.num_classes != 1000:
                 raise InputError(f"--{name} needs a model of ImageNet's 1000 classes; this one has {model.num_classes}")

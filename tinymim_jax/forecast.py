@@ -6,10 +6,10 @@ import math
 import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
+from etils.epath import Path
 
 from tinymim_jax import chain, config
 from tinymim_jax import mesh as mesh_lib

@@ -8,14 +8,14 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import flax.traverse_util
 import jax
 import numpy as np
+from etils.epath import Path
 
-from tinymim_jax import checkpoint, config
+from tinymim_jax import checkpoint, config, storage
 from tinymim_jax.config import Init, InputError
 from tinymim_jax.models import posembed, vit
 from tinymim_jax.optim import matches
@@ -201,7 +201,8 @@ def source_folder(init: Init, workdir: Path) -> Path:
     """Where `init` points: a stage of this workdir, any stage's folder, or where a foreign file is converted to."""
     if init.stage is not None:
         return workdir / init.stage
-    path = Path(init.path).expanduser()
+    path = storage.path(init.path)
+    storage.check(path)
     if (path / "stage.json").is_file():
         return path
     # Two files of one name are two checkpoints.
@@ -292,7 +293,8 @@ def read_params(folder: Path) -> Any:
 
 def load(path: str | Path) -> tuple[vit.VisionTransformer, dict[str, Any]]:
     """The encoder of the stage in folder `path`: (model, variables); see `tinymim_jax.load`."""
-    folder = Path(path).expanduser()
+    folder = storage.path(path)
+    storage.check(folder)
     model = vit.build(read_model(folder))
     variables = read_variables(folder)
     return model, jax.tree.map(jax.numpy.asarray, {**variables, "params": variables["params"]["encoder"]})

@@ -1,15 +1,18 @@
 """One run at a time in a workdir: a file that says who, and that its owner is alive."""
 
 import contextlib
+import datetime
 import json
 import os
 import socket
 import threading
 import time
 import uuid
-from pathlib import Path
 from typing import Any
 
+from etils.epath import Path
+
+from tinymim_jax import storage
 from tinymim_jax.serial import InputError
 
 FILE = "run.lock"
@@ -21,85 +24,94 @@ class Lock:
     """Held from `__enter__` to `__exit__`; a lock whose owner is dead is taken over."""
 
     def __init__(self, workdir: Path):
-        self.path = workdir / FILE
+        self.workdir = workdir
+        self.files, self.path = storage.files(workdir), str(workdir / FILE)
         self.token = uuid.uuid4().hex
+        own = {"host": socket.gethostname(), "pid": os.getpid(), "born": born(os.getpid()), "token": self.token}
+        self.own = json.dumps(own).encode()
         self.released = threading.Event()
 
     def __enter__(self) -> "Lock":
         """Raises InputError if another run holds it."""
         while not self._take():
-            self._judge(read(self.path))
+            self._judge(self.read())
         threading.Thread(target=self._beat, daemon=True).start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type | None, *_: object) -> None:
         self.released.set()
-        if (read(self.path) or {}).get("token") == self.token:
-            self.path.unlink()
+        with contextlib.suppress(Exception) if kind else contextlib.nullcontext():  # the first error is the cause
+            if self._is_of(self.token):
+                self.files.rm_file(self.path)
 
     def _take(self) -> bool:
-        """Whether the file could be made; written whole before it has its name, so that nobody reads half of it."""
-        own = {"host": socket.gethostname(), "pid": os.getpid(), "born": born(os.getpid()), "token": self.token}
-        draft = self.path.with_name(f"{FILE}.{self.token}")
-        draft.write_text(json.dumps(own))
+        """Whether the file could be made, which a disk and a bucket let one of several do."""
         try:
-            os.link(draft, self.path)
+            with self.files.open(self.path, "xb") as file:
+                file.write(self.own)
         except FileExistsError:
-            return False
-        finally:
-            draft.unlink()
+            return self._is_of(self.token)  # a request whose answer was lost was sent again
         return True
 
     def _judge(self, owner: dict[str, Any] | None) -> None:
         """Removes the lock of a dead run; raises InputError if it is alive."""
         if owner is None:  # let go this moment
             return
-        if owner["host"] == socket.gethostname():
+        who = "process {pid} on {host}".format(**owner) if owner else "a run that has not said who it is"
+        if owner.get("host") == socket.gethostname():
             is_alive = born(owner["pid"]) is not None and born(owner["pid"]) == owner["born"]
         else:
             is_alive = self._beats()
         if is_alive:
-            raise InputError(
-                f"{self.path.parent} is in use by process {owner['pid']} on {owner['host']}; wait for it or stop it, or"
-                " choose another --workdir"
-            )
-        print(f"{self.path.parent}: the run before (process {owner['pid']} on {owner['host']}) has died; going on")
+            raise InputError(f"{self.workdir} is in use by {who}; wait for it or stop it, or choose another folder")
+        print(f"{self.workdir}: the run before ({who}) has died; going on")
         with contextlib.suppress(FileNotFoundError):
-            if (read(self.path) or {}).get("token") == owner["token"]:
-                self.path.unlink()
+            if self._is_of(owner.get("token")):
+                self.files.rm_file(self.path)
 
     def _beats(self) -> bool:
         """Waits until the file changes, which a living owner sees to, or is too old; by the storage's own clock."""
         with contextlib.suppress(FileNotFoundError):
-            first = self.path.stat().st_mtime
-            while self._now() - first < STALE:
+            first = self.files.modified(self.path)
+            while (self._now() - first).total_seconds() < STALE:
                 time.sleep(min(1.0, STALE / 10))
-                if self.path.stat().st_mtime != first:
+                if self.files.modified(self.path) != first:
                     return True
         return False
 
-    def _now(self) -> float:
-        probe = self.path.with_name(f"{FILE}.{self.token}")
-        probe.touch()
+    def _now(self) -> datetime.datetime:
+        probe = f"{self.path}.{self.token}"
+        self.files.pipe_file(probe, b"")
         try:
-            return probe.stat().st_mtime
+            return self.files.modified(probe)
         finally:
-            probe.unlink()
+            self.files.rm_file(probe)
 
     def _beat(self) -> None:
         while not self.released.wait(BEAT):
-            with contextlib.suppress(OSError):
-                os.utime(self.path)
+            with contextlib.suppress(Exception):  # each bucket's library has its own; the next beat may succeed
+                if self._is_of(self.token):
+                    self._sign()
 
+    def _sign(self) -> None:
+        """Makes the file new, on a disk without its ever being half written."""
+        try:
+            self.files.touch(self.path, truncate=False)
+        except NotImplementedError:
+            self.files.pipe_file(self.path, self.own)
 
-def read(path: Path) -> dict[str, Any] | None:
-    """What a lock says; None if there is none."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        raise InputError(f"{path} is damaged; if no run is at work there, delete it") from None
+    def _is_of(self, token: str | None) -> bool:
+        owner = self.read()
+        return owner is not None and owner.get("token") == token
+
+    def read(self) -> dict[str, Any] | None:
+        """What the file says; {} if that is not whole (yet), None if there is no file."""
+        try:
+            return json.loads(self.files.cat_file(self.path))
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            return {}
 
 
 def born(pid: int) -> str | None:

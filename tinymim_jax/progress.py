@@ -37,8 +37,12 @@ class Progress:
         run: Run,
         saved: dict | None,
         note: Callable[[int, str], str] = lambda step, what: "",
+        begin: float | None = None,
     ):
-        """`note` writes down what a step that is not finite was given, and returns where."""
+        """`note` writes down what a step that is not finite was given, and returns where.
+
+        `begin`, as `time.perf_counter` gave it, is when the stage began, from which its first step is timed.
+        """
         saved = saved or {"window": {}, "averages": {}, "totals": {}}
         self.totals = {BAD_IMAGES: 0, **saved["totals"]}
         self.run, self.note, self.is_asked = run, note, False
@@ -47,6 +51,7 @@ class Progress:
         self.name, self.writer, self.batch_size = name, writer, run.batch_size
         self.pending: list[tuple[int, dict[str, Mean]]] = []
         self.waited, self.since, self.images = 0.0, time.perf_counter(), 0
+        self.begin, self.first_step = begin, None
         self.bar = tqdm.tqdm(
             desc=name,
             initial=start * run.batch_size,
@@ -69,10 +74,15 @@ class Progress:
         self.pending.append((step, step_metrics))
         if len(self.pending) > STEPS_AHEAD:
             finished = jax.block_until_ready(self.pending[-1 - STEPS_AHEAD][1])
+            self._note_first()
             if jax.process_count() > 1:
                 self._hear(finished)
         self.images += self.batch_size
         self.bar.update(self.batch_size)
+
+    def _note_first(self) -> None:
+        if self.begin is not None:
+            self.first_step, self.begin = time.perf_counter() - self.begin, None
 
     def _hear(self, values: dict[str, Mean]) -> None:
         """Learns whether any process had been asked to stop when it read this step's batch."""
@@ -83,7 +93,10 @@ class Progress:
 
         Where `run.on_nan` is skip, the step has left out that update, and it is only counted, up to `run.max_skipped`.
         """
-        for step, values in jax.device_get(self.pending):
+        pending = jax.device_get(self.pending)
+        if pending:
+            self._note_first()
+        for step, values in pending:
             self._hear(values)
             floats = {key: Mean(float(m.sum), float(m.count)) for key, m in values.items() if key != STOP}
             self.totals[BAD_IMAGES] += int(floats.pop(BAD_IMAGES, Mean(0, 1)).sum)
@@ -120,11 +133,16 @@ class Progress:
         self.bar.write(f"{told}; its update is left out", file=sys.stderr)
 
     def log(self, step: int, extra: dict[str, float]) -> None:
-        """Writes the averages since the last call, `extra`, images/s and the share of time spent waiting for data."""
+        """Writes the averages since the last call, `extra`, images/s and the share of time spent waiting for data.
+
+        The first line has first_step_s, seconds from the stage's begin to the end of its first steps, too.
+        """
         self.collect()
         seconds = time.perf_counter() - self.since
         self.averages = {**metrics.to_floats(self.window), **extra, **self.totals}
         speed = {"images_per_s": self.images / seconds, "data_wait": self.waited / seconds}
+        if self.first_step is not None:
+            speed["first_step_s"], self.first_step = self.first_step, None
         self.writer.write(step, {**self.averages, **speed})
         if "loss" in self.averages:  # not if every update was left out
             self.bar.set_postfix(loss=f"{self.averages['loss']:.4g}", refresh=False)

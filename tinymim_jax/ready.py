@@ -1,13 +1,13 @@
 """What a stage needs before it can start: devices, data, weights; said before anything runs."""
 
 import functools
-import tempfile
+import uuid
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
+from etils.epath import Path
 
-from tinymim_jax import config, handoff
+from tinymim_jax import config, handoff, storage
 from tinymim_jax.bridge import convert
 from tinymim_jax.config import Config, InputError, Stage
 from tinymim_jax.data import sources
@@ -81,11 +81,14 @@ def _has_the_same_classes(cfg: config.Eval) -> bool:
 
 def check_writable(workdir: Path) -> None:
     """Makes the folder; raises InputError if nothing can be written to it."""
+    storage.check(workdir)
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=workdir).close()
-    except OSError as error:
-        raise InputError(f"{workdir} cannot be written to ({error.strerror}); choose another folder") from None
+        storage.make(workdir)
+        probe = workdir / f"writable.{uuid.uuid4().hex}"
+        probe.touch()
+        probe.unlink()
+    except Exception as error:  # each bucket's library has its own
+        raise InputError(f"{workdir} cannot be written to ({storage.reason(error)}); choose another folder") from None
 
 
 def convert_sources(cfg: Config, to_run: list[str], workdir: Path) -> None:
@@ -104,9 +107,9 @@ def foreign(init: config.Init, workdir: Path) -> Path | None:
 
     Raises InputError if another file of that name was converted before.
     """
-    if init.path is None or not handoff.is_foreign(Path(init.path).expanduser()):
+    if init.path is None or not handoff.is_foreign(storage.path(init.path)):
         return None
-    path, folder = Path(init.path).expanduser(), handoff.source_folder(init, workdir)
+    path, folder = storage.path(init.path), handoff.source_folder(init, workdir)
     if not handoff.finished(folder):
         return path
     convert.check_same(path, folder)

@@ -3,13 +3,13 @@
 import dataclasses
 import io
 import re
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
+from etils.epath import Path
 from rich.console import Console
 from rich.table import Table
 
@@ -57,7 +57,8 @@ def write(workdir: Path, names: list[str]) -> list[Path]:
             print(f"no picture of {name}: {error}")
     paths = {folder / f"{key}.png": figure for key, figure in figures.items()}
     for path, figure in paths.items():
-        figure.savefig(path, dpi=110, bbox_inches="tight")
+        with path.open("wb") as file:
+            figure.savefig(file, format="png", dpi=110, bbox_inches="tight")
     return list(paths)
 
 

@@ -2,19 +2,20 @@
 
 import contextlib
 import json
+import time
 from collections.abc import Iterator
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils.epath import Path
 
 from tinymim_jax import checkpoint, config, distributed, handoff
 from tinymim_jax import mesh as mesh_lib
 from tinymim_jax.checkpoint import Checkpoints
 from tinymim_jax.config import InputError, Stage
-from tinymim_jax.data import pipeline, sources
+from tinymim_jax.data import pipeline, resident, sources
 from tinymim_jax.evals import make_evaluator
 from tinymim_jax.evals.base import make_predict, measure
 from tinymim_jax.evals.online import Online
@@ -23,7 +24,7 @@ from tinymim_jax.progress import BAD_IMAGES, Progress
 from tinymim_jax.step import TrainState, create_state, items, jit_step
 from tinymim_jax.stop import StopRequest
 from tinymim_jax.tasks.base import Batch, Frozen, Variables
-from tinymim_jax.writer import Writer, read, write_json
+from tinymim_jax.writer import Writer, read, write_json, write_whole
 
 
 class Runner:
@@ -96,16 +97,18 @@ class Runner:
 
     def batches(self, start: int, stop: StopRequest) -> Iterator[Batch]:
         """The batches of the steps after step `start`."""
-        return pipeline.train_batches(self.rows, start, self.plan.total_steps, self.mesh, lambda: stop.asked)
+        read = resident.train_batches if self.stage.data.resident else pipeline.train_batches
+        return read(self.rows, start, self.plan.total_steps, self.mesh, lambda: stop.asked)
 
     def note_bad_step(self, step: int, what: str) -> str:
         """Writes the records of a step whose `what` is not finite into bad_steps.jsonl, once; says so."""
         path = self.folder / "bad_steps.jsonl"
-        if jax.process_index() == 0 and all(line["step"] != step for line in read(path)):
+        noted = read(path)
+        if jax.process_index() == 0 and all(line["step"] != step for line in noted):
             epoch, index, _ = self.rows.numbers(step - 1)
             records = [self.source.describe(int(i)) for i in index]
-            with path.open("a") as file:
-                file.write(json.dumps({"step": step, "epoch": epoch, "not_finite": what, "records": records}) + "\n")
+            noted.append({"step": step, "epoch": epoch, "not_finite": what, "records": records})
+            write_whole(path, "".join(json.dumps(line) + "\n" for line in noted))
         return f" (its images: {path})"
 
     def variables(self, state: TrainState) -> Variables:
@@ -144,6 +147,7 @@ def run_stage(
       InputError: bad input, or a loss that is not finite.
       Interrupted: after Ctrl-C or SIGTERM, the state saved.
     """
+    begin = time.perf_counter()
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest()) if stop is None else stop
         runner = Runner(stage, name, workdir, mesh)
@@ -157,7 +161,8 @@ def run_stage(
         print("\n  ".join(lines), flush=True)
         writer = stack.enter_context(Writer(runner.folder, first, active=jax.process_index() == 0))
         batches = stack.enter_context(contextlib.closing(runner.batches(first, stop)))
-        progress = Progress(name, writer, start=first, total=total, run=run, saved=log, note=runner.note_bad_step)
+        past = {"start": first, "saved": log, "begin": begin}
+        progress = Progress(name, writer, total=total, run=run, note=runner.note_bad_step, **past)
         stack.enter_context(progress.bar)
         replicated = mesh_lib.replicated(mesh)
         rng = jax.jit(lambda: jax.random.fold_in(jax.random.key(run.seed), 1), out_shardings=replicated)()
@@ -183,6 +188,7 @@ def run_stage(
                 progress.collect()  # a state whose loss is not finite is never saved
                 if not asked:  # or else the state comes first
                     online.wait()  # whoever resumes from here has all results from before
+                writer.flush()
                 checkpoints.save(step, *items(state), progress.state())
             if asked and not last:
                 checkpoints.wait()
@@ -198,6 +204,7 @@ def run_stage(
         online.wait()
         evaluated = runner.evaluate(state, stop)
         writer.write(total, evaluated)
+        writer.flush()  # a stage that is DONE is not run again
         if bad := progress.totals[BAD_IMAGES]:
             print(f"{name}: images left out because they could not be read: {bad}, all epochs together")
         results = {**progress.averages, **evaluated}

@@ -1,15 +1,22 @@
 """Scalars to `metrics.jsonl` and TensorBoard."""
 
+import contextlib
 import json
-from pathlib import Path
+import threading
 from typing import Any
 
 import jax
+from etils.epath import Path
 from tensorboardX import SummaryWriter
+from tensorboardX.record_writer import register_writer_factory
+
+from tinymim_jax import storage
+
+EVERY = 2.0  # seconds between two writes of metrics.jsonl: a bucket takes a file as a whole, and one a second
 
 
 class Writer:
-    """Appends scalars under `folder`; lines after step `start` are dropped first, so a resumed run has no repeats."""
+    """Adds scalars under `folder`; lines after step `start` are dropped first, so a resumed run has no repeats."""
 
     def __init__(self, folder: Path, start: int = 0, *, active: bool = True):
         """`active` False, on all processes but one: writes nothing."""
@@ -17,9 +24,13 @@ class Writer:
         if not active:
             return
         self.kept = [line for line in read(self.path) if line["step"] <= start]
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_whole(self.path, "".join(json.dumps(line) + "\n" for line in self.kept))
-        self.file = self.path.open("a")
+        storage.make(folder)
+        self.lines, self.written = [json.dumps(line) + "\n" for line in self.kept], -1
+        self.lock, self.closed = threading.Lock(), threading.Event()
+        self.flush()
+        threading.Thread(target=self._follow, daemon=True).start()  # training does not wait for a bucket
+        for scheme in storage.EXTRAS:
+            register_writer_factory(scheme, EventFile)
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
 
     def has(self, step: int, part: str) -> bool:
@@ -30,26 +41,71 @@ class Writer:
         return not self.active or any(line["step"] == step and any(part in name for name in line) for line in self.kept)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        """One line {"step": step, name: value, ...}, flushed."""
+        """One line {"step": step, name: value, ...}; in the file after `EVERY` seconds, or `flush`."""
         line = {"step": step, **scalars}
         if not self.active or line in self.kept:  # the latter: an evaluation done again after a crash
             return
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        self.lines.append(json.dumps(line) + "\n")
         for name, value in scalars.items():
             self.board.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        """Returns when all lines are in the file; a checkpoint must not know more than that."""
+        if self.active:
+            with self.lock:
+                lines = list(self.lines)
+                if len(lines) != self.written:
+                    write_whole(self.path, "".join(lines))
+                    self.written = len(lines)
+
+    def _follow(self) -> None:
+        while not self.closed.wait(EVERY):
+            with contextlib.suppress(Exception):  # raised by whoever waits for the lines
+                self.flush()
 
     def __enter__(self) -> "Writer":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type | None, *_: object) -> None:
         if self.active:
-            self.file.close()
+            self.closed.set()
             self.board.close()
+            with contextlib.suppress(Exception) if kind else contextlib.nullcontext():  # the first error is the cause
+                self.flush()
+
+
+class EventFile:
+    """What TensorBoard reads, in a bucket: written as a whole, and again at the next flush if that fails.
+
+    tensorboardX' own ends its thread with an exception, and then blocks whoever writes.
+    """
+
+    def __init__(self, path: str):
+        self.path, self.content = path, bytearray()
+
+    def write(self, data: bytes) -> None:
+        """Adds to the file."""
+        self.content += data
+
+    def flush(self) -> None:
+        """Tries to write the file."""
+        with contextlib.suppress(Exception):
+            storage.files(self.path).pipe_file(self.path, bytes(self.content))
+
+    close = flush
+
+    @classmethod
+    def open(cls, path: str) -> "EventFile":
+        """A new file, as tensorboardX asks for it."""
+        return cls(path)
+
+    @staticmethod
+    def directory_check(path: str) -> None:
+        """Nothing: a bucket has no folders."""
 
 
 def read(path: Path) -> list[dict[str, float]]:
-    """The lines of a `metrics.jsonl`, without a last one cut short by a crash; [] if there is no file."""
+    """The lines of a `metrics.jsonl`, up to one that is damaged; [] if there is no file."""
     if not path.exists():
         return []
     lines = []
@@ -64,11 +120,12 @@ def read(path: Path) -> list[dict[str, float]]:
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` to `path`, which never holds half of it; in process 0 alone."""
     if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(path, json.dumps(value, indent=2) + "\n")
+        storage.make(path.parent)
+        write_whole(path, json.dumps(value, indent=2) + "\n")
 
 
-def _write_whole(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
+def write_whole(path: Path, text: str) -> None:
+    """Writes `text` to `path`, which never holds half of it."""
+    files, partial = storage.files(path), f"{path}.partial"
+    files.pipe_file(partial, text.encode())
+    files.mv(partial, str(path))

@@ -1,9 +1,10 @@
 """What is known of a checkpoint, for people: model cards and `inspect`."""
 
-from pathlib import Path
 from typing import Any
 
-from tinymim_jax import config, handoff
+from etils.epath import Path
+
+from tinymim_jax import config, handoff, storage
 from tinymim_jax.config import InputError
 
 GONE = "not at hand any more"
@@ -11,7 +12,7 @@ GONE = "not at hand any more"
 
 def provenance(folder: Path, depth: int = 0) -> list[str]:
     """One line for the checkpoint in `folder`, then those of what it was trained from, indented."""
-    folder, indent = folder.resolve(), "  " * depth
+    folder, indent = storage.absolute(folder), "  " * depth
     try:
         if converted := handoff.read_converted(folder):
             source = converted["source"]

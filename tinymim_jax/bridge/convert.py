@@ -3,21 +3,21 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import os
-import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils.epath import Path
 
-from tinymim_jax import checkpoint, config, handoff
+from tinymim_jax import checkpoint, config, handoff, storage
 from tinymim_jax.bridge import files, layout, names
 from tinymim_jax.bridge.layout import Layout, Told
 from tinymim_jax.config import InputError
@@ -110,43 +110,43 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
     Raises InputError if `folder` exists or cannot be made.
     """
-    if os.path.exists(folder):
+    if folder.exists():
         raise InputError(f"{folder} exists; name another folder, or delete it")
-    made = [parent for parent in folder.parents if not os.path.exists(parent)]
+    made = list(itertools.takewhile(lambda parent: not parent.exists(), folder.parents))
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial.", dir=folder.parent))
+        storage.make(folder.parent)
+        partial = folder.with_name(f"{folder.name}.partial.{uuid.uuid4().hex}")
+        storage.make(partial)
     except OSError as error:
-        raise InputError(f"{folder} cannot be made ({error.strerror}); name another folder") from None
+        raise InputError(f"{folder} cannot be made ({storage.reason(error)}); name another folder") from None
     try:
         yield partial
-        partial.chmod(0o777 & ~_umask())
         partial.rename(folder)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        storage.remove(partial)
         for parent in made:
-            with contextlib.suppress(OSError):  # someone else has put something there
+            with contextlib.suppress(OSError, ValueError):  # someone else has put something there
                 parent.rmdir()
         raise
 
 
-def _umask() -> int:
-    """The process's, which mkdtemp goes below."""
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
-
-
 def write(converted: Converted, folder: Path) -> None:
     """Writes `folder` like a finished stage of no steps: stage.json, checkpoints/0, DONE."""
+    if not handoff.finished(folder):
+        storage.remove(folder)  # what a killed run has left
     with new_folder(folder) as partial:
         fill(converted, partial)
+    finish(folder)
 
 
 def fill(converted: Converted, folder: Path) -> None:
-    """Writes stage.json, checkpoints/0 and DONE into `folder`."""
+    """Writes stage.json and checkpoints/0 into `folder`."""
     checkpoint.save_model(folder, converted.params)
     (folder / "stage.json").write_text(json.dumps(describe(converted), indent=2) + "\n")
+
+
+def finish(folder: Path) -> None:
+    """Writes DONE; only after all else, as a bucket renames a folder file by file."""
     (folder / "DONE").write_text(json.dumps({"step": 0, "metrics": {}}) + "\n")
 
 
@@ -156,7 +156,7 @@ def check_same(path: Path, folder: Path) -> None:
     recorded = handoff.read_converted(folder)
     if not recorded or not weights.is_file():
         return
-    source, stat = recorded["source"], weights.stat()
+    source, stat = recorded["source"], os.stat(weights)
     # Another seed's checkpoint has the same size.
     if stat.st_size != source["bytes"] or _sha256(weights, stat.st_size, stat.st_mtime_ns) != source["sha256"]:
         raise InputError(
@@ -172,7 +172,7 @@ def _sha256(path: Path, _size: int, _changed: int) -> str:
 def describe(converted: Converted) -> dict[str, Any]:
     """The contents of stage.json."""
     found, path = converted.layout, converted.source.path
-    origin = {"file": str(path), "bytes": path.stat().st_size, "sha256": files.sha256(path), "kind": found.kind}
+    origin = {"file": str(path), "bytes": os.stat(path).st_size, "sha256": files.sha256(path), "kind": found.kind}
     facts = {
         "model": config.to_dict(found.model),
         "decoder": config.to_dict(found.decoder),

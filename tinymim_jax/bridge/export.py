@@ -5,13 +5,13 @@ import json
 import logging
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils.epath import Path
 
-from tinymim_jax import config, handoff
+from tinymim_jax import config, handoff, storage
 from tinymim_jax.bridge import card, names
 from tinymim_jax.bridge.convert import new_folder
 from tinymim_jax.bridge.layout import IMAGENET
@@ -28,7 +28,7 @@ class Weights:
 
     def __init__(self, folder: Path, regroup_heads: bool = False):
         """Raises InputError if `folder` is no finished stage."""
-        folder = folder.resolve()  # what it was made from lies beside it
+        folder = storage.absolute(folder)  # what it was made from lies beside it
         self.folder, self.model = folder, handoff.read_model(folder)
         params = handoff.flatten(handoff.read_params(folder))
         self.arrays = {names.mae_name(key): np.ascontiguousarray(names.to_mae(key, a)) for key, a in params.items()}
@@ -80,6 +80,7 @@ def export(folder: Path, destination: Path, form: str, regroup_heads: bool = Fal
     """Writes the new folder `destination`, with README.md; returns its files. Raises InputError, nothing left."""
     if form not in FORMATS:
         raise InputError(f"--format={form}: unknown; choose one of {', '.join(FORMATS)}")
+    storage.check_on_disk(destination, "exports")
     weights = Weights(folder, regroup_heads)
     with new_folder(destination) as partial:
         usage = FORMATS[form](weights, partial)

@@ -6,11 +6,12 @@ import json
 import math
 import os
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils.epath import Path
 
+from tinymim_jax import storage
 from tinymim_jax.config import InputError
 from tinymim_jax.handoff import WEIGHTS
 
@@ -40,11 +41,12 @@ def read(path: Path) -> Source:
 
     Raises InputError, without having run anything, on a file that is not one of these or is damaged.
     """
+    storage.check_on_disk(path, "other people's checkpoints")
     if not os.path.exists(path):  # False for a name that is too long, too
         raise InputError(f"{path} does not exist; give a .pth or .safetensors file, or a Hugging Face or timm folder")
     if path.is_dir():
         return _read_folder(path)
-    if not path.stat().st_size:
+    if not os.stat(path).st_size:
         raise InputError(f"{path} is empty; download it again")
     if path.suffix == ".safetensors":
         return Source(path, "safetensors", read_safetensors(path), {}, {})
@@ -137,7 +139,7 @@ def _to_numpy(path: Path, name: str, value: Any) -> np.ndarray:
         raise InputError(f"{path}: {name} is a {type(value).__name__}, not a tensor; save model.state_dict()")
     if value.layout is not torch.strided or value.is_nested or value.is_quantized or value.is_complex():
         raise InputError(f"{path}: {name} is sparse, nested, quantised or complex; save it as plain float32")
-    if value.nbytes > path.stat().st_size:
+    if value.nbytes > os.stat(path).st_size:
         raise InputError(f"{path}: {name} has shape {list(value.shape)}, more than the file holds; it is damaged")
     if value.dtype == torch.bfloat16:
         import ml_dtypes

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
+from tinymim_jax import storage
 from tinymim_jax.commands.flags import new_flags, parse_positional
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def main(argv: list[str]) -> None:
     define_told(values)
     flags.DEFINE_bool("verify", False, "compare", flag_values=values)
     source, destination = parse_positional(values, argv, ["SRC", "DST"])
+    storage.check_checkpoints(destination)
 
     from tinymim_jax.bridge import convert
 
@@ -43,6 +45,7 @@ def main(argv: list[str]) -> None:
             print(verify.table(differences), flush=True)
             verify.check(differences)
         convert.fill(converted, folder)
+    convert.finish(destination)
     print(f"wrote {destination}")
 
 

@@ -1,11 +1,12 @@
 """`doctor`: what is wrong with this machine or cluster, and the fix."""
 
 import os
-from pathlib import Path
 
 from absl import flags
 
+from tinymim_jax import storage
 from tinymim_jax.commands.flags import CLUSTER_USAGE, define_cluster, new_flags, parse, parse_flags, start_cluster
+from tinymim_jax.commands.run import check_workdir
 from tinymim_jax.config import InputError, to_dict
 
 USAGE = """python -m tinymim_jax doctor [--config=FILE[:options]] [--workdir=DIR]
@@ -28,11 +29,12 @@ def main(argv: list[str]) -> None:
         cfg = None
         if rest := parse_flags(values, argv):
             raise InputError(f"unexpected argument {rest[0]!r}; see --help")
+    workdir = storage.path(values.workdir or (f"runs/{cfg.name}" if cfg else "runs"))
+    check_workdir(workdir)
     start_cluster(values, config=to_dict(cfg))
 
     from tinymim_jax import doctor
 
-    workdir = Path(values.workdir or (f"runs/{cfg.name}" if cfg else "runs")).expanduser()
     bad = doctor.report(cfg, workdir, os.environ)
     if bad:
         raise InputError(f"{bad} of these need mending")

@@ -1,10 +1,10 @@
 """`eval`: a finished model on everything."""
 
 import dataclasses
-from pathlib import Path
 
 from absl import flags
 
+from tinymim_jax import storage
 from tinymim_jax.commands.flags import new_flags, parse_positional
 
 USAGE = """python -m tinymim_jax eval CHECKPOINT [--suite=imagenet|robust|probe|all] [--data=PATH] ...
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     from tinymim_jax.mesh import make_mesh
 
     sets = evaluate.Sets(**{f.name: getattr(values, f.name) for f in dataclasses.fields(evaluate.Sets)})
-    out = Path(values.out).expanduser() if values.out else folder / "eval"
+    out = storage.path(values.out) if values.out else folder / "eval"
     report = evaluate.evaluate(folder, values.suite, sets, make_mesh(Mesh()), out)
     print(evaluate.table(report))
     print(f"wrote {out}/eval.json and {out}/eval.md")

@@ -4,13 +4,13 @@ import ast
 import dataclasses
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 from absl import flags
+from etils.epath import Path
 from ml_collections import config_flags
 
-from tinymim_jax import distributed
+from tinymim_jax import distributed, storage
 from tinymim_jax.config import Config, InputError
 from tinymim_jax.validate import check
 
@@ -99,7 +99,10 @@ def parse_positional(values: flags.FlagValues, argv: list[str], names: list[str]
     rest = parse_flags(values, argv)
     if len(rest) != len(names):
         raise InputError(f"expected {' '.join(names)}, got {' '.join(rest) or 'nothing'}; see --help")
-    return [Path(path).expanduser() for path in rest]
+    paths = [storage.path(path) for path in rest]
+    for path in paths:
+        storage.check(path)
+    return paths
 
 
 def parse_flags(values: flags.FlagValues, argv: list[str]) -> list[str]:

@@ -1,7 +1,5 @@
 """`inspect`: what is in a checkpoint."""
 
-import os
-
 from tinymim_jax.commands.convert import define_told, told
 from tinymim_jax.commands.flags import new_flags, parse_positional
 from tinymim_jax.config import InputError
@@ -16,7 +14,7 @@ def main(argv: list[str]) -> None:
     values = new_flags(USAGE)
     define_told(values)
     (path,) = parse_positional(values, argv, ["PATH"])
-    if not os.path.exists(path):
+    if not path.exists():
         raise InputError(f"{path} does not exist")
 
     from tinymim_jax import handoff

@@ -2,9 +2,9 @@
 
 import json
 import sys
-from pathlib import Path
 
 from absl import flags
+from etils.epath import Path
 
 from tinymim_jax.commands.flags import new_flags, parse
 

@@ -1,8 +1,8 @@
 """`report`: the tables and pictures of a workdir, made again."""
 
 import json
-from pathlib import Path
 
+from tinymim_jax import storage
 from tinymim_jax.config import InputError
 
 USAGE = """python -m tinymim_jax report WORKDIR
@@ -17,7 +17,8 @@ def main(argv: list[str]) -> None:
         raise SystemExit(0)
     if len(argv) > 1:
         raise InputError(f"unexpected argument {argv[1]!r}; see --help")
-    workdir = Path(argv[0]).expanduser()
+    workdir = storage.path(argv[0])
+    storage.check(workdir)
     if (workdir / "stage.json").is_file():
         raise InputError(f"{workdir} is the folder of a stage; give the folder above, {workdir.parent}")
     if not (workdir / "results.json").is_file():

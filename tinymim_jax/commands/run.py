@@ -1,10 +1,11 @@
 """`run`: a chain, or one stage of it."""
 
 import os
-from pathlib import Path
 
 from absl import flags
+from etils.epath import Path
 
+from tinymim_jax import storage
 from tinymim_jax.commands.flags import CLUSTER_USAGE, define_cluster, new_flags, parse, start_cluster
 from tinymim_jax.config import Config, InputError, to_dict
 from tinymim_jax.stop import StopRequest
@@ -13,7 +14,8 @@ USAGE = """python -m tinymim_jax run --config=FILE[:options] [--workdir=DIR] [--
 
   --config=FILE[:options]           the experiment; options are listed at the top of FILE
   --config.stages.NAME.FIELD=VALUE  changes one field
-  --workdir=DIR                     where results go (default: runs/ and the config's name); the same DIR again goes on
+  --workdir=DIR                     where results go (default: runs/ and the config's name); the same DIR again goes on;
+                                    a folder or gs://BUCKET/...
   --stage=NAME                      run this stage only
   --dry_run                         print what would happen, and touch nothing
 """ + CLUSTER_USAGE.lstrip("\n")
@@ -27,7 +29,7 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_bool("dry_run", False, "print the plan only", flag_values=values)
     define_cluster(values)
     cfg = parse(values, argv)
-    workdir = Path(values.workdir or f"runs/{cfg.name}").expanduser()
+    workdir = storage.path(values.workdir or f"runs/{cfg.name}")
     check_workdir(workdir)
 
     if values.dry_run:
@@ -49,7 +51,7 @@ def run(cfg: Config, workdir: Path, only: str | None, stop: StopRequest) -> None
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         # Stages that differ in seed or weights only then compile once.
-        jax.config.update("jax_compilation_cache_dir", str((workdir / "jax_cache").absolute()))
+        jax.config.update("jax_compilation_cache_dir", str(storage.absolute(workdir / "jax_cache")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     results = chain.run_chain(cfg, workdir, only, stop)
     if jax.process_index() == 0:
@@ -60,8 +62,10 @@ def run(cfg: Config, workdir: Path, only: str | None, stop: StopRequest) -> None
 
 def check_workdir(workdir: Path) -> None:
     """Raises InputError if `workdir` is not, and could not become, a folder of stages."""
+    storage.check_checkpoints(workdir)
+    storage.check(workdir)
     if (workdir / "stage.json").is_file():
         raise InputError(f"--workdir={workdir} is the folder of a stage; give the folder above, {workdir.parent}")
-    parent = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
+    parent = next(p for p in (workdir, *workdir.parents) if p.exists())
     if not parent.is_dir():
         raise InputError(f"--workdir={workdir}: {parent} is a file; name a folder")

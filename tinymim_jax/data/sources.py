@@ -1,17 +1,17 @@
 """Where records come from: random access to labelled images, without decoding them."""
 
-import bisect
 import concurrent.futures
 import functools
-import glob
-import itertools
 import os
+from collections.abc import Iterable
 from typing import Any, Protocol
 
-import msgpack
 import numpy as np
 
+from tinymim_jax import storage
 from tinymim_jax.config import Data, InputError
+from tinymim_jax.data.shards import ArrayRecord
+from tinymim_jax.storage import reason
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 IDENTITY = ("source", "split", "path", "name", "num_examples", "per_class", "subset_seed")  # fields that choose records
@@ -131,48 +131,56 @@ class Folder:
     def __init__(self, data: Data) -> None:
         if not data.path:
             raise InputError("data.path is empty; set it to the tree that holds SPLIT/<class>/*")
-        self._root = os.path.join(os.path.expanduser(data.path), data.split)
-        if not os.path.isdir(self._root):
-            raise InputError(f"{self._root}: no such folder; set data.path and data.split to PATH/SPLIT/<class>/*")
-        self.classes = tuple(e.name for e in _visible(self._root) if e.is_dir())
+        root = storage.path(data.path) / data.split
+        storage.check(root)
+        self._root, self._storage = str(root), storage.files(root)
+        if not self._storage.isdir(self._root):
+            raise InputError(f"{root}: no such folder; set data.path and data.split to PATH/SPLIT/<class>/*")
+        found, is_dir = self._list(self._root, detail=True), self._storage.isdir
+        folders = [e["name"] for e in found if e["type"] == "directory" or (e.get("islink") and is_dir(e["name"]))]
+        self.classes = tuple(_visible(self._root, folders))
         if not self.classes:
-            raise InputError(f"{self._root}: has no class folders; expected {self._root}/<class>/*.JPEG")
-        self._files: list[str] = []
-        counts = []
-        for name in self.classes:
-            entries = _visible(os.path.join(self._root, name))
-            files = [f"{name}/{e.name}" for e in entries if e.name.lower().endswith(EXTENSIONS) and e.is_file()]
+            raise InputError(f"{root}: has no class folders; expected {root}/<class>/*.JPEG")
+        self._files, counts = [], []
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:  # a bucket takes its time for each
+            listed = list(pool.map(self._list, (f"{root}/{name}" for name in self.classes)))
+        for name, entries in zip(self.classes, listed, strict=True):
+            files = [f"{name}/{e}" for e in _visible(f"{root}/{name}", entries) if e.lower().endswith(EXTENSIONS)]
             if not files:
-                raise InputError(
-                    f"{os.path.join(self._root, name)}: a class folder without images; remove it or add images"
-                    f" ({', '.join(EXTENSIONS)})"
-                )
+                kinds = ", ".join(EXTENSIONS)
+                raise InputError(f"{root / name}: a class folder without images; remove it or add images ({kinds})")
             self._files += files
             counts.append(len(files))
         self._labels = np.repeat(np.arange(len(counts)), counts)
+
+    def _list(self, folder: str, detail: bool = False) -> list[Any]:
+        try:
+            return self._storage.ls(folder, detail=detail)  # without details, no file is asked what it is
+        except Exception as error:  # each bucket's library has its own
+            raise InputError(f"{folder}: cannot be listed ({reason(error)}); mend it") from error
 
     def __len__(self) -> int:
         return len(self._files)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
-            with open(self.describe(index), "rb") as file:
-                image = file.read()
-        except OSError as error:
-            raise InputError(f"{self.describe(index)}: cannot be read ({error.strerror}); mend it") from error
+            image = self._storage.cat_file(self.describe(index))  # of a bucket, in one request; a path takes three
+        except Exception as error:  # each bucket's library has its own
+            raise InputError(f"{self.describe(index)}: cannot be read ({reason(error)}); mend it") from error
         return {"image": image, "label": int(self._labels[index])}
 
     def describe(self, index: int) -> str:
-        return os.path.join(self._root, self._files[index])
+        return f"{self._root}/{self._files[index]}"
 
     def labels(self) -> np.ndarray:
         return self._labels
 
 
-def _visible(folder: str) -> list[os.DirEntry]:
-    """Entries in order of name, without hidden ones (macOS leaves `._name.jpg` files that are no images)."""
-    with os.scandir(folder) as entries:
-        return sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
+def _visible(folder: str, paths: Iterable[str]) -> list[str]:
+    """Names of what is in `folder`, in order, without hidden ones (`._name.jpg` files of macOS are no images)."""
+    inner = (path.rstrip("/") for path in paths)
+    names = (path.rsplit("/", 1)[-1] for path in inner if not folder.endswith(path))  # a bucket may list the folder too
+    return sorted(name for name in names if not name.startswith("."))
 
 
 class Tfds:
@@ -182,6 +190,7 @@ class Tfds:
 
     def __init__(self, data: Data) -> None:
         self._data = data
+        storage.check_on_disk(data.path, "tfds' files")
         len(self._records)  # opens: missing data is reported here, not in a worker
 
     @functools.cached_property
@@ -199,7 +208,7 @@ class Tfds:
             )
         except Exception as error:  # tfds has no common error: assertions, KeyError, NotImplementedError, OSError
             raise InputError(
-                f"tfds {data.name!r}, split {data.split!r}: cannot be opened ({_one_line(error)}); check data.name,"
+                f"tfds {data.name!r}, split {data.split!r}: cannot be opened ({reason(error)}); check data.name,"
                 f" data.split and data.path; prepare it once with: tfds build {data.name} --file_format=array_record,"
                 " or use an ImageFolder tree (configs that read tfds take data=PATH)"
             ) from error
@@ -222,70 +231,3 @@ class Tfds:
 
     def labels(self) -> np.ndarray:
         return np.array([self[i]["label"] for i in range(len(self))], np.int64)
-
-
-class ArrayRecord:
-    """Shards `path/split*.array_record*` in order of name, each record as `encode_record` writes it."""
-
-    classes = None
-
-    def __init__(self, data: Data) -> None:
-        from array_record.python import array_record_data_source as reader
-
-        pattern = os.path.join(os.path.expanduser(data.path), f"{data.split}*.array_record*")
-        self._files = sorted(glob.glob(pattern))
-        if not self._files:
-            raise InputError(f"{pattern}: no such files; set data.path and data.split to PATH/SPLIT*.array_record*")
-        with concurrent.futures.ThreadPoolExecutor(16) as pool:
-            counts = list(pool.map(_count_records, self._files))
-        self._ends = list(itertools.accumulate(counts))
-        # With its range given, a file is not opened a second time to be counted.
-        self._records = reader.ArrayRecordDataSource(
-            [f"{file}[0:{count}]" for file, count in zip(self._files, counts, strict=True)]
-        )
-
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return decode_record(self._records[index], self.describe(index))
-
-    def describe(self, index: int) -> str:
-        shard = bisect.bisect_right(self._ends, index)
-        start = self._ends[shard - 1] if shard else 0
-        return f"{self._files[shard]} record {index - start}"
-
-    def labels(self) -> np.ndarray:
-        return np.array([self[i]["label"] for i in range(len(self))], np.int64)
-
-
-def _count_records(file: str) -> int:
-    from array_record.python.array_record_module import ArrayRecordReader
-
-    try:
-        reader = ArrayRecordReader(file)
-        count = reader.num_records()
-        reader.close()
-    except Exception as error:  # the C++ reader raises bare RuntimeErrors and the like
-        raise InputError(f"{file}: not an array_record file ({_one_line(error)}); write it again") from error
-    return count
-
-
-def encode_record(image: bytes, label: int) -> bytes:
-    """One record of an array_record shard: a msgpack map of the encoded image and its class."""
-    return msgpack.packb({"image": image, "label": int(label)})
-
-
-def decode_record(record: bytes, name: str = "record") -> dict[str, Any]:
-    """The inverse of `encode_record`; raises InputError that begins with `name`."""
-    try:
-        fields = msgpack.unpackb(record)
-        return {"image": bytes(fields["image"]), "label": int(fields["label"])}
-    except Exception as error:  # arbitrary bytes fail in many ways
-        raise InputError(
-            f"{name}: not a msgpack map of image and label ({_one_line(error)}); write it with sources.encode_record"
-        ) from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -2,12 +2,11 @@
 
 import dataclasses
 from collections.abc import Generator
-from pathlib import Path
 
 import jax
 import numpy as np
 
-from tinymim_jax import config
+from tinymim_jax import config, storage
 from tinymim_jax.config import Data, InputError
 from tinymim_jax.data import corruptions
 from tinymim_jax.data.corruptions import ALEXNET_ERROR
@@ -58,7 +57,7 @@ def check_stored(cfg: config.Corruptions) -> None:
     """Raises InputError naming the folders that are missing."""
     if cfg.data.source != "folder":
         return
-    root = Path(cfg.data.path).expanduser()
+    root = storage.path(cfg.data.path)
     missing = [f"{n}/{s}" for n in ALEXNET_ERROR for s in cfg.severities if not (root / n / str(s)).is_dir()]
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""

@@ -1,0 +1,211 @@
+"""Workdirs and data in buckets, against `tests/bucket.py`: what works, and one line for what does not."""
+
+import dataclasses
+import io
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from fsspec.registry import _registry
+from PIL import Image
+
+import tinymim_jax
+from tests.bucket import serve
+from tests.processes import ROOT, command, environment, finish, log, start
+from tinymim_jax import checkpoint, lock, storage
+from tinymim_jax.__main__ import main
+from tinymim_jax.config import Data, InputError
+from tinymim_jax.data.sources import open_source
+from tinymim_jax.lock import Lock
+from tinymim_jax.writer import read, write_whole
+
+RUN = command("gs://bucket/run", "")[3:]  # as `main` takes it
+UNDISTURBED = """
+import sys
+from tests.tiny_chain import get_config
+from tinymim_jax import chain, storage
+chain.run_chain(get_config(), storage.path(sys.argv[1]))
+"""
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """One for all tests here, which this process's own clients find too."""
+    with pytest.MonkeyPatch.context() as patch, serve() as served:
+        for name, value in served.environment.items():
+            patch.setenv(name, value)
+        storage.prepare()
+        yield served
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    """Which buckets have answered."""
+    storage._check_bucket.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def both(bucket, tmp_path_factory):
+    """The chain's workdirs on a disk and in the bucket, the latter killed once and started again."""
+    local = tmp_path_factory.mktemp("local")
+    undisturbed = subprocess.Popen([sys.executable, "-c", UNDISTURBED, local], env=environment(), cwd=ROOT)
+    (first,) = start("gs://bucket/run", "", 1, 1)
+    deadline = time.monotonic() + 120
+    while "run/mae/checkpoints/2/commit_success.txt" not in bucket.objects:
+        assert time.monotonic() < deadline and first.poll() is None, first.communicate()
+        time.sleep(0.01)
+    first.send_signal(signal.SIGSTOP)  # so that it holds the workdir until another has asked for it
+    ((status, _, err),) = finish(start("gs://bucket/run", "", 1, 1))
+    assert (status, err.splitlines()[-1]) == (2, err.strip()) and f"in use by process {first.pid} on " in err
+    first.kill()
+    first.communicate()
+    ((status, out, err),) = finish(start("gs://bucket/run", "", 1, 1))
+    assert status == 0 and "Traceback" not in err and "WARNING" not in err, err
+    assert f"the run before (process {first.pid}" in out and "resumed at step 2 of 4" in out
+    assert undisturbed.wait(timeout=300) == 0
+    copy = tmp_path_factory.mktemp("copy")
+    bucket.save("run/", copy)
+    return local, copy
+
+
+def test_a_workdir_in_a_bucket_after_a_kill_is_bit_for_bit_that_on_a_disk(both):
+    local, copy = both
+    for name in ("mae", "distill", "finetune"):
+        models = [checkpoint.read_model(folder / name) for folder in both]
+        jax.tree.map(np.testing.assert_array_equal, *models)
+        assert log(local / name) == log(copy / name)
+        assert list((copy / name / "tensorboard").iterdir())
+    assert len(list((copy / "report").glob("*.png"))) == 3
+    assert not (copy / lock.FILE).exists()
+
+
+def test_commands_and_load_read_a_bucket(both, capsys):
+    local, _ = both
+    model, variables = tinymim_jax.load("gs://bucket/run/finetune")
+    jax.tree.map(np.testing.assert_array_equal, variables, tinymim_jax.load(local / "finetune")[1])
+    assert model.depth == 2
+    assert main(["inspect", "gs://bucket/run/finetune"]) == 0
+    assert "- mae: MAE pre-training, 4 steps of digits" in capsys.readouterr().out
+    assert main(["eval", "gs://bucket/run/finetune", "--suite=imagenet"]) == 0
+    assert "wrote gs://bucket/run/finetune/eval/eval.json" in capsys.readouterr().out
+    assert main(["doctor", RUN[1], "--workdir=gs://bucket/run"]) == 0
+    assert "ok   gs://bucket/run is in a bucket" in capsys.readouterr().out
+
+
+def test_a_folder_of_images_in_a_bucket_is_that_on_a_disk(bucket, tmp_path):
+    for i, name in enumerate(["cat/b.jpg", "cat/a.JPEG", "ant/c.png", "ant/._c.png", "ant/notes.txt"]):
+        content = io.BytesIO()
+        Image.new("RGB", (9, 7), (40 * i, 0, 0)).save(content, "JPEG")
+        (tmp_path / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "train" / name).write_bytes(content.getvalue())
+    bucket.load(tmp_path, "images/")
+    for folder in ("images/train/", "images/train/cat/"):  # as some tools mark a folder
+        bucket.objects[folder] = dataclasses.replace(bucket.objects["images/train/cat/b.jpg"], data=b"")
+    local, there = (open_source(Data("folder", path=path)) for path in (str(tmp_path), "gs://bucket/images"))
+    assert (len(there), there.classes, there.describe(0)) == (3, local.classes, "gs://bucket/images/train/ant/c.png")
+    assert there.labels().tolist() == local.labels().tolist()
+    before = len(bucket.requests)
+    assert [there[i] for i in range(3)] == [local[i] for i in range(3)]
+    assert len(bucket.requests) == before + 3
+    assert pickle.loads(pickle.dumps(there))[1] == local[1]  # as worker processes get it
+    del bucket.objects["images/train/ant/c.png"]
+    with pytest.raises(InputError, match=r"gs://bucket/images/train/ant/c\.png: cannot be read \(FileNotFoundError"):
+        there[0]
+    with pytest.raises(InputError, match="gs://bucket/images/val: no such folder"):
+        open_source(Data("folder", path="gs://bucket/images", split="val"))
+
+
+def test_a_lock_in_a_bucket(bucket, monkeypatch, capsys):
+    workdir = storage.path("gs://bucket/locked")
+    monkeypatch.setattr(lock, "BEAT", 0.02)
+    with Lock(workdir) as held:
+        first, deadline = bucket.objects["locked/run.lock"], time.monotonic() + 20
+        while bucket.objects["locked/run.lock"].generation == first.generation:
+            assert time.monotonic() < deadline
+        assert bucket.objects["locked/run.lock"].data == first.data
+        with pytest.raises(InputError, match=f"gs://bucket/locked is in use by process {os.getpid()} on "):
+            Lock(workdir).__enter__()
+        assert held._take()  # the answer to a request was lost, and it was sent again
+    assert "locked/run.lock" not in bucket.objects
+    write_whole(workdir / lock.FILE, '{"host": "elsewhere", "pid": 1, "born": "0", "token": "t"}')
+    monkeypatch.setattr(lock, "STALE", 0.5)
+    with Lock(workdir):
+        assert "the run before (process 1 on elsewhere) has died" in capsys.readouterr().out
+    assert [name for name in bucket.objects if name.startswith("locked/")] == []
+
+
+def test_files_that_others_have_written_are_seen(bucket):
+    folder = storage.path("gs://bucket/seen")
+    write_whole(folder / "a.jsonl", '{"step": 1}\n')
+    assert [path.name for path in folder.iterdir()] == ["a.jsonl"]  # which a cache of listings would keep
+    bucket.objects["seen/b"] = bucket.objects["seen/a.jsonl"]
+    assert (folder / "b").exists() and read(folder / "a.jsonl") == [{"step": 1}]
+
+
+LOG_IN = "gcloud auth application-default login"
+BAD = {
+    "s3": ("s3://bucket/run", "s3://bucket/run: checkpoints can be written to disks and gs:// only; mount the bucket"),
+    "no bucket": ("gs://none/run", f"there is no bucket gs://none that you may see; make it, or log in: {LOG_IN}"),
+    "unknown": ("gcs://bucket/run", "gcs://bucket/run: no such kind of storage; give a folder, gs://BUCKET/... or s3:"),
+    "a slip": ("gs:/bucket/run", "gs:/bucket/run: no such kind of storage; give a folder, gs://BUCKET/... or s3://"),
+}
+
+
+def refusal(capsys, workdir):
+    assert main([*RUN[:2], f"--workdir={workdir}"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_workdir_that_cannot_be(bucket, case, capsys):
+    workdir, line = BAD[case]
+    assert line in refusal(capsys, workdir)
+
+
+def test_nobody_who_is_logged_in(bucket, monkeypatch, capsys):
+    what = "Anonymous caller does not have storage.objects.get access"
+    monkeypatch.setattr(bucket, "refusal", (".*", 401, what))
+    line = f"gs://bucket cannot be reached (HttpError: {what}, 401); log in: {LOG_IN}"
+    assert line in refusal(capsys, "gs://bucket/run")
+
+
+def test_a_bucket_that_may_only_be_read(bucket, monkeypatch, capsys):
+    monkeypatch.setattr(bucket, "refusal", ("POST", 403, "a@b does not have storage.objects.create access"))
+    line = refusal(capsys, "gs://bucket/new")
+    assert "gs://bucket/new cannot be written to (OSError: Forbidden" in line and "storage.objects.create" in line
+
+
+def test_a_bucket_that_does_not_answer(bucket, monkeypatch, capsys):
+    monkeypatch.setattr(storage, "PATIENCE", 1.0)
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:1")
+    assert "gs://bucket does not answer within 1 s; check the network and proxies" in refusal(capsys, "gs://bucket/run")
+
+
+def test_a_package_that_is_missing(bucket, monkeypatch, capsys):
+    monkeypatch.delitem(_registry, "gs", raising=False)
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    line = refusal(capsys, "gs://bucket/run")
+    assert "Please install gcsfs to access Google Storage: pip install 'tinymim_jax[gcs]'" in line
+
+
+def test_what_fails_on_the_way_is_said_in_a_line_too(bucket, monkeypatch):
+    monkeypatch.setattr(bucket, "refusal", ("POST", 403, "the account is closed"))
+    with pytest.raises(OSError, match="the account is closed") as raised:
+        write_whole(storage.path("gs://bucket/file"), "x")
+    assert storage.fault(raised.value).startswith("the bucket failed (OSError: Forbidden")
+    assert storage.fault(OSError(28, "No space left on device", "/x")) == "/x: No space left on device"
+    assert storage.fault(ValueError("a bug")) is None and storage.fault(FileNotFoundError(2, "No such file")) is None
+
+
+def test_what_needs_a_disk_says_so(tmp_path):
+    for source in ("array_record", "tfds"):
+        with pytest.raises(InputError, match="gs://bucket/data: .* must be on a disk; copy it, or mount the bucket"):
+            open_source(Data(source, path="gs://bucket/data", name="x"))

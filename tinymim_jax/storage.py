@@ -1,0 +1,128 @@
+"""Where files lie: disks, and buckets that fsspec reaches; what is wrong with them, in one line."""
+
+import errno
+import functools
+import logging
+import os
+import re
+import sys
+import traceback
+from typing import Any
+
+import fsspec
+from etils.epath import Path
+
+from tinymim_jax.serial import InputError
+
+EXTRAS = {"gs": "gcs", "s3": "s3"}  # of setup.py
+LOGINS = {"gs": "log in: gcloud auth application-default login", "s3": "log in: aws configure"}
+WRITTEN_BY_ORBAX = ("", "gs")
+LIBRARIES = {"aiohttp", "botocore", "gcsfs", "google", "requests", "s3fs"}  # whose errors are the storage's fault
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE)  # errors that are its fault
+PATIENCE = 20.0  # seconds for a bucket's first answer; the libraries themselves go on for half a minute
+
+
+@functools.cache
+def prepare() -> None:
+    """Sets the libraries that reach buckets, once in a process: no old listings, no talk."""
+    for scheme in EXTRAS:  # listings would lack what orbax, tensorstore and other processes write
+        fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
+    # Else gcsfs asks over gRPC what kind of bucket each is, and warns at every file if it may not know.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    for name in ("gcsfs", "google.auth"):  # they log with tracebacks what we say in a line
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    # A write that fails ends orbax's event loop, which tensorstore then calls once for each other write.
+    talk = sys.unraisablehook
+    sys.unraisablehook = lambda it: None if str(it.exc_value) == "Event loop is closed" else talk(it)
+
+
+def files(path: str | Path) -> fsspec.AbstractFileSystem:
+    """The file system of `path`, for what paths cannot do; raises InputError if its package is missing."""
+    scheme = _scheme(path)
+    try:
+        return fsspec.filesystem(scheme or "file", use_listings_cache=False)
+    except ImportError as error:
+        extra = f": pip install 'tinymim_jax[{EXTRAS[scheme]}]'" if scheme in EXTRAS else ""
+        raise InputError(f"{path}: {error}{extra}") from None
+
+
+def path(text: str | Path) -> Path:
+    """What a user names; raises InputError if it is in storage of an unknown kind."""
+    if re.match(r"[a-z][a-z0-9+.-]*:/", str(text)) and _scheme(text) not in EXTRAS:  # with one slash, a slip
+        raise InputError(f"{text}: no such kind of storage; give a folder, gs://BUCKET/... or s3://BUCKET/...")
+    return Path(text).expanduser()
+
+
+def absolute(path: Path) -> Path:
+    """What orbax and JAX ask for; unlike `Path.absolute` and `Path.resolve`, it leaves a bucket's path alone."""
+    return path if _scheme(path) else Path(os.path.abspath(path))
+
+
+def make(folder: Path) -> None:
+    """Makes a folder and those above it, as far as they lack."""
+    if not folder.exists():  # gcsfs would make the bucket anew, too
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def remove(folder: Path) -> None:
+    """Removes a folder and all that is in it, if it is there."""
+    Path(folder).rmtree(missing_ok=True)
+
+
+def check(path: Path) -> None:
+    """Raises InputError if `path` is in a bucket that is not there or does not let us in."""
+    if scheme := _scheme(path):
+        _check_bucket(scheme, "/".join(str(path).split("/")[:3]))
+
+
+@functools.cache
+def _check_bucket(scheme: str, bucket: str) -> None:
+    try:
+        is_there = files(Path(bucket)).exists(bucket, timeout=PATIENCE)
+    except InputError:
+        raise
+    except TimeoutError:
+        raise InputError(f"{bucket} does not answer within {PATIENCE:.0f} s; check the network and proxies") from None
+    except Exception as error:  # each library has its own
+        raise InputError(f"{bucket} cannot be reached ({reason(error)}); {LOGINS[scheme]}") from None
+    if not is_there:
+        raise InputError(f"there is no bucket {bucket} that you may see; make it, or {LOGINS[scheme]}")
+
+
+def check_checkpoints(folder: Path) -> None:
+    """Raises InputError if checkpoints cannot be written under `folder`."""
+    if _scheme(folder) not in WRITTEN_BY_ORBAX:
+        raise InputError(
+            f"{folder}: checkpoints can be written to disks and gs:// only; mount the bucket (mount-s3 mounts those of"
+            " s3://) and give that folder"
+        )
+
+
+def check_on_disk(path: Path, what: str) -> None:
+    """Raises InputError if `path` is in a bucket, which what is done with `what` does not reach."""
+    if _scheme(path):
+        raise InputError(f"{path}: {what} must be on a disk; copy it, or mount the bucket (gcsfuse, mount-s3)")
+
+
+def fault(error: Exception) -> str | None:
+    """What a disk or a bucket did wrong, in a line; None if `error` is something else."""
+    if isinstance(error, OSError) and error.errno in DISK:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    passed = {frame.f_globals.get("__name__", "").split(".")[0] for frame, _ in traceback.walk_tb(error.__traceback__)}
+    if type(error).__module__.split(".")[0] in LIBRARIES or (isinstance(error, OSError) and passed & LIBRARIES):
+        return f"the bucket failed ({reason(error)})"
+    return None
+
+
+def reason(error: Exception) -> str:
+    """An error in a line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__
+
+
+def _scheme(path: Any) -> str:
+    """Of gs://..., "gs"; of a path on a disk, ""."""
+    before, found, _ = str(path).partition("://")
+    return before if found else ""
