@@ -56,8 +56,9 @@ def devices_of(topology: str) -> list[Any]:
     if not match or match[1] not in CHIPS:
         names = ", ".join(name for name in CHIPS if name.startswith("v"))
         raise InputError(f"--topology={topology}: write it like v5e:16x16; the chips are {names}")
-    # This machine is none of its hosts; without these libtpu asks around, and complains.
+    # This machine is none of its hosts; without these libtpu asks around, complains, and lets one process in.
     quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost"}
+    quiet["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     for name, value in quiet.items():
         os.environ.setdefault(name, value)
     from jax.experimental import topologies

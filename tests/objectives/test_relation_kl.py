@@ -161,3 +161,13 @@ def test_memory_grows_with_the_tokens_and_not_with_their_square():
 
     assert extra(4096) < 2.3 * extra(2048)
     assert extra(4096) < 0.2 * 2 * 4096**2 * 4  # a fifth of one relation
+
+
+def test_off_a_tpu_the_kernel_is_not_asked_for():
+    plain, asked = (relation_kl(pair(0), pair(1), kernel=kernel) for kernel in ("xla", "pallas"))
+    np.testing.assert_array_equal(plain, asked)
+    ours, theirs = (
+        jax.grad(lambda s, kernel=kernel: relation_kl(pair(0), s, kernel=kernel).sum())(pair(1))
+        for kernel in ("xla", "pallas")
+    )
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)

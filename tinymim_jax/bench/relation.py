@@ -1,5 +1,6 @@
 """What the relation loss and its gradient cost, beside the plain way of writing them."""
 
+import functools
 import statistics
 import sys
 import time
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tinymim_jax.bench.step import prepared
-from tinymim_jax.config import Config, InputError
+from tinymim_jax.config import Config, InputError, Stage
 from tinymim_jax.models import flops, vit
 from tinymim_jax.objectives.relation_kl import Pair, relation_kl
 from tinymim_jax.objectives.relations import relation_logits
@@ -45,7 +46,8 @@ def relation(cfg: Config, name: str, rounds: int, tokens: list[str]) -> dict[str
         "dtype": stage.model.dtype,
         "batch_size": stage.run.batch_size,
         "heads": heads,
-        "tokens": {n: _measure(stage.run.batch_size, n, heads, widths, stage.model.dtype, rounds) for n in sizes},
+        "kernel": stage.task.relation_kernel,
+        "tokens": {n: _measure(stage, n, heads, widths, rounds) for n in sizes},
     }
 
 
@@ -55,12 +57,14 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _measure(batch: int, n: int, heads: int, widths: list[int], dtype: str, rounds: int) -> dict[str, Any]:
+def _measure(stage: Stage, n: int, heads: int, widths: list[int], rounds: int) -> dict[str, Any]:
+    batch, dtype = stage.run.batch_size, stage.model.dtype
     rng = np.random.default_rng(0)
     teacher, student = (
         tuple(jnp.asarray(rng.normal(size=(batch, n, heads, width)), dtype) for _ in range(2)) for width in widths
     )
-    functions = {"ours": relation_kl, "plain": plain}
+    ours = functools.partial(relation_kl, kernel=stage.task.relation_kernel)
+    functions = {"ours": ours, "plain": plain}
     if batch * heads * n * n * 4 > MAX_DENSE:
         del functions["plain"]
     compiled = {

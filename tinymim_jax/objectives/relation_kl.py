@@ -1,26 +1,32 @@
 """KL divergence between a teacher's and a student's token relations (TinyMIM Eq. 5 and 9).
 
-Nothing of size [N, N] is kept for the gradient: a block of query rows is worked on at a time, and again in the backward
-pass, from float32 log-sum-exp. The gradient by the student's logits is (P - T) / (H N), with T and P the teacher's and
-the student's relations.
+Nothing of size [N, N] is kept: a block of query rows is worked on at a time, in float32, and its part of the gradient
+is made at once. That by the student's logits is (P - T) / (H N), with T and P the teacher's and the student's
+relations, times the cotangent, which is one number an image and waits for the backward pass.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Literal
 
 import chex
 import jax
 import jax.numpy as jnp
 
+from tinymim_jax.objectives import relation_pallas
+
 Pair = tuple[jax.Array, jax.Array]
 DENSE = 512  # up to so many tokens, all rows are one block: fastest (BENCHMARKS.md)
 ROWS = 64
+Kernel = Literal["xla", "pallas"]
 
 
-def relation_kl(teacher: Pair, student: Pair, rows: int | None = None) -> jax.Array:
+def relation_kl(teacher: Pair, student: Pair, rows: int | None = None, kernel: Kernel = "xla") -> jax.Array:
     """KL(teacher || student): sum over keys, mean over heads and queries -> [B], float32.
 
     Each pair is two [B, N, H, E] arrays; B, N and H agree, E may differ. No gradient reaches the teacher. `rows` of the
-    queries are worked on at a time (None: as many as measurements advise).
+    queries are worked on at a time (None: as many as measurements advise). With `kernel` "pallas", a TPU uses
+    `relation_pallas` where that has the memory for it.
     """
     chex.assert_rank([*teacher, *student], 4)
     chex.assert_equal_shape(teacher)
@@ -29,46 +35,57 @@ def relation_kl(teacher: Pair, student: Pair, rows: int | None = None) -> jax.Ar
     _, n, h, _ = student[0].shape
     rows = rows or (n if n <= DENSE else ROWS)
     # Heads out front make the products plain batched matmuls.
-    heads_first = [x.swapaxes(1, 2) for x in (*map(jax.lax.stop_gradient, teacher), *student)]
-    return _kl(rows, *heads_first) / (h * n)
+    tq, tk, q, k = (x.swapaxes(1, 2) for x in (*map(jax.lax.stop_gradient, teacher), *student))
+    by_kernel = kernel == "pallas" and relation_pallas.supports(tq, q)
+    return _kl(rows, by_kernel, tq, tk, q, k) / (h * n)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _kl(rows: int, tq: jax.Array, tk: jax.Array, q: jax.Array, k: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _kl(rows: int, by_kernel: bool, tq: jax.Array, tk: jax.Array, q: jax.Array, k: jax.Array) -> jax.Array:
     """Summed over heads and queries: [B, H, N, E] each -> [B]."""
-    return _forward(rows, tq, tk, q, k)[0]
+    route = _route(by_kernel, relation_pallas.forward, lambda *arrays: _in_blocks(rows, *arrays)[0])
+    return route(tq, tk, q, k)
 
 
-def _forward(rows: int, tq: jax.Array, tk: jax.Array, q: jax.Array, k: jax.Array) -> tuple[jax.Array, tuple]:
-    def block(total: jax.Array, item: tuple) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        t_rows, s_rows, is_row = item
-        t, s = _logits(t_rows, tk), _logits(s_rows, k)
-        t_norm, s_norm = (jax.nn.logsumexp(x, axis=-1, keepdims=True) for x in (t, s))
-        log_t = t - t_norm
-        kl = jnp.sum(jnp.exp(log_t) * (log_t - (s - s_norm)), axis=-1)
-        return total + jnp.sum(kl * is_row, axis=(1, 2)), (t_norm, s_norm)
-
-    kl, norms = jax.lax.scan(block, jnp.zeros(len(q), jnp.float32), _blocks(rows, tq, q))
-    return kl, (tq, tk, q, k, norms)
+def _forward(rows: int, by_kernel: bool, *arrays: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    route = _route(by_kernel, relation_pallas.both, functools.partial(_in_blocks, rows))
+    kl, dq, dk = route(*arrays)
+    return kl, (dq, dk)
 
 
-def _backward(rows: int, kept: tuple, grad: jax.Array) -> tuple[None, None, jax.Array, jax.Array]:
-    tq, tk, q, k, norms = kept
-    scale = grad[:, None, None, None] * q.shape[-1] ** -0.5
+def _route(by_kernel: bool, kernel: Callable, plain: Callable) -> Callable:
+    """Chosen when a program is compiled for a platform: that may be another than the one it is traced on."""
+    return functools.partial(jax.lax.platform_dependent, tpu=kernel, default=plain) if by_kernel else plain
 
-    def block(dk: jax.Array, item: tuple) -> tuple[jax.Array, jax.Array]:
-        (t_rows, s_rows, is_row), (t_norm, s_norm) = item
-        t, s = jnp.exp(_logits(t_rows, tk) - t_norm), jnp.exp(_logits(s_rows, k) - s_norm)
-        d = ((s - t) * (scale * is_row[:, None])).astype(q.dtype)
-        dk += jnp.einsum("bhnm,bhne->bhme", d, s_rows, preferred_element_type=jnp.float32)
-        return dk, jnp.einsum("bhnm,bhme->bhne", d, k)
 
-    dk, dq = jax.lax.scan(block, jnp.zeros(k.shape, jnp.float32), (_blocks(rows, tq, q), norms))
-    dq = jnp.moveaxis(dq, 0, 2).reshape(*q.shape[:2], -1, q.shape[-1])[:, :, : q.shape[2]]
-    return None, None, dq, dk.astype(k.dtype)
+def _backward(rows: int, by_kernel: bool, kept: tuple, grad: jax.Array) -> tuple[None, None, jax.Array, jax.Array]:
+    del rows, by_kernel
+    dq, dk = ((grad[:, None, None, None] * x).astype(x.dtype) for x in kept)
+    return None, None, dq, dk
 
 
 _kl.defvjp(_forward, _backward)
+
+
+def _in_blocks(
+    rows: int, tq: jax.Array, tk: jax.Array, q: jax.Array, k: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """KL [B], and its gradients by q and k [B, H, N, E]."""
+
+    def block(total: tuple[jax.Array, jax.Array], item: tuple) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        kl, dk = total
+        t_rows, s_rows, is_row = item
+        log_t, log_s = jax.nn.log_softmax(_logits(t_rows, tk)), jax.nn.log_softmax(_logits(s_rows, k))
+        t = jnp.exp(log_t)
+        kl += jnp.sum(jnp.sum(t * (log_t - log_s), axis=-1) * is_row, axis=(1, 2))
+        d = ((jnp.exp(log_s) - t) * (is_row[:, None] * q.shape[-1] ** -0.5)).astype(q.dtype)
+        dk += jnp.einsum("bhnm,bhne->bhme", d, s_rows, preferred_element_type=jnp.float32)
+        return (kl, dk), jnp.einsum("bhnm,bhme->bhne", d, k)
+
+    zeros = jnp.zeros(len(q), jnp.float32), jnp.zeros(k.shape, jnp.float32)
+    (kl, dk), dq = jax.lax.scan(block, zeros, _blocks(rows, tq, q))
+    dq = jnp.moveaxis(dq, 0, 2).reshape(*q.shape[:2], -1, q.shape[-1])[:, :, : q.shape[2]]
+    return kl, dq, dk.astype(k.dtype)
 
 
 def _logits(q: jax.Array, k: jax.Array) -> jax.Array:

@@ -59,7 +59,8 @@ class Distill:
         self, params: Params, model_state: Any, frozen: Frozen, batch: Batch, rngs: Rngs, *, train: bool
     ) -> tuple[jax.Array, Aux]:
         teacher, student = self.traces(params, frozen, batch, rngs, train=train)
-        kl = {r: relation_kl(relations.pair(teacher, r), relations.pair(student, r)) for r in self.task.relations}
+        pairs = {r: [relations.pair(trace, r) for trace in (teacher, student)] for r in self.task.relations}
+        kl = {r: relation_kl(*pair, kernel=self.task.relation_kernel) for r, pair in pairs.items()}
         loss = Mean.of(sum(kl.values()), batch["is_valid"])
         terms = {f"kl_{r}": Mean.of(values, batch["is_valid"]) for r, values in kl.items()}
         return loss.value(), Aux({"loss": loss, **terms}, model_state)
