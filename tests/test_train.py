@@ -272,8 +272,9 @@ def test_an_evaluation_that_was_due_when_the_run_was_killed_is_made_up_for(chain
 
 def test_there_is_one_loop_and_one_place_that_takes_gradients():
     package = Path(train.__file__).parent
+    files = [p for p in sorted(package.rglob("*.py")) if p.parent.name != "bench"]
     found = {
-        word: [p.name for p in sorted(package.rglob("*.py")) if re.search(word, p.read_text())]
+        word: [p.name for p in files if re.search(word, p.read_text())]
         for word in (r"StepTraceAnnotation", r"jax\.(value_and_)?grad\(")
     }
     assert found == {r"StepTraceAnnotation": ["train.py"], r"jax\.(value_and_)?grad\(": ["step.py"]}

@@ -150,7 +150,7 @@ def test_outside_a_clone(tmp_path, monkeypatch):
     path, _ = written("timm_safetensors", tmp_path)
     monkeypatch.delitem(sys.modules, "tinymim_reference", raising=False)
     monkeypatch.setattr(verify, "REFERENCE", tmp_path / "nowhere")
-    with pytest.raises(InputError, match="runs tests/reference, which only a clone of the repository has"):
+    with pytest.raises(InputError, match="lies in tests/reference, which only a clone of the repository has"):
         verify.verify(convert.read(path, TOLD))
 
 

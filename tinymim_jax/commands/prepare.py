@@ -3,7 +3,6 @@
 import os
 
 from absl import flags
-from etils.epath import Path
 
 from tinymim_jax import storage
 from tinymim_jax.commands.flags import new_flags, parse_positional
@@ -59,7 +58,7 @@ def describe(source: str, data_dir: str) -> dict[str, str]:
     """The fields of `Data` for what a user names; raises InputError if there is no such thing."""
     if source.startswith("tfds:"):
         return {"source": "tfds", "name": source.removeprefix("tfds:"), "path": data_dir}
-    path = storage.absolute(Path(source))
+    path = storage.absolute(storage.path(source))
     if path.is_dir():
         kind = "array_record" if any(path.glob("*.array_record*")) else "folder"
         return {"source": kind, "path": str(path)}
