@@ -1,4 +1,5 @@
 import concurrent.futures
+import contextlib
 import json
 import socket
 import sys
@@ -10,6 +11,7 @@ import pytest
 from tinymim_jax import distributed
 from tinymim_jax.config import InputError
 from tinymim_jax.distributed import Cluster, find, given, roll_call
+from tinymim_jax.stop import Interrupted, StopRequest
 
 
 def free_port():
@@ -81,6 +83,35 @@ def test_a_stranger_at_the_port_does_no_harm():
                     time.sleep(0.02)
         pool.submit(roll_call, clusters[1], {}, 20).result(20)
         first.result(20)
+
+
+def test_a_stranger_who_says_nothing_holds_nobody_up(monkeypatch):
+    monkeypatch.setattr(distributed, "PATIENCE", 0.2)
+    port = free_port()
+    with concurrent.futures.ThreadPoolExecutor(3) as pool, contextlib.ExitStack() as strangers:
+        clusters = [Cluster(f"127.0.0.1:{port}", 2, i) for i in range(2)]
+        first = pool.submit(roll_call, clusters[0], {}, 10)
+        for _ in range(100):
+            with contextlib.suppress(OSError):
+                strangers.enter_context(socket.create_connection(("127.0.0.1", port), 1))
+                break
+            time.sleep(0.02)
+        pool.submit(roll_call, clusters[1], {}, 10).result(20)
+        first.result(20)
+
+
+def test_a_signal_during_an_agreement_is_not_lost(monkeypatch):
+    stop = StopRequest()
+
+    def agreed(flag):
+        stop.asked = True
+        return flag
+
+    monkeypatch.setattr(distributed, "agreed", agreed)
+    distributed.check_stop(stop, "here")
+    assert stop.asked
+    with pytest.raises(Interrupted, match="here"):
+        distributed.check_stop(stop, "here")
 
 
 def test_a_port_in_use():

@@ -1,9 +1,10 @@
+import os
 import subprocess
 import sys
 
 import pytest
 
-from tinymim_jax.__main__ import COMMANDS, main
+from tinymim_jax.__main__ import COMMANDS, leave, main
 
 
 def test_help_lists_every_command(capsys):
@@ -51,3 +52,15 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 def test_python_dash_m():
     done = subprocess.run([sys.executable, "-m", "tinymim_jax", "fly"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("status", "at_once"), [(0, False), (2, True), (75, False)])
+def test_an_error_in_one_of_several_processes_waits_for_nobody(status, at_once, monkeypatch):
+    import jax
+
+    left = []
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(os, "_exit", left.append)
+    with pytest.raises(SystemExit) as ended:
+        leave(status)
+    assert left == ([status] if at_once else []) and ended.value.code == status

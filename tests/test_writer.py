@@ -53,6 +53,23 @@ def test_a_write_that_fails_is_tried_again_and_raised_by_who_waits_for_it(tmp_pa
     assert steps(tmp_path) == [1]
 
 
+def test_a_full_disk_does_not_hold_up_who_writes(tmp_path, monkeypatch):
+    local = type(writer_module.storage.files(tmp_path))
+    pipe = local.pipe_file
+
+    def full(self, path, value, **more):
+        if "tensorboard" in path:
+            raise OSError(28, "No space left on device", path)
+        pipe(self, path, value, **more)
+
+    monkeypatch.setattr(local, "pipe_file", full)
+    with Writer(tmp_path) as writer:
+        for step in range(100):
+            writer.write(step, {"loss": 1.0})
+        writer.board.flush()
+    assert len(read(tmp_path / "metrics.jsonl")) == 100
+
+
 def test_resuming_drops_what_comes_after_start(tmp_path):
     with Writer(tmp_path) as writer:
         for step in range(1, 6):

@@ -1,6 +1,7 @@
 """`python -m tinymim_jax COMMAND`."""
 
 import importlib
+import os
 import sys
 
 import absl.logging
@@ -9,6 +10,7 @@ from tinymim_jax import storage
 from tinymim_jax.config import InputError
 from tinymim_jax.stop import INTERRUPTED, Interrupted
 
+BAD = 2  # exit status
 COMMANDS = {
     "run": "run a chain of stages, or go on with it",
     "plan": "compile a chain for a pod, without the pod: memory, FLOPs, hours",
@@ -37,18 +39,28 @@ def main(argv: list[str]) -> int:
         importlib.import_module(f"tinymim_jax.commands.{argv[0]}").main(argv[1:])
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return BAD
     except Exception as error:
         if (what := storage.fault(error)) is None:
             raise
         print(f"error: {what}; make room or mend the storage, and run the same command again: what was saved is kept",
               file=sys.stderr)  # fmt: skip
-        return 2
+        return BAD
     except KeyboardInterrupt as stop:
         print(f"interrupted: {stop}" if str(stop) else "interrupted", file=sys.stderr)
         return stop.status if isinstance(stop, Interrupted) else INTERRUPTED
     return 0
 
 
+def leave(status: int) -> None:
+    """Ends the process; at once after an error in one of several, for whom JAX would have it wait at its exit."""
+    jax = sys.modules.get("jax")
+    if status == BAD and jax is not None and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

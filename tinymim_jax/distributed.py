@@ -25,6 +25,7 @@ from tinymim_jax.stop import StopRequest
 VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "simplejpeg")
 MAX_MESSAGE = 2**20  # bytes
 MAX_ERROR = 2000  # bytes
+PATIENCE = 5.0  # seconds for a connection to say who it is: it may be a stranger's
 RETRY = 0.2  # seconds between attempts to reach process 0
 
 Facts = Mapping[str, Any]  # what must be equal in every process: name -> JSON types
@@ -175,7 +176,7 @@ def _call_roll(port: int, own: dict[str, Any], count: int, timeout: float) -> st
             server.settimeout(left)
             try:
                 connection, _ = server.accept()
-                connection.settimeout(max(left, 1))
+                connection.settimeout(min(left, PATIENCE))
                 message = json.loads(lines.enter_context(connection.makefile("rwb")).readline(MAX_MESSAGE))
                 present[int(message["process"])] = message
                 waiting.append(lines.enter_context(connection))
@@ -249,8 +250,9 @@ def agreed(flag: bool) -> bool:
 
 def check_stop(stop: StopRequest, where: str) -> None:
     """Raises Interrupted in every process if any was asked to stop; all must call it at the same point."""
-    stop.asked = agreed(stop.asked)
-    stop.check(where)
+    if agreed(stop.asked):  # or else left alone: a signal may have come meanwhile
+        stop.asked = True
+        stop.check(where)
 
 
 def on_first(action: Callable[[], Any]) -> None:

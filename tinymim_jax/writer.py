@@ -29,9 +29,11 @@ class Writer:
         self.lock, self.closed = threading.Lock(), threading.Event()
         self.flush()
         threading.Thread(target=self._follow, daemon=True).start()  # training does not wait for a bucket
-        for scheme in storage.EXTRAS:
+        for scheme in (*storage.EXTRAS, "file"):
             register_writer_factory(scheme, EventFile)
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        storage.make(folder / "tensorboard")
+        url = storage.files(folder).unstrip_protocol(str(folder / "tensorboard"))
+        self.board = SummaryWriter(url, purge_step=start + 1)
 
     def has(self, step: int, part: str) -> bool:
         """Whether a line of `step` with a name that contains `part` was there when this writer was made.
@@ -75,9 +77,9 @@ class Writer:
 
 
 class EventFile:
-    """What TensorBoard reads, in a bucket: written as a whole, and again at the next flush if that fails.
+    """What TensorBoard reads: written as a whole, and again at the next flush if that fails.
 
-    tensorboardX' own ends its thread with an exception, and then blocks whoever writes.
+    tensorboardX' own ends its thread when a disk is full or a bucket fails, and then blocks whoever writes.
     """
 
     def __init__(self, path: str):
@@ -101,7 +103,7 @@ class EventFile:
 
     @staticmethod
     def directory_check(path: str) -> None:
-        """Nothing: a bucket has no folders."""
+        """Nothing: `Writer` has made the folder."""
 
 
 def read(path: Path) -> list[dict[str, float]]:

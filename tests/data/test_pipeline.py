@@ -1,6 +1,8 @@
 import dataclasses
 import io
 import multiprocessing
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -303,6 +305,20 @@ next(batches)
 print(*(child.pid for child in multiprocessing.active_children()), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
+
+
+def test_workers_leave_it_to_their_parent_to_heed_a_signal(mesh):
+    """One that is sent to all processes of a run."""
+    data = Data("digits", image_size=6, workers=1)
+    batches = train_batches(data, Numbered(64), batch_size=8, seed=0, start=0, stop=10_000, mesh=mesh)
+    next(batches)
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGTERM)
+        os.kill(worker.pid, signal.SIGINT)
+    for _ in range(20):
+        assert next(batches)["is_valid"].all()
+    batches.close()
+    assert not multiprocessing.active_children()
 
 
 def test_workers_end_with_a_killed_parent():

@@ -115,8 +115,9 @@ class EvalRows:
 @functools.cache
 def follow_parent() -> None:
     """Lets a worker process, in its main thread, end with the process that started it and not before."""
-    # A terminal sends Ctrl-C to workers too; their parent ends them, once its state is saved.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Terminals and batch systems signal all processes of a run; the parent ends its workers, once its state is saved.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
