@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 from pathlib import Path
@@ -36,6 +37,7 @@ class Watched:
 
     def __init__(self, workdir: Path, workers: int):
         own, theirs = pty.openpty()
+        termios.tcsetwinsize(theirs, (24, 120))  # of no size, it would show no bar
         env = {**environment(), "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "cache")}
         self.process = subprocess.Popen(
             command(workdir, OPTIONS.format(workers)), env=env, cwd=ROOT, stdout=theirs, stderr=theirs
