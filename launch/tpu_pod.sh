@@ -6,7 +6,7 @@
 #   NAME=mim ZONE=us-central2-b bash launch/tpu_pod.sh run --config=configs/imagenet/chain.py:data=DIR --workdir=DIR
 #   NAME=mim ZONE=us-central2-b bash launch/tpu_pod.sh log | delete
 #
-# `run` again goes on where it was; so it does by itself on a slice that was taken away and created again. Data and workdir must
+# `run` again goes on where it was, also on a slice that was taken away, created and installed again. Data and workdir must
 # be seen by all workers (a mounted bucket or NFS). `run` starts in the background on each worker and writes ~/run.log there.
 set -euo pipefail
 : "${NAME:?the name of the slice}" "${ZONE:?its zone}"
