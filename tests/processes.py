@@ -35,15 +35,26 @@ def free_port() -> int:
 
 
 def start(
-    workdir: Path | str, options: str, processes: int, devices: int, *flags: str, env: Mapping[str, str] | None = None
+    workdir: Path | str,
+    options: str,
+    processes: int,
+    devices: int,
+    *flags: str,
+    env: Mapping[str, str] | None = None,
+    patches: Mapping[int, str] | None = None,
 ) -> list[subprocess.Popen]:
-    """Starts `processes` with `devices` each, and `env` beside their usual environment."""
+    """Starts `processes` with `devices` each, `env` beside their usual environment; `patches` are run in some first."""
     address = f"--coordinator=127.0.0.1:{free_port()}"
     running = []
     for i in range(processes):
         cluster = [address, f"--num_processes={processes}", f"--process_id={i}"] if processes > 1 else []
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         own = command(workdir, options, *cluster, *flags)
+        if patch := (patches or {}).get(i):
+            own[1:3] = [
+                "-c",
+                f"{patch}\nimport sys\nfrom tinymim_jax import __main__ as m\nm.leave(m.main(sys.argv[1:]))",
+            ]
         running.append(subprocess.Popen(own, env={**environment(devices), **(env or {})}, cwd=ROOT, **pipes))
     return running
 

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from tinymim_jax import checkpoint, optim
-from tinymim_jax.checkpoint import Checkpoints
+from tinymim_jax.checkpoint import Checkpoints, restore
 from tinymim_jax.config import InputError, Optim
 
 
@@ -51,23 +51,19 @@ def test_save_and_restore_everything(tmp_path):
     log = {"window": {"loss": [0.1 + 0.2, 3.0]}, "averages": {"loss": 1 / 3, "bad": float("inf")}}
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         assert checkpoints.manager.latest_step() is None
-        checkpoints.save(3, model, optimizer, log)
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
-        assert checkpoints.manager.latest_step() == 3
-        restored = checkpoints.restore(3, shapes_of(model), shapes_of(optimizer))
-    assert_same(restored[0], model)
-    assert_same(restored[1], optimizer)
-    assert restored[2] == log
-    assert int(restored[1]["step"]) == 3
+        checkpoints.save(3, {"model": model, "optim": optimizer}, log)
+    restored, found = restore(tmp_path, 3, shapes_of({"model": model, "optim": optimizer}))
+    assert_same(restored, {"model": model, "optim": optimizer})
+    assert found == log
+    assert int(restored["optim"]["step"]) == 3
 
 
 def test_an_empty_average_stays_empty(tmp_path):
     model, optimizer = state()
     model["ema"] = {}
     with Checkpoints(tmp_path, keep=1) as checkpoints:
-        checkpoints.save(3, model, optimizer, {})
-    with Checkpoints(tmp_path, keep=1) as checkpoints:
-        assert checkpoints.restore(3, shapes_of(model), shapes_of(optimizer))[0]["ema"] == {}
+        checkpoints.save(3, {"model": model, "optim": optimizer}, {})
+    assert restore(tmp_path, 3, {"model": shapes_of(model)})[0]["model"]["ema"] == {}
     assert not checkpoint.read_model(tmp_path).get("ema")
 
 
@@ -76,7 +72,7 @@ def test_what_is_saved_does_not_follow_later_changes(tmp_path):
     model, optimizer = state()
     expected = jax.device_get(model)
     with Checkpoints(tmp_path, keep=1) as checkpoints:
-        checkpoints.save(3, model, optimizer, {})
+        checkpoints.save(3, {"model": model, "optim": optimizer}, {})
         overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)
         jax.block_until_ready(overwrite(model))
     assert_same(checkpoint.read_model(tmp_path)["params"], expected["params"])
@@ -86,18 +82,18 @@ def test_keep(tmp_path):
     model, optimizer = state()
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         for step in (1, 2, 5, 10):
-            checkpoints.save(step, model, optimizer, {"step": step})
+            checkpoints.save(step, {"model": model, "optim": optimizer}, {"step": step})
             checkpoints.wait()
         assert checkpoints.manager.latest_step() == 10
-        assert checkpoints.restore(5, shapes_of(model), shapes_of(optimizer))[2] == {"step": 5}
+    assert restore(tmp_path, 5, {"model": shapes_of(model)})[1] == {"step": 5}
     assert sorted(checkpoint.steps(tmp_path)) == [5, 10]
 
 
 def test_saving_a_step_again_does_nothing(tmp_path):
     (model, optimizer), (other, _) = state(0), state(1)
     with Checkpoints(tmp_path, keep=2) as checkpoints:
-        checkpoints.save(4, model, optimizer, {})
-        checkpoints.save(4, other, optimizer, {})
+        checkpoints.save(4, {"model": model, "optim": optimizer}, {})
+        checkpoints.save(4, {"model": other, "optim": optimizer}, {})
     assert_same(checkpoint.read_model(tmp_path)["params"], model["params"])
 
 
@@ -108,7 +104,7 @@ def test_steps_without_checkpoints(tmp_path):
 def test_an_unfinished_checkpoint_is_none(tmp_path):
     model, optimizer = state()
     with Checkpoints(tmp_path, keep=2) as checkpoints:
-        checkpoints.save(3, model, optimizer, {})
+        checkpoints.save(3, {"model": model, "optim": optimizer}, {})
     left = tmp_path / checkpoint.FOLDER / "7.orbax-checkpoint-tmp-1"
     left.mkdir()
     assert checkpoint.steps(tmp_path) == [3]
@@ -121,7 +117,7 @@ def test_model_shapes(tmp_path):
     model, optimizer = state()
     model["params"]["encoder"]["half"] = jnp.ones((2, 2), jnp.bfloat16)
     with Checkpoints(tmp_path, keep=1) as checkpoints:
-        checkpoints.save(3, model, optimizer, {})
+        checkpoints.save(3, {"model": model, "optim": optimizer}, {})
     shapes = checkpoint.model_shapes(tmp_path)["params"]
     found = {name: (leaf.shape, leaf.dtype) for name, leaf in zip(*named(shapes), strict=True)}
     assert found == {
@@ -139,8 +135,8 @@ def named(tree):
 def test_read_model_gives_numpy_of_the_newest(tmp_path):
     (old, optimizer), (new, _) = state(0), state(1)
     with Checkpoints(tmp_path, keep=3) as checkpoints:
-        checkpoints.save(9, old, optimizer, {})
-        checkpoints.save(10, new, optimizer, {})
+        checkpoints.save(9, {"model": old, "optim": optimizer}, {})
+        checkpoints.save(10, {"model": new, "optim": optimizer}, {})
     model = checkpoint.read_model(tmp_path)
     assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(model))
     assert_same(model["params"], new["params"])
@@ -153,7 +149,7 @@ def test_a_relative_folder(tmp_path, monkeypatch):
 
     model, optimizer = state()
     with Checkpoints(Path("stage"), keep=1) as checkpoints:
-        checkpoints.save(3, model, optimizer, {})
+        checkpoints.save(3, {"model": model, "optim": optimizer}, {})
     assert_same(checkpoint.read_model(Path("stage"))["params"], model["params"])
 
 
@@ -170,7 +166,7 @@ SAVE_ON_FOUR = """
     from pathlib import Path
     import jax, jax.numpy as jnp, numpy as np, optax
     from tinymim_jax import config, mesh
-    from tinymim_jax.checkpoint import Checkpoints
+    from tinymim_jax.checkpoint import Checkpoints, restore
 
     grid = mesh.make_mesh(config.Mesh(-1, 2))
     params = {"kernel": jnp.arange(256 * 512, dtype=jnp.float32).reshape(256, 512), "bias": jnp.arange(5.0)}
@@ -181,7 +177,8 @@ SAVE_ON_FOUR = """
     print("RESULT" + json.dumps([list(kernel.addressable_shards[0].data.shape), len(kernel.sharding.device_set)]))
     with Checkpoints(Path(sys.argv[1]), keep=1) as checkpoints:
         model = {"params": placed["params"], "model_state": {}, "ema": {}}
-        checkpoints.save(2, model, {"opt_state": placed["opt"], "step": jax.device_put(2, mesh.replicated(grid))}, {})
+        optimizer = {"opt_state": placed["opt"], "step": jax.device_put(2, mesh.replicated(grid))}
+        checkpoints.save(2, {"model": model, "optim": optimizer}, {})
 """
 
 
@@ -199,10 +196,10 @@ def test_restore_on_fewer_devices(tmp_path):
     np.testing.assert_array_equal(model["params"]["kernel"], expected["kernel"])
     np.testing.assert_array_equal(model["params"]["bias"], expected["bias"])
     params = {"kernel": jnp.zeros((256, 512)), "bias": jnp.zeros(5)}
-    target = {"params": params, "model_state": {}, "ema": {}}, {"opt_state": optax.adam(1.0).init(params), "step": 0}
-    target = jax.tree.map(jnp.asarray, target)
-    with Checkpoints(tmp_path, keep=1) as checkpoints:
-        restored, optimizer, _ = checkpoints.restore(2, *map(shapes_of, target))
+    optimizer = {"opt_state": optax.adam(1.0).init(params), "step": 0}
+    target = {"model": {"params": params, "model_state": {}, "ema": {}}, "optim": optimizer}
+    restored, _ = restore(tmp_path, 2, shapes_of(jax.tree.map(jnp.asarray, target)))
+    restored, optimizer = restored["model"], restored["optim"]
     assert len(restored["params"]["kernel"].sharding.device_set) == 1
     np.testing.assert_array_equal(restored["params"]["kernel"], expected["kernel"])
     assert int(optimizer["step"]) == 2

@@ -11,7 +11,6 @@ import pytest
 from tinymim_jax import distributed
 from tinymim_jax.config import InputError
 from tinymim_jax.distributed import Cluster, find, given, roll_call
-from tinymim_jax.stop import Interrupted, StopRequest
 
 
 def free_port():
@@ -100,20 +99,6 @@ def test_a_stranger_who_says_nothing_holds_nobody_up(monkeypatch):
         first.result(20)
 
 
-def test_a_signal_during_an_agreement_is_not_lost(monkeypatch):
-    stop = StopRequest()
-
-    def agreed(flag):
-        stop.asked = True
-        return flag
-
-    monkeypatch.setattr(distributed, "agreed", agreed)
-    distributed.check_stop(stop, "here")
-    assert stop.asked
-    with pytest.raises(Interrupted, match="here"):
-        distributed.check_stop(stop, "here")
-
-
 def test_a_port_in_use():
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
@@ -175,17 +160,3 @@ def test_what_launchers_say(env, cluster):
 def test_a_cluster_described_in_part(parts, message):
     with pytest.raises(InputError, match=message):
         given(*parts)
-
-
-def test_one_process_agrees_with_itself():
-    assert distributed.agreed(True) and not distributed.agreed(False)
-    distributed.barrier("x")
-    done = []
-    distributed.on_first(lambda: done.append(1))
-    assert done == [1]
-
-    def fail():
-        raise InputError("no room")
-
-    with pytest.raises(InputError, match="no room"):
-        distributed.on_first(fail)

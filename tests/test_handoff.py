@@ -277,7 +277,8 @@ def make_stage(model=SMALL):
 def write_stage(folder, stage, params, *, ema=None, done=True, untrained=()):
     with Checkpoints(folder, keep=1) as checkpoints:
         model = {"params": params, "model_state": {}, "ema": ema or {}}
-        checkpoints.save(3, model, {"opt_state": {"m": np.zeros(2)}, "step": np.asarray(3)}, {})
+        optimizer = {"opt_state": {"m": np.zeros(2)}, "step": np.asarray(3)}
+        checkpoints.save(3, {"model": model, "optim": optimizer}, {})
     (folder / "stage.json").write_text(json.dumps({"stage": config.to_dict(stage), "untrained": list(untrained)}))
     if done:
         (folder / "DONE").write_text("{}")

@@ -10,7 +10,7 @@ PACKAGE = ROOT / "tinymim_jax"
 LAYERS = [
     ["serial", "stop"],
     ["storage"],
-    ["config", "distributed", "lock"],
+    ["agree", "config", "distributed", "lock"],
     ["validate", "mesh", "metrics", "writer"],
     ["optim", "checkpoint", "recipes", "progress", "models", "objectives", "data"],
     ["handoff", "tasks"],

@@ -141,6 +141,6 @@ def test_example_batch():
         "label": ((3,), np.int32),
         "is_valid": ((3,), bool),
         "index": ((3,), np.int32),
-        "stop": ((3,), bool),
+        "stop": ((3,), np.uint8),
     }
     assert batch["is_valid"].all() and len(example_batch(make_stage())["image"]) == 1

@@ -58,6 +58,90 @@ def test_sigterm_to_one_of_two_processes_stops_both_at_one_step_and_the_run_goes
     stopped[0].communicate()
 
 
+UNREADABLE = """
+from tinymim_jax import checkpoint
+
+def damaged(self, path, *args, restore=checkpoint.ocp.StandardCheckpointHandler.restore, **kwargs):
+    if path.parent.name == "4":
+        raise ValueError("cut short")
+    return restore(self, path, *args, **kwargs)
+
+checkpoint.ocp.StandardCheckpointHandler.restore = damaged
+"""
+
+
+def test_a_checkpoint_that_one_of_two_processes_cannot_read_is_passed_over_by_both(one, tmp_path):
+    shutil.copytree(one / "mae", tmp_path / "mae")
+    (tmp_path / "mae" / "DONE").unlink()
+    ended = finish(start(tmp_path, "steps=4", 2, 1, "--stage=mae", patches={1: UNREADABLE}))
+    assert [status for status, _, _ in ended] == [0, 0], ended[0][2][-2000:]
+    out = ended[0][1]
+    assert "process 1: " in out and "the checkpoint of step 4 is damaged (ValueError: cut short)" in out
+    assert "resumed at step 2 of 4" in out
+    assert difference(one / "mae", tmp_path / "mae") < 1e-6
+
+
+NO_IMAGE = """
+from tinymim_jax.config import InputError
+from tinymim_jax.data import pipeline
+
+def load(data, name, cfg, rng, load=pipeline.load):
+    if cfg.transform == {transform!r}:
+        raise InputError(f"{{name}}: cannot be decoded")
+    return load(data, name, cfg, rng)
+
+pipeline.load = load
+"""
+
+
+@pytest.mark.parametrize("transform", ["train", "eval"])
+def test_an_image_that_one_of_two_processes_cannot_read_ends_both(tmp_path, transform):
+    patches = {1: NO_IMAGE.format(transform=transform)}
+    small = ["--stage=mae", "--config.stages.mae.evals.knn.batch_size=8"]  # so that both read some
+    ended = finish(start(tmp_path, "steps=4", 2, 1, *small, patches=patches), 100)
+    assert [status for status, _, _ in ended] == [2, 2], ended
+    theirs, own = (err.splitlines()[-1] for _, _, err in ended)
+    assert "cannot be decoded, or set data.on_bad_image=skip" in own
+    if transform == "train":
+        assert theirs == "error: stage mae: another process has failed; its log says why"
+        assert checkpoint.steps(tmp_path / "mae") == []  # no step without its images is saved
+    else:
+        assert theirs == own.replace("error: ", "error: process 1: ")
+
+
+TERMINATED = """
+import os, signal
+from tinymim_jax import train
+
+train.CHECK_EVERY = 1
+
+def measure(*args, measure=train.measure):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return measure(*args)
+
+train.measure = measure
+"""
+
+
+def test_sigterm_to_one_of_two_processes_during_the_final_evaluation(tmp_path):
+    patches = {0: "from tinymim_jax import train\ntrain.CHECK_EVERY = 1", 1: TERMINATED}
+    ended = finish(start(tmp_path, "steps=4", 2, 1, "--stage=mae", patches=patches), 100)
+    assert [status for status, _, _ in ended] == [75, 75], ended
+    assert "stage mae stopped while it was evaluated; run the same command to go on" in ended[0][2]
+    assert checkpoint.steps(tmp_path / "mae")[-1] == 4 and not (tmp_path / "mae" / "DONE").exists()
+
+
+def test_processes_with_a_workdir_each(tmp_path):
+    """The same path, on disks that are not shared."""
+    patch = "import os\nfrom tinymim_jax import storage\nstorage.APPEARS = 1.0\nos.makedirs({0!r})\nos.chdir({0!r})"
+    patches = {i: patch.format(str(tmp_path / str(i))) for i in range(2)}
+    ended = finish(start("work", "steps=4", 2, 1, patches=patches), 100)
+    assert [status for status, _, _ in ended] == [2, 2], ended
+    assert "process 1: work/run.lock, which the first process has written, is not seen here" in ended[0][2]
+    assert "all processes need one shared --workdir" in ended[1][2]
+    assert not (tmp_path / "0" / "work" / "mae").exists() and not (tmp_path / "0" / "work" / "run.lock").exists()
+
+
 def test_processes_that_differ_say_so_and_start_nothing(tmp_path):
     address = f"--coordinator=127.0.0.1:{free_port()}"
     running = []

@@ -8,6 +8,7 @@ import pytest
 from tinymim_jax.config import InputError, Run
 from tinymim_jax.metrics import Mean
 from tinymim_jax.progress import Progress
+from tinymim_jax.stop import StopRequest
 
 
 class Lines(list):
@@ -21,7 +22,9 @@ class Lines(list):
 
 def make_progress(saved=None, start=0, **run):
     lines = Lines()
-    return Progress("tiny", lines, start=start, total=10, run=Run(batch_size=4, **run), saved=saved), lines
+    return Progress(
+        "tiny", lines, start=start, total=10, run=Run(batch_size=4, **run), saved=saved, stop=StopRequest()
+    ), lines
 
 
 def step_metrics(loss, count=4.0, **others):
@@ -49,7 +52,8 @@ def test_averages_between_log_lines():
 
 def test_the_first_line_says_when_the_first_step_was_done():
     lines, begin = Lines(), time.perf_counter() - 5
-    progress = Progress("tiny", lines, start=0, total=10, run=Run(batch_size=4), saved=None, begin=begin)
+    fresh = {"start": 0, "saved": None, "stop": StopRequest()}
+    progress = Progress("tiny", lines, total=10, run=Run(batch_size=4), begin=begin, **fresh)
     progress.collect()  # nothing yet
     for step in (1, 2):
         time.sleep(0.01)

@@ -15,7 +15,7 @@ def batch_of(stage, n=8):
     size = stage.data.image_size
     images = rng.integers(0, 256, (n, size, size, 3), np.uint8)
     labels = rng.integers(0, 10, n).astype(np.int32)
-    flags = {"is_valid": np.ones(n, bool), "stop": np.zeros(n, bool)}
+    flags = {"is_valid": np.ones(n, bool), "stop": np.zeros(n, np.uint8)}
     return {"image": images, "label": labels, "index": np.arange(n, dtype=np.int32), **flags}
 
 

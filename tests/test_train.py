@@ -136,10 +136,9 @@ def test_an_update_that_is_not_finite_is_left_out(chain, mesh, tmp_path, monkeyp
 
     def params(step):
         shapes = jax.eval_shape(lambda: start)
-        with checkpoint.Checkpoints(tmp_path / "mae", 4) as checkpoints:
-            model, optimizer, _ = checkpoints.restore(step, *step_lib.items(shapes))
-        assert int(optimizer["step"]) == step
-        return model["params"]
+        items, _ = checkpoint.restore(tmp_path / "mae", step, step_lib.to_items(shapes))
+        assert int(items["optim"]["step"]) == step
+        return items["model"]["params"]
 
     assert_same_tree(params(1), params(2))
     changed = jax.tree.map(lambda a, b: bool((a != b).any()), params(2), params(3))
@@ -268,6 +267,30 @@ def test_an_evaluation_that_was_due_when_the_run_was_killed_is_made_up_for(chain
     assert [line["step"] for line in log(tmp_path / "cut" / "mae")] == [2, 3, 4, 4]
     logs = [log(tmp_path / side / "mae") for side in ("whole", "cut")]
     assert logs[0] == logs[1]
+
+
+def test_an_evaluation_that_a_kill_cuts_off_while_the_run_stops_is_made_again(
+    chain, mesh, tmp_path, stop_at, monkeypatch
+):
+    """SIGTERM, and SIGKILL once the state is saved: the weights being evaluated are no longer those of the state."""
+    stage = chain.stages["mae"]
+    stage.run.eval_every, stage.run.keep = 2, 1
+    run_stage(stage, "mae", tmp_path / "whole", mesh)
+
+    def killed(self, wait=train.Online.wait):
+        if self.running is not None:
+            raise MemoryError
+        wait(self)
+
+    stop_at(3)
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(train.Online, "wait", killed)
+        run_stage(stage, "mae", tmp_path / "cut", mesh)
+    assert checkpoint.steps(tmp_path / "cut" / "mae") == [3]
+    assert not any("/" in name for line in log(tmp_path / "cut" / "mae") for name in line)
+    run_stage(stage, "mae", tmp_path / "cut", mesh)
+    logs = [log(tmp_path / side / "mae") for side in ("whole", "cut")]
+    assert logs[0] == logs[1] and [line["step"] for line in logs[0] if "knn/top1_k3" in line] == [2, 4]
 
 
 def test_there_is_one_loop_and_one_place_that_takes_gradients():

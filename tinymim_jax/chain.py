@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from etils.epath import Path
 
-from tinymim_jax import checkpoint, config, distributed, handoff, optim
+from tinymim_jax import agree, checkpoint, config, handoff, optim
 from tinymim_jax.config import Config, InputError, Stage
 from tinymim_jax.data import sources
 from tinymim_jax.lock import Lock
@@ -42,16 +42,16 @@ def run_chain(cfg: Config, workdir: Path, only: str | None = None, stop: StopReq
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(StopRequest())
         mesh = make_mesh(cfg.mesh)
-        describe_chain(cfg, workdir, only)  # what is wrong with a later stage is said now
-        distributed.check_stop(stop, "before anything ran")
+        agree.together(lambda: describe_chain(cfg, workdir, only))  # what is wrong with a later stage is said now
+        agree.check_stop(stop, "before anything ran")
         names = list(cfg.stages) if only is None else [only]
-        to_run = [name for name in names if not handoff.finished(workdir / name)]
-        for name in to_run:
-            check_ready(cfg, name, workdir, mesh, to_run)
-        distributed.on_first(lambda: check_workdir(cfg, workdir))
-        distributed.on_first(lambda: stack.enter_context(Lock(workdir)))
-        distributed.check_stop(stop, "before anything ran")
-        distributed.on_first(lambda: convert_sources(cfg, to_run, workdir))
+        to_run = agree.on_first(lambda: [name for name in names if not handoff.finished(workdir / name)])
+        agree.together(lambda: check_ready(cfg, to_run, workdir, mesh))
+        agree.on_first(lambda: check_workdir(cfg, workdir))
+        token = agree.on_first(lambda: stack.enter_context(Lock(workdir)).token)
+        agree.together(lambda: Lock(workdir).see(token))
+        agree.check_stop(stop, "before anything ran")
+        agree.on_first(lambda: convert_sources(cfg, to_run, workdir))
         for name in names:
             if name in to_run:
                 run_stage(cfg.stages[name], name, workdir, mesh, stop)

@@ -1,15 +1,16 @@
 """Whole training states on disk, written asynchronously by orbax.
 
-A checkpoint has three items: `model` (params, model_state, ema), which later stages read, `optim`
-(opt_state, step), and `log` (averages not yet written). The step is also the position in the data
-and, with the stage's seed, the source of every random number.
+A checkpoint has the items `model` (params, model_state, ema), which later stages read, `optim`
+(opt_state, step), and `log` (averages not yet written); `evaluated`, too, if weights were being evaluated
+that are not those of its step. The step is also the position in the data and, with the stage's seed, the
+source of every random number.
 """
 
 import contextlib
 import gc
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils.epath import Path
 
-from tinymim_jax import storage
+from tinymim_jax import agree, storage
 from tinymim_jax.config import InputError
 from tinymim_jax.storage import reason
 
@@ -35,27 +36,16 @@ class Checkpoints:
         self.folder = folder
         self.manager = ocp.CheckpointManager(storage.absolute(folder / FOLDER), options=options)
 
-    def save(self, step: int, model: dict[str, Any], optim: dict[str, Any], log: dict[str, Any]) -> None:
-        """Starts writing; does nothing if `step` is there already. Raises InputError if an earlier one failed."""
-        items = {"model": model, "optim": optim}
+    def save(self, step: int, items: Mapping[str, Any], log: dict[str, Any]) -> None:
+        """Starts writing; does nothing if `step` is there already. Raises InputError if an earlier one failed.
+
+        `items` are trees of arrays by name, `log` JSON types.
+        """
         sums = {name: jax.device_get(_device_sums(item)) for name, item in items.items()}
         log = {**log, SUMS: {name: [int(value) for value in values] for name, values in sums.items()}}
         args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
         with self._writing():
             self.manager.save(step, args=ocp.args.Composite(**args, log=ocp.args.JsonSave(log)))
-
-    def restore(self, step: int, model: Any, optim: Any) -> tuple[Any, Any, dict[str, Any]]:
-        """(model, optim, log) of `step`, in the shapes and shardings of the given `jax.ShapeDtypeStruct` trees.
-
-        Raises InputError if it is damaged.
-        """
-        items = {"model": ocp.args.StandardRestore(model), "optim": ocp.args.StandardRestore(optim)}
-        with reading(self.folder, step):
-            restored = self.manager.restore(step, args=ocp.args.Composite(**items, log=ocp.args.JsonRestore()))
-            log = dict(restored.log)
-            for name, saved in log.pop(SUMS, {}).items():
-                _compare(jax.device_get(_device_sums(restored[name])), saved)
-        return restored.model, restored.optim, log
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -84,6 +74,40 @@ class Checkpoints:
                 f"{self.folder}: a checkpoint could not be written ({reason(error)}); {kept}: make room or mend the"
                 " storage, and run the same command again"
             ) from error
+
+
+def wait_for(folder: Path, step: int) -> None:
+    """Returns once this process sees the checkpoint of `step`; raises InputError if it does not come to."""
+    storage.wait_for(folder / FOLDER / str(step))
+
+
+def restore(folder: Path, step: int, targets: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The items `targets` and the log of the checkpoint of `step` under stage folder `folder`.
+
+    Items come in the shapes and shardings of the given trees of `jax.ShapeDtypeStruct`. All processes must call it;
+    raises InputError in all if it is damaged, or one cannot read it.
+    """
+    path = storage.absolute(folder / FOLDER) / str(step)
+
+    def read() -> tuple[dict[str, Any], dict[str, Any]]:
+        with reading(folder, step), contextlib.closing(ocp.StandardCheckpointHandler()) as reader:
+            return {
+                name: reader.restore(path / name, args=ocp.args.StandardRestore(target))
+                for name, target in targets.items()
+            }, _read_log(path)
+
+    items, log = agree.together(read)  # orbax' own would leave the others waiting
+    saved = log.pop(SUMS, {})
+    with reading(folder, step):
+        for name, item in items.items():
+            if name in saved:
+                _compare(jax.device_get(_device_sums(item)), saved[name])
+    return items, log
+
+
+def _read_log(path: Path) -> dict[str, Any]:
+    with contextlib.closing(ocp.JsonCheckpointHandler()) as reader:
+        return reader.restore(path / "log", args=ocp.args.JsonRestore())
 
 
 @contextlib.contextmanager
@@ -171,11 +195,9 @@ def read_model(folder: Path) -> dict[str, Any]:
         target = jax.tree.map(lambda s: np.empty(s.shape, s.dtype), model_shapes(folder))
         with contextlib.closing(ocp.StandardCheckpointHandler()) as reader:
             model = reader.restore(path / "model", args=ocp.args.StandardRestore(target))
-        if (path / "log").exists():  # not of a converted checkpoint
-            with contextlib.closing(ocp.JsonCheckpointHandler()) as reader:
-                log = reader.restore(path / "log", args=ocp.args.JsonRestore())
-            if (saved := log.get(SUMS, {}).get("model")) is not None:
-                _compare(sums(model), saved)
+        log = _read_log(path) if (path / "log").exists() else {}  # a converted checkpoint has none
+        if (saved := log.get(SUMS, {}).get("model")) is not None:
+            _compare(sums(model), saved)
     return model
 
 

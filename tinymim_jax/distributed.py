@@ -12,19 +12,15 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tinymim_jax.serial import InputError, differences
-from tinymim_jax.stop import StopRequest
 
 VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "simplejpeg")
 MAX_MESSAGE = 2**20  # bytes
-MAX_ERROR = 2000  # bytes
 PATIENCE = 5.0  # seconds for a connection to say who it is: it may be a stranger's
 RETRY = 0.2  # seconds between attempts to reach process 0
 
@@ -235,50 +231,3 @@ def _disagreement(present: Mapping[int, Any]) -> str:
                     " start all with the same code, packages and command line"
                 )
     return ""
-
-
-def agreed(flag: bool) -> bool:
-    """Whether `flag` is set in any process; all must call it at the same point."""
-    import jax
-
-    if jax.process_count() == 1:
-        return flag
-    from jax.experimental import multihost_utils
-
-    return bool(multihost_utils.process_allgather(np.array(flag)).any())
-
-
-def check_stop(stop: StopRequest, where: str) -> None:
-    """Raises Interrupted in every process if any was asked to stop; all must call it at the same point."""
-    if agreed(stop.asked):  # or else left alone: a signal may have come meanwhile
-        stop.asked = True
-        stop.check(where)
-
-
-def on_first(action: Callable[[], Any]) -> None:
-    """Runs `action` in process 0; an InputError that it raises is raised in all. All must call it at the same point."""
-    import jax
-
-    message = ""
-    if jax.process_index() == 0:
-        try:
-            action()
-        except InputError as error:
-            message = str(error) or "error"
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        padded = np.frombuffer(message.encode()[:MAX_ERROR].ljust(MAX_ERROR, b"\0"), np.uint8)
-        message = bytes(multihost_utils.broadcast_one_to_all(padded)).rstrip(b"\0").decode(errors="replace")
-    if message:
-        raise InputError(message)
-
-
-def barrier(name: str) -> None:
-    """Returns when every process has come here."""
-    import jax
-
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)

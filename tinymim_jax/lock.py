@@ -44,6 +44,10 @@ class Lock:
             if self._is_of(self.token):
                 self.files.rm_file(self.path)
 
+    def see(self, token: str) -> None:
+        """Returns once the lock is seen to be that of `token`; raises InputError if this process looks elsewhere."""
+        storage.wait_for(self.workdir / FILE, lambda: self._is_of(token))
+
     def _take(self) -> bool:
         """Whether the file could be made, which a disk and a bucket let one of several do."""
         try:

@@ -70,5 +70,5 @@ def example_batch(stage: Stage, batch_size: int = 1) -> dict[str, np.ndarray]:
         "label": np.zeros(batch_size, np.int32),
         "is_valid": np.ones(batch_size, bool),
         "index": np.zeros(batch_size, np.int32),
-        "stop": np.zeros(batch_size, bool),
+        "stop": np.zeros(batch_size, np.uint8),
     }

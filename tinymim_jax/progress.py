@@ -12,11 +12,14 @@ import tqdm
 from tinymim_jax import metrics
 from tinymim_jax.config import InputError, Run
 from tinymim_jax.metrics import Mean
+from tinymim_jax.stop import StopRequest
 from tinymim_jax.writer import Writer
 
 BAD_IMAGES = "bad_images"  # of a step: how many could not be read; written as a total
 SKIPPED = "skipped"  # updates left out because they were not finite; a total
-STOP = "stop"  # of a step: rows whose process was asked to stop
+ASKED = "asked"  # of a step: rows whose process was asked to stop
+FAILED = "failed"  # and rows whose process has failed
+TOLD = (ASKED, FAILED)
 FINITE = ("loss", "grad_norm", "param_norm")  # what an update must be to be made
 STEPS_AHEAD = 3  # dispatched and unfinished: enough to keep a device busy, few enough to hold few batches
 
@@ -36,16 +39,18 @@ class Progress:
         total: int,
         run: Run,
         saved: dict | None,
+        stop: StopRequest,
         note: Callable[[int, str], str] = lambda step, what: "",
         begin: float | None = None,
     ):
-        """`note` writes down what a step that is not finite was given, and returns where.
+        """Goes on after step `start` of `total`, with what was `saved` there.
 
-        `begin`, as `time.perf_counter` gave it, is when the stage began, from which its first step is timed.
+        `stop` is what this process was asked for; `note` writes down what a step that is not finite was given, and
+        returns where; `begin`, as `time.perf_counter` gave it, is the stage's, from which its first step is timed.
         """
         saved = saved or {"window": {}, "averages": {}, "totals": {}}
         self.totals = {BAD_IMAGES: 0, **saved["totals"]}
-        self.run, self.note, self.is_asked = run, note, False
+        self.run, self.note, self.stop, self.has_heard = run, note, stop, False
         self.window = {key: Mean(*sum_count) for key, sum_count in saved["window"].items()}
         self.averages: dict[str, float] = saved["averages"]
         self.name, self.writer, self.batch_size = name, writer, run.batch_size
@@ -85,8 +90,18 @@ class Progress:
             self.first_step, self.begin = time.perf_counter() - self.begin, None
 
     def _hear(self, values: dict[str, Mean]) -> None:
-        """Learns whether any process had been asked to stop when it read this step's batch."""
-        self.is_asked = self.is_asked or bool(STOP in values and values[STOP].sum)
+        """Learns whether any process had been asked to stop, or had failed, when it read this step's batch."""
+        self.has_heard = self.has_heard or bool(ASKED in values and values[ASKED].sum)
+        if FAILED in values and values[FAILED].sum:
+            self.stop.raise_failure()
+            raise InputError(f"stage {self.name}: another process has failed; its log says why")
+
+    def is_asked(self) -> bool:
+        """Whether to stop after this step, alike in every process; raises what has failed if there is only one."""
+        if jax.process_count() > 1:
+            return self.has_heard
+        self.stop.raise_failure()
+        return self.stop.asked
 
     def collect(self) -> None:
         """Fetches what is pending; raises InputError at a loss, gradient or weights that are not finite.
@@ -98,7 +113,7 @@ class Progress:
             self._note_first()
         for step, values in pending:
             self._hear(values)
-            floats = {key: Mean(float(m.sum), float(m.count)) for key, m in values.items() if key != STOP}
+            floats = {key: Mean(float(m.sum), float(m.count)) for key, m in values.items() if key not in TOLD}
             self.totals[BAD_IMAGES] += int(floats.pop(BAD_IMAGES, Mean(0, 1)).sum)
             if beyond := floats.get("labels_beyond_head"):
                 self._check_labels(step, beyond)

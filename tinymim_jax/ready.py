@@ -17,22 +17,26 @@ from tinymim_jax.mesh import check_batch
 PROBES = (config.Knn, config.Logistic)  # evals that compare the labels of two sets
 
 
-def check_ready(cfg: Config, name: str, workdir: Path, mesh: jax.sharding.Mesh, to_run: list[str]) -> None:
-    """Raises InputError if stage `name` could not start after the stages `to_run`: devices, data, weights."""
-    stage = cfg.stages[name]
-    try:
-        check_batch(stage.run.batch_size // stage.optim.accum_steps, mesh)
-        for init in config.sources(stage):
-            folder = handoff.source_folder(init, workdir)
-            if init.stage not in to_run and not handoff.finished(folder) and not foreign(init, workdir):
-                raise InputError(f"takes weights from {folder}, which has no finished stage: run that stage first")
-            check_pixels(stage, init, workdir)
-        sources.open_source(stage.data)
-        for cfg_eval in stage.evals.values():
-            make_evaluator(cfg_eval, mesh)
-        check_classes(stage)
-    except InputError as error:
-        raise InputError(f"stage {name}: {error}") from None
+def check_ready(cfg: Config, to_run: list[str], workdir: Path, mesh: jax.sharding.Mesh) -> None:
+    """Raises InputError if one of the stages `to_run` could not start after the others: devices, data, weights."""
+    for name in to_run:
+        try:
+            _check_stage(cfg.stages[name], to_run, workdir, mesh)
+        except InputError as error:
+            raise InputError(f"stage {name}: {error}") from None
+
+
+def _check_stage(stage: Stage, to_run: list[str], workdir: Path, mesh: jax.sharding.Mesh) -> None:
+    check_batch(stage.run.batch_size // stage.optim.accum_steps, mesh)
+    for init in config.sources(stage):
+        folder = handoff.source_folder(init, workdir)
+        if init.stage not in to_run and not handoff.finished(folder) and not foreign(init, workdir):
+            raise InputError(f"takes weights from {folder}, which has no finished stage: run that stage first")
+        check_pixels(stage, init, workdir)
+    sources.open_source(stage.data)
+    for cfg_eval in stage.evals.values():
+        make_evaluator(cfg_eval, mesh)
+    check_classes(stage)
 
 
 def check_pixels(stage: Stage, init: config.Init, workdir: Path) -> None:

@@ -1,6 +1,6 @@
 """The training step: one, for every task."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import optax
 
 from tinymim_jax import mesh as mesh_lib
-from tinymim_jax import optim
+from tinymim_jax import optim, stop
 from tinymim_jax.data import resident
 from tinymim_jax.metrics import Mean
 from tinymim_jax.plan import Plan, example_batch
-from tinymim_jax.progress import BAD_IMAGES, FINITE, STOP
+from tinymim_jax.progress import ASKED, BAD_IMAGES, FAILED, FINITE
 from tinymim_jax.tasks.base import STREAMS, Batch, Frozen
 
 
@@ -65,7 +65,8 @@ def make_train_step(plan: Plan) -> TrainStep:
         params = optax.apply_updates(state.params, updates)
         ema = optax.incremental_update(params, state.ema, 1 - cfg.ema) if cfg.ema else {}
         norms = {"grad_norm": Mean.of(optax.global_norm(grads)), "param_norm": Mean.of(optax.global_norm(params))}
-        counts = {BAD_IMAGES: Mean.of(jnp.sum(~batch["is_valid"])), STOP: Mean.of(jnp.sum(batch["stop"]))}
+        rows = {BAD_IMAGES: ~batch["is_valid"], ASKED: batch["stop"] == stop.STOP, FAILED: batch["stop"] == stop.FAILED}
+        counts = {name: Mean.of(jnp.sum(is_one)) for name, is_one in rows.items()}
         new = TrainState(state.step + 1, params, aux.model_state, opt_state, ema)
         step_metrics = {**aux.metrics, **norms, **counts}
         if plan.stage.run.on_nan == "skip":
@@ -109,7 +110,12 @@ def jit_step(plan: Plan, mesh: jax.sharding.Mesh, shardings: TrainState) -> Trai
     return jax.jit(make_train_step(plan), donate_argnums=0, out_shardings=out)
 
 
-def items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The two array items of a checkpoint: what later stages read, and the rest."""
+def to_items(state: TrainState) -> dict[str, Any]:
+    """The array items of a checkpoint: `model`, which later stages read, and the rest."""
     model = {"params": state.params, "model_state": state.model_state, "ema": state.ema}
-    return model, {"opt_state": state.opt_state, "step": state.step}
+    return {"model": model, "optim": {"opt_state": state.opt_state, "step": state.step}}
+
+
+def from_items(items: Mapping[str, Any]) -> TrainState:
+    """The inverse of `to_items`."""
+    return TrainState(**items["model"], **items["optim"])

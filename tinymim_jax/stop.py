@@ -1,4 +1,7 @@
-"""A wish to stop, heard at any moment and acted on between steps. Imports nothing heavy: it is needed before jax."""
+"""A wish to stop, or a failure, noted at any moment and acted on between steps.
+
+Imports nothing heavy: it is needed before jax.
+"""
 
 import signal
 import sys
@@ -6,6 +9,7 @@ from typing import Any
 
 INTERRUPTED = 130  # exit status after Ctrl-C
 RUN_AGAIN = 75  # and after SIGTERM, which schedulers send before they take a machine away (EX_TEMPFAIL)
+GO_ON, STOP, FAILED = range(3)  # what a process tells the others
 
 
 class Interrupted(KeyboardInterrupt):
@@ -17,10 +21,14 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Turns the first Ctrl-C or SIGTERM into a flag to read between steps; a second one acts at once."""
+    """Turns the first Ctrl-C or SIGTERM into a flag to read between steps; a second one acts at once.
+
+    `failure` is what has gone wrong in this process and is to be raised as soon as the others know, too.
+    """
 
     def __init__(self) -> None:
         self.asked = False
+        self.failure: Exception | None = None
         self.status = RUN_AGAIN  # where another process was asked
         self.previous: dict[int, Any] = {}
 
@@ -35,6 +43,19 @@ class StopRequest:
         """Raises Interrupted if a stop was asked for; `where` says how far the run has come."""
         if self.asked:
             raise Interrupted(f"{where}; run the same command to go on", self.status)
+
+    def fail(self, error: Exception) -> None:
+        """Notes a failure; of several, the first."""
+        self.failure = self.failure or error
+
+    def raise_failure(self) -> None:
+        """Raises what `fail` was given, if anything."""
+        if self.failure:
+            raise self.failure
+
+    def wish(self) -> int:
+        """GO_ON, STOP or FAILED."""
+        return FAILED if self.failure else STOP if self.asked else GO_ON
 
     def _ask(self, number: int, _: object) -> None:
         self.asked, self.status = True, INTERRUPTED if number == signal.SIGINT else RUN_AGAIN

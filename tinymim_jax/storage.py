@@ -6,7 +6,9 @@ import logging
 import os
 import re
 import sys
+import time
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import fsspec
@@ -19,6 +21,7 @@ LOGINS = {"gs": "log in: gcloud auth application-default login", "s3": "log in: 
 WRITTEN_BY_ORBAX = ("", "gs")
 LIBRARIES = {"aiohttp", "botocore", "gcsfs", "google", "requests", "s3fs"}  # whose errors are the storage's fault
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE)  # errors that are its fault
+APPEARS = 90.0  # seconds until a network's file system shows every host a new file; NFS' caches keep 60
 PATIENCE = 20.0  # seconds for a bucket's first answer; the libraries themselves go on for half a minute
 
 
@@ -62,6 +65,21 @@ def make(folder: Path) -> None:
     """Makes a folder and those above it, as far as they lack."""
     if not folder.exists():  # gcsfs would make the bucket anew, too
         folder.mkdir(parents=True, exist_ok=True)
+
+
+def wait_for(path: Path, is_seen: Callable[[], bool] | None = None) -> None:
+    """Returns once `path`, which the first process has written, is seen here, or `is_seen` says so of its content.
+
+    Raises InputError if it does not appear.
+    """
+    deadline = time.monotonic() + APPEARS
+    while not (is_seen or path.exists)():
+        if time.monotonic() > deadline:
+            raise InputError(
+                f"{path}, which the first process has written, is not seen here within {APPEARS:.0f} s; all processes"
+                " need one shared --workdir"
+            )
+        time.sleep(0.2)
 
 
 def remove(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """The training loop: one, for every task."""
 
 import contextlib
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from etils.epath import Path
 
-from tinymim_jax import checkpoint, config, distributed, handoff
+from tinymim_jax import agree, checkpoint, config, handoff, storage
 from tinymim_jax import mesh as mesh_lib
 from tinymim_jax.checkpoint import Checkpoints
 from tinymim_jax.config import InputError, Stage
@@ -21,10 +22,13 @@ from tinymim_jax.evals.base import make_predict, measure
 from tinymim_jax.evals.online import Online
 from tinymim_jax.plan import Plan, make_plan, teacher_init
 from tinymim_jax.progress import BAD_IMAGES, Progress
-from tinymim_jax.step import TrainState, create_state, items, jit_step
+from tinymim_jax.step import TrainState, create_state, from_items, jit_step, to_items
 from tinymim_jax.stop import StopRequest
 from tinymim_jax.tasks.base import Batch, Frozen, Variables
 from tinymim_jax.writer import Writer, read, write_json, write_whole
+
+CHECK_EVERY = 16  # batches of the final evaluation, after which several processes ask each other whether to stop
+EVALUATING, EVALUATED = "evaluating", "evaluated"  # in a checkpoint: step and weights of an unfinished evaluation
 
 
 class Runner:
@@ -67,19 +71,21 @@ class Runner:
         target = jax.tree.map(
             lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, self.shardings
         )
-        for step in reversed(checkpoint.steps(self.folder)):
+        # One process decides: a network's file system may show others an older folder.
+        for step in reversed(agree.on_first(lambda: checkpoint.steps(self.folder))):
+            agree.together(lambda step=step: checkpoint.wait_for(self.folder, step))
             try:
-                with Checkpoints(self.folder, stage.run.keep) as checkpoints:
-                    model, optimizer, log = checkpoints.restore(step, *items(target))
+                items, log = checkpoint.restore(self.folder, step, to_items(target))
             except InputError as error:
                 self._pass_over(step, error)
                 continue
             self.report.append(f"resumed at step {step} of {plan.total_steps}")
-            return TrainState(**model, **optimizer), log
+            return from_items(items), log
         # The key is an argument: stages that differ by seed share one compilation.
         state = jax.jit(lambda key: create_state(plan, key), out_shardings=self.shardings)(key)
         if stage.init is not None:
-            params = self._hand_over("init", mesh_lib.get_tree(state.params, self.mesh), stage.init)
+            fresh = mesh_lib.get_tree(state.params, self.mesh)
+            params = agree.together(lambda: self._hand_over("init", fresh, stage.init))
             state = state.replace(params=mesh_lib.put_tree(params, self.shardings.params))
             if stage.optim.ema:
                 state = state.replace(ema=jax.tree.map(jnp.copy, state.params))
@@ -87,18 +93,15 @@ class Runner:
 
     def _pass_over(self, step: int, error: InputError) -> None:
         """Puts a damaged checkpoint aside; raises `error` if there is none older to go on from."""
-        if len(checkpoint.steps(self.folder)) == 1:
+        if agree.on_first(lambda: len(checkpoint.steps(self.folder))) == 1:
             raise InputError(f"{error}, and there is no older one; delete {self.folder} to run the stage again")
-        distributed.barrier(f"{self.name}: damaged checkpoint")
-        if jax.process_index() == 0:
-            checkpoint.set_aside(self.folder, step)
-        distributed.barrier(f"{self.name}: passed over")
+        agree.on_first(lambda: checkpoint.set_aside(self.folder, step))
         print(f"{error}; it is put aside, and the one before it used", flush=True)
 
     def batches(self, start: int, stop: StopRequest) -> Iterator[Batch]:
         """The batches of the steps after step `start`."""
         read = resident.train_batches if self.stage.data.resident else pipeline.train_batches
-        return read(self.rows, start, self.plan.total_steps, self.mesh, lambda: stop.asked)
+        return read(self.rows, start, self.plan.total_steps, self.mesh, stop)
 
     def note_bad_step(self, step: int, what: str) -> str:
         """Writes the records of a step whose `what` is not finite into bad_steps.jsonl, once; says so."""
@@ -120,12 +123,13 @@ class Runner:
         return Online(self.evaluators, self.predict, self.frozen, writer.write)
 
     def evaluate(self, state: TrainState, stop: StopRequest) -> dict[str, float]:
-        """{"<eval>/<metric>": value} of the final weights; raises Interrupted, of several processes only at its end."""
-        title = f"{self.name}, evaluation"
+        """{"<eval>/<metric>": value} of the final weights; raises Interrupted."""
+        title, batches = f"{self.name}, evaluation", itertools.count(1)
+        every = 1 if jax.process_count() == 1 else CHECK_EVERY
 
         def check() -> None:
-            if jax.process_count() == 1:
-                stop.check(f"stage {self.name} stopped while it was evaluated")
+            if next(batches) % every == 0:
+                agree.check_stop(stop, f"stage {self.name} stopped while it was evaluated")
 
         return measure(self.evaluators, self.predict, self.variables(state), self.frozen, title, check)
 
@@ -133,6 +137,17 @@ class Runner:
         """Whether an evaluation is due after `step`, the last apart."""
         every = self.stage.run.eval_every
         return bool(self.evaluators and every) and 0 < step < self.plan.total_steps and step % every == 0
+
+    def catch_up(self, online: Online, state: TrainState, log: dict[str, Any] | None, writer: Writer) -> None:
+        """Makes the evaluations that were under way or due when the run before was cut off, and are not in its log."""
+        first, variables = int(state.step), self.variables(state)
+        began = (log or {}).get(EVALUATING)
+        if began is not None and not agree.on_first(lambda: writer.has(began, "/")):
+            target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), variables)
+            items, _ = checkpoint.restore(self.folder, first, {EVALUATED: target})
+            online.start(began, items[EVALUATED])
+        if self.is_evaluated(first) and not agree.on_first(lambda: writer.has(first, "/")):
+            online.start(first, variables)
 
 
 def run_stage(
@@ -150,26 +165,26 @@ def run_stage(
     begin = time.perf_counter()
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest()) if stop is None else stop
-        runner = Runner(stage, name, workdir, mesh)
+        runner = agree.together(lambda: Runner(stage, name, workdir, mesh))
         run, total = stage.run, runner.plan.total_steps
         state, log = runner.start()  # before anything is written
-        distributed.check_stop(stop, f"before stage {name}")
+        agree.check_stop(stop, f"before stage {name}")
         first = int(state.step)
         checkpoints = stack.enter_context(Checkpoints(runner.folder, run.keep))
         write_json(runner.folder / "stage.json", describe(runner.plan))
         lines = [f"{name}: {total} steps of {run.batch_size} images", *runner.report, *runner.plan.untrained_line()]
         print("\n  ".join(lines), flush=True)
         writer = stack.enter_context(Writer(runner.folder, first, active=jax.process_index() == 0))
-        batches = stack.enter_context(contextlib.closing(runner.batches(first, stop)))
+        batches = agree.together(lambda: runner.batches(first, stop))
+        stack.enter_context(contextlib.closing(batches))
         past = {"start": first, "saved": log, "begin": begin}
-        progress = Progress(name, writer, total=total, run=run, note=runner.note_bad_step, **past)
+        progress = Progress(name, writer, total=total, run=run, stop=stop, note=runner.note_bad_step, **past)
         stack.enter_context(progress.bar)
         replicated = mesh_lib.replicated(mesh)
         rng = jax.jit(lambda: jax.random.fold_in(jax.random.key(run.seed), 1), out_shardings=replicated)()
         train_step = jit_step(runner.plan, mesh, runner.shardings)
         online = stack.enter_context(runner.online(writer))
-        if distributed.agreed(runner.is_evaluated(first) and not writer.has(first, "/")):
-            online.start(first, runner.variables(state))
+        runner.catch_up(online, state, log, writer)
 
         for step in range(first + 1, total + 1):
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
@@ -182,14 +197,13 @@ def run_stage(
                 epoch = step / runner.plan.steps_per_epoch
                 progress.log(step, {"lr": float(runner.plan.schedule(step - 1)), "epoch": epoch})
             online.advance()
-            # Read once: what is not saved must not be left. Several processes must leave at the same step.
-            asked = stop.asked if jax.process_count() == 1 else progress.is_asked
+            asked = progress.is_asked()  # read once: what is not saved must not be left
             if step % run.checkpoint_every == 0 or last or asked:
                 progress.collect()  # a state whose loss is not finite is never saved
                 if not asked:  # or else the state comes first
                     online.wait()  # whoever resumes from here has all results from before
                 writer.flush()
-                checkpoints.save(step, *items(state), progress.state())
+                save(checkpoints, state, progress, online, step)
             if asked and not last:
                 checkpoints.wait()
                 online.wait()
@@ -199,7 +213,7 @@ def run_stage(
                 online.start(step, runner.variables(state))
 
         if total == 0:
-            checkpoints.save(0, *items(state), progress.state())
+            save(checkpoints, state, progress, online, 0)
         checkpoints.wait()  # from here on the state is safe
         online.wait()
         evaluated = runner.evaluate(state, stop)
@@ -209,9 +223,18 @@ def run_stage(
             print(f"{name}: images left out because they could not be read: {bad}, all epochs together")
         results = {**progress.averages, **evaluated}
         write_json(runner.folder / "DONE", {"step": total, "metrics": results})
-        distributed.barrier(f"{name}: done")  # others may read it now
-        distributed.check_stop(stop, f"stopped after stage {name}")
+        agree.barrier(f"{name}: done")
+        agree.together(lambda: storage.wait_for(runner.folder / "DONE"))  # others may read it now
+        agree.check_stop(stop, f"stopped after stage {name}")
     return results
+
+
+def save(checkpoints: Checkpoints, state: TrainState, progress: Progress, online: Online, step: int) -> None:
+    """Starts to write all that a run needs to go on from `step`."""
+    items, log = to_items(state), progress.state()
+    if evaluation := online.state():
+        log[EVALUATING], items[EVALUATED] = evaluation
+    checkpoints.save(step, items, log)
 
 
 def describe(plan: Plan) -> dict[str, Any]:

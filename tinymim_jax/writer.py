@@ -36,11 +36,8 @@ class Writer:
         self.board = SummaryWriter(url, purge_step=start + 1)
 
     def has(self, step: int, part: str) -> bool:
-        """Whether a line of `step` with a name that contains `part` was there when this writer was made.
-
-        One that is not active does not know, and says yes: the one that is decides.
-        """
-        return not self.active or any(line["step"] == step and any(part in name for name in line) for line in self.kept)
+        """Whether a line of `step` with a name that contains `part` was there when this writer, active, was made."""
+        return any(line["step"] == step and any(part in name for name in line) for line in self.kept)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """One line {"step": step, name: value, ...}; in the file after `EVERY` seconds, or `flush`."""

@@ -9,6 +9,7 @@ from PIL import Image
 
 from tinymim_jax.config import Data, InputError
 from tinymim_jax.data import pipeline, resident, sources
+from tinymim_jax.stop import FAILED, GO_ON, STOP, StopRequest
 
 DIGITS = Data("digits", image_size=16, crop_scale=(0.3, 1.0), resident=True)
 
@@ -106,8 +107,12 @@ def test_draws_are_a_function_of_seed_epoch_index_and_repeat(mesh):
 
 
 def test_a_wish_to_stop_travels_with_the_batch(mesh):
-    assert not batches(DIGITS, 0, 1, mesh)[0]["stop"].any()
-    assert batches(DIGITS, 0, 1, mesh, is_asked=lambda: True)[0]["stop"].all()
+    request = StopRequest()
+    assert (np.asarray(batches(DIGITS, 0, 1, mesh, request=request)[0]["stop"]) == GO_ON).all()
+    request.asked = True
+    assert (np.asarray(batches(DIGITS, 0, 1, mesh, request=request)[0]["stop"]) == STOP).all()
+    request.fail(InputError("no"))
+    assert (np.asarray(batches(DIGITS, 0, 1, mesh, request=request)[0]["stop"]) == FAILED).all()
 
 
 @pytest.fixture

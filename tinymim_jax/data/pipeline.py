@@ -4,12 +4,13 @@ import collections
 import dataclasses
 import functools
 import gc
+import itertools
 import logging
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import chex
 import grain
@@ -17,10 +18,12 @@ import jax
 import numpy as np
 from absl import flags
 
+from tinymim_jax import agree
 from tinymim_jax import mesh as mesh_lib
 from tinymim_jax.config import Data, InputError
 from tinymim_jax.data.augment import load
 from tinymim_jax.data.sources import Source
+from tinymim_jax.stop import StopRequest
 
 # What a generator is for. It comes first and the seed behind: zeros at the end of a seed sequence do not count.
 ORDER_STREAM, IMAGE_STREAM = 1, 2
@@ -30,15 +33,16 @@ log = logging.getLogger(__name__)
 
 
 def train_batches(
-    rows: "TrainRows", start: int, stop: int, mesh: jax.sharding.Mesh, is_asked: Callable[[], bool] = lambda: False
+    rows: "TrainRows", start: int, stop: int, mesh: jax.sharding.Mesh, request: StopRequest | None = None
 ) -> Iterator[dict[str, jax.Array]]:
     """The batches of steps start to stop - 1, each epoch in its own order, its last incomplete batch dropped.
 
     A batch is image uint8 [B, S, S, 3], label int32 [B], is_valid bool [B] (False: could not be read), index
-    int32 [B] (the record's number in the source) and stop bool [B] (whether the process that read the row was asked to
-    stop: so that all learn of it at the same step). Raises InputError, also while iterating.
+    int32 [B] (the record's number in the source) and stop uint8 [B] (the wish of the process that read the row, so that
+    all learn of it at the same step). Raises InputError, also while iterating; of several processes, one that cannot
+    read notes that in its `request` and goes on with empty rows.
     """
-    return _batches(rows, start, stop, mesh, is_asked)
+    return _batches(rows, start, stop, mesh, request or StopRequest())
 
 
 def train_rows(data: Data, source: Source, batch_size: int, seed: int) -> "TrainRows":
@@ -53,7 +57,10 @@ def train_rows(data: Data, source: Source, batch_size: int, seed: int) -> "Train
 def eval_batches(
     data: Data, source: Source, *, batch_size: int, mesh: jax.sharding.Mesh
 ) -> Iterator[dict[str, jax.Array]]:
-    """Every record once, in order, as `train_batches`; the last batch is filled up with is_valid False, index -1."""
+    """Every record once, in order, as `train_batches`; the last batch is filled up with is_valid False, index -1.
+
+    What one of several processes cannot read is raised in all of them, behind the last batch.
+    """
     if data.transform != "eval":
         raise InputError(f"data.transform is {data.transform!r}, which is random; set it to 'eval' to evaluate")
     rows = EvalRows(data, source, batch_size, jax.process_index(), jax.process_count())
@@ -75,21 +82,29 @@ class EvalRows:
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
         epoch, index, repeat = self.numbers(step)
-        per_process = self.batch_size // self.num_processes
-        index, repeat = (x[self.process * per_process :][:per_process] for x in (index, repeat))
-        size = self.data.image_size
-        image = np.zeros((per_process, size, size, 3), np.uint8)
-        label = np.zeros(per_process, np.int32)
-        is_valid = np.zeros(per_process, bool)
-        for row in np.flatnonzero(index >= 0):
+        batch = self.empty()
+        own = slice(self.process * len(batch["index"]), (self.process + 1) * len(batch["index"]))
+        batch["index"][:] = index[own]
+        for row in np.flatnonzero(batch["index"] >= 0):
             try:
-                image[row], label[row] = self._read(epoch, int(index[row]), int(repeat[row]))
-                is_valid[row] = True
+                record = self._read(epoch, int(index[own][row]), int(repeat[own][row]))
+                batch["image"][row], batch["label"][row] = record
+                batch["is_valid"][row] = True
             except InputError as error:
                 if self.data.on_bad_image == "stop":
                     raise InputError(f"{error}, or set data.on_bad_image=skip") from error
                 log.warning("skipped: %s", error)
-        return {"image": image, "label": label, "is_valid": is_valid, "index": index.astype(np.int32)}
+        return batch
+
+    def empty(self) -> dict[str, np.ndarray]:
+        """This process's rows without a record."""
+        n, size = self.batch_size // self.num_processes, self.data.image_size
+        return {
+            "image": np.zeros((n, size, size, 3), np.uint8),
+            "label": np.zeros(n, np.int32),
+            "is_valid": np.zeros(n, bool),
+            "index": np.full(n, -1, np.int32),
+        }
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -157,26 +172,27 @@ def image_rng(seed: int, epoch: int, index: int, repeat: int = 0) -> np.random.G
 
 
 def _batches(
-    rows: EvalRows, start: int, stop: int, mesh: jax.sharding.Mesh, is_asked: Callable[[], bool] | None = None
+    rows: EvalRows, start: int, stop: int, mesh: jax.sharding.Mesh, request: StopRequest | None = None
 ) -> Iterator[dict[str, jax.Array]]:
     """Checks here, at the call; reads in the generator, at the first batch."""
     mesh_lib.check_batch(rows.batch_size, mesh)
     if rows.batch_size % rows.num_processes:
         raise InputError(f"batch_size {rows.batch_size} is not a multiple of the {rows.num_processes} processes")
-    return _to_devices(rows, start, stop, mesh, is_asked)
+    return _to_devices(rows, start, stop, mesh, request)
 
 
 def _to_devices(
-    rows: EvalRows, start: int, stop: int, mesh: jax.sharding.Mesh, is_asked: Callable[[], bool] | None
+    rows: EvalRows, start: int, stop: int, mesh: jax.sharding.Mesh, request: StopRequest | None
 ) -> Iterator[dict[str, jax.Array]]:
     if start >= stop:
         return
-    host = host_batches(rows, start, stop)
+    own = StopRequest()
+    host = _in_step(rows, start, stop, request or own)
     ready: collections.deque[dict[str, jax.Array]] = collections.deque()
     try:
-        for batch in host:
-            if is_asked is not None:
-                batch = {**batch, "stop": np.full(len(batch["index"]), is_asked())}
+        for batch in itertools.islice(host, stop - start):
+            if request is not None:
+                batch = {**batch, "stop": np.full(len(batch["index"]), request.wish(), np.uint8)}
             ready.append(_checked(mesh_lib.put_batch(batch, mesh), rows))
             if len(ready) == DEVICE_BATCHES:
                 yield ready.popleft()
@@ -184,6 +200,20 @@ def _to_devices(
     finally:
         batch = None
         host.close()
+    if request is None:
+        agree.together(own.raise_failure)
+
+
+def _in_step(rows: EvalRows, start: int, stop: int, request: StopRequest) -> Iterator[dict[str, np.ndarray]]:
+    """`host_batches`; but one of several processes that cannot read must not leave the others waiting for its rows."""
+    try:
+        yield from host_batches(rows, start, stop)
+    except InputError as error:
+        if rows.num_processes == 1:
+            raise
+        request.fail(error)
+        while True:
+            yield rows.empty()
 
 
 def host_batches(rows: EvalRows, start: int, stop: int) -> Iterator[dict[str, np.ndarray]]:

@@ -2,7 +2,7 @@
 
 import concurrent.futures
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from tinymim_jax.data.augment import CROP_ATTEMPTS
 from tinymim_jax.data.decode import decode
 from tinymim_jax.data.pipeline import TrainRows
 from tinymim_jax.data.sources import IDENTITY, Source
+from tinymim_jax.stop import StopRequest
 
 MAX_BYTES = 2**33  # of a data set, on each device
 SLOW = 10_000  # images, from which on decoding has a bar
@@ -24,7 +25,7 @@ Batch = dict[str, Any]
 
 
 def train_batches(
-    rows: TrainRows, start: int, stop: int, mesh: jax.sharding.Mesh, is_asked: Callable[[], bool] = lambda: False
+    rows: TrainRows, start: int, stop: int, mesh: jax.sharding.Mesh, request: StopRequest | None = None
 ) -> Iterator[Batch]:
     """What `make_batch` makes the batches of steps start to stop - 1 from, inside the train step.
 
@@ -36,17 +37,17 @@ def train_batches(
     key = np.asarray(jax.random.key_data(jax.random.key(rows.seed)))
     held = {**_read(identity, rows.data.on_bad_image), "key": key}
     held = {name: mesh_lib.put_tree(array, mesh_lib.replicated(mesh)) for name, array in held.items()}
-    return _batches(rows, range(start, stop), mesh, is_asked, held)
+    return _batches(rows, range(start, stop), mesh, request or StopRequest(), held)
 
 
 def _batches(
-    rows: TrainRows, steps: range, mesh: jax.sharding.Mesh, is_asked: Callable[[], bool], held: Batch
+    rows: TrainRows, steps: range, mesh: jax.sharding.Mesh, request: StopRequest, held: Batch
 ) -> Iterator[Batch]:
     per_process = rows.batch_size // rows.num_processes
     own = slice(rows.process * per_process, (rows.process + 1) * per_process)
     for step in steps:
         epoch, index, repeat = rows.numbers(step)
-        numbers = np.stack([np.full_like(index, epoch), index, repeat, np.full_like(index, is_asked())], axis=1)
+        numbers = np.stack([np.full_like(index, epoch), index, repeat, np.full_like(index, request.wish())], axis=1)
         yield {"held": held, **mesh_lib.put_batch({"numbers": numbers[own].astype(np.int32)}, mesh)}
 
 
@@ -111,7 +112,7 @@ def make_batch(data: Data, batch: Batch) -> Batch:
         "label": held["label"][index],
         "is_valid": is_valid,
         "index": index,
-        "stop": stop.astype(bool),
+        "stop": stop.astype(jnp.uint8),
     }
 
 

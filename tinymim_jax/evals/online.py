@@ -27,15 +27,19 @@ class Online:
         """`write` gets the step that an evaluation was started at, and its results."""
         self.evaluators, self.predict, self.frozen, self.write = evaluators, predict, frozen, write
         self.copy = jax.jit(lambda variables: jax.tree.map(jnp.copy, variables))
-        self.step = 0
+        self.step, self.variables = 0, None
         self.running: Generator[None, None, Finish] | None = None
         self.finishing: concurrent.futures.Future | None = None
 
     def start(self, step: int, variables: Variables) -> None:
         """Begins to evaluate the weights after `step`; first waits for the evaluation before."""
         self.wait()
-        self.step = step
-        self.running = together(self.evaluators, self.predict, self.copy(variables), self.frozen)
+        self.step, self.variables = step, self.copy(variables)
+        self.running = together(self.evaluators, self.predict, self.variables, self.frozen)
+
+    def state(self) -> tuple[int, Variables] | None:
+        """Step and weights that are being evaluated, if any: with them the evaluation can be made again."""
+        return None if self.variables is None else (self.step, self.variables)
 
     def advance(self) -> None:
         """One batch further, or, when all are done, a look whether the host is; raises what the evaluator raised."""
@@ -57,6 +61,7 @@ class Online:
     def _write(self) -> None:
         finishing, self.finishing = self.finishing, None
         self.write(self.step, finishing.result())
+        self.variables = None
 
     def __enter__(self) -> "Online":
         return self
