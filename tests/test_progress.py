@@ -99,6 +99,22 @@ def test_a_bad_loss_is_named(bad):
     assert lines == []
 
 
+def test_steps_of_one_call_are_told_apart():
+    progress, lines = make_progress()
+    stack = {
+        "loss": Mean(jnp.array([8.0, 4.0, jnp.nan]), jnp.full(3, 4.0)),
+        "bad_images": Mean(jnp.ones(3), jnp.ones(3)),
+    }
+    progress.add(6, stack)
+    assert progress.bar.n == 12
+    with pytest.raises(InputError, match="the loss is not finite at step 6; "):
+        progress.collect()
+    progress, lines = make_progress()
+    progress.add(2, {name: Mean(m.sum[:2], m.count[:2]) for name, m in stack.items()})
+    progress.log(2, {})
+    assert without_speed(lines[0][1]) == {"loss": 1.5, "bad_images": 2}
+
+
 def test_other_metrics_may_be_anything():
     progress, lines = make_progress()
     progress.add(1, step_metrics(1.0, kl=float("inf")))

@@ -154,6 +154,22 @@ def test_updates_are_left_out_up_to_a_bound(chain, mesh, tmp_path, monkeypatch):
     assert not handoff.finished(tmp_path / "mae")
 
 
+def test_steps_in_one_call_are_those_one_by_one(chain, mesh, tmp_path, stop_at):
+    """Stopped between calls, and with a last call that is short."""
+    stage = chain.stages["mae"]
+    stage.run.steps, stage.run.log_every, stage.run.eval_every = 5, 2, 2
+    one = run_stage(stage, "mae", tmp_path / "one", mesh)
+    stage.run.steps_per_call = 2
+    whole = run_stage(stage, "mae", tmp_path / "whole", mesh)
+    assert whole == {key: pytest.approx(value, rel=1e-4) for key, value in one.items()}
+    stop_at(2)
+    with pytest.raises(Interrupted, match="step 2 of 5"):
+        run_stage(stage, "mae", tmp_path / "cut", mesh)
+    assert run_stage(stage, "mae", tmp_path / "cut", mesh) == whole
+    logs = [log(tmp_path / side / "mae") for side in ("one", "whole", "cut")]
+    assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]] and logs[1] == logs[2]
+
+
 def damage(folder, step):
     """One bit of the largest file of a checkpoint."""
     path = max((folder / checkpoint.FOLDER / str(step) / "model").rglob("*"), key=lambda p: p.stat().st_size)

@@ -53,6 +53,8 @@ SEMANTIC = [
         "stages.s.task: student_block 0 is beyond the student's 2 blocks",
     ),
     ({"run.seed": -1}, "stages.s.run.seed is -1; it must be at least 0"),
+    ({"run.steps_per_call": 0}, "stages.s.run.steps_per_call is 0; it must be at least 1"),
+    ({"run.steps_per_call": 4}, "stages.s.run: log_every 50 is not a multiple of steps_per_call 4"),
     ({"run.log_every": 0}, "stages.s.run.log_every is 0; it must be at least 1"),
     ({"run.checkpoint_every": 0}, "stages.s.run.checkpoint_every is 0; it must be at least 1"),
     ({"run.keep": 0}, "stages.s.run.keep is 0; it must be at least 1"),

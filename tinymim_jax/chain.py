@@ -30,6 +30,7 @@ MENDABLE_FIELDS = (
     "run.eval_every",
     "run.on_nan",
     "run.max_skipped",
+    "run.steps_per_call",
 )
 
 

@@ -177,6 +177,7 @@ class Run:
     epochs: float | None = None  # exactly one of epochs and steps
     steps: int | None = None
     seed: int = 0
+    steps_per_call: int = 1  # scanned in one dispatch: for small models, whose step is shorter than a dispatch
     log_every: int = 50  # steps
     checkpoint_every: int = 1000  # steps
     eval_every: int = 0  # steps; 0: at the end only

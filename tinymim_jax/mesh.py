@@ -29,9 +29,9 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """The first axis is split over all devices."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+def batch_sharding(mesh: jax.sharding.Mesh, axis: int = 0) -> NamedSharding:
+    """`axis` is split over all devices."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, ("data", "fsdp")))
 
 
 def state_sharding(mesh: jax.sharding.Mesh, tree: Any) -> Any:
@@ -65,10 +65,13 @@ def get_tree(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     return jax.device_get(jax.jit(lambda arrays: arrays, out_shardings=replicated(mesh))(tree))
 
 
-def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch -> global arrays; raises InputError if the devices do not divide it."""
-    sharding = batch_sharding(mesh)
-    rows = {len(v) for v in batch.values()}.pop()
+def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh, axis: int = 0) -> dict[str, jax.Array]:
+    """This process's rows of a batch, or of several stacked in front of `axis` -> global arrays.
+
+    Raises InputError if the devices do not divide it.
+    """
+    sharding = batch_sharding(mesh, axis)
+    rows = {v.shape[axis] for v in batch.values()}.pop()
     check_batch(rows * jax.process_count(), mesh)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import tqdm
 
 from tinymim_jax import metrics
@@ -75,15 +76,16 @@ class Progress:
         return batch
 
     def add(self, step: int, step_metrics: dict[str, Mean]) -> None:
-        """Takes step `step`'s metrics, still on the device."""
+        """Takes the metrics, still on the device, of step `step`, or stacked of the steps up to it."""
         self.pending.append((step, step_metrics))
         if len(self.pending) > STEPS_AHEAD:
             finished = jax.block_until_ready(self.pending[-1 - STEPS_AHEAD][1])
             self._note_first()
             if jax.process_count() > 1:
                 self._hear(finished)
-        self.images += self.batch_size
-        self.bar.update(self.batch_size)
+        images = self.batch_size * _count(step_metrics)
+        self.images += images
+        self.bar.update(images)
 
     def _note_first(self) -> None:
         if self.begin is not None:
@@ -91,8 +93,8 @@ class Progress:
 
     def _hear(self, values: dict[str, Mean]) -> None:
         """Learns whether any process had been asked to stop, or had failed, when it read this step's batch."""
-        self.has_heard = self.has_heard or bool(ASKED in values and values[ASKED].sum)
-        if FAILED in values and values[FAILED].sum:
+        self.has_heard = self.has_heard or bool(ASKED in values and np.any(values[ASKED].sum))
+        if FAILED in values and np.any(values[FAILED].sum):
             self.stop.raise_failure()
             raise InputError(f"stage {self.name}: another process has failed; its log says why")
 
@@ -111,7 +113,7 @@ class Progress:
         pending = jax.device_get(self.pending)
         if pending:
             self._note_first()
-        for step, values in pending:
+        for step, values in ((step, values) for last, stack in pending for step, values in _unstacked(last, stack)):
             self._hear(values)
             floats = {key: Mean(float(m.sum), float(m.count)) for key, m in values.items() if key not in TOLD}
             self.totals[BAD_IMAGES] += int(floats.pop(BAD_IMAGES, Mean(0, 1)).sum)
@@ -168,3 +170,16 @@ class Progress:
         """The unfinished averages, as JSON types."""
         window = {key: [m.sum, m.count] for key, m in self.window.items()}
         return {"window": window, "averages": self.averages, "totals": self.totals}
+
+
+def _count(stack: dict[str, Mean]) -> int:
+    """Of how many steps metrics are."""
+    return next(iter(stack.values())).sum.size
+
+
+def _unstacked(last: int, stack: dict[str, Mean]) -> Iterator[tuple[int, dict[str, Mean]]]:
+    """Each step of which `last` is the last, with its metrics."""
+    count = _count(stack)
+    flat = jax.tree.map(np.ravel, stack)
+    for i in range(count):
+        yield last - count + 1 + i, jax.tree.map(lambda x, i=i: x[i], flat)

@@ -104,10 +104,22 @@ def accumulate(
     return jax.tree.map(lambda g: g / summed["loss"].count, grads), aux.replace(metrics=summed, model_state=averaged)
 
 
-def jit_step(plan: Plan, mesh: jax.sharding.Mesh, shardings: TrainState) -> TrainStep:
-    """The train step for `jit`: the state is donated and nothing else is."""
+def in_turn(step: TrainStep) -> TrainStep:
+    """`step` on one after the other of batches stacked [K, B, ...]; the metrics come stacked [K]."""
+
+    def steps(state: TrainState, frozen: Frozen, batch: Batch, rng: jax.Array) -> tuple[TrainState, dict[str, Mean]]:
+        held = {name: batch[name] for name in batch if name == "held"}  # the same for all
+        rows = {name: batch[name] for name in batch if name != "held"}
+        return jax.lax.scan(lambda state, rows: step(state, frozen, {**held, **rows}, rng), state, rows)
+
+    return steps
+
+
+def jit_step(plan: Plan, mesh: jax.sharding.Mesh, shardings: TrainState, per_call: int = 1) -> TrainStep:
+    """The train step, compiled, or up to `per_call` of them `in_turn`: the state is donated and nothing else is."""
+    step = make_train_step(plan) if per_call == 1 else in_turn(make_train_step(plan))
     out = (shardings, mesh_lib.replicated(mesh))
-    return jax.jit(make_train_step(plan), donate_argnums=0, out_shardings=out)
+    return jax.jit(step, donate_argnums=0, out_shardings=out)
 
 
 def to_items(state: TrainState) -> dict[str, Any]:

@@ -101,7 +101,7 @@ class Runner:
     def batches(self, start: int, stop: StopRequest) -> Iterator[Batch]:
         """The batches of the steps after step `start`."""
         read = resident.train_batches if self.stage.data.resident else pipeline.train_batches
-        return read(self.rows, start, self.plan.total_steps, self.mesh, stop)
+        return read(self.rows, start, self.plan.total_steps, self.mesh, stop, self.stage.run.steps_per_call)
 
     def note_bad_step(self, step: int, what: str) -> str:
         """Writes the records of a step whose `what` is not finite into bad_steps.jsonl, once; says so."""
@@ -182,11 +182,12 @@ def run_stage(
         stack.enter_context(progress.bar)
         replicated = mesh_lib.replicated(mesh)
         rng = jax.jit(lambda: jax.random.fold_in(jax.random.key(run.seed), 1), out_shardings=replicated)()
-        train_step = jit_step(runner.plan, mesh, runner.shardings)
+        train_step = jit_step(runner.plan, mesh, runner.shardings, run.steps_per_call)
         online = stack.enter_context(runner.online(writer))
         runner.catch_up(online, state, log, writer)
 
-        for step in range(first + 1, total + 1):
+        for steps in pipeline.calls(first, total, run.steps_per_call):
+            step = steps.stop  # how many are done then
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 batch = progress.next_batch(batches)
                 with jax.transfer_guard("disallow"):

@@ -16,6 +16,8 @@ from tinymim_jax.config import (
     Knn,
     Logistic,
     Mae,
+    Optim,
+    Run,
     Stage,
     from_dict,
     sources,
@@ -66,10 +68,7 @@ def _check_stage(where: str, stage: Stage) -> None:
         heads = getattr(model, field)
         if heads is not None and (heads < 1 or model.width % heads):
             raise InputError(f"{where}.model: width {model.width} is not a multiple of {field} {heads}")
-    if (run.epochs is None) == (run.steps is None):
-        raise InputError(f"{where}.run: set exactly one of epochs and steps")
-    if run.batch_size < 1 or run.batch_size % optim.accum_steps:
-        raise InputError(f"{where}: batch_size {run.batch_size} is not a multiple of accum_steps {optim.accum_steps}")
+    _check_run(where, run, optim)
     for init in sources(stage):
         if (init.stage is None) == (init.path is None):
             which = "init" if init is stage.init else "task.teacher.init"
@@ -97,6 +96,18 @@ def _check_stage(where: str, stage: Stage) -> None:
         raise InputError(f"{where}.model: neck {model.neck} needs pool 'mean' and num_classes; set them, or neck=0")
     for name, cfg in stage.evals.items():
         _check_eval(f"{where}.evals.{name}", stage, cfg)
+
+
+def _check_run(where: str, run: Run, optim: Optim) -> None:
+    if (run.epochs is None) == (run.steps is None):
+        raise InputError(f"{where}.run: set exactly one of epochs and steps")
+    if run.batch_size < 1 or run.batch_size % optim.accum_steps:
+        raise InputError(f"{where}: batch_size {run.batch_size} is not a multiple of accum_steps {optim.accum_steps}")
+    for field in ("log_every", "checkpoint_every", "eval_every"):
+        if getattr(run, field) % run.steps_per_call:
+            raise InputError(
+                f"{where}.run: {field} {getattr(run, field)} is not a multiple of steps_per_call {run.steps_per_call}"
+            )
 
 
 def _patterns(init: Init) -> tuple[str, ...]:
@@ -146,6 +157,7 @@ def _check_ranges(where: str, stage: Stage) -> None:
         "run.steps": (run.steps, run.steps is None or run.steps >= 0, "at least 0"),
         "run.epochs": (run.epochs, run.epochs is None or run.epochs >= 0, "at least 0"),
         "run.seed": (run.seed, run.seed >= 0, "at least 0"),
+        "run.steps_per_call": (run.steps_per_call, run.steps_per_call >= 1, "at least 1"),
         "run.log_every": (run.log_every, run.log_every >= 1, "at least 1"),
         "run.checkpoint_every": (run.checkpoint_every, run.checkpoint_every >= 1, "at least 1"),
         "run.max_skipped": (run.max_skipped, run.max_skipped >= 0, "at least 0"),

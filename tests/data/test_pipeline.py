@@ -294,6 +294,22 @@ def test_a_wish_to_stop_travels_with_the_batches(mesh):
     )
 
 
+def test_steps_of_a_call_end_at_its_multiples():
+    assert list(pipeline.calls(0, 5, 1)) == [range(i, i + 1) for i in range(5)]
+    assert list(pipeline.calls(3, 9, 4)) == [range(3, 4), range(4, 8), range(8, 9)]
+    assert list(pipeline.calls(5, 5, 4)) == []
+
+
+def test_batches_of_a_call_are_stacked(mesh):
+    rows = pipeline.train_rows(Data("digits", image_size=6), Numbered(64), 8, 0)
+    one = list(pipeline.train_batches(rows, 1, 6, mesh))
+    stacks = list(pipeline.train_batches(rows, 1, 6, mesh, per_call=2))
+    assert [len(stack["index"]) for stack in stacks] == [1, 2, 2]
+    for name in one[0]:
+        expected = np.stack([batch[name] for batch in one])
+        np.testing.assert_array_equal(np.concatenate([stack[name] for stack in stacks]), expected)
+
+
 KILLED = """
 import multiprocessing, os, signal
 from tinymim_jax.config import Data

@@ -115,6 +115,13 @@ def test_a_wish_to_stop_travels_with_the_batch(mesh):
     assert (np.asarray(batches(DIGITS, 0, 1, mesh, request=request)[0]["stop"]) == FAILED).all()
 
 
+def test_steps_of_a_call_are_stacked(mesh):
+    one = list(resident.train_batches(rows_of(DIGITS), 1, 4, mesh))
+    first, second = resident.train_batches(rows_of(DIGITS), 1, 4, mesh, per_call=2)
+    stacks = np.concatenate([first["numbers"], second["numbers"]])
+    np.testing.assert_array_equal(stacks, np.stack([batch["numbers"] for batch in one]))
+
+
 @pytest.fixture
 def tree(tmp_path):
     (tmp_path / "train" / "a").mkdir(parents=True)

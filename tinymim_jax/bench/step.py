@@ -15,6 +15,7 @@ from tinymim_jax import chain
 from tinymim_jax import mesh as mesh_lib
 from tinymim_jax.bench import versus
 from tinymim_jax.config import Config, InputError, Stage
+from tinymim_jax.data.pipeline import stacked
 from tinymim_jax.plan import Plan, example_batch, make_plan
 from tinymim_jax.step import create_state, jit_step
 
@@ -37,7 +38,7 @@ def step(cfg: Config, name: str, rounds: int, vs: str | None = None) -> dict[str
     steps, peaks = [], []
     theirs: dict[str, list[float]] = {variant: [] for variant in others}
     for _ in range(rounds + 1):  # the first round warms up
-        arguments, seconds = timed_step(compiled, arguments)
+        arguments, seconds = timed_step(compiled, arguments, stage.run.steps_per_call)
         steps.append(seconds)
         peaks.append(peak())
         line = f"{seconds:.3f} s a step, {peaks[-1] / 1e9:.0f} matmul GFLOP/s"
@@ -57,6 +58,7 @@ def step(cfg: Config, name: str, rounds: int, vs: str | None = None) -> dict[str
         "jax": jax.__version__,
         "dtype": stage.model.dtype,
         "batch_size": stage.run.batch_size,
+        "steps_per_call": stage.run.steps_per_call,
         "images_per_s": stage.run.batch_size / seconds,
         "step_s": seconds,
         "model_flops": model_flops,
@@ -88,12 +90,12 @@ def augment(cfg: Config, name: str, rounds: int) -> dict[str, Any]:
     if cfg.stages[name].task.kind != "classify":
         raise InputError(f"--stage={name} does not mix or erase images; choose a stage whose task is classify")
     stage, plan, mesh = prepared(cfg, name)
-    full = compile_step(plan, mesh)
+    full, per_call = compile_step(plan, mesh), stage.run.steps_per_call
     stage.task.mixup = stage.task.cutmix = stage.task.erasing = 0.0
     plain = compile_step(prepared(cfg, name)[1], mesh)
     seconds: list[tuple[float, float]] = []
     for _ in range(rounds + 1):  # the first round warms up
-        (arguments, with_), (plain_arguments, without) = timed_step(*full), timed_step(*plain)
+        (arguments, with_), (plain_arguments, without) = (timed_step(*one, per_call) for one in (full, plain))
         full, plain = (full[0], arguments), (plain[0], plain_arguments)
         seconds.append((with_, without))
         print(f"{with_:.4f} s a step, {without:.4f} s without", file=sys.stderr)
@@ -122,7 +124,8 @@ def compile_step(plan: Plan, mesh: jax.sharding.Mesh) -> tuple[Any, tuple]:
     mesh_lib.check_batch(stage.run.batch_size // stage.optim.accum_steps, mesh)
     batch = example_batch(stage, stage.run.batch_size)
     batch["image"] = np.random.default_rng(0).integers(0, 256, batch["image"].shape, np.uint8)
-    batch = mesh_lib.put_batch(batch, mesh)
+    per_call = stage.run.steps_per_call
+    batch = mesh_lib.put_batch(stacked([batch] * per_call, per_call), mesh, axis=int(per_call > 1))
     key = jax.random.key(0)
     state_shapes = jax.eval_shape(lambda: create_state(plan, key))
     shardings = mesh_lib.state_sharding(mesh, (state_shapes, plan.frozen))
@@ -130,14 +133,14 @@ def compile_step(plan: Plan, mesh: jax.sharding.Mesh) -> tuple[Any, tuple]:
         lambda: (create_state(plan, key), plan.task.init(key, example_batch(stage))[1]), out_shardings=shardings
     )()
     arguments = (state, frozen, batch, jax.device_put(key, mesh_lib.replicated(mesh)))
-    return jit_step(plan, mesh, shardings[0]).lower(*arguments).compile(), arguments
+    return jit_step(plan, mesh, shardings[0], per_call).lower(*arguments).compile(), arguments
 
 
-def timed_step(compiled: Any, arguments: tuple) -> tuple[tuple, float]:
-    """One call: the arguments of the next, and seconds."""
+def timed_step(compiled: Any, arguments: tuple, per_call: int = 1) -> tuple[tuple, float]:
+    """One call: the arguments of the next, and seconds of each of its steps."""
     begin = time.perf_counter()
     state, metrics = jax.block_until_ready(compiled(*arguments))
-    seconds = time.perf_counter() - begin
+    seconds = (time.perf_counter() - begin) / per_call
     del metrics
     return (state, *arguments[1:]), seconds
 

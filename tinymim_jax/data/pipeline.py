@@ -33,16 +33,37 @@ log = logging.getLogger(__name__)
 
 
 def train_batches(
-    rows: "TrainRows", start: int, stop: int, mesh: jax.sharding.Mesh, request: StopRequest | None = None
+    rows: "TrainRows",
+    start: int,
+    stop: int,
+    mesh: jax.sharding.Mesh,
+    request: StopRequest | None = None,
+    per_call: int = 1,
 ) -> Iterator[dict[str, jax.Array]]:
     """The batches of steps start to stop - 1, each epoch in its own order, its last incomplete batch dropped.
 
     A batch is image uint8 [B, S, S, 3], label int32 [B], is_valid bool [B] (False: could not be read), index
     int32 [B] (the record's number in the source) and stop uint8 [B] (the wish of the process that read the row, so that
     all learn of it at the same step). Raises InputError, also while iterating; of several processes, one that cannot
-    read notes that in its `request` and goes on with empty rows.
+    read notes that in its `request` and goes on with empty rows. With `per_call` above 1, those of each of `calls`
+    come stacked, [K, B, ...].
     """
-    return _batches(rows, start, stop, mesh, request or StopRequest())
+    return _batches(rows, start, stop, mesh, request or StopRequest(), per_call)
+
+
+def calls(start: int, stop: int, per_call: int) -> Iterator[range]:
+    """Steps start to stop - 1 as they are dispatched: up to `per_call` together, the last before a multiple of it."""
+    while start < stop:
+        end = min(stop, start - start % per_call + per_call)
+        yield range(start, end)
+        start = end
+
+
+def stacked(batches: list[dict[str, np.ndarray]], per_call: int) -> dict[str, np.ndarray]:
+    """What one dispatch of up to `per_call` steps is given."""
+    if per_call == 1:
+        return batches[0]
+    return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
 
 
 def train_rows(data: Data, source: Source, batch_size: int, seed: int) -> "TrainRows":
@@ -172,17 +193,22 @@ def image_rng(seed: int, epoch: int, index: int, repeat: int = 0) -> np.random.G
 
 
 def _batches(
-    rows: EvalRows, start: int, stop: int, mesh: jax.sharding.Mesh, request: StopRequest | None = None
+    rows: EvalRows,
+    start: int,
+    stop: int,
+    mesh: jax.sharding.Mesh,
+    request: StopRequest | None = None,
+    per_call: int = 1,
 ) -> Iterator[dict[str, jax.Array]]:
     """Checks here, at the call; reads in the generator, at the first batch."""
     mesh_lib.check_batch(rows.batch_size, mesh)
     if rows.batch_size % rows.num_processes:
         raise InputError(f"batch_size {rows.batch_size} is not a multiple of the {rows.num_processes} processes")
-    return _to_devices(rows, start, stop, mesh, request)
+    return _to_devices(rows, start, stop, mesh, request, per_call)
 
 
 def _to_devices(
-    rows: EvalRows, start: int, stop: int, mesh: jax.sharding.Mesh, request: StopRequest | None
+    rows: EvalRows, start: int, stop: int, mesh: jax.sharding.Mesh, request: StopRequest | None, per_call: int
 ) -> Iterator[dict[str, jax.Array]]:
     if start >= stop:
         return
@@ -190,10 +216,11 @@ def _to_devices(
     host = _in_step(rows, start, stop, request or own)
     ready: collections.deque[dict[str, jax.Array]] = collections.deque()
     try:
-        for batch in itertools.islice(host, stop - start):
+        for steps in calls(start, stop, per_call):
+            batch = stacked(list(itertools.islice(host, len(steps))), per_call)
             if request is not None:
-                batch = {**batch, "stop": np.full(len(batch["index"]), request.wish(), np.uint8)}
-            ready.append(_checked(mesh_lib.put_batch(batch, mesh), rows))
+                batch = {**batch, "stop": np.full(batch["index"].shape, request.wish(), np.uint8)}
+            ready.append(_checked(mesh_lib.put_batch(batch, mesh, axis=int(per_call > 1)), rows))
             if len(ready) == DEVICE_BATCHES:
                 yield ready.popleft()
         yield from ready
@@ -245,7 +272,7 @@ def _host_dataset(rows: EvalRows, start: int, stop: int) -> grain.IterDataset:
 
 def _checked(batch: dict[str, jax.Array], rows: EvalRows) -> dict[str, jax.Array]:
     size = rows.data.image_size
-    chex.assert_shape(batch["image"], (rows.batch_size, size, size, 3))
-    chex.assert_shape([batch[k] for k in ("label", "is_valid", "index")], (rows.batch_size,))
+    chex.assert_shape(batch["image"], (..., rows.batch_size, size, size, 3))
+    chex.assert_shape([batch[k] for k in ("label", "is_valid", "index")], batch["image"].shape[:-3])
     chex.assert_type([batch[k] for k in ("image", "label", "is_valid", "index")], [np.uint8, np.int32, bool, np.int32])
     return batch

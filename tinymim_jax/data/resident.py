@@ -15,7 +15,7 @@ from tinymim_jax.config import Data, InputError
 from tinymim_jax.data import sources
 from tinymim_jax.data.augment import CROP_ATTEMPTS
 from tinymim_jax.data.decode import decode
-from tinymim_jax.data.pipeline import TrainRows
+from tinymim_jax.data.pipeline import TrainRows, calls, stacked
 from tinymim_jax.data.sources import IDENTITY, Source
 from tinymim_jax.stop import StopRequest
 
@@ -25,9 +25,14 @@ Batch = dict[str, Any]
 
 
 def train_batches(
-    rows: TrainRows, start: int, stop: int, mesh: jax.sharding.Mesh, request: StopRequest | None = None
+    rows: TrainRows,
+    start: int,
+    stop: int,
+    mesh: jax.sharding.Mesh,
+    request: StopRequest | None = None,
+    per_call: int = 1,
 ) -> Iterator[Batch]:
-    """What `make_batch` makes the batches of steps start to stop - 1 from, inside the train step.
+    """What `make_batch` makes the batches of steps start to stop - 1 from, inside the train step; stacked likewise.
 
     Its draws are its own, likewise a function of (seed, epoch, index, repeat). Raises InputError, here, if images
     differ in size, take too much memory, or cannot be read.
@@ -37,18 +42,23 @@ def train_batches(
     key = np.asarray(jax.random.key_data(jax.random.key(rows.seed)))
     held = {**_read(identity, rows.data.on_bad_image), "key": key}
     held = {name: mesh_lib.put_tree(array, mesh_lib.replicated(mesh)) for name, array in held.items()}
-    return _batches(rows, range(start, stop), mesh, request or StopRequest(), held)
+    return _batches(rows, calls(start, stop, per_call), mesh, request or StopRequest(), per_call, held)
 
 
 def _batches(
-    rows: TrainRows, steps: range, mesh: jax.sharding.Mesh, request: StopRequest, held: Batch
+    rows: TrainRows, each: Iterator[range], mesh: jax.sharding.Mesh, request: StopRequest, per_call: int, held: Batch
 ) -> Iterator[Batch]:
     per_process = rows.batch_size // rows.num_processes
     own = slice(rows.process * per_process, (rows.process + 1) * per_process)
-    for step in steps:
+
+    def numbers(step: int) -> dict[str, np.ndarray]:
         epoch, index, repeat = rows.numbers(step)
-        numbers = np.stack([np.full_like(index, epoch), index, repeat, np.full_like(index, request.wish())], axis=1)
-        yield {"held": held, **mesh_lib.put_batch({"numbers": numbers[own].astype(np.int32)}, mesh)}
+        columns = [np.full_like(index, epoch), index, repeat, np.full_like(index, request.wish())]
+        return {"numbers": np.stack(columns, axis=1)[own].astype(np.int32)}
+
+    for steps in each:
+        batch = stacked([numbers(step) for step in steps], per_call)
+        yield {"held": held, **mesh_lib.put_batch(batch, mesh, axis=int(per_call > 1))}
 
 
 @functools.lru_cache(maxsize=2)  # stages of a chain share their data
