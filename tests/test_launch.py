@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.processes import ROOT, environment
-from tinymim_jax.distributed import Cluster, find
+from tinymim_jax.cluster import Cluster, find
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch", ROOT / ".ci" / "run"]

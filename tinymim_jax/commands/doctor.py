@@ -8,6 +8,7 @@ from tinymim_jax import storage
 from tinymim_jax.commands.flags import CLUSTER_USAGE, define_cluster, new_flags, parse, parse_flags, start_cluster
 from tinymim_jax.commands.run import check_workdir
 from tinymim_jax.config import InputError, to_dict
+from tinymim_jax.stop import StopRequest
 
 USAGE = """python -m tinymim_jax doctor [--config=FILE[:options]] [--workdir=DIR]
 
@@ -31,7 +32,9 @@ def main(argv: list[str]) -> None:
             raise InputError(f"unexpected argument {rest[0]!r}; see --help")
     workdir = storage.path(values.workdir or (f"runs/{cfg.name}" if cfg else "runs"))
     check_workdir(workdir)
-    start_cluster(values, config=to_dict(cfg))
+    with StopRequest() as stop:
+        start_cluster(values, stop, config=to_dict(cfg))
+    stop.check("stopped before anything was looked at")
 
     from tinymim_jax import doctor
 
