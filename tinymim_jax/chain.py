@@ -65,7 +65,13 @@ def run_chain(cfg: Config, workdir: Path, only: str | None = None, stop: StopReq
 def check_workdir(cfg: Config, workdir: Path) -> None:
     """Makes the folder and notes whose it is; raises InputError if that is another experiment's, or it is read-only."""
     file = workdir / "chain.json"
-    owner = json.loads(file.read_text())["name"] if file.is_file() else cfg.name
+    try:
+        owner = json.loads(file.read_text())["name"] if file.is_file() else cfg.name
+    except (ValueError, KeyError, TypeError):
+        raise InputError(
+            f"{file} is damaged: it does not say whose folder this is; delete it if that is {cfg.name!r}, or choose"
+            " another --workdir"
+        ) from None
     if owner != cfg.name:
         raise InputError(
             f"{workdir} belongs to the experiment {owner!r}, and this is {cfg.name!r}; choose another --workdir"
