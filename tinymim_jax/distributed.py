@@ -17,6 +17,7 @@ from tinymim_jax.stop import StopRequest
 
 VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "simplejpeg")
 MAX_ERROR = 2000  # bytes
+MAX_TEXT = 16384  # bytes
 
 
 def start(cluster: Cluster | None, timeout: float, stop: StopRequest | None = None, **facts: Any) -> None:
@@ -46,6 +47,19 @@ def start(cluster: Cluster | None, timeout: float, stop: StopRequest | None = No
     )
     if jax.process_index():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def gather(text: str) -> list[str]:
+    """The `text` of each process, of at most MAX_TEXT bytes, in their order; all must call it at the same point."""
+    import jax
+
+    if jax.process_count() == 1:
+        return [text]
+    from jax.experimental import multihost_utils
+
+    padded = np.frombuffer(text.encode()[:MAX_TEXT].ljust(MAX_TEXT, b"\0"), np.uint8)
+    rows = multihost_utils.process_allgather(padded)
+    return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows]
 
 
 def own_facts(**more: Any) -> dict[str, Any]:

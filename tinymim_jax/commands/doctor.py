@@ -13,7 +13,8 @@ from tinymim_jax.stop import StopRequest
 USAGE = """python -m tinymim_jax doctor [--config=FILE[:options]] [--workdir=DIR]
 
   looks at versions, devices, processes, free disk and, with a config, at its mesh and data; started in every process of
-  a cluster, as `run` would be, it also finds missing processes and hosts that differ in code, packages or config
+  a cluster, as `run` would be, it also finds missing processes, hosts that differ in code, packages or config, and what
+  only some of them lack
 
   --workdir=DIR                     where results would go (default: runs/ and the config's name)
 """ + CLUSTER_USAGE.lstrip("\n")
@@ -36,8 +37,11 @@ def main(argv: list[str]) -> None:
         start_cluster(values, stop, config=to_dict(cfg))
     stop.check("stopped before anything was looked at")
 
+    import jax
+
     from tinymim_jax import doctor
 
     bad = doctor.report(cfg, workdir, os.environ)
     if bad:
-        raise InputError(f"{bad} of these need mending")
+        where = " (process 0 says which)" if jax.process_index() else ""
+        raise InputError(f"{bad} of these need mending{where}")
