@@ -23,6 +23,10 @@ def test_a_signal_during_an_agreement_is_not_lost(monkeypatch):
         distributed.check_stop(stop, "here")
 
 
+def test_one_process_gathers_its_own():
+    assert distributed.gather("a b") == ["a b"]
+
+
 def test_own_facts_are_versions_code_and_what_is_given():
     facts = distributed.own_facts(config={"a": 1})
     assert facts["jax"] == jax.__version__ and len(facts["code"]) == 12 and facts["config"] == {"a": 1}

@@ -4,6 +4,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -61,15 +62,13 @@ def test_traps_of_several_processes(monkeypatch):
     monkeypatch.setattr(jax, "local_device_count", lambda: 8)
     assert "one process for each GPU" in fixes(doctor.processes({"SLURM_NTASKS_PER_NODE": "8"}))[0]
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(jax, "device_count", lambda: 12)
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(process_index=i // 8) for i in range(12)])
     found = fixes(doctor.processes({"https_proxy": "x"}))
     assert found == ["processes have different numbers of devices: give each the same",
                      "https_proxy is set: unset it if processes hang at the start"]  # fmt: skip
 
 
 def test_too_little_room(cfg, tmp_path, monkeypatch):
-    import types
-
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
     assert "make room, or choose another --workdir" in doctor.disk(cfg, tmp_path / "not" / "there").fix
     assert not doctor.disk(None, tmp_path).fix

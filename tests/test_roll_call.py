@@ -117,6 +117,15 @@ def test_numbers_of_processes_that_differ(counts, monkeypatch):
     assert all(str(error).startswith(f"process {odd} ({socket.gethostname()}) {what}") for error in errors)
 
 
+def test_one_of_an_older_version():
+    port = free_port()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        first = pool.submit(at_once, [Cluster(f"127.0.0.1:{port}", 2, 0)], [{"code": "new"}])
+        with connected(port) as connection:
+            connection.sendall(b'{"process": 1, "host": "h1", "facts": {"code": "old"}}\n')
+            assert "process 1 (h1) differs from process 0 in num_processes: 2 -> null" in str(first.result(10)[0])
+
+
 def test_two_with_one_number(monkeypatch):
     monkeypatch.setattr(module, "GRACE", 1.0)
     address, host = f"127.0.0.1:{free_port()}", socket.gethostname()

@@ -101,7 +101,7 @@ def processes(env: Mapping[str, str]) -> Iterator[Finding]:
             f"{per_host} processes on this host, each with {jax.local_device_count()} GPUs",
             "one process for each GPU (--gpus-per-task=1), or one for each host",
         )
-    if count > 1 and jax.local_device_count() * count != jax.device_count():
+    if not _is_even():
         yield Finding("processes have different numbers of devices", "give each the same")
     proxies = [name for name in env if name.lower() in ("http_proxy", "https_proxy", "grpc_proxy")]
     if count > 1 and proxies:

@@ -78,8 +78,7 @@ class _Line:
             for message in map(json.loads, messages):
                 self.is_stopped |= bool(message.get("is_stopped"))
                 if self.who is None:
-                    message["facts"]["num_processes"] + message["process"]  # of one of ours, both are numbers
-                    self.who = message
+                    self.who = {**message, "process": int(message["process"]), "facts": dict(message["facts"])}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return False
         return bool(chunk) and len(self.buffer) <= MAX_MESSAGE
@@ -107,7 +106,7 @@ class _Roll:
     def is_complete(self) -> bool:
         """Whether all are there, by any one's count: all shall be told if these differ."""
         present = self.present()
-        count = max(who["facts"]["num_processes"] for who in present)
+        count = max(who["facts"].get("num_processes", 0) for who in present)  # an older version says none
         return {who["process"] for who in present} >= set(range(count))
 
     def trouble(self) -> str:
@@ -150,6 +149,7 @@ def _call_roll(port: int, own: dict[str, Any], timeout: float, stop: StopRequest
     """Process 0: hears all others and tells each the verdict."""
     roll, end, trouble = _Roll(own, stop), time.monotonic() + timeout, ""
     with _listen(port) as server, selectors.DefaultSelector() as selector, contextlib.closing(roll):
+        server.settimeout(TICK)  # who knocked may be gone
         selector.register(server, selectors.EVENT_READ)
         while not roll.stopped() and not roll.is_complete() and (left := end - time.monotonic()) > 0:
             for key, _ in selector.select(min(left, TICK)):
@@ -178,7 +178,7 @@ def _listen(port: int) -> socket.socket:
 def _attend(roll: _Roll, selector: selectors.BaseSelector, server: socket.socket, line: _Line | None) -> None:
     """Lets somebody in, if `line` is None, or hears what a line says."""
     if line is None:
-        with contextlib.suppress(OSError):  # gone already
+        with contextlib.suppress(OSError):
             connection, _ = server.accept()
             connection.settimeout(LAST_WORD)
             roll.lines.append(_Line(connection))
