@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tinymim_jax import chain as chain_lib
-from tinymim_jax import handoff
+from tinymim_jax import checkpoint, handoff, lock, progress
 from tinymim_jax.config import Compare, InputError
 from tinymim_jax.validate import check
 
@@ -139,6 +139,23 @@ def test_classes_must_have_the_same_names(chain, tmp_path):
         InputError, match=r"stage mae: data: .*tree/train and .*tree/test differ in their classes \(b\)"
     ):
         chain_lib.run_chain(chain, tmp_path / "work")
+
+
+def test_a_run_that_has_lost_its_workdir_writes_no_checkpoint(chain, tmp_path, monkeypatch):
+    """Suspended for so long that another run has taken over, which the beat has not seen yet."""
+    add = progress.Progress.add
+
+    def suspended(self, step, metrics):
+        add(self, step, metrics)
+        if step == 3:
+            owner = {"host": "elsewhere", "pid": 7, "born": "0", "token": "t"}
+            (tmp_path / lock.FILE).write_text(json.dumps(owner))
+            monkeypatch.setattr(lock, "clock", lambda: float("inf"))
+
+    monkeypatch.setattr(progress.Progress, "add", suspended)
+    with pytest.raises(InputError, match=r"another run \(process 7 on elsewhere\) has taken over .*; this one stops"):
+        chain_lib.run_chain(check(chain), tmp_path, "mae")
+    assert checkpoint.steps(tmp_path / "mae") == [2] and (tmp_path / lock.FILE).exists()
 
 
 def test_ctrl_c_before_the_first_stage(chain, tmp_path, monkeypatch):

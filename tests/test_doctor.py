@@ -1,8 +1,18 @@
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import types
+
 import jax
+import numpy as np
 import pytest
 from etils.epath import Path
+from PIL import Image
 
 from tests.conftest import tiny_mae
+from tests.processes import environment, finish, free_port
 from tinymim_jax import doctor
 from tinymim_jax.config import Config, Mesh
 
@@ -51,16 +61,13 @@ def test_traps_of_several_processes(monkeypatch):
     monkeypatch.setattr(jax, "local_device_count", lambda: 8)
     assert "one process for each GPU" in fixes(doctor.processes({"SLURM_NTASKS_PER_NODE": "8"}))[0]
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(jax, "device_count", lambda: 12)
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(process_index=i // 8) for i in range(12)])
     found = fixes(doctor.processes({"https_proxy": "x"}))
     assert found == ["processes have different numbers of devices: give each the same",
                      "https_proxy is set: unset it if processes hang at the start"]  # fmt: skip
 
 
 def test_too_little_room(cfg, tmp_path, monkeypatch):
-    import shutil
-    import types
-
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
     assert "make room, or choose another --workdir" in doctor.disk(cfg, tmp_path / "not" / "there").fix
     assert not doctor.disk(None, tmp_path).fix
@@ -72,3 +79,71 @@ def test_a_grid_and_data_that_do_not_fit(cfg, tmp_path):
     cfg.stages["mae"].data.source, cfg.stages["mae"].data.path = "folder", str(tmp_path / "gone")
     found = fixes(doctor.data(cfg))
     assert len(found) == 1 and "gone/train: no such folder" in found[0]
+
+
+def test_what_a_run_would_stumble_over_is_said_once(cfg, tmp_path):
+    cfg.stages["mae"].run.batch_size = 400
+    (found,) = fixes(doctor.examine(cfg, tmp_path, {}))
+    assert found.startswith("the stages of tiny: stage mae: batch_size 400 is more than the 40 images")
+    cfg.stages["mae"].data.source, cfg.stages["mae"].data.path = "folder", str(tmp_path / "gone")
+    (found,) = fixes(doctor.examine(cfg, tmp_path, {}))
+    assert found.startswith("folder ") and "gone/train: no such folder" in found
+
+
+CONFIG = """
+import dataclasses
+from tests.conftest import tiny_mae
+from tinymim_jax.config import Config
+
+def get_config(arg=""):
+    stage = tiny_mae()
+    stage.evals = {}
+    stage.data = dataclasses.replace(stage.data, source="folder", path="images", per_class=None)
+    stage.run.batch_size = 3
+    return Config("tiny", {"mae": stage})
+"""
+
+
+def consult(homes, tmp_path, **env):
+    """(exit status, stdout, stderr) of `doctor` in a process for each of the folders."""
+    (tmp_path / "config.py").write_text(CONFIG)
+    flags = [f"--config={tmp_path}/config.py", f"--workdir={tmp_path}/work", f"--num_processes={len(homes)}"]
+    argv = [sys.executable, "-m", "tinymim_jax", "doctor", *flags, f"--coordinator=127.0.0.1:{free_port()}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    variables = {**environment(), **env}
+    return finish([subprocess.Popen([*argv, f"--process_id={i}"], cwd=home, env=variables, **pipes)
+                   for i, home in enumerate(homes)], 200)  # fmt: skip
+
+
+def test_the_first_process_tells_what_the_others_must_mend(tmp_path):
+    """Three processes on their own disks, of which two lack the data."""
+    homes = [tmp_path / name for name in ("whole", "bare", "bare_too")]
+    for home in homes:
+        home.mkdir()
+    (homes[0] / "images" / "train" / "cat").mkdir(parents=True)
+    for i in range(4):
+        picture = np.full((16, 16, 3), 60 * i, np.uint8)
+        Image.fromarray(picture).save(homes[0] / "images" / "train" / "cat" / f"{i}.png")
+    ended = consult(homes, tmp_path)
+    assert [status for status, _, _ in ended] == [2, 2, 2], ended
+    out = ended[0][1].splitlines()
+    assert any(line.startswith("ok   folder images, split train: 4 images") for line in out)
+    (line,) = [line for line in out if "FIX" in line]
+    assert line.startswith(
+        f"processes 1, 2 ({socket.gethostname()}): FIX  folder images, split train: images/train: no"
+    )
+    assert ended[0][2].splitlines()[-1] == "error: 1 of these need mending"
+    for _, out, err in ended[1:]:
+        assert "ok  " not in out and err.splitlines()[-1] == "error: 1 of these need mending (process 0 says which)"
+
+    for home in homes[1:]:
+        shutil.copytree(homes[0] / "images", home / "images")
+    ended = consult(homes, tmp_path)
+    assert [status for status, _, _ in ended] == [0, 0, 0] and "FIX" not in ended[0][1], ended
+
+
+def test_findings_of_several_processes_are_grouped():
+    findings = [doctor.Finding(f"thing {i}", "mend it") for i in range(2)]
+    grouped = doctor._grouped([doctor._told(findings), doctor._told(findings[:1])])
+    assert list(grouped[findings[0]]) == [0, 1] and list(grouped[findings[1]]) == [0]
+    assert re.fullmatch(r"processes 0, 1, 2, 3, 4, 5, 6, 7 \.\.\. \(h\)", doctor._named(dict.fromkeys(range(9), "h")))

@@ -9,9 +9,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "tinymim_jax"
 LAYERS = [
     ["serial", "stop"],
-    ["storage"],
-    ["agree", "config", "distributed", "lock"],
-    ["validate", "mesh", "metrics", "writer"],
+    ["storage", "cluster"],
+    ["agree", "config", "roll_call", "lock"],
+    ["validate", "mesh", "metrics", "writer", "distributed"],
     ["optim", "checkpoint", "recipes", "progress", "models", "objectives", "data"],
     ["handoff", "tasks"],
     ["plan", "evals", "bridge"],

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.processes import ROOT, environment
-from tinymim_jax.distributed import Cluster, find
+from tinymim_jax.__main__ import BAD
+from tinymim_jax.cluster import Cluster, find
+from tinymim_jax.stop import INTERRUPTED, RUN_AGAIN
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch", ROOT / ".ci" / "run"]
@@ -29,22 +31,115 @@ def test_shellcheck(script):
     assert run.returncode == 0, run.stdout
 
 
-def test_kubernetes():
-    """JobSet is no part of Kubernetes' own schemas; the job in it is."""
-    kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="pip install -e '.[test]'")
+@pytest.fixture
+def jobset():
+    """launch/k8s/jobset.yaml."""
     yaml = pytest.importorskip("yaml")
-    jobset = yaml.safe_load((LAUNCH / "k8s" / "jobset.yaml").read_text())
+    return yaml.safe_load((LAUNCH / "k8s" / "jobset.yaml").read_text())
+
+
+def validate_job(spec):
+    """Raises if Kubernetes would not take the job."""
+    kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="pip install -e '.[test]'")
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, "spec": spec}
+    kubernetes_validate.validate(job, kubernetes_validate.latest_version(), strict=True)
+
+
+def test_kubernetes(jobset):
+    """JobSet is no part of Kubernetes' own schemas; the job in it is."""
     assert jobset["apiVersion"] == "jobset.x-k8s.io/v1alpha2"
     (workers,) = jobset["spec"]["replicatedJobs"]
-    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, "spec": workers["template"]["spec"]}
-    kubernetes_validate.validate(job, kubernetes_validate.latest_version(), strict=True)
-    spec = job["spec"]
+    spec = workers["template"]["spec"]
+    validate_job(spec)
     (container,) = spec["template"]["spec"]["containers"]
     env = {e["name"]: e["value"] for e in container["env"]}
     name = f"{jobset['metadata']['name']}-{workers['name']}-0-0.{jobset['metadata']['name']}"
     assert find({**env, "JOB_COMPLETION_INDEX": "1"}) == Cluster(f"{name}:8476", spec["completions"], 1)
     config = container["args"][0].removeprefix("--config=").split(":")[0]
     assert (ROOT / config).is_file() and container["command"] == ["python", "-m", "tinymim_jax", "run"]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"rule": []},
+        {"rules": {"action": "FailJob"}},
+        {"rules": [{"onExitCodes": {"operator": "In", "values": [2]}}]},
+        {"rules": [{"action": "FailJob", "onExitCodes": {"values": [2]}}]},
+        {"rules": [{"action": "FailJob", "onExitCodes": {"operator": "In", "values": ["2"]}}]},
+        {"rules": [{"action": "FailJob", "onExitCode": {"operator": "In", "values": [2]}}]},
+        {"rules": [{"action": "Count", "onPodConditions": [{"status": "True"}]}]},
+        {"rules": [{"action": "Count", "onPodConditions": [{"type": "DisruptionTarget", "status": True}]}]},
+    ],
+)
+def test_a_broken_pod_failure_policy_does_not_pass(broken, jobset):
+    from kubernetes_validate import ValidationError
+
+    (workers,) = jobset["spec"]["replicatedJobs"]
+    with pytest.raises(ValidationError):
+        validate_job({**workers["template"]["spec"], "podFailurePolicy": broken})
+
+
+def pod_action(spec, status, is_disrupted):
+    """What Kubernetes does about a failed pod: what its schema leaves open is asserted."""
+    containers = [container["name"] for container in spec["template"]["spec"]["containers"]]
+    assert spec["template"]["spec"]["restartPolicy"] == "Never"  # else there can be no such policy
+    for rule in spec["podFailurePolicy"]["rules"]:
+        assert rule["action"] in ("Count", "FailIndex", "FailJob", "Ignore")
+        assert ("onExitCodes" in rule) != ("onPodConditions" in rule)
+        if codes := rule.get("onExitCodes"):
+            assert codes["operator"] in ("In", "NotIn") and codes["containerName"] in containers
+            assert sorted(set(codes["values"])) == codes["values"] and not (
+                codes["operator"] == "In" and 0 in codes["values"]
+            )
+            fits = (status in codes["values"]) == (codes["operator"] == "In")
+        else:
+            fits = is_disrupted and {"type": "DisruptionTarget", "status": "True"} in rule["onPodConditions"]
+        if fits:
+            return rule["action"]
+    return "Count"
+
+
+def set_action(policy, reason):
+    """What JobSet does about a failed job; its fields as v1alpha2 has them."""
+    assert set(policy) <= {"maxRestarts", "restartStrategy", "rules"}
+    for rule in policy["rules"]:
+        assert set(rule) <= {
+            "name",
+            "action",
+            "onJobFailureReasons",
+            "onJobFailureMessagePatterns",
+            "targetReplicatedJobs",
+        }
+        assert re.fullmatch(r"[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", rule["name"])
+        assert rule["action"] in ("FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts")
+        reasons = rule["onJobFailureReasons"]
+        assert set(reasons) <= {"BackoffLimitExceeded", "DeadlineExceeded", "FailedIndexes", "MaxFailedIndexesExceeded",
+                                "PodFailurePolicy"}  # fmt: skip
+        if reason in reasons:
+            return rule["action"]
+    return "RestartJobSet"
+
+
+@pytest.mark.parametrize(
+    ("status", "is_disrupted", "action"),
+    [
+        (BAD, False, "FailJobSet"),
+        (BAD, True, "RestartJobSet"),
+        (RUN_AGAIN, False, "RestartJobSet"),
+        (RUN_AGAIN, True, "RestartJobSet"),
+        (137, True, "RestartJobSet"),
+        (1, False, "RestartJobSet"),
+        (INTERRUPTED, False, "RestartJobSet"),
+    ],
+)
+def test_kubernetes_starts_again_what_a_new_start_can_mend(status, is_disrupted, action, jobset):
+    (workers,) = jobset["spec"]["replicatedJobs"]
+    spec = workers["template"]["spec"]
+    assert spec["backoffLimit"] == 0  # a pod that counts fails the job: all must start again
+    reasons = {"FailJob": "PodFailurePolicy", "Count": "BackoffLimitExceeded"}
+    reason = reasons[pod_action(spec, status, is_disrupted)]
+    assert set_action(jobset["spec"]["failurePolicy"], reason) == action
 
 
 FAKE_SRUN = """#!/usr/bin/env bash

@@ -1,7 +1,10 @@
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -13,7 +16,7 @@ from tinymim_jax.lock import Lock
 
 def held(folder, **changes):
     """A lock as another run would have left it."""
-    own = {"host": "elsewhere", "pid": 1, "born": "0", "token": "t"}
+    own = {"host": "elsewhere", "pid": 1, "born": "0", "place": "p", "token": "t"}
     (folder / lock.FILE).write_text(json.dumps({**own, **changes}))
 
 
@@ -41,9 +44,7 @@ def test_a_killed_run_of_this_host_leaves_no_obstacle(tmp_path, capsys):
 
 
 def test_a_number_that_another_process_has_now_is_no_sign_of_life(tmp_path):
-    import socket
-
-    held(tmp_path, host=socket.gethostname(), pid=os.getpid(), born="1")
+    held(tmp_path, host=socket.gethostname(), place=lock.place(), pid=os.getpid(), born="1")
     with Lock(tmp_path):
         assert Lock(tmp_path).read()["born"] == lock.born(os.getpid()) != "1"
 
@@ -78,3 +79,111 @@ def test_a_lock_that_was_cut_short_is_nobodys_once_it_is_silent(tmp_path, monkey
     with Lock(tmp_path) as own:
         assert own.read()["token"] == own.token
     assert "a run that has not said who it is" in capsys.readouterr().out
+
+
+def test_a_file_of_something_else_is_nobodys(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lock, "STALE", 0.3)
+    (tmp_path / lock.FILE).write_text("[1]")
+    with Lock(tmp_path):
+        assert "a run that has not said who it is" in capsys.readouterr().out
+
+
+def test_a_beat_and_the_release_wait_for_each_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT", 0.01)
+    sign, is_in, is_out = Lock._sign, threading.Event(), threading.Event()
+
+    def slowly(self):
+        is_in.set()
+        time.sleep(0.3)
+        try:
+            sign(self)
+        finally:
+            is_out.set()
+
+    monkeypatch.setattr(Lock, "_sign", slowly)
+    with Lock(tmp_path):
+        assert is_in.wait(10)
+    assert is_out.wait(10) and list(tmp_path.iterdir()) == []
+
+
+def test_a_beat_makes_no_file(tmp_path):
+    with Lock(tmp_path) as own:
+        (tmp_path / lock.FILE).unlink()
+        with pytest.raises(FileNotFoundError):
+            own._sign()
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_beat_notices_that_another_run_has_taken_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT", 0.02)
+    with Lock(tmp_path) as own:
+        own.check()
+        held(tmp_path)
+        deadline = time.monotonic() + 10
+        while not own.lost:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        with pytest.raises(
+            InputError, match=r"another run \(process 1 on elsewhere\) has taken over .*; this one stops, "
+        ):
+            own.check()
+        before = (tmp_path / lock.FILE).stat().st_mtime_ns
+        time.sleep(0.1)
+        assert (tmp_path / lock.FILE).stat().st_mtime_ns == before
+    assert own.read()["token"] == "t"
+
+
+def test_a_check_reads_the_file_if_no_beat_has_lately(tmp_path, monkeypatch):
+    with Lock(tmp_path) as own:
+        (tmp_path / lock.FILE).unlink()
+        own.check()
+        monkeypatch.setattr(lock, "STALE", 0.0)
+        with pytest.raises(InputError, match=r"run\.lock is gone: another run has taken over .*, or it was deleted"):
+            own.check()
+
+
+SUSPENDED = """
+from pathlib import Path
+from tinymim_jax import lock
+
+lock.STALE, lock.BEAT = 0.5, 0.1
+held = lock.Lock(Path({folder!r})).__enter__()
+held.check()
+print("held", flush=True)
+input()
+try:
+    held.check()
+except lock.InputError as error:
+    print(error, flush=True)
+"""
+
+
+def test_a_run_that_was_suspended_stops_if_another_has_taken_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "STALE", 0.5)
+    monkeypatch.setattr(lock, "place", lambda: "another container of this host")
+    code = SUSPENDED.format(folder=str(tmp_path))
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match=f"in use by process {process.pid} on {socket.gethostname()}"):
+            Lock(tmp_path).__enter__()  # its number says nothing here, its beats do
+        process.send_signal(signal.SIGSTOP)
+        with Lock(tmp_path):
+            process.stdin.write("\n")
+            process.stdin.flush()
+            process.send_signal(signal.SIGCONT)
+            line = process.stdout.readline()
+            assert line.startswith(f"another run (process {os.getpid()} on {socket.gethostname()}) has taken over")
+
+
+def test_a_killed_run_that_nobody_has_buried_is_dead(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    held(tmp_path, host=socket.gethostname(), place=lock.place(), pid=process.pid, born=lock.born(process.pid))
+    with pytest.raises(InputError, match=f"in use by process {process.pid}"):
+        Lock(tmp_path).__enter__()
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    began = time.monotonic()
+    with Lock(tmp_path):
+        assert time.monotonic() - began < 5
+    process.wait()

@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import socket
 import tempfile
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.processes import difference, finish, free_port, log, run, start
+from tests.test_roll_call import connected
 from tinymim_jax import checkpoint
 
 STAGES = ("mae", "distill", "finetune")
@@ -151,6 +153,34 @@ def test_processes_that_differ_say_so_and_start_nothing(tmp_path):
     for status, _, err in finish(running, 100):
         assert status == 2
         assert "differs from process 0 in config.stages.mae.optim.lr: 0.001 -> 0.5; start all with the same code" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_while_the_roll_is_called_is_heard_at_once(tmp_path):
+    """Process 0 waits for one that does not come, process 1 for a process 0 that keeps it waiting."""
+    port, host = free_port(), socket.gethostname()
+    with socket.create_server(("127.0.0.1", 0)) as fake:
+        places = [(port, 0), (fake.getsockname()[1], 1)]
+        running = [
+            start(tmp_path, "steps=4", 1, 1, f"--coordinator=127.0.0.1:{at}", "--num_processes=2", f"--process_id={i}")[
+                0
+            ]
+            for at, i in places
+        ]
+        with fake.accept()[0] as line, line.makefile("rb") as said:
+            own = json.loads(said.readline())
+            running[1].send_signal(signal.SIGINT)
+            assert own["host"] == host and json.loads(said.readline()) == {"is_stopped": True}
+        connection = connected(port)  # it is there
+        connection.sendall(json.dumps({**own, "host": "h1"}).encode()[:-1])  # half of a word: not yet there
+        running[0].send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        ended = finish(running, 60)
+        assert time.monotonic() - began < 20
+    assert [status for status, _, _ in ended] == [75, 130]
+    for i, (_, _, err) in enumerate(ended):
+        assert f"interrupted: process {i} ({host}) was stopped while the roll was called; run the same command" in err
+        assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -49,8 +49,10 @@ def run_chain(cfg: Config, workdir: Path, only: str | None = None, stop: StopReq
         to_run = agree.on_first(lambda: [name for name in names if not handoff.finished(workdir / name)])
         agree.together(lambda: check_ready(cfg, to_run, workdir, mesh))
         agree.on_first(lambda: check_workdir(cfg, workdir))
-        token = agree.on_first(lambda: stack.enter_context(Lock(workdir)).token)
-        agree.together(lambda: Lock(workdir).see(token))
+        lock = Lock(workdir)
+        token = agree.on_first(lambda: stack.enter_context(lock).token)
+        agree.together(lambda: lock.see(token))
+        stop.guard = lock.check
         agree.check_stop(stop, "before anything ran")
         agree.on_first(lambda: convert_sources(cfg, to_run, workdir))
         for name in names:
@@ -66,7 +68,13 @@ def run_chain(cfg: Config, workdir: Path, only: str | None = None, stop: StopReq
 def check_workdir(cfg: Config, workdir: Path) -> None:
     """Makes the folder and notes whose it is; raises InputError if that is another experiment's, or it is read-only."""
     file = workdir / "chain.json"
-    owner = json.loads(file.read_text())["name"] if file.is_file() else cfg.name
+    try:
+        owner = json.loads(file.read_text())["name"] if file.is_file() else cfg.name
+    except (ValueError, KeyError, TypeError):
+        raise InputError(
+            f"{file} is damaged: it does not say whose folder this is; delete it if that is {cfg.name!r}, or choose"
+            " another --workdir"
+        ) from None
     if owner != cfg.name:
         raise InputError(
             f"{workdir} belongs to the experiment {owner!r}, and this is {cfg.name!r}; choose another --workdir"

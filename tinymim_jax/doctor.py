@@ -1,17 +1,21 @@
 """What is wrong with a machine or a cluster, and the fix: one finding a line."""
 
+import collections
 import dataclasses
+import json
 import math
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from importlib import metadata
+from typing import Any
 
 import jax
 from etils.epath import Path
 
-from tinymim_jax import chain, distributed
+from tinymim_jax import agree, chain, distributed
 from tinymim_jax.config import Config, InputError
 from tinymim_jax.data import sources
 from tinymim_jax.data.decode import decode
@@ -22,6 +26,7 @@ from tinymim_jax.ready import data_sets
 
 JAX = ((0, 10), (0, 12))  # from, and before
 IMAGES = 20  # read from each data set
+MAX_NAMED = 8  # processes
 ADAM_COPIES = 3  # of the parameters in a checkpoint: themselves and two moments
 
 
@@ -41,10 +46,17 @@ def examine(cfg: Config | None, workdir: Path, env: Mapping[str, str]) -> Iterat
     yield from versions()
     yield from devices(env)
     yield from processes(env)
-    yield disk(cfg, workdir)
+    error = ""
     if cfg is not None:
         yield mesh(cfg)
-        yield from data(cfg)
+        fixes = []
+        for finding in data(cfg):
+            yield finding
+            fixes += [finding.fix] if finding.fix else []
+        error = unworkable(cfg, workdir)
+        if error and not any(fix in error for fix in fixes):
+            yield Finding(f"the stages of {cfg.name}", error)
+    yield disk(None if error else cfg, workdir)
 
 
 def versions() -> Iterator[Finding]:
@@ -89,11 +101,20 @@ def processes(env: Mapping[str, str]) -> Iterator[Finding]:
             f"{per_host} processes on this host, each with {jax.local_device_count()} GPUs",
             "one process for each GPU (--gpus-per-task=1), or one for each host",
         )
-    if count > 1 and jax.local_device_count() * count != jax.device_count():
+    if not _is_even():
         yield Finding("processes have different numbers of devices", "give each the same")
     proxies = [name for name in env if name.lower() in ("http_proxy", "https_proxy", "grpc_proxy")]
     if count > 1 and proxies:
         yield Finding(f"{proxies[0]} is set", "unset it if processes hang at the start")
+
+
+def unworkable(cfg: Config, workdir: Path) -> str:
+    """Why the stages cannot be worked out, or ""."""
+    try:
+        chain.describe_chain(cfg, workdir)
+    except InputError as error:
+        return str(error)
+    return ""
 
 
 def disk(cfg: Config | None, workdir: Path) -> Finding:
@@ -147,16 +168,50 @@ def data(cfg: Config) -> Iterator[Finding]:
                     decode(source[i]["image"], source.describe(i))
                 rate = len(chosen) / (time.perf_counter() - begin)
                 yield Finding(f"{what}: {len(source):,} images, {rate:.0f} read and decoded a second by one thread")
-            except InputError as error:
+            except (InputError, OSError) as error:
                 yield Finding(what, str(error))
 
 
 def report(cfg: Config | None, workdir: Path, env: Mapping[str, str]) -> int:
-    """Prints every finding as it is made; returns how many need mending."""
-    bad = 0
-    if cfg is not None:
-        chain.describe_chain(cfg, workdir)  # what is wrong with the config comes first
+    """Prints every finding of this process as it is made, then what the others must mend; returns how much all must."""
+    bad = []
     for finding in examine(cfg, workdir, env):
         print(finding, flush=True)
-        bad += bool(finding.fix)
-    return bad
+        bad += [finding] if finding.fix else []
+    if jax.process_count() == 1 or not _is_even():
+        return len(bad)
+    found = _grouped(agree.gather(_told(bad)))
+    for finding, where in found.items():
+        if any(where):
+            print(f"{_named(where)}: {finding}", flush=True)
+    return max(len(found), len(bad))
+
+
+def _is_even() -> bool:
+    """Whether all have equally many devices, without which nothing can be gathered; each then speaks for itself."""
+    return len(set(collections.Counter(device.process_index for device in jax.devices()).values())) == 1
+
+
+def _told(findings: list[Finding]) -> str:
+    """What a process must mend, for the first one to read."""
+    return json.dumps({"host": socket.gethostname(), "findings": [[f.what, f.fix] for f in findings]})
+
+
+def _grouped(told: list[str]) -> dict[Finding, dict[int, str]]:
+    """Each finding once, with the processes that have it and their hosts."""
+    found = collections.defaultdict(dict)
+    for index, text in enumerate(told):
+        one = json.loads(text)
+        for halves in one["findings"]:
+            found[Finding(*halves)][index] = one["host"]
+    return found
+
+
+def _named(where: Mapping[int, str]) -> str:
+    """Process 3 (host), or processes 1, 2 (one host, another)."""
+    numbers, hosts = _listed(list(where)), _listed(list(dict.fromkeys(where.values())))
+    return f"process{'es' if len(where) > 1 else ''} {numbers} ({hosts})"
+
+
+def _listed(values: list[Any]) -> str:
+    return ", ".join(map(str, values[:MAX_NAMED])) + (" ..." if len(values) > MAX_NAMED else "")

@@ -203,6 +203,7 @@ def run_stage(
                 progress.collect()  # a state whose loss is not finite is never saved
                 if not asked:  # or else the state comes first
                     online.wait()  # whoever resumes from here has all results from before
+                agree.on_first(stop.guard)
                 writer.flush()
                 save(checkpoints, state, progress, online, step)
             if asked and not last:

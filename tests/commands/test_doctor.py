@@ -16,6 +16,10 @@ def test_this_machine(capsys, tmp_path, monkeypatch):
         (["doctor", "--workdri=x"], "workdri"),
         (["doctor", "x"], "unexpected argument 'x'"),
         (["doctor", "--process_id=1", "--num_processes=2"], "coordinator is missing"),
+        (
+            ["doctor", "--process_id=1", "--num_processes=2", "--coordinator=h:99999"],
+            "a port is a number from 1 to 65535",
+        ),
         (["doctor", "--config=configs/digits/chain.py", "--config.mesh.fsdp=7"], "1 of these need mending"),
     ],
 )

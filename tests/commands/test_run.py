@@ -127,6 +127,20 @@ def test_bad_input_gets_one_line_and_status_2(case, config_file, tmp_path, capsy
         assert not [p for p in (tmp_path / "work").rglob("*") if p.is_file()]
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "\udcff"])
+def test_a_damaged_note_of_whose_folder_it_is(text, config_file, tmp_path, capsys):
+    note = tmp_path / "work" / "chain.json"
+    note.parent.mkdir()
+    note.write_bytes(text.encode(errors="surrogateescape"))
+    assert main(["run", "--workdir=work", f"--config={config_file}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        "error: work/chain.json is damaged: it does not say whose folder this is; delete it if that is 'tiny', or choose"
+        " another --workdir"
+    )
+    assert list(note.parent.iterdir()) == [note]
+
+
 def test_a_batch_that_the_devices_do_not_share_equally(config_file):
     import os
     import subprocess

@@ -8,11 +8,13 @@ from tinymim_jax import storage
 from tinymim_jax.commands.flags import CLUSTER_USAGE, define_cluster, new_flags, parse, parse_flags, start_cluster
 from tinymim_jax.commands.run import check_workdir
 from tinymim_jax.config import InputError, to_dict
+from tinymim_jax.stop import StopRequest
 
 USAGE = """python -m tinymim_jax doctor [--config=FILE[:options]] [--workdir=DIR]
 
   looks at versions, devices, processes, free disk and, with a config, at its mesh and data; started in every process of
-  a cluster, as `run` would be, it also finds missing processes and hosts that differ in code, packages or config
+  a cluster, as `run` would be, it also finds missing processes, hosts that differ in code, packages or config, and what
+  only some of them lack
 
   --workdir=DIR                     where results would go (default: runs/ and the config's name)
 """ + CLUSTER_USAGE.lstrip("\n")
@@ -31,10 +33,15 @@ def main(argv: list[str]) -> None:
             raise InputError(f"unexpected argument {rest[0]!r}; see --help")
     workdir = storage.path(values.workdir or (f"runs/{cfg.name}" if cfg else "runs"))
     check_workdir(workdir)
-    start_cluster(values, config=to_dict(cfg))
+    with StopRequest() as stop:
+        start_cluster(values, stop, config=to_dict(cfg))
+    stop.check("stopped before anything was looked at")
+
+    import jax
 
     from tinymim_jax import doctor
 
     bad = doctor.report(cfg, workdir, os.environ)
     if bad:
-        raise InputError(f"{bad} of these need mending")
+        where = " (process 0 says which)" if jax.process_index() else ""
+        raise InputError(f"{bad} of these need mending{where}")

@@ -10,8 +10,9 @@ from absl import flags
 from etils.epath import Path
 from ml_collections import config_flags
 
-from tinymim_jax import distributed, storage
+from tinymim_jax import cluster, distributed, storage
 from tinymim_jax.config import Config, InputError
+from tinymim_jax.stop import StopRequest
 from tinymim_jax.validate import check
 
 
@@ -60,12 +61,15 @@ def define_cluster(values: flags.FlagValues) -> None:
     flags.DEFINE_float("start_timeout", 300, "seconds", lower_bound=1, flag_values=values)
 
 
-def start_cluster(values: flags.FlagValues, **facts: Any) -> None:
-    """Joins the other processes, if there are any; raises InputError if they do not come or differ in `facts`."""
+def start_cluster(values: flags.FlagValues, stop: StopRequest, **facts: Any) -> None:
+    """Joins the other processes, if there are any.
+
+    Raises InputError if they do not come or differ in `facts`, Interrupted if one was asked to stop meanwhile.
+    """
     parts = values.coordinator, values.num_processes, values.process_id
     is_given = any(part is not None for part in parts)
-    cluster = distributed.given(*parts) if is_given else distributed.find(os.environ)
-    distributed.start(cluster, values.start_timeout, **facts)
+    own = cluster.given(*parts) if is_given else cluster.find(os.environ)
+    distributed.start(own, values.start_timeout, stop, **facts)
 
 
 def parse(values: flags.FlagValues, argv: list[str]) -> Config:

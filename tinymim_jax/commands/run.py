@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
         return
     facts = {"config": to_dict(cfg), "workdir": str(workdir), "stage": values.stage}
     with StopRequest() as stop:  # before jax is imported, whose callbacks would swallow a Ctrl-C
-        start_cluster(values, **facts)
+        start_cluster(values, stop, **facts)
         run(cfg, workdir, values.stage, stop)
 
 
