@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "tinymim_jax"
 LAYERS = [
-    ["serial", "stop"],
+    ["serial", "stop", "hlo"],
     ["storage", "cluster"],
     ["agree", "config", "roll_call", "lock"],
     ["validate", "mesh", "metrics", "writer", "distributed"],

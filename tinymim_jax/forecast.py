@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import math
 import os
 import re
 from collections.abc import Iterator
@@ -11,16 +10,14 @@ from typing import Any
 import jax
 from etils.epath import Path
 
-from tinymim_jax import chain, config
+from tinymim_jax import chain, config, hlo
 from tinymim_jax import mesh as mesh_lib
 from tinymim_jax.config import Config, InputError
-from tinymim_jax.data import sources
+from tinymim_jax.data import resident, sources
 from tinymim_jax.plan import Plan, example_batch, make_plan
 from tinymim_jax.step import create_state, jit_step
 
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
-TOPOLOGY = re.compile(r"(v\d+[ep]?|v\d+):(\d+(?:x\d+)*)")
+TOPOLOGY = re.compile(r"(v\d+[ep]?):[1-9]\d*(?:x[1-9]\d*)*")  # libtpu divides by the numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,19 +95,22 @@ def _size(stage: config.Stage) -> int:
 
 def compile_for(plan: Plan, mesh: jax.sharding.Mesh) -> Any:
     """The compiled train step of `plan` on `mesh`, whose devices need not exist."""
-    mesh_lib.check_batch(plan.stage.run.batch_size // plan.stage.optim.accum_steps, mesh)
+    mesh_lib.check_batch(plan.stage.run.batch_size, mesh, plan.stage.optim.accum_steps)
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = jax.eval_shape(lambda: create_state(plan, jax.random.key(0)))
     shardings = mesh_lib.state_sharding(mesh, state)
-    batch = example_batch(plan.stage, plan.stage.run.batch_size)
+    data, rows = plan.stage.data, plan.stage.run.batch_size
+    batch = resident.example_batch(data, rows) if data.resident else example_batch(plan.stage, rows)
+    where = {name: mesh_lib.replicated(mesh) if name == "held" else mesh_lib.batch_sharding(mesh) for name in batch}
 
     def placed(tree: Any, where: Any) -> Any:
+        where = jax.tree.broadcast(where, tree)
         return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, where)
 
     arguments = (
         placed(state, shardings),
         placed(plan.frozen, mesh_lib.state_sharding(mesh, plan.frozen)),
-        {name: placed(rows, mesh_lib.batch_sharding(mesh)) for name, rows in batch.items()},
+        placed(batch, where),
         placed(key, mesh_lib.replicated(mesh)),
     )
     return jit_step(plan, mesh, shardings).lower(*arguments).compile()
@@ -119,61 +119,60 @@ def compile_for(plan: Plan, mesh: jax.sharding.Mesh) -> Any:
 def forecast(plan: Plan, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """What one step of `plan` takes on each device of `mesh`, and no less than how long it and the stage take.
 
-    Bytes a device (arguments, temporaries, total), FLOPs a step (of the model, counted by hand; of all devices,
-    counted by XLA), collectives (kind, count, bytes a device), and with a known chip: fits, seconds a step (the largest
-    of FLOPs over peak, arguments read and written over memory bandwidth, collectives over links), hours for the stage.
+    Bytes a device (arguments, results, temporaries, total), FLOPs a step (of the model, counted by hand; of all
+    devices' matmuls in the compiled program; of all that they compute, counted by XLA), collectives (as
+    `hlo.collectives`), and with a known chip: fits, seconds a step (the largest of FLOPs over peak, arguments read and
+    written over memory bandwidth, collectives over links), hours for the stage. Where the compiler itself runs out of
+    the chip's memory, there are only fits (False) and what is known without a program.
     """
-    compiled = compile_for(plan, mesh)
-    memory = compiled.memory_analysis()
-    cost = compiled.cost_analysis()
-    total = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    total += memory.temp_size_in_bytes
-    collectives = find_collectives(compiled.as_text())
-    model_flops = plan.task.flops_per_image() * plan.stage.run.batch_size
-    result = {
+    chip = chip_of(mesh.devices.flat[0])
+    known = {
         "devices": mesh.size,
         "fsdp": mesh.shape["fsdp"],
         "accum_steps": plan.stage.optim.accum_steps,
         "batch_size": plan.stage.run.batch_size,
-        "argument_bytes": memory.argument_size_in_bytes,
-        "temporary_bytes": memory.temp_size_in_bytes,
-        "total_bytes": total,
-        "model_flops": model_flops,
-        "xla_flops": cost["flops"] * mesh.size,
-        "collectives": collectives,
+        "model_flops": plan.task.flops_per_image() * plan.stage.run.batch_size,
         "steps": plan.total_steps,
     }
-    if chip := chip_of(mesh.devices.flat[0]):
-        moved = sum(c["bytes"] for c in collectives.values())
-        bounds = {
-            "compute": model_flops / mesh.size / chip.flops,
-            "memory": (memory.argument_size_in_bytes + memory.output_size_in_bytes) / chip.bandwidth,
-            "links": 2 * moved * (mesh.size - 1) / mesh.size / chip.links,
-        }
-        seconds = max(bounds.values())
-        result |= {
-            "memory_bytes": chip.memory,
-            "fits": total <= chip.memory,
-            "bounds_s": bounds,
-            "step_s": seconds,
-            "hours": seconds * plan.total_steps / 3600,
-        }
-    return result
+    try:
+        found = known | _counts(compile_for(plan, mesh), mesh.size)
+    except jax.errors.JaxRuntimeError as error:
+        if chip is None or "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return known | {"memory_bytes": chip.memory, "fits": False}
+    return found | (_bounds(found, chip) if chip else {})
 
 
-def find_collectives(text: str) -> dict[str, dict[str, int]]:
-    """{"all-reduce": {"count", "bytes"}, ...} in the text of a compiled program; bytes of the results on one device."""
-    found: dict[str, dict[str, int]] = {}
-    pattern = re.compile(rf"= (\(.*?\)|\S+) ({'|'.join(COLLECTIVES)})(?:-start)?\(")
-    for shapes, kind in pattern.findall(text):
-        sizes = [
-            BYTES.get(dtype, 4) * math.prod(int(n) for n in dims.split(",") if n)
-            for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
-        ]
-        entry = found.setdefault(kind, {"count": 0, "bytes": 0})
-        entry["count"] += 1
-        entry["bytes"] += sum(sizes)
-    return found
+def _counts(compiled: Any, devices: int) -> dict[str, Any]:
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    moved = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    matmuls, counted = hlo.matmul_flops(text)
+    return {
+        "argument_bytes": memory.argument_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "total_bytes": moved - memory.alias_size_in_bytes + memory.temp_size_in_bytes,
+        "matmul_flops": matmuls * devices,
+        # XLA counts what a loop repeats once; what is no matmul stays so.
+        "xla_flops": (compiled.cost_analysis()["flops"] + matmuls - counted) * devices,
+        "collectives": hlo.collectives(text),
+    }
+
+
+def _bounds(found: dict[str, Any], chip: Chip) -> dict[str, Any]:
+    bounds = {
+        "compute": found["model_flops"] / found["devices"] / chip.flops,
+        "memory": (found["argument_bytes"] + found["output_bytes"]) / chip.bandwidth,
+        "links": sum(c["sent_bytes"] for c in found["collectives"].values()) / chip.links,
+    }
+    seconds = max(bounds.values())
+    return {
+        "memory_bytes": chip.memory,
+        "fits": found["total_bytes"] <= chip.memory,
+        "bounds_s": bounds,
+        "step_s": seconds,
+        "hours": seconds * found["steps"] / 3600,
+    }
 
 
 def advise(cfg: Config, name: str, workdir: Path, devices: list[Any]) -> str:
@@ -196,7 +195,7 @@ def changes(cfg: Config, name: str, devices: int) -> Iterator[tuple[str, dict[st
     stage = cfg.stages[name]
     at = f"--config.stages.{name}"
     for accum in (2, 4, 8):
-        if stage.run.batch_size // accum % devices == 0:
+        if accum > stage.optim.accum_steps and stage.run.batch_size % (accum * devices) == 0:
             yield f"{at}.optim.accum_steps={accum}", {"accum_steps": accum}
     yield f"{at}.model.remat=True", {"remat": True}
     for fsdp in (4, 16):
@@ -217,15 +216,20 @@ def table(report: dict[str, Any]) -> str:
         "at least, hours",
     ]
     rows = [columns, ["---"] * len(columns)]
-    for name, f in report["stages"].items():
-        fits = "" if f.get("fits", True) else f" **of {f['memory_bytes'] / 1e9:.0f}**; {f.get('advice', '')}"
-        collectives = ", ".join(f"{c['count']} {k} ({c['bytes'] / 1e6:.0f} MB)" for k, c in f["collectives"].items())
-        times = [f"{1e3 * f['step_s']:.1f}", f"{f['hours']:.1f}"] if "step_s" in f else ["", ""]
-        memory = f"{f['total_bytes'] / 1e9:.1f}{fits}"
-        share = f"{f['xla_flops'] / f['model_flops']:.3f}"
-        flops = f"{f['model_flops']:.3g}"
-        rows.append([name, f"{f['batch_size'] / f['devices']:g}", memory, flops, share, collectives or "none", *times])
+    rows += [_row(name, f) for name, f in report["stages"].items()]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _row(name: str, f: dict[str, Any]) -> list[str]:
+    start = [name, f"{f['batch_size'] / f['devices']:g}"]
+    flops = f"{f['model_flops']:.3g}"
+    if "total_bytes" not in f:
+        return [*start, f"**over {f['memory_bytes'] / 1e9:.0f}**; {f['advice']}", flops, *[""] * 4]
+    fits = "" if f.get("fits", True) else f" **of {f['memory_bytes'] / 1e9:.0f}**; {f.get('advice', '')}"
+    collectives = ", ".join(f"{c['count']} {k} ({c['bytes'] / 1e6:.0f} MB)" for k, c in f["collectives"].items())
+    times = [f"{1e3 * f['step_s']:.1f}", f"{f['hours']:.2f}"] if "step_s" in f else ["", ""]
+    share = f"{f['xla_flops'] / f['model_flops']:.3f}"
+    return [*start, f"{f['total_bytes'] / 1e9:.1f}{fits}", flops, share, collectives or "none", *times]
 
 
 def run(cfg: Config, only: str | None, topology: str, workdir: Path) -> dict[str, Any]:

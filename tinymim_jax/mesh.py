@@ -76,10 +76,12 @@ def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh, axis: int =
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
 
-def check_batch(batch_size: int, mesh: jax.sharding.Mesh) -> None:
-    """Raises InputError unless the devices of `mesh` share `batch_size` images equally."""
-    if batch_size % mesh.size:
+def check_batch(batch_size: int, mesh: jax.sharding.Mesh, accum_steps: int = 1) -> None:
+    """Raises InputError unless the devices of `mesh` share `batch_size` images equally, in each micro-batch."""
+    shares = mesh.size * accum_steps
+    if batch_size % shares:
+        times = f" times accum_steps {accum_steps}" if accum_steps > 1 else ""
         raise InputError(
-            f"batch_size {batch_size} is not a multiple of the {mesh.size} devices;"
-            f" use {max(1, batch_size // mesh.size) * mesh.size}"
+            f"batch_size {batch_size} is not a multiple of the {mesh.size} devices{times};"
+            f" use {max(1, batch_size // shares) * shares}"
         )

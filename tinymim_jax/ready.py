@@ -27,7 +27,7 @@ def check_ready(cfg: Config, to_run: list[str], workdir: Path, mesh: jax.shardin
 
 
 def _check_stage(stage: Stage, to_run: list[str], workdir: Path, mesh: jax.sharding.Mesh) -> None:
-    check_batch(stage.run.batch_size // stage.optim.accum_steps, mesh)
+    check_batch(stage.run.batch_size, mesh, stage.optim.accum_steps)
     for init in config.sources(stage):
         folder = handoff.source_folder(init, workdir)
         if init.stage not in to_run and not handoff.finished(folder) and not foreign(init, workdir):

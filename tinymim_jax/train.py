@@ -37,7 +37,7 @@ class Runner:
     def __init__(self, stage: Stage, name: str, workdir: Path, mesh: jax.sharding.Mesh):
         self.stage, self.name, self.workdir, self.mesh = stage, name, workdir, mesh
         self.folder = workdir / name
-        mesh_lib.check_batch(stage.run.batch_size // stage.optim.accum_steps, mesh)
+        mesh_lib.check_batch(stage.run.batch_size, mesh, stage.optim.accum_steps)
         self.source = sources.open_source(stage.data)
         init = teacher_init(stage)
         teacher = handoff.read_model(handoff.source_folder(init, workdir)) if init else None

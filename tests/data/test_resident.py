@@ -106,6 +106,16 @@ def test_draws_are_a_function_of_seed_epoch_index_and_repeat(mesh):
     assert batch["index"][0] == batch["index"][1] and (batch["image"][0] != batch["image"][1]).any()
 
 
+def test_the_example_has_the_shapes_of_a_batch(mesh, tree, tmp_path):
+    for data in (dataclasses.replace(DIGITS, per_class=3), tree):
+        example = resident.example_batch(data, 4)
+        batch = next(resident.train_batches(rows_of(data, 4), 0, 1, mesh))
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), example) == jax.tree.map(lambda x: (x.shape, x.dtype), batch)
+    (tmp_path / "train" / "a" / "0.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"0.png: cannot be decoded .* the size of an image must be known"):
+        resident.example_batch(tree, 4)
+
+
 def test_a_wish_to_stop_travels_with_the_batch(mesh):
     request = StopRequest()
     assert (np.asarray(batches(DIGITS, 0, 1, mesh, request=request)[0]["stop"]) == GO_ON).all()
@@ -144,8 +154,9 @@ def test_an_unreadable_image(tree, tmp_path, mesh):
 
 def test_images_of_two_sizes_and_too_many(tree, tmp_path, mesh, monkeypatch):
     monkeypatch.setattr(resident, "MAX_BYTES", 100)
-    with pytest.raises(InputError, match=r"4 images of 8 x 8 pixels take .* set data.resident=False"):
-        resident.train_batches(rows_of(tree, 4), 0, 1, mesh)
+    for ask in (lambda: resident.train_batches(rows_of(tree, 4), 0, 1, mesh), lambda: resident.example_batch(tree, 4)):
+        with pytest.raises(InputError, match=r"4 images of 8 x 8 pixels take .* set data.resident=False"):
+            ask()
     Image.fromarray(image(9, 8)).save(tmp_path / "train" / "a" / "3.png")
     with pytest.raises(InputError, match=r"3.png: is 9 x 8 pixels, others 8 x 8; data.resident needs one size"):
         resident.train_batches(rows_of(tree, 4), 0, 1, mesh)

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tests.models import reference
 from tests.processes import ROOT, environment
-from tinymim_jax import forecast
+from tinymim_jax import forecast, hlo
 from tinymim_jax.objectives import relation_pallas
 from tinymim_jax.objectives.relation_kl import relation_kl
 
@@ -107,13 +107,13 @@ EIGHT = """
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from tests.objectives.test_relation_pallas import operands, relation_pallas, run
-from tinymim_jax.forecast import find_collectives
+from tinymim_jax import hlo
 mesh = jax.make_mesh((4, 2), ("data", "fsdp"), (AxisType.Auto, AxisType.Auto))
 for images, spec in ((8, P(("data", "fsdp"))), (3, P())):
     args = operands(images, 1, 17, (8, 8))
     placed = jax.device_put(args, NamedSharding(mesh, spec))
     compiled = jax.jit(lambda *x: relation_pallas.both(*x, interpret=True)).lower(*placed).compile()
-    assert not find_collectives(compiled.as_text())
+    assert not hlo.collectives(compiled.as_text())
     for actual, expected in zip(compiled(*placed), run(relation_pallas.both, *args), strict=True):
         assert actual.sharding.spec == spec
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
@@ -163,6 +163,6 @@ def test_compiled_for_tpus(widths, dtype):
         compiled = compiled_for_tpu(n, widths, dtype)
         text = compiled.as_text()
         assert "tpu_custom_call" in text
-        assert set(forecast.find_collectives(text)) == {"all-reduce"}  # the mean
+        assert set(hlo.collectives(text)) == {"all-reduce"}  # the mean
         memory = compiled.memory_analysis()
         assert memory.temp_size_in_bytes < memory.argument_size_in_bytes + memory.output_size_in_bytes

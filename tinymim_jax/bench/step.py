@@ -121,7 +121,7 @@ def prepared(cfg: Config, name: str) -> tuple[Stage, Plan, jax.sharding.Mesh]:
 def compile_step(plan: Plan, mesh: jax.sharding.Mesh) -> tuple[Any, tuple]:
     """The compiled train step of `plan` and arguments for it: fresh weights, a random teacher, random images."""
     stage: Stage = plan.stage
-    mesh_lib.check_batch(stage.run.batch_size // stage.optim.accum_steps, mesh)
+    mesh_lib.check_batch(stage.run.batch_size, mesh, stage.optim.accum_steps)
     batch = example_batch(stage, stage.run.batch_size)
     batch["image"] = np.random.default_rng(0).integers(0, 256, batch["image"].shape, np.uint8)
     per_call = stage.run.steps_per_call

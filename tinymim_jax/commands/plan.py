@@ -7,6 +7,7 @@ from absl import flags
 from etils.epath import Path
 
 from tinymim_jax.commands.flags import new_flags, parse
+from tinymim_jax.config import InputError
 
 USAGE = """python -m tinymim_jax plan --config=FILE[:options] [--stage=NAME] [--topology=v5e:16x16] [--json=FILE]
 
@@ -27,6 +28,8 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_string("topology", "", "e.g. v5e:16x16", flag_values=values)
     flags.DEFINE_string("json", None, "a file", flag_values=values)
     cfg = parse(values, argv)
+    if values.json:
+        _check_file(values.json)
 
     from tinymim_jax import forecast
 
@@ -35,3 +38,12 @@ def main(argv: list[str]) -> None:
     if values.json:
         Path(values.json).write_text(json.dumps(report, indent=2) + "\n")
         print(f"wrote {values.json}", file=sys.stderr)
+
+
+def _check_file(name: str) -> None:
+    """Before minutes of compiling; what is in a bucket needs no folder."""
+    folder = Path(name).parent
+    if "://" not in name and not folder.is_dir():
+        raise InputError(f"--json={name}: there is no folder {folder}; make it or choose another")
+    if Path(name).is_dir():
+        raise InputError(f"--json={name}: is a folder; name a file in it")

@@ -95,18 +95,39 @@ def _stacked(images: list[np.ndarray | None], labels: np.ndarray, source: Source
                 f"{source.describe(index)}: is {image.shape[1]} x {image.shape[0]} pixels, others {shape[1]} x"
                 f" {shape[0]}; data.resident needs one size: set data.resident=False"
             )
-    if len(images) * np.prod(shape) > MAX_BYTES:
-        raise InputError(
-            f"data.resident: {len(images)} images of {shape[1]} x {shape[0]} pixels take"
-            f" {len(images) * np.prod(shape) / 1e9:.1f} GB on each device, more than {MAX_BYTES / 1e9:.1f} GB; set"
-            " data.resident=False"
-        )
+    _check_bytes(len(images), shape)
     blank = np.zeros(shape, np.uint8)
     return {
         "image": np.stack([blank if image is None else image for image in images]),
         "label": labels,
         "is_valid": is_valid,
     }
+
+
+def _check_bytes(count: int, shape: tuple[int, ...]) -> None:
+    if count * np.prod(shape) > MAX_BYTES:
+        raise InputError(
+            f"data.resident: {count} images of {shape[1]} x {shape[0]} pixels take"
+            f" {count * np.prod(shape) / 1e9:.1f} GB on each device, more than {MAX_BYTES / 1e9:.1f} GB; set"
+            " data.resident=False"
+        )
+
+
+def example_batch(data: Data, batch_size: int) -> Batch:
+    """jax.ShapeDtypeStructs of what `train_batches` yields, if all images are of the size of the first.
+
+    Raises InputError if that cannot be read, or all of them take too much memory.
+    """
+    try:
+        source = sources.open_source(data)
+        shape = np.asarray(decode(source[0]["image"], source.describe(0))).shape
+    except InputError as error:
+        raise InputError(f"{error}; with data.resident=True the size of an image must be known") from error
+    _check_bytes(len(source), shape)
+    key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+    n, array = len(source), jax.ShapeDtypeStruct
+    held = {"image": array((n, *shape), np.uint8), "label": array((n,), np.int32), "is_valid": array((n,), bool)}
+    return {"held": {**held, "key": key}, "numbers": array((batch_size, 4), np.int32)}
 
 
 def make_batch(data: Data, batch: Batch) -> Batch:
