@@ -118,7 +118,7 @@ class Distill:
     student_block: int = 12  # the block whose q, k, v are matched, from 1
     relations: tuple[Literal["qk", "vv", "qq", "kk"], ...] = ("qk", "vv")
     color_jitter: float = 0.4  # brightness, contrast, saturation of the student's view
-    relation_kernel: Literal["xla", "pallas"] = "xla"  # of the loss on a TPU; pallas has not been measured yet
+    relation_kernel: Literal["xla", "pallas"] = "xla"  # of the loss on TPU and GPU; pallas has not been measured yet
 
 
 @dataclasses.dataclass
