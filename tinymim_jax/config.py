@@ -33,6 +33,7 @@ class ViT:
     drop_path_shape: Literal["constant", "linear"] = "constant"  # constant: none in the last block
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters are float32
     remat: bool = False  # recompute each block in the backward pass
+    attention: Literal["xla", "cudnn"] = "xla"  # cudnn: fused on Nvidia GPUs, in bfloat16; not measured yet
 
 
 @dataclasses.dataclass

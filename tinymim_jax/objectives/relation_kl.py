@@ -60,9 +60,7 @@ def _route(kernels: dict[str, Callable], plain: Callable) -> Callable:
     return functools.partial(jax.lax.platform_dependent, **kernels, default=plain) if kernels else plain
 
 
-def _backward(
-    rows: int, platforms: Platforms, kept: tuple, grad: jax.Array
-) -> tuple[None, None, jax.Array, jax.Array]:
+def _backward(rows: int, platforms: Platforms, kept: tuple, grad: jax.Array) -> tuple[None, None, jax.Array, jax.Array]:
     del rows, platforms
     dq, dk = ((grad[:, None, None, None] * x).astype(x.dtype) for x in kept)
     return None, None, dq, dk
