@@ -10,7 +10,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "tinymim_jax_test_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
+import jax
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
 from tinymim_jax import recipes
 from tinymim_jax.config import (
@@ -108,3 +110,12 @@ def stop_at(monkeypatch):
         monkeypatch.setattr(progress.Progress, "add", interrupting)
 
     return arrange
+
+
+@pytest.fixture
+def cudnn(monkeypatch):
+    """jax as if cuDNN were there: programs can be lowered for a GPU, though not run on one."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    jax.clear_caches()  # of what was traced without it
+    yield
+    jax.clear_caches()

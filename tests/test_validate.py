@@ -23,6 +23,7 @@ from tinymim_jax.config import (
 )
 from tinymim_jax.validate import check
 
+SIZE = {"image_size": 8, "patch_size": 4}
 SEMANTIC = [
     ({"model.image_size": 10}, "stages.s.model: image_size 10 is not a multiple of patch_size 4"),
     ({"data.image_size": 16}, "stages.s: data.image_size 16 differs from model.image_size 8"),
@@ -85,6 +86,25 @@ SEMANTIC = [
         {"task": Distill(Teacher(Init(path="p"), 1), student_block=1, relations=("qk", "qk"))},
         "stages.s.task.relations ('qk', 'qk') must name at least one relation, each once",
     ),
+    (
+        {"model.attention": "cudnn"},
+        "stages.s.model: attention 'cudnn' does not compute in float32; set model.dtype=bfloat16",
+    ),
+    (
+        {"model.attention": "cudnn", "model.dtype": "bfloat16"},
+        "stages.s.model: attention 'cudnn' takes heads of a width that is a multiple of 8 and at most 128, and"
+        " 2 heads are 4 wide; set model.attention=xla",
+    ),
+    (
+        {"model": ViT(272, 2, 17, last_block_heads=2, attention="cudnn", dtype="bfloat16", num_classes=2, **SIZE)},
+        "stages.s.model: attention 'cudnn' takes heads of a width that is a multiple of 8 and at most 128, and"
+        " 2 heads are 136 wide",
+    ),
+    (
+        {"task": Mae(decoder=Decoder(16, 1, 4)), "model": ViT(8, 2, 1, attention="cudnn", dtype="bfloat16", **SIZE)},
+        "stages.s.task.decoder: attention 'cudnn' takes heads of a width that is a multiple of 8 and at most 128, and"
+        " 4 heads are 4 wide",
+    ),
     ({"model.drop_path": -0.1}, "stages.s.model.drop_path is -0.1; it must be at least 0 and below 1"),
 ]
 
@@ -108,6 +128,12 @@ def test_check_accepts_and_copies():
     checked.stages["mae"].optim.lr = 9.0
     checked.stages["tuned"].init.rename["p"] = "q"
     assert cfg == before
+
+
+def test_check_accepts_cudnn_where_it_computes():
+    for model in (ViT(128, 2, 1, **SIZE), ViT(32, 2, 4, last_block_heads=2, **SIZE)):
+        model = dataclasses.replace(model, attention="cudnn", dtype="bfloat16")
+        check(Config("c", {"a": make_stage(task=Mae(decoder=Decoder(16, 1, 2)), model=model)}))
 
 
 def test_check_separates_what_stages_share():

@@ -27,6 +27,7 @@ MENDABLE_FIELDS = (
     "optim.clip_norm",
     "data.on_bad_image",
     "model.remat",
+    "model.attention",
     "run.eval_every",
     "run.on_nan",
     "run.max_skipped",

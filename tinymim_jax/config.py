@@ -33,6 +33,7 @@ class ViT:
     drop_path_shape: Literal["constant", "linear"] = "constant"  # constant: none in the last block
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters are float32
     remat: bool = False  # recompute each block in the backward pass
+    attention: Literal["xla", "cudnn"] = "xla"  # cudnn: fused on Nvidia GPUs, in bfloat16; not measured yet
 
 
 @dataclasses.dataclass
@@ -118,7 +119,7 @@ class Distill:
     student_block: int = 12  # the block whose q, k, v are matched, from 1
     relations: tuple[Literal["qk", "vv", "qq", "kk"], ...] = ("qk", "vv")
     color_jitter: float = 0.4  # brightness, contrast, saturation of the student's view
-    relation_kernel: Literal["xla", "pallas"] = "xla"  # of the loss on a TPU; pallas has not been measured yet
+    relation_kernel: Literal["xla", "pallas"] = "xla"  # of the loss on TPU and GPU; pallas has not been measured yet
 
 
 @dataclasses.dataclass

@@ -1,5 +1,6 @@
 """What is wrong with a config, said before anything runs."""
 
+import dataclasses
 import re
 from typing import Any
 
@@ -19,6 +20,7 @@ from tinymim_jax.config import (
     Optim,
     Run,
     Stage,
+    ViT,
     from_dict,
     sources,
     to_dict,
@@ -69,6 +71,7 @@ def _check_stage(where: str, stage: Stage) -> None:
         if heads is not None and (heads < 1 or model.width % heads):
             raise InputError(f"{where}.model: width {model.width} is not a multiple of {field} {heads}")
     _check_run(where, run, optim)
+    check_attention(f"{where}.model", model)
     for init in sources(stage):
         if (init.stage is None) == (init.path is None):
             which = "init" if init is stage.init else "task.teacher.init"
@@ -87,7 +90,7 @@ def _check_stage(where: str, stage: Stage) -> None:
     if isinstance(stage.task, Distill) and len(set(stage.task.relations)) != len(stage.task.relations or (0, 0)):
         raise InputError(f"{where}.task.relations {stage.task.relations} must name at least one relation, each once")
     if isinstance(stage.task, Mae):
-        _check_mae(where, stage.task)
+        _check_mae(where, stage.task, model)
     if isinstance(stage.task, Mae) and (model.pool != "cls" or model.num_classes or model.dist_token):
         raise InputError(
             f"{where}.model: mae needs pool 'cls', whose norm feeds the decoder, no num_classes and no dist_token"
@@ -110,16 +113,33 @@ def _check_run(where: str, run: Run, optim: Optim) -> None:
             )
 
 
+def check_attention(where: str, model: ViT) -> None:
+    """Raises InputError if `model` wants cuDNN to do what it does not do on every GPU since Ampere."""
+    if model.attention != "cudnn":
+        return
+    if model.dtype == "float32":
+        raise InputError(f"{where}: attention 'cudnn' does not compute in float32; set model.dtype=bfloat16")
+    for heads in (model.num_heads, model.last_block_heads or model.num_heads):
+        width = model.width // heads
+        if width % 8 or width > 128:
+            raise InputError(
+                f"{where}: attention 'cudnn' takes heads of a width that is a multiple of 8 and at most 128, and"
+                f" {heads} heads are {width} wide; set model.attention=xla"
+            )
+
+
 def _patterns(init: Init) -> tuple[str, ...]:
     return (*init.skip, *init.fresh, *init.rename)
 
 
-def _check_mae(where: str, task: Mae) -> None:
+def _check_mae(where: str, task: Mae, model: ViT) -> None:
     decoder = task.decoder
     if decoder.width % 4 or decoder.num_heads < 1 or decoder.width % decoder.num_heads or decoder.depth < 1:
         raise InputError(f"{where}.task.decoder: width {decoder.width} must be a multiple of 4 and of its num_heads")
     if not 0 < task.mask_ratio < 1:
         raise InputError(f"{where}.task.mask_ratio is {task.mask_ratio}; it must be above 0 and below 1")
+    sizes = {field: getattr(decoder, field) for field in ("width", "depth", "num_heads")}
+    check_attention(f"{where}.task.decoder", dataclasses.replace(model, **sizes, last_block_heads=None))
 
 
 def _check_eval(where: str, stage: Stage, cfg: Eval) -> None:

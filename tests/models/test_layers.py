@@ -1,4 +1,5 @@
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -70,9 +71,62 @@ def test_attention(dtype):
         reference.close(out, expected)
 
 
+def heads(n, dtype="float32"):
+    return [jnp.asarray(normal(2, 3, n, 8, seed=s), dtype) for s in range(3)]
+
+
+def test_attention_by_cudnn_where_there_is_none():
+    for call in (layers.cudnn_attention, layers._by_cudnn):
+        np.testing.assert_array_equal(reference.jit(call)(*heads(5)), reference.jit(layers.attention)(*heads(5)))
+
+
+def test_cudnn_that_a_gpu_is_without(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(RuntimeError, match="cuDNN"):
+        jax.eval_shape(layers._by_cudnn, *heads(5, "bfloat16"))
+
+
+@pytest.mark.parametrize("n", [5, 6])
+def test_what_cudnn_is_asked_for(n, monkeypatch):
+    """An even number of tokens; the one that is added is neither seen nor returned."""
+    original, asked = jax.nn.dot_product_attention, []
+
+    def plain(q, k, v, implementation, **lengths):
+        assert implementation == "cudnn"
+        asked.append((q.shape, list(lengths)))
+        return original(q, k, v, implementation="xla", **lengths)
+
+    def gradient(function):
+        loss = jax.value_and_grad(lambda *x: jnp.sum(jnp.sin(function(*x))), argnums=(0, 1, 2))
+        return reference.jit(loss)(*heads(n))
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", plain)
+    (value, grads), (expected, expected_grads) = gradient(layers._by_cudnn), gradient(layers.attention)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for actual, wanted in zip(grads, expected_grads, strict=True):
+        reference.close(actual, wanted)
+    assert asked == [((2, 6, 3, 8), ["query_seq_lengths", "key_value_seq_lengths"] if n == 5 else [])]
+
+
+@pytest.mark.parametrize("n", [197, 50])
+def test_attention_compiled_for_a_gpu_is_cudnns(n, cudnn):
+    def calls(kind, platform, dtype="bfloat16"):
+        def loss(*x):
+            return jnp.sum(layers.ATTENTIONS[kind](*x).astype(jnp.float32))
+
+        args = [jax.ShapeDtypeStruct((2, 3, n, 64), dtype) for _ in range(3)]
+        lowered = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*args).lower(lowering_platforms=(platform,))
+        return re.findall(r"__cudnn\$\w+", lowered.as_text())
+
+    assert calls("cudnn", "cuda") == ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
+    assert calls("cudnn", "cpu") == calls("xla", "cuda") == []
+    with pytest.raises(NotImplementedError, match="float32"):  # which `validate` does not let come so far
+        calls("cudnn", "cuda", "float32")
+
+
 def test_attention_module_groups_channels_as_three_heads_width():
     x = normal(2, 5, 12)
-    module = layers.Attention(num_heads=3, dtype=jnp.float32)
+    module = layers.Attention(num_heads=3, dtype=jnp.float32, kind="xla")
     params = make(module, x)
     assert params["qkv"]["kernel"].shape == (12, 3, 3, 4)
     assert params["qkv"]["bias"].shape == (3, 3, 4)
@@ -93,7 +147,7 @@ def test_mlp_has_the_exact_gelu():
 
 def test_block():
     x = normal(2, 5, 12)
-    module = layers.Block(4, 20, 0.3, jnp.float32)
+    module = layers.Block(4, 20, 0.3, jnp.float32, "xla")
     params = make(module, x, False)
     out, trace = reference.jit(lambda p: module.apply({"params": p}, x, False))(params)  # no rng: nothing is dropped
     np.testing.assert_array_equal(out, trace.out)
@@ -104,7 +158,7 @@ def test_block():
 def test_drop_path_is_per_sample_and_per_branch():
     rate, batch = 0.25, 400
     x = normal(batch, 2, 8)
-    module = layers.Block(2, 8, rate, jnp.float32)
+    module = layers.Block(2, 8, rate, jnp.float32, "xla")
     params = make(module, x, False)
     apply = reference.jit(lambda key: module.apply({"params": params}, x, True, rngs={"drop_path": key}))
     out, trace = apply(jax.random.key(3))

@@ -52,6 +52,16 @@ def test_number_of_parameters(size):
     assert shapes["pred/kernel"] == (512, 768)
 
 
+def test_cudnn_attends_in_the_decoder_too(cudnn):
+    model = mae.build(
+        config.ViT(32, 1, 4, image_size=16, patch_size=4, dtype="bfloat16", attention="cudnn"),
+        config.Mae(decoder=config.Decoder(16, 2, 2)),
+    )
+    shapes = jax.eval_shape(model.init, jax.random.key(0), pictures(), noise())
+    text = jax.jit(model.apply).trace(shapes, pictures(), noise()).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@__cudnn$fmhaSoftmax(") == 1 + 2
+
+
 def test_initial_values_of_the_decoder():
     model = mae.build(config.ViT(32, 1, 4, image_size=32, patch_size=8), config.Mae(decoder=config.Decoder(64, 1, 4)))
     params = reference.jit(model.init)(jax.random.key(0), pictures(size=32), noise())["params"]["decoder"]

@@ -290,7 +290,23 @@ def test_no_drop_path_outside_training():
     np.testing.assert_array_equal(out, run(make()[0], params, pictures(), capture=(1, 2, 3)).tokens)
 
 
-# Remat and dtype
+# Remat, attention and dtype
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_cudnn_attends_in_every_block_on_a_gpu(remat, cudnn):
+    fields = {"width": 48, "num_heads": 6, "depth": 3, "last_block_heads": 3, "dtype": "bfloat16", "remat": remat}
+    model, params = make(**fields, attention="cudnn")
+    plain, _ = make(**fields)
+    np.testing.assert_array_equal(run(model, params, pictures()).tokens, run(plain, params, pictures()).tokens)
+
+    def calls(model):
+        gradient = jax.jit(jax.grad(lambda p: model.apply({"params": p}, pictures()).tokens.sum()))
+        text = gradient.trace(params).lower(lowering_platforms=("cuda",)).as_text()
+        return text.count("@__cudnn$fmhaSoftmax("), text.count("@__cudnn$fmhaSoftmaxBackward(")
+
+    assert calls(model) == (6 if remat else 3, 3)
+    assert calls(plain) == (0, 0)
 
 
 def test_remat_changes_neither_values_nor_gradients():

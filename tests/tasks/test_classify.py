@@ -198,6 +198,14 @@ def test_inference_averages_both_heads():
     np.testing.assert_allclose(task.predict(variables, frozen, batch).logits, sum(out.heads) / 2, rtol=1e-6)
 
 
+def test_a_teacher_attends_as_the_stage_does():
+    student = stages.vit(num_classes=5, dist_token=True, attention="cudnn", dtype="bfloat16")
+    teacher = dataclasses.replace(TEACHER, remat=True)
+    assert classify.check_teacher(student, teacher) == dataclasses.replace(TEACHER, attention="cudnn", dtype="bfloat16")
+    with pytest.raises(InputError, match="the teacher: attention 'cudnn' takes .* 2 heads are 12 wide"):
+        classify.check_teacher(student, dataclasses.replace(TEACHER, num_heads=2))
+
+
 @pytest.mark.parametrize(
     ("student", "teacher", "message"),
     [

@@ -198,13 +198,30 @@ def test_cut_teacher_computes_what_the_full_teacher_does():
 
 def test_cut_teacher_fields():
     teacher = dataclasses.replace(
-        stages.TEACHER, num_classes=7, remat=True, dtype="bfloat16", image_size=32, posembed="trainable", mlp_ratio=2.0
+        stages.TEACHER,
+        num_classes=7,
+        remat=True,
+        dtype="bfloat16",
+        attention="cudnn",
+        image_size=32,
+        posembed="trainable",
+        mlp_ratio=2.0,
     )
     out = cut(teacher=teacher)
     assert out == dataclasses.replace(
         stages.TEACHER, depth=3, last_block_heads=3, pool="mean", posembed="trainable", mlp_ratio=2.0
     )
     assert teacher.depth == 4  # left as it was
+
+
+def test_a_teacher_attends_as_the_stage_does():
+    stage = stages.distill_stage(attention="cudnn", dtype="bfloat16")
+    assert cut(stage).attention == "cudnn"
+    with pytest.raises(InputError, match="the teacher: attention 'cudnn' takes .* 4 heads are 6 wide"):
+        cut(
+            stages.distill_stage(attention="cudnn", dtype="bfloat16", last_block_heads=4),
+            dataclasses.replace(stages.TEACHER, num_heads=4),
+        )
 
 
 def test_heads_of_a_teacher_cut_at_its_last_block():

@@ -137,7 +137,7 @@ def _model(arrays: dict[str, np.ndarray], source: Source, is_mae_lite: bool, tol
         neck=_shape(arrays, "conv1x1.1.weight", 2)[0] if "conv1x1.1.weight" in arrays else 0,
     )
     _check_settings(source, model, notes)
-    unseen = ("posembed", "drop_path", "drop_path_shape", "dtype", "remat")
+    unseen = ("posembed", "drop_path", "drop_path_shape", "dtype", "remat", "attention")
     return dataclasses.replace(model, **{field: getattr(ours, field) for field in unseen}) if ours else model
 
 

@@ -45,11 +45,35 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return jnp.einsum("bhnm,bhme->bhne", jax.nn.softmax(logits).astype(v.dtype), v)
 
 
+def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """`attention`, by cuDNN where the program is compiled for an Nvidia GPU; bfloat16 or float16 only."""
+    return jax.lax.platform_dependent(q, k, v, cuda=_by_cudnn, default=attention)
+
+
+def _by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    b, _, n, _ = q.shape
+    # jax refuses the gradient of an odd number of tokens: there, one more is added and hidden.
+    odd = n % 2
+    q, k, v = (jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, odd), (0, 0), (0, 0))) for x in (q, k, v))
+    lengths = dict.fromkeys(("query_seq_lengths", "key_value_seq_lengths"), jnp.full(b, n, jnp.int32)) if odd else {}
+    try:
+        out = jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **lengths)
+    except RuntimeError as error:  # without cuDNN jax cannot even trace it
+        if isinstance(error, NotImplementedError) or jax.default_backend() == "gpu":
+            raise
+        return attention(*(x[:, :n].swapaxes(1, 2) for x in (q, k, v)))
+    return out[:, :n].swapaxes(1, 2)
+
+
+ATTENTIONS = {"xla": attention, "cudnn": cudnn_attention}
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention with one fused qkv kernel [D, 3, H, E]."""
+    """Multi-head self-attention with one fused qkv kernel [D, 3, H, E]; `kind` is one of `ATTENTIONS`."""
 
     num_heads: int
     dtype: jnp.dtype
+    kind: str
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
@@ -59,7 +83,7 @@ class Attention(nn.Module):
         # Tokens flattened: the gradient of a plain [B*N, D] matmul is the fast one.
         qkv = nn.DenseGeneral(heads, kernel_init=xavier, dtype=self.dtype, name="qkv")(x.reshape(b * n, d))
         q, k, v = jnp.moveaxis(qkv.reshape(b, n, *heads), (2, 3), (0, 2))  # each [B, H, N, E]
-        out = attention(q, k, v).swapaxes(1, 2).reshape(b * n, d)
+        out = ATTENTIONS[self.kind](q, k, v).swapaxes(1, 2).reshape(b * n, d)
         out = nn.Dense(d, kernel_init=xavier, dtype=self.dtype, name="proj")(out).reshape(b, n, d)
         return out, (q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2))
 
@@ -86,12 +110,14 @@ class Block(nn.Module):
     hidden: int
     drop_path: float
     dtype: jnp.dtype
+    attention: str
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, BlockTrace]:
         """[B, N, D] -> output [B, N, D] and everything on the way."""
         drop = nn.Dropout(self.drop_path, broadcast_dims=(1, 2), rng_collection="drop_path", deterministic=not train)
-        attn_out, (q, k, v) = Attention(self.num_heads, self.dtype, name="attn")(layer_norm(self.dtype, "norm1")(x))
+        attend = Attention(self.num_heads, self.dtype, self.attention, name="attn")
+        attn_out, (q, k, v) = attend(layer_norm(self.dtype, "norm1")(x))
         x = x + drop(attn_out)
         mlp_out = Mlp(self.hidden, self.dtype, name="mlp")(layer_norm(self.dtype, "norm2")(x))
         x = x + drop(mlp_out)

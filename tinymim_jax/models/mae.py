@@ -26,6 +26,7 @@ class Decoder(nn.Module):
     num_heads: int
     patch_values: int
     dtype: str
+    attention: str
 
     @nn.compact
     def __call__(self, tokens: jax.Array, restore: jax.Array) -> jax.Array:
@@ -40,7 +41,8 @@ class Decoder(nn.Module):
         patches = permute(jnp.concatenate([x[:, 1:], masks], axis=1), restore)
         x = jnp.concatenate([x[:, :1], patches], axis=1) + pos
         for i in range(1, self.depth + 1):
-            x, _ = layers.Block(self.num_heads, 4 * self.width, 0.0, dtype, name=f"block{i}")(x, False)
+            block = layers.Block(self.num_heads, 4 * self.width, 0.0, dtype, self.attention, name=f"block{i}")
+            x, _ = block(x, False)
         x = layers.layer_norm(dtype, "norm")(x[:, 1:])
         pred = nn.Dense(self.patch_values, kernel_init=layers.xavier, dtype=dtype, name="pred")(x)
         return pred.astype(jnp.float32)
@@ -86,5 +88,5 @@ permute.defvjp(
 def build(cfg: config.ViT, task: config.Mae) -> MAE:
     """The module that a stage's model and task describe."""
     dec = task.decoder
-    decoder = Decoder(dec.width, dec.depth, dec.num_heads, 3 * cfg.patch_size**2, cfg.dtype)
+    decoder = Decoder(dec.width, dec.depth, dec.num_heads, 3 * cfg.patch_size**2, cfg.dtype, cfg.attention)
     return MAE(vit.build(cfg), decoder, task.mask_ratio)

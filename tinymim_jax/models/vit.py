@@ -47,6 +47,7 @@ class VisionTransformer(nn.Module):
     drop_path_shape: str = "constant"
     dtype: str = "float32"
     remat: bool = False
+    attention: str = "xla"
 
     @nn.compact
     def __call__(
@@ -66,8 +67,8 @@ class VisionTransformer(nn.Module):
         block_class = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
         hidden, trace = int(self.width * self.mlp_ratio), {}
         for i in range(1, self.depth + 1):
-            block = block_class(heads_of(self, i), hidden, self._drop_path(i), dtype, name=f"block{i}")
-            x, block_trace = block(x, train)
+            sizes = (heads_of(self, i), hidden, self._drop_path(i))
+            x, block_trace = block_class(*sizes, dtype, self.attention, name=f"block{i}")(x, train)
             if i in capture:
                 trace[i] = block_trace
         if self.pool == "cls":

@@ -13,12 +13,14 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from tinymim_jax.objectives import relation_pallas
+from tinymim_jax.objectives import relation_gpu, relation_tpu
 
 Pair = tuple[jax.Array, jax.Array]
+Platforms = tuple[str, ...]  # those with a kernel
 DENSE = 512  # up to so many tokens, all rows are one block: fastest (BENCHMARKS.md)
 ROWS = 64
 Kernel = Literal["xla", "pallas"]
+KERNELS = {"tpu": relation_tpu, "cuda": relation_gpu}  # by platform
 
 
 def relation_kl(teacher: Pair, student: Pair, rows: int | None = None, kernel: Kernel = "xla") -> jax.Array:
@@ -26,7 +28,7 @@ def relation_kl(teacher: Pair, student: Pair, rows: int | None = None, kernel: K
 
     Each pair is two [B, N, H, E] arrays; B, N and H agree, E may differ. No gradient reaches the teacher. `rows` of the
     queries are worked on at a time (None: as many as measurements advise). With `kernel` "pallas", a TPU uses
-    `relation_pallas` where that has the memory for it.
+    `relation_tpu` and an Nvidia GPU `relation_gpu`, where these have the memory for it.
     """
     chex.assert_rank([*teacher, *student], 4)
     chex.assert_equal_shape(teacher)
@@ -36,30 +38,30 @@ def relation_kl(teacher: Pair, student: Pair, rows: int | None = None, kernel: K
     rows = rows or (n if n <= DENSE else ROWS)
     # Heads out front make the products plain batched matmuls.
     tq, tk, q, k = (x.swapaxes(1, 2) for x in (*map(jax.lax.stop_gradient, teacher), *student))
-    by_kernel = kernel == "pallas" and relation_pallas.supports(tq, q)
-    return _kl(rows, by_kernel, tq, tk, q, k) / (h * n)
+    platforms = [p for p, module in KERNELS.items() if kernel == "pallas" and module.supports(tq, q)]
+    return _kl(rows, tuple(platforms), tq, tk, q, k) / (h * n)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _kl(rows: int, by_kernel: bool, tq: jax.Array, tk: jax.Array, q: jax.Array, k: jax.Array) -> jax.Array:
+def _kl(rows: int, platforms: Platforms, tq: jax.Array, tk: jax.Array, q: jax.Array, k: jax.Array) -> jax.Array:
     """Summed over heads and queries: [B, H, N, E] each -> [B]."""
-    route = _route(by_kernel, relation_pallas.forward, lambda *arrays: _in_blocks(rows, *arrays)[0])
-    return route(tq, tk, q, k)
+    kernels = {p: KERNELS[p].forward for p in platforms}
+    return _route(kernels, lambda *arrays: _in_blocks(rows, *arrays)[0])(tq, tk, q, k)
 
 
-def _forward(rows: int, by_kernel: bool, *arrays: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    route = _route(by_kernel, relation_pallas.both, functools.partial(_in_blocks, rows))
-    kl, dq, dk = route(*arrays)
+def _forward(rows: int, platforms: Platforms, *arrays: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    kernels = {p: KERNELS[p].both for p in platforms}
+    kl, dq, dk = _route(kernels, functools.partial(_in_blocks, rows))(*arrays)
     return kl, (dq, dk)
 
 
-def _route(by_kernel: bool, kernel: Callable, plain: Callable) -> Callable:
+def _route(kernels: dict[str, Callable], plain: Callable) -> Callable:
     """Chosen when a program is compiled for a platform: that may be another than the one it is traced on."""
-    return functools.partial(jax.lax.platform_dependent, tpu=kernel, default=plain) if by_kernel else plain
+    return functools.partial(jax.lax.platform_dependent, **kernels, default=plain) if kernels else plain
 
 
-def _backward(rows: int, by_kernel: bool, kept: tuple, grad: jax.Array) -> tuple[None, None, jax.Array, jax.Array]:
-    del rows, by_kernel
+def _backward(rows: int, platforms: Platforms, kept: tuple, grad: jax.Array) -> tuple[None, None, jax.Array, jax.Array]:
+    del rows, platforms
     dq, dk = ((grad[:, None, None, None] * x).astype(x.dtype) for x in kept)
     return None, None, dq, dk
 

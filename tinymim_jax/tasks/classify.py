@@ -13,6 +13,7 @@ from tinymim_jax.metrics import Mean
 from tinymim_jax.models import flops, vit
 from tinymim_jax.objectives import losses
 from tinymim_jax.tasks.base import Aux, Batch, Frozen, Outputs, Params, Rngs, Variables, encode
+from tinymim_jax.validate import check_attention
 
 
 class Classify:
@@ -81,7 +82,7 @@ class Classify:
 
 
 def check_teacher(student: config.ViT, teacher: config.ViT) -> config.ViT:
-    """`teacher`, computing in the student's precision; raises InputError if it cannot label the student's images."""
+    """`teacher`, computing as the student does; raises InputError if it cannot label the student's images."""
     if not student.dist_token:
         raise InputError("task.teacher labels a distillation token: set model.dist_token=True")
     if teacher.num_classes != student.num_classes:
@@ -93,7 +94,9 @@ def check_teacher(student: config.ViT, teacher: config.ViT) -> config.ViT:
         raise InputError("the teacher has a BatchNorm before its head (a linear probe): fine-tune it, or take another")
     if teacher.image_size != student.image_size:
         raise InputError(f"the teacher sees {teacher.image_size} px, the student {student.image_size}; make them equal")
-    return dataclasses.replace(teacher, dtype=student.dtype, remat=False)
+    teacher = dataclasses.replace(teacher, dtype=student.dtype, attention=student.attention, remat=False)
+    check_attention("the teacher", teacher)
+    return teacher
 
 
 def is_beyond(labels: jax.Array, num_classes: int) -> jax.Array:

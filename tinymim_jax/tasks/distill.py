@@ -14,6 +14,7 @@ from tinymim_jax.models.layers import BlockTrace
 from tinymim_jax.objectives import relations
 from tinymim_jax.objectives.relation_kl import relation_kl
 from tinymim_jax.tasks.base import Aux, Batch, Frozen, Outputs, Params, Rngs, Variables, encode
+from tinymim_jax.validate import check_attention
 
 
 class Distill:
@@ -105,17 +106,20 @@ def cut_teacher(stage: config.Stage, teacher: config.ViT) -> config.ViT:
         raise InputError(
             f"teacher and student must see the same patches: patch_size {teacher.patch_size} and {student.patch_size}"
         )
-    return dataclasses.replace(
+    cut = dataclasses.replace(
         teacher,
         depth=spec.block,
         last_block_heads=heads,
         image_size=student.image_size,
         dtype=student.dtype,
+        attention=student.attention,
         pool="mean",  # without a head: nothing after the last block
         num_classes=0,
         neck=0,
         remat=False,
     )
+    check_attention("the teacher", cut)
+    return cut
 
 
 def untrained(model: config.ViT, block: int) -> tuple[str, ...]:

@@ -7,7 +7,6 @@ Queries masked to 0 have twice the same relation, hence a KL and a gradient of e
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AxisType, PartitionSpec
 
-Arrays = tuple[jax.Array, ...]
+from tinymim_jax.objectives.kernels import Arrays, dot, per_device
+
 LANES = 128
 TILE = 16  # rows of a register of bfloat16
 CHUNK = 512  # keys worked on at a time
@@ -34,30 +33,12 @@ def supports(tq: jax.Array, q: jax.Array) -> bool:
 
 def forward(tq: jax.Array, tk: jax.Array, q: jax.Array, k: jax.Array, interpret: bool = False) -> jax.Array:
     """KL(teacher || student) summed over heads and queries: [B, H, N, E] each -> [B], float32."""
-    return _per_device(functools.partial(_call, False, interpret), tq, tk, q, k)[0]
+    return per_device(functools.partial(_call, False, interpret), tq, tk, q, k)[0]
 
 
 def both(tq: jax.Array, tk: jax.Array, q: jax.Array, k: jax.Array, interpret: bool = False) -> Arrays:
     """`forward` and its gradients by q and k, hardly dearer than these alone."""
-    return _per_device(functools.partial(_call, True, interpret), tq, tk, q, k)
-
-
-def _per_device(function: Callable[..., Arrays], *arrays: jax.Array) -> Arrays:
-    """`function` of the images of each device: the compiler does not partition kernels, and refuses those it has to.
-
-    The mesh is known from the arrays' types. All its axes share the batch; where they cannot, each device does all.
-    """
-    # Not `custom_partitioning`: libtpu has no part in it.
-    meshes = [jax.typeof(x).sharding.mesh for x in arrays]
-    mesh = next((m for m in meshes if not m.empty), meshes[0])
-    axes = [a for a, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto]
-    devices = math.prod(mesh.shape[a] for a in axes)
-    if devices == 1:
-        return function(*arrays)
-    spec = PartitionSpec(tuple(axes)) if len(arrays[0]) % devices == 0 else PartitionSpec()
-    # Results of a kernel do not say over which axes they vary.
-    shards = {"mesh": mesh, "in_specs": spec, "out_specs": spec, "axis_names": set(axes), "check_vma": False}
-    return jax.shard_map(function, **shards)(*arrays)
+    return per_device(functools.partial(_call, True, interpret), tq, tk, q, k)
 
 
 def _call(gradient: bool, interpret: bool, tq: jax.Array, tk: jax.Array, q: jax.Array, k: jax.Array) -> Arrays:
@@ -153,7 +134,7 @@ def _softmaxes(n: int, queries: list[jax.Array], keys: tuple, work: tuple) -> Ar
     """Of one head: sums [1, lanes] of the teacher's and the student's exponentials, left in `work`, and the KL."""
 
     def logits(at: Any, left: int, tops: list[jax.Array]) -> list[jax.Array]:
-        products = [_dot(key[:, at], x, 0, 0) * x.shape[0] ** -0.5 for x, key in zip(queries, keys, strict=True)]
+        products = [dot(key[:, at], x, 0, 0) * x.shape[0] ** -0.5 for x, key in zip(queries, keys, strict=True)]
         products = [_known(x, left, axis=0, fill=HIDDEN) for x in products]
         for ref, x in zip(work, products, strict=True):
             ref[at, :] = x
@@ -178,8 +159,8 @@ def _gradients(n: int, q: jax.Array, k: Any, work: tuple, inverse: tuple, dq: An
     def add(at: Any, left: int, total: jax.Array) -> jax.Array:
         t, s = (ref[at, :] * x for ref, x in zip(work, inverse, strict=True))
         d = (s - t).astype(q.dtype)
-        dk_sum[:, at] += _dot(q, d, 1, 1)
-        return total + _dot(_known(k[:, at], left, axis=1), d, 1, 0)
+        dk_sum[:, at] += dot(q, d, 1, 1)
+        return total + dot(_known(k[:, at], left, axis=1), d, 1, 0)
 
     total = _over_keys(n, add, jnp.zeros(q.shape, jnp.float32))
     dq[...] = (total * q.shape[0] ** -0.5).astype(dq.dtype)
@@ -202,10 +183,3 @@ def _known(x: jax.Array, count: Any, axis: int, fill: float = 0.0) -> jax.Array:
     if isinstance(count, int) and count >= x.shape[axis]:
         return x
     return jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) < count, x, jnp.asarray(fill, x.dtype))
-
-
-def _dot(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
-    # Left to itself, the hardware rounds float32 to bfloat16.
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    dims = (((axis_a,), (axis_b,)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)

@@ -1,8 +1,5 @@
-import functools
 import importlib.util
 import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,57 +8,28 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tests.models import reference
-from tests.processes import ROOT, environment
+from tests.objectives.exact import check, operands, run
 from tinymim_jax import forecast, hlo
-from tinymim_jax.objectives import relation_pallas
+from tinymim_jax.objectives import relation_tpu
 from tinymim_jax.objectives.relation_kl import relation_kl
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 
 
-def operands(b, h, n, widths, dtype=jnp.float32, scale=1.5):
-    rng = np.random.default_rng(0)
-    return [jnp.asarray(rng.normal(0, scale, (b, h, n, e)), dtype) for e in (*widths[:1] * 2, *widths[1:] * 2)]
-
-
-def run(function, *args):
-    return reference.jit(functools.partial(function, interpret=True))(*args)
-
-
-def exact(tq, tk, q, k):
-    """KL summed over heads and queries [B], and its gradients by q and k, in float64."""
-    tq, tk, q, k = (reference.f64(np.asarray(x, np.float32)) for x in (tq, tk, q, k))
-    t, s = (a @ b.swapaxes(2, 3) / np.sqrt(a.shape[-1]) for a, b in ((tq, tk), (q, k)))
-    kl = (reference.softmax(t) * (reference.log_softmax(t) - reference.log_softmax(s))).sum((1, 2, 3))
-    d = (reference.softmax(s) - reference.softmax(t)) / np.sqrt(q.shape[-1])
-    return kl, d @ k, d.swapaxes(2, 3) @ q
-
-
-def check(args):
-    value, *grads = run(relation_pallas.both, *args)
-    kl, *expected = exact(*args)
-    # Products of bfloat16 are exact in float32, so the value is as good as from float32.
-    np.testing.assert_allclose(value, kl, rtol=1e-5)
-    for x, grad, wanted in zip(args[2:], grads, expected, strict=True):
-        assert grad.dtype == x.dtype
-        # The difference of relations and the result are rounded to 8 bits each.
-        reference.close(grad.astype(jnp.float32), wanted, 1e-5 if x.dtype == jnp.float32 else 2**-7)
-
-
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(("n", "heads", "widths"), [(17, 3, (24, 32)), (65, 5, (64, 24)), (197, 3, (64, 12))])
 def test_against_float64(n, heads, widths, dtype):
-    check(operands(2, heads, n, widths, dtype))
+    check(relation_tpu, operands(2, heads, n, widths, dtype))
 
 
 def test_many_tokens_against_float64():
-    check(operands(1, 1, 1025, (16, 24)))
+    check(relation_tpu, operands(1, 1, 1025, (16, 24)))
 
 
 @pytest.mark.parametrize(("n", "dtype"), [(128, "float32"), (129, "bfloat16"), (256, "bfloat16"), (300, "float32")])
 def test_where_blocks_and_chunks_end(n, dtype, monkeypatch):
-    monkeypatch.setattr(relation_pallas, "CHUNK", 128)
-    check(operands(1, 2, n, (8, 8), dtype))
+    monkeypatch.setattr(relation_tpu, "CHUNK", 128)
+    check(relation_tpu, operands(1, 2, n, (8, 8), dtype))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -75,59 +43,37 @@ def test_against_pure_jax(n, dtype):
         return jnp.sum(weights * relation_kl(teacher, student)) * 3 * n
 
     value, expected = reference.jit(jax.value_and_grad(loss, argnums=(0, 1)))(*args[2:])
-    np.testing.assert_allclose(jnp.sum(weights * run(relation_pallas.forward, *args)), value, rtol=1e-5)
-    for grad, wanted in zip(run(relation_pallas.both, *args)[1:], expected, strict=True):
+    np.testing.assert_allclose(jnp.sum(weights * run(relation_tpu.forward, *args)), value, rtol=1e-5)
+    for grad, wanted in zip(run(relation_tpu.both, *args)[1:], expected, strict=True):
         scaled = weights[:, None, None, None] * grad.astype(jnp.float32)
         reference.close(scaled, wanted.astype(jnp.float32), 1e-5 if dtype == jnp.float32 else 2**-7)
 
 
 def test_exactly_zero_when_equal():
     tq, tk, *_ = operands(1, 2, 17, (8, 8))
-    for result in run(relation_pallas.both, tq, tk, tq, tk):
+    for result in run(relation_tpu.both, tq, tk, tq, tk):
         assert not np.any(result)
 
 
 def test_finite_where_softmax_underflows(monkeypatch):
-    monkeypatch.setattr(relation_pallas, "CHUNK", 16)  # the outlier is in the first of two
+    monkeypatch.setattr(relation_tpu, "CHUNK", 16)  # the outlier is in the first of two
     one = jnp.ones((1, 1, 20, 1))
     key = one.at[0, 0, 0, 0].set(1000.0)
     flat = operands(1, 1, 20, (1, 1))[:2]
     for args in ([*flat, one, key], [one, key, *flat], [one, key, one, key[:, :, ::-1]]):
-        check(args)
+        check(relation_tpu, args)
 
 
 def test_too_many_tokens_for_the_memory_of_a_kernel():
     tq, q = (jax.ShapeDtypeStruct((1, 2, 20000, e), jnp.bfloat16) for e in (64, 32))
-    assert not relation_pallas.supports(tq, q)
+    assert not relation_tpu.supports(tq, q)
     with pytest.raises(ValueError, match="20000 tokens of widths 64 and 32 do not fit"):
-        jax.eval_shape(relation_pallas.forward, tq, tq, q, q)
-
-
-EIGHT = """
-import jax, numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from tests.objectives.test_relation_pallas import operands, relation_pallas, run
-from tinymim_jax import hlo
-mesh = jax.make_mesh((4, 2), ("data", "fsdp"), (AxisType.Auto, AxisType.Auto))
-for images, spec in ((8, P(("data", "fsdp"))), (3, P())):
-    args = operands(images, 1, 17, (8, 8))
-    placed = jax.device_put(args, NamedSharding(mesh, spec))
-    compiled = jax.jit(lambda *x: relation_pallas.both(*x, interpret=True)).lower(*placed).compile()
-    assert not hlo.collectives(compiled.as_text())
-    for actual, expected in zip(compiled(*placed), run(relation_pallas.both, *args), strict=True):
-        assert actual.sharding.spec == spec
-        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
-"""
-
-
-def test_devices_work_on_their_own_images():
-    done = subprocess.run([sys.executable, "-c", EIGHT], env=environment(8), cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+        jax.eval_shape(relation_tpu.forward, tq, tq, q, q)
 
 
 @jax.custom_vjp
 def loss(tq, tk, q, k):
-    return relation_pallas.forward(tq, tk, q, k)
+    return relation_tpu.forward(tq, tk, q, k)
 
 
 def bwd(grads, cotangent):
@@ -135,7 +81,7 @@ def bwd(grads, cotangent):
 
 
 def fwd(*args):
-    kl, *grads = relation_pallas.both(*args)
+    kl, *grads = relation_tpu.both(*args)
     return kl, grads
 
 
