@@ -1,0 +1,170 @@
+"""Where the time of a distillation step goes: python -m tests.profile_step --config=FILE --stage=NAME --batch_size=N.
+
+Times in turn the step as it is, the step with one piece at a time written as in a plain port (attention over
+[B, N, H, E]; linear layers on [B, N, D]; the relation loss with whole relation maps) and with all of them, and the parts that
+it is made of. Prints one JSON object: median seconds, and of the plain steps the median ratio to the step as it is.
+"""
+
+import contextlib
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from tinymim_jax import optim
+from tinymim_jax.bench import step as bench
+from tinymim_jax.commands.flags import new_flags, parse
+from tinymim_jax.models import layers
+from tinymim_jax.objectives.relations import relation_logits
+from tinymim_jax.tasks import distill
+from tinymim_jax.tasks.base import STREAMS
+
+Clock = Callable[[], float]
+
+
+def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """As `layers.attention`, over [B, N, H, E]."""
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    logits = jnp.einsum("bnhe,bmhe->bhnm", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    return jnp.einsum("bhnm,bmhe->bnhe", jax.nn.softmax(logits).astype(v.dtype), v).swapaxes(1, 2)
+
+
+class PlainAttention(nn.Module):
+    """As `layers.Attention`, on [B, N, D]."""
+
+    num_heads: int
+    dtype: jnp.dtype
+    kind: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+        heads = (3, self.num_heads, x.shape[-1] // self.num_heads)
+        qkv = nn.DenseGeneral(heads, kernel_init=layers.xavier, dtype=self.dtype, name="qkv")(x)
+        q, k, v = jnp.moveaxis(qkv, 2, 0)
+        out = layers.ATTENTIONS[self.kind](*(a.swapaxes(1, 2) for a in (q, k, v))).swapaxes(1, 2).reshape(x.shape)
+        return nn.Dense(x.shape[-1], kernel_init=layers.xavier, dtype=self.dtype, name="proj")(out), (q, k, v)
+
+
+class PlainMlp(nn.Module):
+    """As `layers.Mlp`, on [B, N, D]."""
+
+    hidden: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dense = {"kernel_init": layers.xavier, "dtype": self.dtype}
+        h = nn.gelu(nn.Dense(self.hidden, name="fc1", **dense)(x), approximate=False)
+        return nn.Dense(x.shape[-1], name="fc2", **dense)(h)
+
+
+def plain_kl(teacher: Any, student: Any, **_: Any) -> jax.Array:
+    """As `relation_kl`, with whole maps [B, H, N, N]."""
+    log_t, log_s = (jax.nn.log_softmax(relation_logits(*pair)) for pair in (teacher, student))
+    return jnp.sum(jnp.exp(log_t) * (log_t - log_s), axis=-1).mean(axis=(1, 2))
+
+
+PLAIN = {
+    "attention": [(layers.ATTENTIONS, "xla", plain_attention)],
+    "linear layers": [(layers, "Attention", PlainAttention), (layers, "Mlp", PlainMlp)],
+    "relation loss": [(distill, "relation_kl", plain_kl)],
+}
+
+
+@contextlib.contextmanager
+def plain(*names: str) -> Iterator[None]:
+    """These pieces written plainly."""
+    with contextlib.ExitStack() as stack:
+        for where, name, piece in (patch for key in names for patch in PLAIN[key]):
+            patch = (
+                mock.patch.dict(where, {name: piece})
+                if where is layers.ATTENTIONS
+                else mock.patch.object(where, name, piece)
+            )
+            stack.enter_context(patch)
+        yield
+
+
+def step_clock(plan: Any, mesh: jax.sharding.Mesh) -> Clock:
+    """Seconds of the next step."""
+    compiled, arguments = bench.compile_step(plan, mesh)
+
+    def clock() -> float:
+        nonlocal arguments
+        arguments, seconds = bench.timed_step(compiled, arguments)
+        return seconds
+
+    return clock
+
+
+def part_clock(function: Callable, *arguments: Any) -> Clock:
+    """Seconds of a function."""
+    compiled = jax.jit(function).lower(*arguments).compile()
+
+    def clock() -> float:
+        begin = time.perf_counter()
+        jax.block_until_ready(compiled(*arguments))
+        return time.perf_counter() - begin
+
+    return clock
+
+
+def parts(plan: Any, mesh: jax.sharding.Mesh) -> dict[str, Clock]:
+    """Teacher and student alone, forward; the whole loss, its gradient; the optimiser's update."""
+    task = plan.task
+    _, (state, frozen, batch, rng) = bench.compile_step(plan, mesh)
+    rngs, images = dict.fromkeys(STREAMS, rng), task._views(batch, None)[0]
+
+    def loss(params: Any) -> jax.Array:
+        return task.loss(optim.stop_frozen(params, plan.labels), {}, frozen, batch, rngs, train=True)[0]
+
+    def tokens(model: Any, block: int) -> Callable:
+        return lambda params: model.apply({"params": params["encoder"]}, images, capture=(block,)).trace[block].q
+
+    return {
+        "teacher forward": part_clock(tokens(task.teacher, task.task.teacher.block), frozen),
+        "student forward": part_clock(tokens(task.student, task.task.student_block), state.params),
+        "loss": part_clock(loss, state.params),
+        "loss and gradient": part_clock(jax.value_and_grad(loss), state.params),
+        "update": part_clock(plan.tx.update, state.params, state.opt_state, state.params),
+    }
+
+
+def main(argv: list[str]) -> None:
+    """Runs the comparison."""
+    values = new_flags(__doc__)
+    flags.DEFINE_string("stage", None, "a distillation", flag_values=values)
+    flags.DEFINE_integer("batch_size", 8, "images", flag_values=values)
+    flags.DEFINE_integer("rounds", 3, "the median of N", flag_values=values)
+    cfg = parse(values, argv)
+    cfg.stages[values.stage].run.batch_size = values.batch_size
+    _, plan, mesh = bench.prepared(cfg, values.stage)
+    clocks = {"step": step_clock(plan, mesh)}
+    for name, pieces in {**{name: (name,) for name in PLAIN}, "all": tuple(PLAIN)}.items():
+        with plain(*pieces):
+            clocks[f"step, plain {name}"] = step_clock(plan, mesh)
+    clocks |= parts(plan, mesh)
+    seconds: dict[str, list[float]] = {name: [] for name in clocks}
+    for _ in range(values.rounds + 1):  # the first warms up
+        for name, clock in clocks.items():
+            seconds[name].append(clock())
+            print(f"{name}: {seconds[name][-1]:.3f} s", file=sys.stderr)
+    found = {name: {"s": statistics.median(times[1:])} for name, times in seconds.items()}
+    for name in found:
+        if name.startswith("step, "):
+            found[name]["ratio"] = statistics.median(
+                a / b for a, b in zip(seconds[name][1:], seconds["step"][1:], strict=True)
+            )
+    print(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
