@@ -20,10 +20,10 @@ import jax.numpy as jnp
 from absl import flags
 
 from tinymim_jax import optim
+from tinymim_jax.bench import relation
 from tinymim_jax.bench import step as bench
 from tinymim_jax.commands.flags import new_flags, parse
 from tinymim_jax.models import layers
-from tinymim_jax.objectives.relations import relation_logits
 from tinymim_jax.tasks import distill
 from tinymim_jax.tasks.base import STREAMS
 
@@ -68,8 +68,7 @@ class PlainMlp(nn.Module):
 
 def plain_kl(teacher: Any, student: Any, **_: Any) -> jax.Array:
     """As `relation_kl`, with whole maps [B, H, N, N]."""
-    log_t, log_s = (jax.nn.log_softmax(relation_logits(*pair)) for pair in (teacher, student))
-    return jnp.sum(jnp.exp(log_t) * (log_t - log_s), axis=-1).mean(axis=(1, 2))
+    return relation.plain(teacher, student)
 
 
 PLAIN = {

@@ -156,15 +156,18 @@ exit $status
 """
 
 
+def installed(venv, extras, programs):
+    """An environment that env.sh has nothing to install into."""
+    (venv / "bin").mkdir(parents=True)
+    stamp = ["bash", "-c", f"cat setup.py <(echo {extras}) | cksum | cut -d' ' -f1"]
+    setup = subprocess.run(stamp, cwd=ROOT, capture_output=True, text=True)
+    (venv / f"installed-{setup.stdout.strip()}").touch()
+    (venv / "bin" / "activate").write_text(f"export PATH={programs}:$PATH\n")
+
+
 def test_slurm_with_two_tasks_on_this_host(tmp_path):
     """The batch script itself, with a srun that starts two processes here; stopped, it is put back into the queue."""
-    venv = tmp_path / "venv" / "bin"
-    venv.mkdir(parents=True)
-    setup = subprocess.run(
-        ["bash", "-c", "cat setup.py <(echo cuda) | cksum | cut -d' ' -f1"], cwd=ROOT, capture_output=True, text=True
-    )
-    (venv.parent / f"installed-{setup.stdout.strip()}").touch()  # env.sh has nothing to install
-    (venv / "activate").write_text(f"export PATH={Path(sys.executable).parent}:$PATH\n")
+    installed(tmp_path / "venv", "cuda", Path(sys.executable).parent)
     tools = tmp_path / "tools"
     tools.mkdir()
     (tools / "srun").write_text(FAKE_SRUN)
@@ -173,7 +176,7 @@ def test_slurm_with_two_tasks_on_this_host(tmp_path):
         path.chmod(0o755)
     logs, workdir = tmp_path / "logs", tmp_path / "work"
     logs.mkdir()
-    env = {**environment(), "PATH": f"{tools}:{os.environ['PATH']}", "VENV": str(venv.parent), "LOGS": str(logs)}
+    env = {**environment(), "PATH": f"{tools}:{os.environ['PATH']}", "VENV": str(tmp_path / "venv"), "LOGS": str(logs)}
     env |= {"PORT_JOB": str(os.getpid()), "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "77"}
     arguments = [f"--config={ROOT / 'tests/tiny_chain.py'}:steps=4", f"--workdir={workdir}", "--stage=mae"]
     run = subprocess.run(["bash", LAUNCH / "slurm.sbatch", *arguments], env=env, capture_output=True, timeout=300)
@@ -234,3 +237,33 @@ def test_tpu_pod_runs_its_command_until_it_is_done(tmp_path):
         ["bash", "-c", f"{command}\nwait"], env={**os.environ, "HOME": str(home)}, cwd=home, check=True, timeout=60
     )
     assert (home / "calls").read_text() == "--config=a b.py\n" * 3
+
+
+FAKE_PYTHON = """#!/usr/bin/env bash
+[[ $1 == -c ]] && exit 0
+echo "$@" >> "$CALLS"
+[[ $* == *finetune_b* ]] && exit 2
+echo '{}'
+"""
+
+
+def test_benchmarks_are_made_once(tmp_path):
+    """With a Python that notes what it is asked for; one that fails leaves no file behind."""
+    from tinymim_jax.commands.bench import VERBS
+
+    programs, out, calls = tmp_path / "bin", tmp_path / "out", tmp_path / "calls"
+    programs.mkdir()
+    (programs / "python").write_text(FAKE_PYTHON)
+    (programs / "python").chmod(0o755)
+    installed(tmp_path / "venv", "x", programs)
+    own = {"VENV": tmp_path / "venv", "EXTRAS": "x", "CALLS": calls, "STAGES": "distill_b finetune_b", "BATCHES": "2 4"}
+    env = {**os.environ, **{name: str(value) for name, value in own.items()}}
+    for _ in range(2):
+        subprocess.run(["bash", LAUNCH / "bench.sh", out, "--rounds=1"], env=env, check=True, capture_output=True)
+    made = {path.name for path in out.iterdir() if path.suffix == ".json"}
+    steps = {f"step-distill_b-{batch}-{kind}.json" for batch in (2, 4) for kind in ("xla", "cudnn")}
+    assert made == {*steps, "relation-xla.json", "relation-pallas.json"}
+    lines = calls.read_text().splitlines()
+    assert sum("distill_b" in line for line in lines) == 6 and sum("finetune_b" in line for line in lines) == 8
+    assert all(line.split()[:3] == ["-m", "tinymim_jax", "bench"] and line.split()[3] in VERBS for line in lines)
+    assert all("--vs=torch" in line and line.endswith("--rounds=1") for line in lines if "bench step" in line)
