@@ -146,15 +146,13 @@ def forecast(plan: Plan, mesh: jax.sharding.Mesh) -> dict[str, Any]:
 def _counts(compiled: Any, devices: int) -> dict[str, Any]:
     memory, text = compiled.memory_analysis(), compiled.as_text()
     moved = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    matmuls, counted = hlo.matmul_flops(text)
     return {
         "argument_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "total_bytes": moved - memory.alias_size_in_bytes + memory.temp_size_in_bytes,
-        "matmul_flops": matmuls * devices,
-        # XLA counts what a loop repeats once; what is no matmul stays so.
-        "xla_flops": (compiled.cost_analysis()["flops"] + matmuls - counted) * devices,
+        "matmul_flops": hlo.matmul_flops(text)[0] * devices,
+        "xla_flops": hlo.all_flops(compiled) * devices,
         "collectives": hlo.collectives(text),
     }
 

@@ -8,6 +8,7 @@ import functools
 import math
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -85,6 +86,12 @@ def matmul_flops(text: str) -> tuple[float, float]:
     """Of matmuls and convolutions, a multiply-add counting as 2: all, and with each loop's body counted once."""
     counted = [(_flops(run), run.times) for run in runs(text)]
     return sum(flops * times for flops, times in counted), sum(flops for flops, _ in counted)
+
+
+def all_flops(compiled: Any) -> float:
+    """XLA's own count, with matmuls as often as their loops run; what is no matmul counts once in a loop."""
+    repeated, once = matmul_flops(compiled.as_text())
+    return compiled.cost_analysis()["flops"] + repeated - once
 
 
 def _flops(run: Run) -> float:

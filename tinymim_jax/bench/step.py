@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils.epath import Path
 
-from tinymim_jax import chain
+from tinymim_jax import chain, hlo
 from tinymim_jax import mesh as mesh_lib
 from tinymim_jax.bench import versus
 from tinymim_jax.config import Config, InputError, Stage
@@ -62,7 +62,7 @@ def step(cfg: Config, name: str, rounds: int, vs: str | None = None) -> dict[str
         "images_per_s": stage.run.batch_size / seconds,
         "step_s": seconds,
         "model_flops": model_flops,
-        "xla_flops": compiled.cost_analysis()["flops"] * mesh.size,
+        "xla_flops": hlo.all_flops(compiled) * mesh.size / stage.run.steps_per_call,
         "matmul_flops_per_s": flops_per_s,
         "model_flops_share": model_flops / seconds / flops_per_s,
         "peak_memory_bytes": peak_memory(compiled),
