@@ -30,7 +30,6 @@ def test_a_signal_during_an_agreement_is_not_lost(monkeypatch):
 
 def test_one_process_agrees_with_itself():
     assert agree.agreed(True) and not agree.agreed(False)
-    agree.barrier("x")
     for run in (agree.on_first, agree.together):
         assert run(lambda: [1, "a"]) == [1, "a"]
         with pytest.raises(InputError, match="^no room$"):

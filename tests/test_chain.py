@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tinymim_jax import chain as chain_lib
-from tinymim_jax import checkpoint, handoff, lock, progress
+from tinymim_jax import checkpoint, handoff, lock, progress, train
 from tinymim_jax.config import Compare, InputError
 from tinymim_jax.validate import check
 
@@ -156,6 +156,18 @@ def test_a_run_that_has_lost_its_workdir_writes_no_checkpoint(chain, tmp_path, m
     with pytest.raises(InputError, match=r"another run \(process 7 on elsewhere\) has taken over .*; this one stops"):
         chain_lib.run_chain(check(chain), tmp_path, "mae")
     assert checkpoint.steps(tmp_path / "mae") == [2] and (tmp_path / lock.FILE).exists()
+
+
+def test_a_run_that_loses_its_workdir_while_it_is_evaluated_does_not_finish_the_stage(chain, tmp_path, monkeypatch):
+    def measure(*args, measure=train.measure):
+        (tmp_path / lock.FILE).unlink()
+        monkeypatch.setattr(lock, "clock", lambda: float("inf"))
+        return measure(*args)
+
+    monkeypatch.setattr(train, "measure", measure)
+    with pytest.raises(InputError, match=r"run.lock is gone: another run has taken over .*; this one stops"):
+        chain_lib.run_chain(check(chain), tmp_path, "mae")
+    assert not handoff.finished(tmp_path / "mae") and not (tmp_path / "results.json").exists()
 
 
 def test_ctrl_c_before_the_first_stage(chain, tmp_path, monkeypatch):

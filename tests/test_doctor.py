@@ -134,7 +134,10 @@ def test_the_first_process_tells_what_the_others_must_mend(tmp_path):
     )
     assert ended[0][2].splitlines()[-1] == "error: 1 of these need mending"
     for _, out, err in ended[1:]:
-        assert "ok  " not in out and err.splitlines()[-1] == "error: 1 of these need mending (process 0 says which)"
+        assert (
+            "ok  " not in out
+            and err.splitlines()[-1] == "error: 1 of these need mending (as process 0 says, if not above)"
+        )
 
     for home in homes[1:]:
         shutil.copytree(homes[0] / "images", home / "images")

@@ -54,7 +54,7 @@ def test_python_dash_m():
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize(("status", "at_once"), [(0, False), (2, True), (75, False)])
+@pytest.mark.parametrize(("status", "at_once"), [(0, False), (2, True), (74, True), (75, False)])
 def test_an_error_in_one_of_several_processes_waits_for_nobody(status, at_once, monkeypatch):
     import jax
 

@@ -72,13 +72,26 @@ checkpoint.ocp.StandardCheckpointHandler.restore = damaged
 """
 
 
-def test_a_checkpoint_that_one_of_two_processes_cannot_read_is_passed_over_by_both(one, tmp_path):
+OTHER_VALUES = """
+import jax
+from tinymim_jax import checkpoint
+
+def altered(self, path, *args, restore=checkpoint.ocp.StandardCheckpointHandler.restore, **kwargs):
+    found = restore(self, path, *args, **kwargs)
+    return jax.tree.map(lambda x: x + 1, found) if path.parent.name == "4" else found
+
+checkpoint.ocp.StandardCheckpointHandler.restore = altered
+"""
+
+
+@pytest.mark.parametrize(("patch", "why"), [(UNREADABLE, "cut short"), (OTHER_VALUES, "its values are not those")])
+def test_a_checkpoint_that_one_of_two_processes_cannot_read_is_passed_over_by_both(one, tmp_path, patch, why):
     shutil.copytree(one / "mae", tmp_path / "mae")
     (tmp_path / "mae" / "DONE").unlink()
-    ended = finish(start(tmp_path, "steps=4", 2, 1, "--stage=mae", patches={1: UNREADABLE}))
+    ended = finish(start(tmp_path, "steps=4", 2, 1, "--stage=mae", patches={1: patch}))
     assert [status for status, _, _ in ended] == [0, 0], ended[0][2][-2000:]
     out = ended[0][1]
-    assert "process 1: " in out and "the checkpoint of step 4 is damaged (ValueError: cut short)" in out
+    assert "process 1: " in out and f"the checkpoint of step 4 is damaged (ValueError: {why}" in out
     assert "resumed at step 2 of 4" in out
     assert difference(one / "mae", tmp_path / "mae") < 1e-6
 
@@ -100,7 +113,7 @@ pipeline.load = load
 def test_an_image_that_one_of_two_processes_cannot_read_ends_both(tmp_path, transform):
     patches = {1: NO_IMAGE.format(transform=transform)}
     small = ["--stage=mae", "--config.stages.mae.evals.knn.batch_size=8"]  # so that both read some
-    ended = finish(start(tmp_path, "steps=4", 2, 1, *small, patches=patches), 100)
+    ended = finish(start(tmp_path, "steps=4", 2, 1, *small, patches=patches))
     assert [status for status, _, _ in ended] == [2, 2], ended
     theirs, own = (err.splitlines()[-1] for _, _, err in ended)
     assert "cannot be decoded, or set data.on_bad_image=skip" in own
@@ -127,7 +140,7 @@ train.measure = measure
 
 def test_sigterm_to_one_of_two_processes_during_the_final_evaluation(tmp_path):
     patches = {0: "from tinymim_jax import train\ntrain.CHECK_EVERY = 1", 1: TERMINATED}
-    ended = finish(start(tmp_path, "steps=4", 2, 1, "--stage=mae", patches=patches), 100)
+    ended = finish(start(tmp_path, "steps=4", 2, 1, "--stage=mae", patches=patches))
     assert [status for status, _, _ in ended] == [75, 75], ended
     assert "stage mae stopped while it was evaluated; run the same command to go on" in ended[0][2]
     assert checkpoint.steps(tmp_path / "mae")[-1] == 4 and not (tmp_path / "mae" / "DONE").exists()
@@ -137,7 +150,7 @@ def test_processes_with_a_workdir_each(tmp_path):
     """The same path, on disks that are not shared."""
     patch = "import os\nfrom tinymim_jax import storage\nstorage.APPEARS = 1.0\nos.makedirs({0!r})\nos.chdir({0!r})"
     patches = {i: patch.format(str(tmp_path / str(i))) for i in range(2)}
-    ended = finish(start("work", "steps=4", 2, 1, patches=patches), 100)
+    ended = finish(start("work", "steps=4", 2, 1, patches=patches))
     assert [status for status, _, _ in ended] == [2, 2], ended
     assert "process 1: work/run.lock, which the first process has written, is not seen here" in ended[0][2]
     assert "all processes need one shared --workdir" in ended[1][2]

@@ -203,8 +203,10 @@ def test_what_fails_on_the_way_is_said_in_a_line_too(bucket, monkeypatch):
     monkeypatch.setattr(bucket, "refusal", ("POST", 403, "the account is closed"))
     with pytest.raises(OSError, match="the account is closed") as raised:
         write_whole(storage.path("gs://bucket/file"), "x")
-    assert storage.fault(raised.value).startswith("the bucket failed (OSError: Forbidden")
-    assert storage.fault(OSError(28, "No space left on device", "/x")) == "/x: No space left on device"
+    assert str(storage.fault(raised.value)).startswith("the bucket failed (OSError: Forbidden")
+    assert str(storage.fault(OSError(28, "No space left on device", "/x"))).startswith(
+        "/x: No space left on device; make room"
+    )
     assert storage.fault(ValueError("a bug")) is None and storage.fault(FileNotFoundError(2, "No such file")) is None
 
 

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -170,9 +171,9 @@ def test_steps_in_one_call_are_those_one_by_one(chain, mesh, tmp_path, stop_at):
     assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]] and logs[1] == logs[2]
 
 
-def damage(folder, step):
+def damage(folder, step, item="model"):
     """One bit of the largest file of a checkpoint."""
-    path = max((folder / checkpoint.FOLDER / str(step) / "model").rglob("*"), key=lambda p: p.stat().st_size)
+    path = max((folder / checkpoint.FOLDER / str(step) / item).rglob("*"), key=lambda p: p.stat().st_size)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
@@ -286,7 +287,7 @@ def test_an_evaluation_that_was_due_when_the_run_was_killed_is_made_up_for(chain
 
 
 def test_an_evaluation_that_a_kill_cuts_off_while_the_run_stops_is_made_again(
-    chain, mesh, tmp_path, stop_at, monkeypatch
+    chain, mesh, tmp_path, stop_at, monkeypatch, capsys
 ):
     """SIGTERM, and SIGKILL once the state is saved: the weights being evaluated are no longer those of the state."""
     stage = chain.stages["mae"]
@@ -304,9 +305,16 @@ def test_an_evaluation_that_a_kill_cuts_off_while_the_run_stops_is_made_again(
         run_stage(stage, "mae", tmp_path / "cut", mesh)
     assert checkpoint.steps(tmp_path / "cut" / "mae") == [3]
     assert not any("/" in name for line in log(tmp_path / "cut" / "mae") for name in line)
+    shutil.copytree(tmp_path / "cut", tmp_path / "damaged")
     run_stage(stage, "mae", tmp_path / "cut", mesh)
     logs = [log(tmp_path / side / "mae") for side in ("whole", "cut")]
     assert logs[0] == logs[1] and [line["step"] for line in logs[0] if "knn/top1_k3" in line] == [2, 4]
+
+    damage(tmp_path / "damaged" / "mae", 3, "evaluated")
+    capsys.readouterr()
+    run_stage(stage, "mae", tmp_path / "damaged", mesh)
+    assert "step 3 is damaged" in (out := capsys.readouterr().out) and "evaluation of step 2 is left out" in out
+    assert log(tmp_path / "damaged" / "mae") == [line for line in logs[0] if line["step"] != 2 or "loss" in line]
 
 
 def test_there_is_one_loop_and_one_place_that_takes_gradients():

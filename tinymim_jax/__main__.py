@@ -7,10 +7,11 @@ import sys
 import absl.logging
 
 from tinymim_jax import storage
-from tinymim_jax.config import InputError
+from tinymim_jax.serial import InputError, Unavailable
 from tinymim_jax.stop import INTERRUPTED, Interrupted
 
 BAD = 2  # exit status
+UNAVAILABLE = 74  # EX_IOERR
 COMMANDS = {
     "run": "run a chain of stages, or go on with it",
     "plan": "compile a chain for a pod, without the pod: memory, FLOPs, hours",
@@ -26,7 +27,11 @@ COMMANDS = {
 
 
 def main(argv: list[str]) -> int:
-    """Runs one command; the exit status: 0, 2 on bad input, 130 after Ctrl-C, 75 after SIGTERM: run me again."""
+    """Runs one command.
+
+    Returns the exit status: 0, 2 on bad input, 74 if the storage or another process failed, 130 after Ctrl-C, 75 after
+    SIGTERM: run me again.
+    """
     if not argv or argv[0] in ("-h", "--help"):
         lines = [f"  {name:8} {text}" for name, text in COMMANDS.items()]
         print("\n".join(["usage: python -m tinymim_jax COMMAND ...", "", *lines, "", "COMMAND --help says more."]))
@@ -37,15 +42,12 @@ def main(argv: list[str]) -> int:
         if argv[0] not in COMMANDS:
             raise InputError(f"unknown command {argv[0]!r}; choose one of {', '.join(COMMANDS)}")
         importlib.import_module(f"tinymim_jax.commands.{argv[0]}").main(argv[1:])
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD
     except Exception as error:
-        if (what := storage.fault(error)) is None:
+        known = error if isinstance(error, InputError) else storage.fault(error)
+        if known is None:
             raise
-        print(f"error: {what}; make room or mend the storage, and run the same command again: what was saved is kept",
-              file=sys.stderr)  # fmt: skip
-        return BAD
+        print(f"error: {known}", file=sys.stderr)
+        return UNAVAILABLE if isinstance(known, Unavailable) else BAD
     except KeyboardInterrupt as stop:
         print(f"interrupted: {stop}" if str(stop) else "interrupted", file=sys.stderr)
         return stop.status if isinstance(stop, Interrupted) else INTERRUPTED
@@ -55,7 +57,7 @@ def main(argv: list[str]) -> int:
 def leave(status: int) -> None:
     """Ends the process; at once after an error in one of several, for whom JAX would have it wait at its exit."""
     jax = sys.modules.get("jax")
-    if status == BAD and jax is not None and jax.distributed.is_initialized():
+    if status in (BAD, UNAVAILABLE) and jax is not None and jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

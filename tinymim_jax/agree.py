@@ -8,7 +8,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from tinymim_jax.serial import InputError
+from tinymim_jax import storage
+from tinymim_jax.serial import InputError, Unavailable
 from tinymim_jax.stop import StopRequest
 
 
@@ -30,16 +31,11 @@ def on_first(action: Callable[[], Any]) -> Any:
     """What `action` returns in process 0, where alone it runs, in JSON types; an InputError is raised in all."""
     if jax.process_count() == 1:
         return action()
-    said = {}
-    if jax.process_index() == 0:
-        try:
-            said = {"result": action()}
-        except InputError as error:
-            said = {"error": str(error)}
-    said = json.loads(gather(json.dumps(said))[0])
-    if "error" in said:
-        raise InputError(said["error"])
-    return said["result"]
+    result, failure = _attempt(action) if jax.process_index() == 0 else (None, None)
+    result, error = json.loads(gather(json.dumps([result, _told(failure)]))[0])
+    if error:
+        raise _heard(error)
+    return result
 
 
 def together(action: Callable[[], Any]) -> Any:
@@ -47,18 +43,35 @@ def together(action: Callable[[], Any]) -> Any:
 
     `action` must not wait for other processes.
     """
-    result, failure = None, None
-    try:
-        result = action()
-    except InputError as error:
-        failure = error
-    errors = gather("" if failure is None else str(failure) or "error")
+    if jax.process_count() == 1:
+        return action()
+    result, failure = _attempt(action)
+    errors = gather(json.dumps(_told(failure)))
     if failure is not None:
         raise failure
-    for process, text in enumerate(errors):
-        if text:
-            raise InputError(f"process {process}: {text}")
+    for process, error in enumerate(map(json.loads, errors)):
+        if error:
+            raise _heard(error, f"process {process}: ")
     return result
+
+
+def _attempt(action: Callable[[], Any]) -> tuple[Any, InputError | None]:
+    """What `action` returns, or an error that is the input's, the storage's or another process's fault."""
+    try:
+        return action(), None
+    except Exception as error:
+        known = error if isinstance(error, InputError) else storage.fault(error)
+        if known is None:
+            raise
+        return None, known
+
+
+def _told(error: InputError | None) -> list[Any]:
+    return [] if error is None else [isinstance(error, Unavailable), str(error)]
+
+
+def _heard(told: list[Any], where: str = "") -> InputError:
+    return (Unavailable if told[0] else InputError)(where + told[1])
 
 
 def gather(text: str) -> list[str]:
@@ -70,9 +83,3 @@ def gather(text: str) -> list[str]:
     padded = np.frombuffer(data.ljust(int(sizes.max()), b"\0"), np.uint8)
     rows = multihost_utils.process_allgather(padded) if len(padded) else [b""] * len(sizes)
     return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
-
-
-def barrier(name: str) -> None:
-    """Returns when every process has come here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)

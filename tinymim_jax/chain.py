@@ -53,12 +53,11 @@ def run_chain(cfg: Config, workdir: Path, only: str | None = None, stop: StopReq
         lock = Lock(workdir)
         token = agree.on_first(lambda: stack.enter_context(lock).token)
         agree.together(lambda: lock.see(token))
-        stop.guard = lock.check
         agree.check_stop(stop, "before anything ran")
         agree.on_first(lambda: convert_sources(cfg, to_run, workdir))
         for name in names:
             if name in to_run:
-                run_stage(cfg.stages[name], name, workdir, mesh, stop)
+                run_stage(cfg.stages[name], name, workdir, mesh, stop, lock.check)
             else:
                 print(f"{name}: finished, skipped", flush=True)
     results = collect(cfg, workdir)

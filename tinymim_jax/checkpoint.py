@@ -21,6 +21,7 @@ from etils.epath import Path
 
 from tinymim_jax import agree, storage
 from tinymim_jax.config import InputError
+from tinymim_jax.serial import Unavailable
 from tinymim_jax.storage import reason
 
 FOLDER = "checkpoints"
@@ -32,7 +33,10 @@ class Checkpoints:
     """The checkpoints of one stage's folder."""
 
     def __init__(self, folder: Path, keep: int):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        # One process lists the folder: a network's file system may show others an older one.
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=True, single_host_load_and_broadcast=True
+        )
         self.folder = folder
         self.manager = ocp.CheckpointManager(storage.absolute(folder / FOLDER), options=options)
 
@@ -70,7 +74,7 @@ class Checkpoints:
         except Exception as error:  # tensorstore and orbax raise ValueError, OSError, RuntimeError and their own
             whole = steps(self.folder)
             kept = f"that of step {whole[-1]} is kept" if whole else "there is none before it"
-            raise InputError(
+            raise Unavailable(
                 f"{self.folder}: a checkpoint could not be written ({reason(error)}); {kept}: make room or mend the"
                 " storage, and run the same command again"
             ) from error
@@ -98,10 +102,14 @@ def restore(folder: Path, step: int, targets: Mapping[str, Any]) -> tuple[dict[s
 
     items, log = agree.together(read)  # orbax' own would leave the others waiting
     saved = log.pop(SUMS, {})
-    with reading(folder, step):
-        for name, item in items.items():
-            if name in saved:
-                _compare(jax.device_get(_device_sums(item)), saved[name])
+    found = {name: jax.device_get(_device_sums(item)) for name, item in items.items() if name in saved}
+
+    def compare() -> None:
+        with reading(folder, step):
+            for name in found:
+                _compare(found[name], saved[name])
+
+    agree.together(compare)  # of what each holds whole, each has read its own
     return items, log
 
 

@@ -85,9 +85,9 @@ def _first_host(nodes: str) -> str:
 
 def _own_device(env: Mapping[str, str], variable: str) -> tuple[int, ...] | None:
     """The GPU of a process that shares its host with others, unless the launcher has shown it only its own."""
-    visible = env.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    shows_one = len(env.get("CUDA_VISIBLE_DEVICES", ",").split(",")) == 1
     shares = int(env.get("SLURM_NTASKS_PER_NODE") or env.get("OMPI_COMM_WORLD_LOCAL_SIZE") or 1) > 1
-    return (int(env[variable]),) if shares and len(visible) > 1 and variable in env else None
+    return (int(env[variable]),) if shares and not shows_one and variable in env else None
 
 
 def _find_tpu(env: Mapping[str, str], address: str) -> Cluster | None:
@@ -109,7 +109,8 @@ def _find_tpu(env: Mapping[str, str], address: str) -> Cluster | None:
 
 
 def _is_tpu_machine(env: Mapping[str, str]) -> bool:
-    return any(Path(device).exists() for device in TPU_DEVICES) and "TPU_SKIP_MDS_QUERY" not in env
+    is_wanted = "tpu" in (env.get("JAX_PLATFORMS") or "tpu") and "TPU_SKIP_MDS_QUERY" not in env
+    return is_wanted and any(Path(device).exists() for device in TPU_DEVICES)
 
 
 def _worker_host(worker: str) -> str:

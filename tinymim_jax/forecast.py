@@ -119,6 +119,8 @@ def compile_for(plan: Plan, mesh: jax.sharding.Mesh) -> Any:
 def forecast(plan: Plan, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """What one step of `plan` takes on each device of `mesh`, and no less than how long it and the stage take.
 
+    Batches that wait (all of `run.steps_per_call`, and those read ahead) are not counted.
+
     Bytes a device (arguments, results, temporaries, total), FLOPs a step (of the model, counted by hand; of all
     devices' matmuls in the compiled program; of all that they compute, counted by XLA), collectives (as
     `hlo.collectives`), and with a known chip: fits, seconds a step (the largest of FLOPs over peak, arguments read and

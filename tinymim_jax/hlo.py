@@ -51,7 +51,7 @@ class Run:
 
 
 def runs(text: str) -> Iterator[Run]:
-    """All that a program comes to; a loop of a length that is not in the text counts once."""
+    """All that a program comes to, every branch of a condition too; a loop of unknown length counts once."""
     program: dict[str, Computation] = {}
     name = entry = ""
     for line in text.splitlines():

@@ -99,11 +99,8 @@ class Progress:
             raise InputError(f"stage {self.name}: another process has failed; its log says why")
 
     def is_asked(self) -> bool:
-        """Whether to stop after this step, alike in every process; raises what has failed if there is only one."""
-        if jax.process_count() > 1:
-            return self.has_heard
-        self.stop.raise_failure()
-        return self.stop.asked
+        """Whether to stop after this step, alike in every process."""
+        return self.has_heard if jax.process_count() > 1 else self.stop.asked
 
     def collect(self) -> None:
         """Fetches what is pending; raises InputError at a loss, gradient or weights that are not finite.

@@ -14,6 +14,10 @@ class InputError(ValueError):
     """What the user gave is wrong; the message is one line that says what and how to mend it."""
 
 
+class Unavailable(InputError):
+    """The storage or another process failed: once that is mended, or later, the same command goes on."""
+
+
 def to_dict(value: Any) -> Any:
     """A config (or any part of one) as plain JSON types."""
     if dataclasses.is_dataclass(value):

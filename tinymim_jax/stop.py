@@ -5,7 +5,6 @@ Imports nothing heavy: it is needed before jax.
 
 import signal
 import sys
-from collections.abc import Callable
 from typing import Any
 
 INTERRUPTED = 130  # exit status after Ctrl-C
@@ -24,14 +23,12 @@ class Interrupted(KeyboardInterrupt):
 class StopRequest:
     """Turns the first Ctrl-C or SIGTERM into a flag to read between steps; a second one acts at once.
 
-    `failure` is what has gone wrong in this process and is to be raised as soon as the others know, too. `guard` raises
-    once this process may write no longer.
+    `failure` is what has gone wrong in this process and is to be raised as soon as the others know, too.
     """
 
     def __init__(self) -> None:
         self.asked = False
         self.failure: Exception | None = None
-        self.guard: Callable[[], object] = lambda: None
         self.status = RUN_AGAIN  # where another process was asked
         self.previous: dict[int, Any] = {}
 

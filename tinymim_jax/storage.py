@@ -14,7 +14,7 @@ from typing import Any
 import fsspec
 from etils.epath import Path
 
-from tinymim_jax.serial import InputError
+from tinymim_jax.serial import InputError, Unavailable
 
 EXTRAS = {"gs": "gcs", "s3": "s3"}  # of setup.py
 LOGINS = {"gs": "log in: gcloud auth application-default login", "s3": "log in: aws configure"}
@@ -75,7 +75,7 @@ def wait_for(path: Path, is_seen: Callable[[], bool] | None = None) -> None:
     deadline = time.monotonic() + APPEARS
     while not (is_seen or path.exists)():
         if time.monotonic() > deadline:
-            raise InputError(
+            raise Unavailable(
                 f"{path}, which the first process has written, is not seen here within {APPEARS:.0f} s; all processes"
                 " need one shared --workdir"
             )
@@ -122,8 +122,14 @@ def check_on_disk(path: Path, what: str) -> None:
         raise InputError(f"{path}: {what} must be on a disk; copy it, or mount the bucket (gcsfuse, mount-s3)")
 
 
-def fault(error: Exception) -> str | None:
-    """What a disk or a bucket did wrong, in a line; None if `error` is something else."""
+def fault(error: Exception) -> Unavailable | None:
+    """What a disk or a bucket did wrong; None if `error` is something else."""
+    if (what := _fault(error)) is None:
+        return None
+    return Unavailable(f"{what}; make room or mend the storage, and run the same command again: what was saved is kept")
+
+
+def _fault(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in DISK:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     passed = {frame.f_globals.get("__name__", "").split(".")[0] for frame, _ in traceback.walk_tb(error.__traceback__)}

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from typing import Any
 
@@ -106,8 +106,8 @@ class Runner:
     def note_bad_step(self, step: int, what: str) -> str:
         """Writes the records of a step whose `what` is not finite into bad_steps.jsonl, once; says so."""
         path = self.folder / "bad_steps.jsonl"
-        noted = read(path)
-        if jax.process_index() == 0 and all(line["step"] != step for line in noted):
+        noted = read(path) if jax.process_index() == 0 else [{"step": step}]
+        if all(line["step"] != step for line in noted):
             epoch, index, _ = self.rows.numbers(step - 1)
             records = [self.source.describe(int(i)) for i in index]
             noted.append({"step": step, "epoch": epoch, "not_finite": what, "records": records})
@@ -138,25 +138,36 @@ class Runner:
         every = self.stage.run.eval_every
         return bool(self.evaluators and every) and 0 < step < self.plan.total_steps and step % every == 0
 
-    def catch_up(self, online: Online, state: TrainState, log: dict[str, Any] | None, writer: Writer) -> None:
-        """Makes the evaluations that were under way or due when the run before was cut off, and are not in its log."""
-        first, variables = int(state.step), self.variables(state)
+    def catch_up(
+        self, first: int, state: TrainState, log: dict[str, Any] | None, online: Online, writer: Writer
+    ) -> None:
+        """Makes the evaluations that were under way or due when the run before ended at `first`, and are not logged."""
+        variables = self.variables(state)
         began = (log or {}).get(EVALUATING)
         if began is not None and not agree.on_first(lambda: writer.has(began, "/")):
             target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), variables)
-            items, _ = checkpoint.restore(self.folder, first, {EVALUATED: target})
-            online.start(began, items[EVALUATED])
+            try:
+                items, _ = checkpoint.restore(self.folder, first, {EVALUATED: target})
+                online.start(began, items[EVALUATED])
+            except InputError as error:
+                print(f"{error}; the evaluation of step {began} is left out", flush=True)
         if self.is_evaluated(first) and not agree.on_first(lambda: writer.has(first, "/")):
             online.start(first, variables)
 
 
 def run_stage(
-    stage: Stage, name: str, workdir: Path, mesh: jax.sharding.Mesh, stop: StopRequest | None = None
+    stage: Stage,
+    name: str,
+    workdir: Path,
+    mesh: jax.sharding.Mesh,
+    stop: StopRequest | None = None,
+    guard: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
     """Runs `stage` in `workdir`/`name` to its end, from its own newest checkpoint if it has one, or until `stop`.
 
     Writes stage.json, metrics.jsonl, tensorboard/, checkpoints/ and, at the end, DONE with the final metrics:
-    the last training averages and every evaluator's results, which it returns.
+    the last training averages and every evaluator's results, which it returns. `guard` raises once this process may
+    write no longer.
 
     Raises:
       InputError: bad input, or a loss that is not finite.
@@ -184,7 +195,15 @@ def run_stage(
         rng = jax.jit(lambda: jax.random.fold_in(jax.random.key(run.seed), 1), out_shardings=replicated)()
         train_step = jit_step(runner.plan, mesh, runner.shardings, run.steps_per_call)
         online = stack.enter_context(runner.online(writer))
-        runner.catch_up(online, state, log, writer)
+        runner.catch_up(first, state, log, online, writer)
+
+        def save(step: int) -> None:
+            """Starts to write all that a run needs to go on from `step`."""
+            agree.on_first(lambda: (guard(), writer.flush()))
+            items, log = to_items(state), progress.state()
+            if evaluation := online.state():
+                log[EVALUATING], items[EVALUATED] = evaluation
+            checkpoints.save(step, items, log)
 
         for steps in pipeline.calls(first, total, run.steps_per_call):
             step = steps.stop  # how many are done then
@@ -203,40 +222,33 @@ def run_stage(
                 progress.collect()  # a state whose loss is not finite is never saved
                 if not asked:  # or else the state comes first
                     online.wait()  # whoever resumes from here has all results from before
-                agree.on_first(stop.guard)
-                writer.flush()
-                save(checkpoints, state, progress, online, step)
+                save(step)
             if asked and not last:
                 checkpoints.wait()
-                online.wait()
                 stop.asked = True
                 stop.check(f"stage {name} stopped at step {step} of {total}")
             if runner.is_evaluated(step):
                 online.start(step, runner.variables(state))
 
         if total == 0:
-            save(checkpoints, state, progress, online, 0)
+            save(0)
         checkpoints.wait()  # from here on the state is safe
         online.wait()
         evaluated = runner.evaluate(state, stop)
-        writer.write(total, evaluated)
-        writer.flush()  # a stage that is DONE is not run again
         if bad := progress.totals[BAD_IMAGES]:
             print(f"{name}: images left out because they could not be read: {bad}, all epochs together")
         results = {**progress.averages, **evaluated}
-        write_json(runner.folder / "DONE", {"step": total, "metrics": results})
-        agree.barrier(f"{name}: done")
+
+        def finish() -> None:
+            guard()
+            writer.write(total, evaluated)
+            writer.flush()  # a stage that is DONE is not run again
+            write_json(runner.folder / "DONE", {"step": total, "metrics": results})
+
+        agree.on_first(finish)
         agree.together(lambda: storage.wait_for(runner.folder / "DONE"))  # others may read it now
         agree.check_stop(stop, f"stopped after stage {name}")
     return results
-
-
-def save(checkpoints: Checkpoints, state: TrainState, progress: Progress, online: Online, step: int) -> None:
-    """Starts to write all that a run needs to go on from `step`."""
-    items, log = to_items(state), progress.state()
-    if evaluation := online.state():
-        log[EVALUATING], items[EVALUATED] = evaluation
-    checkpoints.save(step, items, log)
 
 
 def describe(plan: Plan) -> dict[str, Any]:

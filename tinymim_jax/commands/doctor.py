@@ -43,5 +43,5 @@ def main(argv: list[str]) -> None:
 
     bad = doctor.report(cfg, workdir, os.environ)
     if bad:
-        where = " (process 0 says which)" if jax.process_index() else ""
+        where = " (as process 0 says, if not above)" if jax.process_index() else ""
         raise InputError(f"{bad} of these need mending{where}")

@@ -51,7 +51,8 @@ def _call(gradient: bool, interpret: bool, *arrays: jax.Array) -> Arrays:
     if rows < TILE:
         raise ValueError(f"heads of widths {widths[0]} and {width} do not fit into the memory of a kernel")
     inputs = [x.reshape(b * h, n, -1) for x in arrays]
-    line, dq, dk = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (jnp.zeros((b * h, n)), *inputs[2:]))
+    line = jax.ShapeDtypeStruct((b * h, n), jnp.float32)
+    dq, dk = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs[2:])
     by_query = functools.partial(_query_kernel, n, widths)
     if not gradient:
         (kl,) = _launch(by_query, rows, inputs, [line], interpret)
