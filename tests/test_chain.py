@@ -170,6 +170,20 @@ def test_a_run_that_loses_its_workdir_while_it_is_evaluated_does_not_finish_the_
     assert not handoff.finished(tmp_path / "mae") and not (tmp_path / "results.json").exists()
 
 
+@pytest.mark.parametrize("content", ["", "xx", "{}", '{"metrics": 3}'])
+def test_a_damaged_done(content, chain, tmp_path):
+    (tmp_path / "mae").mkdir()
+    (tmp_path / "mae" / "DONE").write_text(content)
+    with pytest.raises(InputError, match=r"mae/DONE is damaged; delete it, and the stage goes on"):
+        chain_lib.collect(check(chain), tmp_path)
+
+
+def test_the_owner_of_a_workdir_is_named_before_what_differs(chain, tmp_path):
+    (tmp_path / "chain.json").write_text('{"name": "other"}')
+    with pytest.raises(InputError, match="belongs to the experiment 'other', and this is 'tiny'"):
+        chain_lib.describe_chain(check(chain), tmp_path)
+
+
 def test_ctrl_c_before_the_first_stage(chain, tmp_path, monkeypatch):
     def interrupted(*_):
         os.kill(os.getpid(), signal.SIGINT)

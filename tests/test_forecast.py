@@ -115,6 +115,19 @@ def test_eight_devices_share_the_work_and_reduce_gradients_alone():
     assert gradients["sent_bytes"] == pytest.approx(gradients["bytes"] * 2 * 7 / 8)
 
 
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("v5e:2x2x2", "v5e has 2 numbers of at most 16"),
+        ("v4:2x2", "v4 has 3 numbers"),
+        ("v5e:32x32", "at most 16 chips"),
+    ],
+)
+def test_a_topology_that_there_is_not(name, why):
+    with pytest.raises(InputError, match=f"--topology={name}: there is none; .*{why}"):
+        forecast.devices_of(name)
+
+
 @pytest.mark.parametrize("name", ["v5e", "v5e:0x", "v5e:0x2", "v3:2x2", "gpu", "v5e:16x16x"])
 def test_an_unknown_topology(name):
     with pytest.raises(InputError, match=r"write it like v5e:16x16; the chips are v4, v5e, v5p, v6e"):
@@ -201,10 +214,8 @@ def test_a_real_topology(cfg):
     devices = forecast.devices_of("v5e:2x2")
     assert len(devices) == 4 and forecast.chip_of(devices[0]) == forecast.CHIPS["v5e"]
     assert len(forecast.devices_of("v4:2x2x1")) == 4
-    with pytest.raises(
-        InputError, match=r"--topology=v5e:17x17: not known to libtpu, .* choose a topology that exists"
-    ):
-        forecast.devices_of("v5e:17x17")
+    with pytest.raises(InputError, match=r"--topology=v5e:3x5: not known to libtpu, .* choose a topology that exists"):
+        forecast.devices_of("v5e:3x5")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiling for a TPU needs libtpu")

@@ -49,6 +49,22 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
         main(["run"])
 
 
+def test_the_death_of_another_process_is_no_bug_of_this_one(monkeypatch, capsys):
+    import jax
+
+    from tinymim_jax.commands import run
+
+    def fail(argv):
+        raise jax.errors.JaxRuntimeError("UNKNOWN: all-reduce failed: Connection closed by peer")
+
+    monkeypatch.setattr(run, "main", fail)
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        main(["run"])
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    assert main(["run"]) == 74
+    assert "error: another process has died" in capsys.readouterr().err
+
+
 def test_python_dash_m():
     done = subprocess.run([sys.executable, "-m", "tinymim_jax", "fly"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1

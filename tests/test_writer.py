@@ -12,6 +12,13 @@ def steps(folder):
     return [line["step"] for line in read(folder / "metrics.jsonl")]
 
 
+@pytest.mark.parametrize("bad", [b'{"loss": 1}', b'{"step": 3, "\xff": 1}', b"[3]", b"x"])
+def test_lines_from_a_damaged_one_on_are_dropped(tmp_path, bad):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + bad + b'\n{"step": 3}\n')
+    assert read(path) == [{"step": 1}]
+
+
 def test_lines(tmp_path):
     folder = tmp_path / "not" / "there"
     with Writer(folder) as writer:

@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
             raise InputError(f"unknown command {argv[0]!r}; choose one of {', '.join(COMMANDS)}")
         importlib.import_module(f"tinymim_jax.commands.{argv[0]}").main(argv[1:])
     except Exception as error:
-        known = error if isinstance(error, InputError) else storage.fault(error)
+        known = error if isinstance(error, InputError) else storage.fault(error) or lost(error)
         if known is None:
             raise
         print(f"error: {known}", file=sys.stderr)
@@ -52,6 +52,16 @@ def main(argv: list[str]) -> int:
         print(f"interrupted: {stop}" if str(stop) else "interrupted", file=sys.stderr)
         return stop.status if isinstance(stop, Interrupted) else INTERRUPTED
     return 0
+
+
+def lost(error: Exception) -> Unavailable | None:
+    """The death of another process, which JAX notes in its next collective; None if `error` is something else."""
+    jax = sys.modules.get("jax")
+    if jax is None or not jax.distributed.is_initialized() or not isinstance(error, jax.errors.JaxRuntimeError):
+        return None
+    return Unavailable(
+        f"another process has died, or cannot be reached ({storage.reason(error)}); run the same command again in all"
+    )
 
 
 def leave(status: int) -> None:

@@ -66,7 +66,14 @@ def run_chain(cfg: Config, workdir: Path, only: str | None = None, stop: StopReq
 
 
 def check_workdir(cfg: Config, workdir: Path) -> None:
-    """Makes the folder and notes whose it is; raises InputError if that is another experiment's, or it is read-only."""
+    """Makes the folder and notes whose it is; raises InputError if it is read-only."""
+    check_writable(workdir)
+    if not (workdir / "chain.json").is_file():
+        write_json(workdir / "chain.json", {"name": cfg.name})
+
+
+def check_owner(cfg: Config, workdir: Path) -> None:
+    """Raises InputError if `workdir` is another experiment's."""
     file = workdir / "chain.json"
     try:
         owner = json.loads(file.read_text())["name"] if file.is_file() else cfg.name
@@ -79,9 +86,6 @@ def check_workdir(cfg: Config, workdir: Path) -> None:
         raise InputError(
             f"{workdir} belongs to the experiment {owner!r}, and this is {cfg.name!r}; choose another --workdir"
         )
-    check_writable(workdir)
-    if not file.is_file():
-        write_json(file, {"name": cfg.name})
 
 
 def check_stage_name(cfg: Config, name: str | None) -> None:
@@ -119,7 +123,7 @@ def collect(cfg: Config, workdir: Path) -> dict[str, Any]:
     """The metrics of every finished stage in `workdir`, and each of `cfg.compare`'s tables that is complete."""
     others = sorted(done.parent.name for done in workdir.glob("*/DONE"))
     stages = {
-        name: json.loads((workdir / name / "DONE").read_text())["metrics"]
+        name: _measured(workdir / name)
         for name in dict.fromkeys([*cfg.stages, *others])
         if handoff.finished(workdir / name)
     }
@@ -131,6 +135,14 @@ def collect(cfg: Config, workdir: Path) -> dict[str, Any]:
     return {"config": cfg.name, "stages": stages, "compare": tables}
 
 
+def _measured(folder: Path) -> dict[str, float]:
+    done = folder / "DONE"
+    try:
+        return dict(json.loads(done.read_text())["metrics"])
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{done} is damaged; delete it, and the stage goes on from its newest checkpoint") from None
+
+
 def summary(values: list[float]) -> dict[str, Any]:
     """Mean, standard error of the mean (None for one value) and the values themselves."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
@@ -140,6 +152,7 @@ def summary(values: list[float]) -> dict[str, Any]:
 def describe_chain(cfg: Config, workdir: Path, only: str | None = None) -> str:
     """What `run_chain` would do, worked out from shapes alone; reads no data but its size, writes nothing."""
     check_stage_name(cfg, only)
+    check_owner(cfg, workdir)
     plans: dict[str, Plan] = {}
     text, missing = [_devices(cfg)], {}
     for name in cfg.stages if only is None else needed(cfg, only):

@@ -17,7 +17,7 @@ from tinymim_jax.data import resident, sources
 from tinymim_jax.plan import Plan, example_batch, make_plan
 from tinymim_jax.step import create_state, jit_step
 
-TOPOLOGY = re.compile(r"(v\d+[ep]?):[1-9]\d*(?:x[1-9]\d*)*")  # libtpu divides by the numbers
+TOPOLOGY = re.compile(r"(v\d+[ep]?):([1-9]\d*(?:x[1-9]\d*)*)")  # libtpu divides by the numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,7 @@ CHIPS = {
     "H100": Chip(989e12, 80e9, 3350e9, 900e9),
     "H200": Chip(989e12, 141e9, 4800e9, 900e9),
 }
+SHAPES = {"v4": (3, None), "v5p": (3, None), "v5e": (2, 16), "v6e": (2, 16)}  # dimensions, and chips along each
 KINDS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}  # as jax calls them
 
 
@@ -50,6 +51,11 @@ def devices_of(topology: str) -> list[Any]:
     if not topology:
         return jax.devices()
     match = TOPOLOGY.fullmatch(topology)
+    if match and match[1] in SHAPES:
+        sizes, (count, most) = [int(n) for n in match[2].split("x")], SHAPES[match[1]]
+        if len(sizes) != count or (most and max(sizes) > most):
+            limit = f" of at most {most} chips each" if most else ""
+            raise InputError(f"--topology={topology}: there is none; {match[1]} has {count} numbers{limit}")
     if not match or match[1] not in CHIPS:
         names = ", ".join(name for name in CHIPS if name.startswith("v"))
         raise InputError(f"--topology={topology}: write it like v5e:16x16; the chips are {names}")

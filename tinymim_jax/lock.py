@@ -110,6 +110,7 @@ class Lock:
         """Waits until the file changes, which a living owner sees to, or is too old; by the storage's own clock."""
         with contextlib.suppress(FileNotFoundError):
             first = self.files.modified(self.path)
+            print(f"{self.path}: waiting for up to {STALE:.0f} s to see whether its owner lives", flush=True)
             while (self._now() - first).total_seconds() < STALE:
                 time.sleep(min(1.0, STALE / 10))
                 if self.files.modified(self.path) != first:

@@ -135,7 +135,7 @@ class Progress:
         told = f"stage {self.name}: the {what} is not finite at step {step}{where}"
         if self.run.on_nan == "stop":
             raise InputError(
-                f"{told}; the last good checkpoint is kept: lower optim.lr, set optim.clip_norm, or leave such updates"
+                f"{told}; what was saved before is kept: lower optim.lr, set optim.clip_norm, or leave such updates"
                 " out with run.on_nan=skip, and run again"
             )
         self.totals[SKIPPED] = self.totals.get(SKIPPED, 0) + 1

@@ -1,3 +1,5 @@
+import pytest
+
 from tinymim_jax.__main__ import main
 
 
@@ -12,6 +14,13 @@ def test_a_stage_for_a_workdir(tmp_path, capsys):
     (tmp_path / "stage.json").write_text("{}")
     assert main(["report", str(tmp_path)]) == 2
     assert f"is the folder of a stage; give the folder above, {tmp_path.parent}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["x", "{}", "[]", '{"stages": 1}'])
+def test_damaged_results(content, tmp_path, capsys):
+    (tmp_path / "results.json").write_text(content)
+    assert main(["report", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/results.json is damaged; the run command makes it anew\n"
 
 
 def test_one_argument_is_taken(capsys):

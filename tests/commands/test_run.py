@@ -103,7 +103,7 @@ BAD = {
     "student block beyond depth": (["{config}", f"{STAGE}.distill.task.student_block=3"], "beyond the student's 2 blocks"),
     "freezes nothing": (["{config}", f"{STAGE}.mae.optim.freeze=('encoder/blok.*',)"], "matches no parameter"),
     "bad RandAugment": (["{config}", f"{STAGE}.mae.data.rand_augment=foo"], "data.rand_augment"),
-    "loss is not finite": (["{config}", f"{STAGE}.mae.optim.lr=1e38"], "is not finite at step 2 (its images: work/mae/bad_steps.jsonl); the last good checkpoint is kept"),
+    "loss is not finite": (["{config}", f"{STAGE}.mae.optim.lr=1e38"], "is not finite at step 2 (its images: work/mae/bad_steps.jsonl); what was saved before is kept"),
 }  # fmt: skip
 
 

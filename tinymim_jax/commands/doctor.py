@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
     workdir = storage.path(values.workdir or (f"runs/{cfg.name}" if cfg else "runs"))
     check_workdir(workdir)
     with StopRequest() as stop:
-        start_cluster(values, stop, config=to_dict(cfg))
+        start_cluster(values, stop, config=to_dict(cfg), workdir=str(workdir))
     stop.check("stopped before anything was looked at")
 
     import jax

@@ -26,7 +26,11 @@ def main(argv: list[str]) -> None:
 
     from tinymim_jax import report
 
-    results = json.loads((workdir / "results.json").read_text())
-    print(report.table(results))
-    for picture in report.write(workdir, list(results["stages"])):
+    try:
+        results = json.loads((workdir / "results.json").read_text())
+        table, stages = report.table(results), list(results["stages"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{workdir / 'results.json'} is damaged; the run command makes it anew") from None
+    print(table)
+    for picture in report.write(workdir, stages):
         print(f"wrote {picture}")
