@@ -75,7 +75,7 @@ def wait_for(path: Path, is_seen: Callable[[], bool] | None = None) -> None:
     deadline = time.monotonic() + APPEARS
     while not (is_seen or path.exists)():
         if time.monotonic() > deadline:
-            raise Unavailable(
+            raise InputError(
                 f"{path}, which the first process has written, is not seen here within {APPEARS:.0f} s; all processes"
                 " need one shared --workdir"
             )
