@@ -1,6 +1,6 @@
-import dataclasses
 import json
 import os
+import shutil
 import signal
 import statistics
 from pathlib import Path
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tinymim_jax import chain as chain_lib
-from tinymim_jax import checkpoint, handoff, lock, progress, train
+from tinymim_jax import checkpoint, handoff, lock, outline, progress, train
 from tinymim_jax.config import Compare, InputError
 from tinymim_jax.validate import check
 
@@ -39,7 +39,7 @@ def test_a_chain_runs_in_order_and_is_not_run_twice(finished, capsys):
 
     # An edited config of a finished stage is refused, with the difference, before anything runs.
     chain.stages["mae"].optim.lr = 5e-4
-    for call in (chain_lib.run_chain, chain_lib.describe_chain):
+    for call in (chain_lib.run_chain, outline.describe_chain):
         with pytest.raises(InputError, match=r"mae was run with another config \(optim\.lr: 0\.001 -> 0\.0005\)"):
             call(check(chain), workdir)
     assert snapshot(workdir) == before
@@ -69,6 +69,21 @@ def test_an_unfinished_stage_with_a_checkpoint_may_change_little(chain, tmp_path
     assert "distill" in chain_lib.run_chain(check(chain), tmp_path)["stages"]
 
 
+def test_checkpoints_of_nobody_knows_what(chain, tmp_path, stop_at, capsys):
+    chain.stages = {"mae": chain.stages["mae"]}
+    stop_at(2)
+    with pytest.raises(KeyboardInterrupt):
+        chain_lib.run_chain(check(chain), tmp_path)
+    assert "begins anew" not in capsys.readouterr().out
+    (tmp_path / "mae" / "stage.json").rename(tmp_path / "kept.json")
+    with pytest.raises(InputError, match="mae has lost its stage.json"):
+        chain_lib.run_chain(check(chain), tmp_path)
+    (tmp_path / "kept.json").rename(tmp_path / "mae" / "stage.json")
+    shutil.rmtree(tmp_path / "mae" / "checkpoints")
+    assert chain_lib.run_chain(check(chain), tmp_path)["stages"]["mae"]["loss"] > 0
+    assert "there is no checkpoint from before: begins anew" in capsys.readouterr().out
+
+
 def test_a_mistake_in_a_later_stage_is_found_before_the_first_runs(chain, tmp_path):
     chain.stages["distill"].task.teacher.block = 9
     with pytest.raises(InputError, match="stage distill: task.teacher.block 9 is beyond the teacher's 3 blocks"):
@@ -84,36 +99,6 @@ def test_one_stage_needs_its_sources(chain, tmp_path):
     assert list(results["stages"]) == ["mae"]
     with pytest.raises(InputError, match=r"--stage=x: no such stage; choose one of mae, distill, finetune"):
         chain_lib.run_chain(chain, tmp_path, only="x")
-
-
-def test_a_description_says_what_would_happen_and_touches_nothing(chain, tmp_path):
-    text = chain_lib.describe_chain(chain, tmp_path / "work")
-    assert not (tmp_path / "work").exists()
-    for line in (
-        "mae: mae, 4 steps of 8 images",
-        "model: width 12, 2 blocks, 2 heads (6 in the last block), 16 px in patches of 8, float32;",
-        "teacher mae: block 2 of 3, 6 heads",
-        "skipped: decoder, encoder/block3, encoder/norm",
-        "regrouped 6 -> 2 heads: encoder/block2/attn/qkv",
-        "not trained by the source: encoder/block2/attn/proj, encoder/block2/mlp, encoder/block2/norm2",
-        "status: would start",
-        "devices: 1 x cpu, data 1 x fsdp 1",
-        "data: digits, split train: 40 images",
-    ):
-        assert line in text
-    assert chain_lib.describe_chain(chain, tmp_path / "work", "mae").count("status") == 1
-
-
-def test_a_description_of_other_devices_and_data_elsewhere(chain, tmp_path):
-    chain.mesh.fsdp = 3
-    chain.stages["mae"].optim.accum_steps = 2
-    chain.stages["mae"].data = dataclasses.replace(chain.stages["mae"].data, source="folder", path="/gone")
-    chain.stages["mae"].data.num_examples = 16
-    text = chain_lib.describe_chain(chain, tmp_path)
-    assert "fsdp 3 does not fill 1 devices" in text
-    assert "4 steps of 8 images in 2 micro-batches" in text
-    assert "data: folder /gone, split train: not at hand" in text
-    assert text.splitlines()[-1].startswith("before stage mae can run: /gone/train: no such folder")
 
 
 def test_one_stage_is_not_kept_from_running_by_another(chain, tmp_path):
@@ -178,12 +163,6 @@ def test_a_damaged_done(content, chain, tmp_path):
         chain_lib.collect(check(chain), tmp_path)
 
 
-def test_the_owner_of_a_workdir_is_named_before_what_differs(chain, tmp_path):
-    (tmp_path / "chain.json").write_text('{"name": "other"}')
-    with pytest.raises(InputError, match="belongs to the experiment 'other', and this is 'tiny'"):
-        chain_lib.describe_chain(check(chain), tmp_path)
-
-
 def test_ctrl_c_before_the_first_stage(chain, tmp_path, monkeypatch):
     def interrupted(*_):
         os.kill(os.getpid(), signal.SIGINT)
@@ -192,23 +171,6 @@ def test_ctrl_c_before_the_first_stage(chain, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt, match="before anything ran; run the same command"):
         chain_lib.run_chain(chain, tmp_path)
     assert not (tmp_path / "mae").exists()
-
-
-def test_a_description_finds_a_hand_over_that_would_fail(chain, tmp_path):
-    chain.stages["finetune"].init.regroup_heads = False
-    with pytest.raises(InputError, match="stage finetune: encoder/block2/attn/qkv/.* 6 heads in the source and 2"):
-        chain_lib.describe_chain(chain, tmp_path)
-    chain.stages["finetune"].init.regroup_heads = True
-    chain.stages["distill"].model.width, chain.stages["distill"].model.last_block_heads = 16, None
-    with pytest.raises(InputError, match="the student's block 2 has 2 heads, the teacher's block 2 has 6"):
-        chain_lib.describe_chain(chain, tmp_path)
-
-
-def test_an_unfinished_stage_is_described_with_its_step(chain, mesh, tmp_path, stop_at):
-    stop_at(3)
-    with pytest.raises(KeyboardInterrupt):
-        chain_lib.run_chain(chain, tmp_path)
-    assert "status: would go on from step 3" in chain_lib.describe_chain(chain, tmp_path)
 
 
 def test_ctrl_c_in_the_second_stage_changes_no_result(finished, tmp_path_factory, stop_at):
@@ -226,7 +188,7 @@ def test_a_teacher_from_another_workdir(chain, tmp_path):
     del chain.stages["mae"], chain.stages["finetune"]
     init = chain.stages["distill"].task.teacher.init
     init.stage, init.path = None, str(tmp_path / "a" / "mae")
-    assert "block 2 of 3" in chain_lib.describe_chain(chain, tmp_path / "b")
+    assert "block 2 of 3" in outline.describe_chain(chain, tmp_path / "b")
     assert chain_lib.run_chain(chain, tmp_path / "b")["stages"]["distill"]["loss"] > 0
     init.path = str(tmp_path / "nowhere")
     with pytest.raises(InputError, match="nowhere does not exist; run that stage first"):

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tinymim_jax import chain as chain_lib
-from tinymim_jax import config
+from tinymim_jax import config, outline
 from tinymim_jax.config import Classification, Data, Decoder, Distill, Knn, Mae
 from tinymim_jax.mesh import make_mesh
 from tinymim_jax.stop import Interrupted
@@ -126,7 +125,7 @@ OPTIONS = [
 @pytest.mark.parametrize("name", [*(f for f in FILES if f not in CHAINS), *OPTIONS])
 def test_a_single_stage_runs_and_resumes(name, imagenet, tmp_path, stop_at):
     cfg = shrink_chain(load(name), imagenet)
-    assert "status: would start" in chain_lib.describe_chain(cfg, tmp_path)
+    assert "status: would start" in outline.describe_chain(cfg, tmp_path)
     run_interrupted(cfg, tmp_path, stop_at)
 
 
@@ -150,7 +149,7 @@ def test_a_header_gives_command_cost_and_expectation(name):
 
 
 def test_the_plan_of_the_imagenet_chain(tmp_path):
-    text = chain_lib.describe_chain(load("imagenet/chain.py"), tmp_path)
+    text = outline.describe_chain(load("imagenet/chain.py"), tmp_path)
     for line in (
         "distill_b: distill, 300 epochs x 312 steps = 93600 steps of 4096 images",
         "optimiser: adamw, lr 0.0024 (0.00015 x 4096 / 256), warm-up 15 epochs, min lr 1e-05",

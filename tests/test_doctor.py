@@ -1,3 +1,5 @@
+import dataclasses
+import os
 import re
 import shutil
 import socket
@@ -15,6 +17,7 @@ from tests.conftest import tiny_mae
 from tests.processes import environment, finish, free_port
 from tinymim_jax import doctor
 from tinymim_jax.config import Config, Mesh
+from tinymim_jax.lock import Lock
 
 
 @pytest.fixture
@@ -69,8 +72,34 @@ def test_traps_of_several_processes(monkeypatch):
 
 def test_too_little_room(cfg, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
-    assert "make room, or choose another --workdir" in doctor.disk(cfg, tmp_path / "not" / "there").fix
-    assert not doctor.disk(None, tmp_path).fix
+    (found,) = doctor.room(cfg, tmp_path / "not" / "there")
+    assert found.fix == "make room, or choose another --workdir" and "take up to" in found.what
+    assert not fixes(doctor.room(None, tmp_path))
+
+
+def test_a_workdir_that_cannot_be_used(cfg, tmp_path, monkeypatch):
+    with Lock(tmp_path):
+        (found,) = fixes(doctor.room(cfg, tmp_path))
+    assert f"in use by process {os.getpid()}" in found
+    monkeypatch.setattr(os, "access", lambda *_: False)  # tests may run as root, who may write everywhere
+    assert fixes(doctor.room(cfg, tmp_path)) == [
+        f"{tmp_path} cannot be written to: choose another --workdir, or mend its rights or mount"
+    ]
+
+
+def test_images_of_several_sizes_for_the_devices_memory(cfg, tmp_path):
+    for i, size in enumerate((8, 8, 9)):
+        (tmp_path / "train" / "one").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (size, 8)).save(tmp_path / "train" / "one" / f"{i}.png")
+    data = cfg.stages["mae"].data = dataclasses.replace(
+        cfg.stages["mae"].data, source="folder", path=str(tmp_path), per_class=None, resident=True
+    )
+    cfg.stages["mae"].evals = {}
+    assert fixes(doctor.data(cfg)) == [
+        f"folder {tmp_path}, split train: images differ in size: set data.resident=False, which needs one size"
+    ]
+    data.resident = False
+    assert fixes(doctor.data(cfg)) == []
 
 
 def test_a_grid_and_data_that_do_not_fit(cfg, tmp_path):

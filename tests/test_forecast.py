@@ -31,8 +31,19 @@ def test_a_chain_on_the_devices_at_hand(cfg, tmp_path):
         assert f["total_bytes"] >= f["argument_bytes"] > 0 and 0.9 < f["xla_flops"] / f["model_flops"] < 4, name
         assert "step_s" not in f  # nothing is published of this CPU
     lines = forecast.table(report).splitlines()
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| mae", "| distill", "| finetune"]
+    assert [line.split(" | ")[0] for line in lines[2:-2]] == ["| mae", "| distill", "| finetune"]
+    assert lines[-1].startswith("no bounds: the limits of cpu are not known") and "(0.0" not in "".join(lines)
     assert json.loads(json.dumps(report)) == report
+
+
+def test_small_numbers_are_not_shown_as_0():
+    assert [forecast._decimals(x, 1) for x in (0, 0.00123, 0.04, 0.06, 12.34)] == [
+        "0.0",
+        "0.0012",
+        "0.04",
+        "0.1",
+        "12.3",
+    ]
 
 
 def test_micro_batches_are_all_counted(cfg, mesh):

@@ -312,7 +312,7 @@ def test_read_stage_where_there_is_none(tmp_path):
 def test_a_damaged_stage(tmp_path, text):
     (tmp_path / "stage.json").write_bytes(text.encode("latin1"))
     for read in (handoff.read_stage, handoff.read_untrained):
-        with pytest.raises(InputError, match=r"stage\.json is damaged; run its stage again"):
+        with pytest.raises(InputError, match=r"stage\.json is damaged; delete .* and make it again"):
             read(tmp_path)
 
 

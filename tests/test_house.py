@@ -16,7 +16,7 @@ LAYERS = [
     ["handoff", "tasks"],
     ["plan", "evals", "bridge"],
     ["step", "ready"],
-    ["train"],
+    ["train", "outline"],
     ["chain", "report", "evaluate"],
     ["forecast"],
     ["doctor", "bench"],

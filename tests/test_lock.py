@@ -30,6 +30,15 @@ def test_one_run_at_a_time(tmp_path):
         pass
 
 
+def test_whether_it_is_held_can_be_asked(tmp_path):
+    Lock(tmp_path).check_free()
+    with Lock(tmp_path), pytest.raises(InputError, match=f"in use by process {os.getpid()}"):
+        Lock(tmp_path).check_free()
+    held(tmp_path, host=socket.gethostname(), place=lock.place(), pid=os.getpid(), born="1")
+    Lock(tmp_path).check_free()
+    assert (tmp_path / lock.FILE).exists()  # it was only asked
+
+
 def test_a_killed_run_of_this_host_leaves_no_obstacle(tmp_path, capsys):
     code = f"from tinymim_jax.lock import Lock; Lock(__import__('pathlib').Path({str(tmp_path)!r})).__enter__();"
     process = subprocess.Popen([sys.executable, "-c", code + "print('held', flush=True); input()"],

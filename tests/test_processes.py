@@ -121,7 +121,7 @@ def test_an_image_that_one_of_two_processes_cannot_read_ends_both(tmp_path, tran
         assert theirs == "error: stage mae: another process has failed; its log says why"
         assert checkpoint.steps(tmp_path / "mae") == []  # no step without its images is saved
     else:
-        assert theirs == own.replace("error: ", "error: process 1: ")
+        assert theirs == own.replace("error: eval knn: ", "error: eval knn: process 1: ")
 
 
 TERMINATED = """

@@ -49,6 +49,16 @@ def test_the_missing_are_named_to_everyone():
     assert len(verdicts) == 2 and time.monotonic() - began < 10
 
 
+def test_waiting_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(module, "SAID", (0.2, 60.0))
+    call([{}] * 3, timeout=2.5, absent=(2,))
+    err = capsys.readouterr().err.splitlines()
+    assert sorted(err) == ["waiting for process 2 of 3", "waiting for the others, which process 0 knows"]
+    call([{}] * 2, timeout=1.0, absent=(0,))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("waiting for process 0 at 127.0.0.1:") and "firewall" in line
+
+
 def test_without_process_0():
     (verdict,) = call([{}] * 2, timeout=1.0, absent=(0,))
     assert verdict.startswith("process 1 did not reach process 0 at 127.0.0.1:") and "within 1 s" in verdict
@@ -218,6 +228,6 @@ def test_a_port_in_use():
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
         with pytest.raises(
-            InputError, match=f"process 0 cannot listen on port {port} .*; choose another --coordinator"
+            InputError, match=f"process 0 cannot listen on port {port} .*, or choose another --coordinator"
         ):
             roll_call(Cluster(f"127.0.0.1:{port}", 2, 0), {}, 1)

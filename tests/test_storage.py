@@ -203,11 +203,33 @@ def test_what_fails_on_the_way_is_said_in_a_line_too(bucket, monkeypatch):
     monkeypatch.setattr(bucket, "refusal", ("POST", 403, "the account is closed"))
     with pytest.raises(OSError, match="the account is closed") as raised:
         write_whole(storage.path("gs://bucket/file"), "x")
-    assert str(storage.fault(raised.value)).startswith("the bucket failed (OSError: Forbidden")
-    assert str(storage.fault(OSError(28, "No space left on device", "/x"))).startswith(
+    assert str(storage.blame(raised.value)).startswith("the bucket failed (OSError: Forbidden")
+    assert str(storage.blame(OSError(28, "No space left on device", "/x"))).startswith(
         "/x: No space left on device; make room"
     )
-    assert storage.fault(ValueError("a bug")) is None and storage.fault(FileNotFoundError(2, "No such file")) is None
+    assert storage.blame(ValueError("a bug")) is None and storage.blame(FileNotFoundError(2, "No such file")) is None
+    ours = InputError("wrong")
+    assert storage.blame(ours) is ours
+
+
+def test_what_the_disk_said_is_found_in_what_a_library_makes_of_it():
+    full = "No space left on device"
+    assert storage.reason(OSError(28, full)) == full
+    assert storage.reason(ValueError(f"RESOURCE_EXHAUSTED: writing a {'long ' * 100} path: {full} [source]")) == full
+    wrapped = RuntimeError("a barrier failed")
+    wrapped.__cause__ = OSError(28, full)
+    assert storage.reason(wrapped) == full
+    wrapped.__cause__ = FileNotFoundError(2, "No such file or directory")
+    assert storage.reason(wrapped) == "RuntimeError: a barrier failed"
+    assert storage.reason(ValueError("word " * 100)).endswith("word ...")
+
+
+def test_waiting_for_another_process_is_said_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(storage, "SAID", 0.1)
+    monkeypatch.setattr(storage, "APPEARS", 1.0)
+    with pytest.raises(InputError, match="need one shared --workdir"):
+        storage.wait_for(storage.path(tmp_path / "DONE"))
+    assert capsys.readouterr().err == f"waiting for up to 1 s until {tmp_path}/DONE is seen here\n"
 
 
 def test_what_needs_a_disk_says_so(tmp_path):

@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
             raise InputError(f"unknown command {argv[0]!r}; choose one of {', '.join(COMMANDS)}")
         importlib.import_module(f"tinymim_jax.commands.{argv[0]}").main(argv[1:])
     except Exception as error:
-        known = error if isinstance(error, InputError) else storage.fault(error) or lost(error)
+        known = storage.blame(error) or lost(error)
         if known is None:
             raise
         print(f"error: {known}", file=sys.stderr)

@@ -60,7 +60,7 @@ def _attempt(action: Callable[[], Any]) -> tuple[Any, InputError | None]:
     try:
         return action(), None
     except Exception as error:
-        known = error if isinstance(error, InputError) else storage.fault(error)
+        known = storage.blame(error)
         if known is None:
             raise
         return None, known

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import json
 import math
+import os
 import shutil
 import socket
 import sys
@@ -13,14 +14,16 @@ from importlib import metadata
 from typing import Any
 
 import jax
+import numpy as np
 from etils.epath import Path
 
-from tinymim_jax import agree, chain, distributed
+from tinymim_jax import agree, distributed, outline
 from tinymim_jax.config import Config, InputError
 from tinymim_jax.data import sources
 from tinymim_jax.data.decode import decode
 from tinymim_jax.forecast import plans
 from tinymim_jax.handoff import flatten
+from tinymim_jax.lock import Lock
 from tinymim_jax.mesh import make_mesh
 from tinymim_jax.ready import data_sets
 
@@ -56,7 +59,7 @@ def examine(cfg: Config | None, workdir: Path, env: Mapping[str, str]) -> Iterat
         error = unworkable(cfg, workdir)
         if error and not any(fix in error for fix in fixes):
             yield Finding(f"the stages of {cfg.name}", error)
-    yield disk(None if error else cfg, workdir)
+    yield from room(None if error else cfg, workdir)
 
 
 def versions() -> Iterator[Finding]:
@@ -111,15 +114,27 @@ def processes(env: Mapping[str, str]) -> Iterator[Finding]:
 def unworkable(cfg: Config, workdir: Path) -> str:
     """Why the stages cannot be worked out, or ""."""
     try:
-        chain.describe_chain(cfg, workdir)
+        outline.describe_chain(cfg, workdir)
     except InputError as error:
         return str(error)
     return ""
 
 
-def disk(cfg: Config | None, workdir: Path) -> Finding:
-    """Room for the checkpoints of all stages."""
+def room(cfg: Config | None, workdir: Path) -> Iterator[Finding]:
+    """Whether the workdir is free, can be written to, and has room."""
     at = next(p for p in (workdir, *workdir.parents) if p.exists())
+    if workdir.exists() and jax.process_index() == 0:
+        try:
+            Lock(workdir).check_free()
+        except InputError as error:
+            yield Finding(f"workdir {workdir}", str(error))
+    if "://" not in str(at) and not os.access(at, os.W_OK):
+        yield Finding(f"{at} cannot be written to", "choose another --workdir, or mend its rights or mount")
+    yield disk(cfg, workdir, at)
+
+
+def disk(cfg: Config | None, workdir: Path, at: Path) -> Finding:
+    """Room at `at` for the checkpoints of all stages."""
     try:
         free = shutil.disk_usage(at).free
         what = f"{free / 1e9:.0f} GB free at {at}"
@@ -132,7 +147,7 @@ def disk(cfg: Config | None, workdir: Path) -> Finding:
         size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in flatten(plan.params).values())
         copies = ADAM_COPIES + bool(plan.stage.optim.ema)
         need += size * copies * (plan.stage.run.keep + 1)  # one more while it is written
-    fix = f"checkpoints take up to {need / 1e9:.1f} GB: make room, or choose another --workdir" if need > free else ""
+    fix = "make room, or choose another --workdir" if need > free else ""
     return Finding(f"{what}, checkpoints of all stages take up to {need / 1e9:.1f} GB", fix)
 
 
@@ -164,10 +179,11 @@ def data(cfg: Config) -> Iterator[Finding]:
                 source = sources.open_source(one)
                 begin = time.perf_counter()
                 chosen = [i * len(source) // IMAGES for i in range(min(IMAGES, len(source)))]
-                for i in chosen:
-                    decode(source[i]["image"], source.describe(i))
+                shapes = {np.shape(decode(source[i]["image"], source.describe(i))) for i in chosen}
                 rate = len(chosen) / (time.perf_counter() - begin)
                 yield Finding(f"{what}: {len(source):,} images, {rate:.0f} read and decoded a second by one thread")
+                if one.resident and len(shapes) > 1:
+                    yield Finding(f"{what}: images differ in size", "set data.resident=False, which needs one size")
             except (InputError, OSError) as error:
                 yield Finding(what, str(error))
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from etils.epath import Path
 
-from tinymim_jax import chain, config, hlo
+from tinymim_jax import config, hlo, outline
 from tinymim_jax import mesh as mesh_lib
 from tinymim_jax.config import Config, InputError
 from tinymim_jax.data import resident, sources
@@ -88,7 +88,7 @@ def plans(cfg: Config, workdir: Path, only: str | None = None) -> Iterator[tuple
     """Every stage of a chain (or just `only`), worked out without data."""
     for name in [only] if only else cfg.stages:
         stage = cfg.stages[name]
-        yield name, make_plan(stage, chain.teacher_model(cfg, name, workdir), _size(stage))
+        yield name, make_plan(stage, outline.teacher_model(cfg, name, workdir), _size(stage))
 
 
 def _size(stage: config.Stage) -> int:
@@ -223,7 +223,15 @@ def table(report: dict[str, Any]) -> str:
     ]
     rows = [columns, ["---"] * len(columns)]
     rows += [_row(name, f) for name, f in report["stages"].items()]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    if not all("memory_bytes" in f for f in report["stages"].values()):
+        lines += ["", f"no bounds: the limits of {report['device']} are not known here; --topology has chips that are"]
+    return "\n".join(lines)
+
+
+def _decimals(value: float, digits: int) -> str:
+    """As many as `digits` behind the point, and two that are not 0 where that would be 0."""
+    return f"{value:.{digits}f}" if round(value, digits) or not value else f"{value:.2g}"
 
 
 def _row(name: str, f: dict[str, Any]) -> list[str]:
@@ -232,15 +240,16 @@ def _row(name: str, f: dict[str, Any]) -> list[str]:
     if "total_bytes" not in f:
         return [*start, f"**over {f['memory_bytes'] / 1e9:.0f}**; {f['advice']}", flops, *[""] * 4]
     fits = "" if f.get("fits", True) else f" **of {f['memory_bytes'] / 1e9:.0f}**; {f.get('advice', '')}"
-    collectives = ", ".join(f"{c['count']} {k} ({c['bytes'] / 1e6:.0f} MB)" for k, c in f["collectives"].items())
-    times = [f"{1e3 * f['step_s']:.1f}", f"{f['hours']:.2f}"] if "step_s" in f else ["", ""]
+    sent = {kind: _decimals(c["bytes"] / 1e6, 0) for kind, c in f["collectives"].items()}
+    collectives = ", ".join(f"{c['count']} {kind} ({sent[kind]} MB)" for kind, c in f["collectives"].items())
+    times = [_decimals(1e3 * f["step_s"], 1), _decimals(f["hours"], 2)] if "step_s" in f else ["", ""]
     share = f"{f['xla_flops'] / f['model_flops']:.3f}"
-    return [*start, f"{f['total_bytes'] / 1e9:.1f}{fits}", flops, share, collectives or "none", *times]
+    return [*start, _decimals(f["total_bytes"] / 1e9, 1) + fits, flops, share, collectives or "none", *times]
 
 
 def run(cfg: Config, only: str | None, topology: str, workdir: Path) -> dict[str, Any]:
     """Forecasts of every stage of `cfg` (or just `only`) on `topology`; advice where one does not fit."""
-    chain.check_stage_name(cfg, only)
+    outline.check_stage_name(cfg, only)
     devices = devices_of(topology)
     mesh = mesh_lib.make_mesh(cfg.mesh, devices)
     stages = {}
@@ -252,4 +261,4 @@ def run(cfg: Config, only: str | None, topology: str, workdir: Path) -> dict[str
                 stages[name]["advice"] = advise(cfg, name, workdir, devices)
         except InputError as error:
             raise InputError(f"stage {name}: {error}") from None
-    return {"config": cfg.name, "topology": topology, "stages": stages}
+    return {"config": cfg.name, "topology": topology, "device": devices[0].device_kind, "stages": stages}

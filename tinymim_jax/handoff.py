@@ -270,7 +270,7 @@ def _stage_json(folder: Path) -> dict[str, Any]:
         raise
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
-    raise InputError(f"{file} is damaged; run its stage again")
+    raise InputError(f"{file} is damaged; delete {folder} and make it again, as it was made")
 
 
 def finished(folder: Path) -> bool:

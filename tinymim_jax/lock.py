@@ -86,13 +86,23 @@ class Lock:
             return self._is_of(self.token)  # a request whose answer was lost was sent again
         return True
 
-    def _judge(self, owner: dict[str, Any] | None) -> None:
-        """Removes the lock of a dead run; raises InputError if it is alive."""
-        if owner is None:  # let go this moment
-            return
+    def check_free(self) -> None:
+        """Raises InputError if a living run holds it; takes nothing."""
+        self._dead(self.read())
+
+    def _dead(self, owner: dict[str, Any] | None) -> str:
+        """Who held it and is dead; "" if there is no such one. Raises InputError if it is alive."""
+        if owner is None:  # never taken, or let go this moment
+            return ""
         who = "process {pid} on {host}".format(**owner) if owner else "a run that has not said who it is"
         if self._is_alive(owner):
             raise InputError(f"{self.workdir} is in use by {who}; wait for it or stop it, or choose another folder")
+        return who
+
+    def _judge(self, owner: dict[str, Any] | None) -> None:
+        """Removes the lock of a dead run; raises InputError if it is alive."""
+        if not (who := self._dead(owner)):
+            return
         print(f"{self.workdir}: the run before ({who}) has died; going on")
         with contextlib.suppress(FileNotFoundError):
             if self._is_of(owner.get("token")):

@@ -37,7 +37,10 @@ def make_schedule(cfg: Optim, batch_size: int, steps_per_epoch: int, total_steps
     """Learning rate of each step: linear warm-up from 0, then half a cosine to min_lr (MAE util/lr_sched.py)."""
     peak, warmup = peak_lr(cfg, batch_size), cfg.warmup_epochs * steps_per_epoch
     if total_steps and warmup >= total_steps:
-        raise InputError(f"warmup_epochs {cfg.warmup_epochs} is {warmup:.0f} steps, and the run has only {total_steps}")
+        raise InputError(
+            f"warmup_epochs {cfg.warmup_epochs:g} is {warmup:.0f} steps, and the run has only {total_steps}; lower"
+            " optim.warmup_epochs, or train longer"
+        )
 
     def schedule(step: jax.Array | int) -> jax.Array:
         rising = peak * step / max(warmup, 1)

@@ -9,6 +9,7 @@ import itertools
 import json
 import selectors
 import socket
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +22,7 @@ MAX_MESSAGE = 2**20  # bytes
 TICK = 1.0  # seconds between looks at whether a stop was asked for
 GRACE = 10.0  # seconds for the others to come and be told, once something is known to be wrong
 RETRY = 0.2  # seconds between attempts to reach process 0
+SAID = 10.0, 60.0  # seconds of waiting, after which and between which the user is told
 LAST_WORD = 5.0  # seconds for a message to arrive
 MAX_NAMED = 8
 UNREACHED = "is process 0 running, is the address right, and does no firewall stand between?"
@@ -59,6 +61,18 @@ def roll_call(cluster: Cluster, facts: Facts, timeout: float, stop: StopRequest 
         raise Interrupted(f"{verdict.error}; run the same command again", stop.status)
     if verdict.error:
         raise InputError(verdict.error)
+
+
+class _Patience:
+    """Says now and then what is waited for."""
+
+    def __init__(self) -> None:
+        self.next = time.monotonic() + SAID[0]
+
+    def wait(self, what: str) -> None:
+        if time.monotonic() > self.next:
+            self.next = time.monotonic() + SAID[1]
+            print(f"waiting for {what}", file=sys.stderr, flush=True)
 
 
 class _Line:
@@ -118,17 +132,23 @@ class _Roll:
         asked = [self.own] if self.stop.asked else [line.who for line in self.lines if line.who and line.is_stopped]
         return _stopped(asked[0]) if asked else ""
 
-    def missing(self, timeout: float) -> str:
-        """Who has not come."""
+    def absent(self) -> str:
+        """Who has not come; "" if all have."""
         here = {who["process"] for who in self.present()}
         absent = [i for i in range(self.count) if i not in here]
         if not absent:
             return ""
         named = [f"{i} ({self.left[i]}: it came and ended)" if i in self.left else str(i) for i in absent]
         names = f"process{'es' if len(absent) > 1 else ''} {', '.join(named[:MAX_NAMED])}"
+        return f"{names}{' ...' if len(absent) > MAX_NAMED else ''} of {self.count}"
+
+    def missing(self, timeout: float) -> str:
+        """Who has not come in time, and what to do."""
+        if not (absent := self.absent()):
+            return ""
         return (
-            f"{names}{' ...' if len(absent) > MAX_NAMED else ''} of {self.count} did not come within {timeout:g} s; see"
-            " their logs, or raise --start_timeout if they are slow to start"
+            f"{absent} did not come within {timeout:g} s; see their logs, or raise --start_timeout if they are slow to"
+            " start"
         )
 
     def tell(self, verdict: Verdict) -> None:
@@ -147,13 +167,14 @@ class _Roll:
 
 def _call_roll(port: int, own: dict[str, Any], timeout: float, stop: StopRequest) -> Verdict:
     """Process 0: hears all others and tells each the verdict."""
-    roll, end, trouble = _Roll(own, stop), time.monotonic() + timeout, ""
+    roll, end, trouble, patience = _Roll(own, stop), time.monotonic() + timeout, "", _Patience()
     with _listen(port) as server, selectors.DefaultSelector() as selector, contextlib.closing(roll):
         server.settimeout(TICK)  # who knocked may be gone
         selector.register(server, selectors.EVENT_READ)
         while not roll.stopped() and not roll.is_complete() and (left := end - time.monotonic()) > 0:
             for key, _ in selector.select(min(left, TICK)):
                 _attend(roll, selector, server, key.data)
+            patience.wait(roll.absent())
             if not trouble and (trouble := roll.trouble()):
                 end = min(end, time.monotonic() + GRACE)
         if stopped := roll.stopped():
@@ -171,7 +192,8 @@ def _listen(port: int) -> socket.socket:
         return socket.create_server(("", port))
     except OSError as error:
         raise InputError(
-            f"process 0 cannot listen on port {port} ({error.strerror}); choose another --coordinator"
+            f"process 0 cannot listen on port {port} ({error.strerror}); stop what does (another process 0?), or choose"
+            " another --coordinator"
         ) from None
 
 
@@ -190,7 +212,7 @@ def _attend(roll: _Roll, selector: selectors.BaseSelector, server: socket.socket
 
 def _answer_roll_call(host: str, port: int, own: dict[str, Any], timeout: float, stop: StopRequest) -> Verdict:
     """Any other process: reports to process 0, and returns its verdict."""
-    deadline, why = time.monotonic() + timeout, ""
+    deadline, why, patience = time.monotonic() + timeout, "", _Patience()
     while not stop.asked and (left := deadline - time.monotonic()) > 0:
         try:
             connection = socket.create_connection((host, port), min(left, 2 * TICK))
@@ -203,6 +225,7 @@ def _answer_roll_call(host: str, port: int, own: dict[str, Any], timeout: float,
                 if verdict := _report(connection, own, timeout, stop):
                     return verdict
             why = f": {STRANGER}"
+        patience.wait(f"process 0 at {host}:{port}{why}")
         time.sleep(RETRY)
     if stop.asked:
         return Verdict(_stopped(own), True)
@@ -214,7 +237,9 @@ def _report(connection: socket.socket, own: dict[str, Any], timeout: float, stop
     connection.settimeout(TICK)
     connection.sendall(json.dumps(own).encode() + b"\n")
     deadline, answer, has_said = time.monotonic() + timeout + LAST_WORD, b"", False
+    patience = _Patience()
     while time.monotonic() < deadline:
+        patience.wait("the others, which process 0 knows")
         if stop.asked and not has_said:  # if all are already told to begin, this one must, too
             connection.sendall(b'{"is_stopped": true}\n')
             deadline, has_said = time.monotonic() + LAST_WORD, True

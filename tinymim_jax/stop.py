@@ -60,7 +60,7 @@ class StopRequest:
     def _ask(self, number: int, _: object) -> None:
         self.asked, self.status = True, INTERRUPTED if number == signal.SIGINT else RUN_AGAIN
         self._restore()
-        print("\nstopping as soon as the state is saved; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+        print("\nstopping; what was trained is saved first. Ctrl-C again stops at once", file=sys.stderr, flush=True)
 
     def _restore(self) -> None:
         for number, handler in self.previous.items():

@@ -22,6 +22,8 @@ WRITTEN_BY_ORBAX = ("", "gs")
 LIBRARIES = {"aiohttp", "botocore", "gcsfs", "google", "requests", "s3fs"}  # whose errors are the storage's fault
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE)  # errors that are its fault
 APPEARS = 90.0  # seconds until a network's file system shows every host a new file; NFS' caches keep 60
+SAID = 5.0  # seconds of waiting, after which the user is told
+LENGTH = 160  # of a library's error, in letters
 PATIENCE = 20.0  # seconds for a bucket's first answer; the libraries themselves go on for half a minute
 
 
@@ -72,9 +74,13 @@ def wait_for(path: Path, is_seen: Callable[[], bool] | None = None) -> None:
 
     Raises InputError if it does not appear.
     """
-    deadline = time.monotonic() + APPEARS
+    begin, is_said = time.monotonic(), False
     while not (is_seen or path.exists)():
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - begin
+        if waited > SAID and not is_said:
+            is_said = True
+            print(f"waiting for up to {APPEARS:.0f} s until {path} is seen here", file=sys.stderr, flush=True)
+        if waited > APPEARS:
             raise InputError(
                 f"{path}, which the first process has written, is not seen here within {APPEARS:.0f} s; all processes"
                 " need one shared --workdir"
@@ -122,8 +128,10 @@ def check_on_disk(path: Path, what: str) -> None:
         raise InputError(f"{path}: {what} must be on a disk; copy it, or mount the bucket (gcsfuse, mount-s3)")
 
 
-def fault(error: Exception) -> Unavailable | None:
-    """What a disk or a bucket did wrong; None if `error` is something else."""
+def blame(error: Exception) -> InputError | None:
+    """`error` as a fault of the input, of a disk or of a bucket; None if it is something else."""
+    if isinstance(error, InputError):
+        return error
     if (what := _fault(error)) is None:
         return None
     return Unavailable(f"{what}; make room or mend the storage, and run the same command again: what was saved is kept")
@@ -138,12 +146,18 @@ def _fault(error: Exception) -> str | None:
     return None
 
 
-def reason(error: Exception) -> str:
-    """An error in a line."""
+def reason(error: BaseException) -> str:
+    """An error in a line; what the disk said, if a library has only wrapped that."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__
+    for words in map(os.strerror, DISK):
+        if words in text:
+            return words
+    if error.__cause__ is not None and (words := reason(error.__cause__)) in map(os.strerror, DISK):
+        return words
+    cut = text if len(text) <= LENGTH else f"{text[:LENGTH]} ..."
+    return f"{type(error).__name__}: {cut}" if text else type(error).__name__
 
 
 def _scheme(path: Any) -> str:

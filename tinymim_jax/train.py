@@ -81,6 +81,8 @@ class Runner:
                 continue
             self.report.append(f"resumed at step {step} of {plan.total_steps}")
             return from_items(items), log
+        if agree.on_first(lambda: (self.folder / "stage.json").is_file()):
+            self.report.append("there is no checkpoint from before: begins anew")
         # The key is an argument: stages that differ by seed share one compilation.
         state = jax.jit(lambda key: create_state(plan, key), out_shardings=self.shardings)(key)
         if stage.init is not None:
@@ -148,9 +150,10 @@ class Runner:
             target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), variables)
             try:
                 items, _ = checkpoint.restore(self.folder, first, {EVALUATED: target})
-                online.start(began, items[EVALUATED])
             except InputError as error:
                 print(f"{error}; the evaluation of step {began} is left out", flush=True)
+            else:
+                online.start(began, items[EVALUATED])
         if self.is_evaluated(first) and not agree.on_first(lambda: writer.has(first, "/")):
             online.start(first, variables)
 

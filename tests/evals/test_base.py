@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec
 
 from tinymim_jax import config, mesh
 from tinymim_jax.config import Data, InputError
-from tinymim_jax.evals.base import Batches, make_predict
+from tinymim_jax.evals.base import Batches, make_predict, together
 from tinymim_jax.tasks.base import Outputs
 
 DIGITS = Data("digits", split="test", image_size=8, transform="eval", crop_pct=1.0, per_class=3)
@@ -45,6 +45,17 @@ def test_a_batch_is_rounded_up_to_the_devices():
 def test_data_is_opened_at_once():
     with pytest.raises(InputError, match=r"data\.split"):
         Batches(Data("digits", split="typo"), 8, ONE)
+
+
+def test_an_error_names_its_eval():
+    def broken(predict, variables, frozen):
+        yield
+        raise InputError("3.jpg: cannot be decoded")
+
+    running = together({"knn": broken}, None, {}, {})
+    next(running)
+    with pytest.raises(InputError, match=r"^eval knn: 3\.jpg: cannot be decoded$"):
+        next(running)
 
 
 def test_predict_is_the_tasks_compiled_and_whole_everywhere():

@@ -2,10 +2,12 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tests.models import reference
+from tinymim_jax.objectives.relation_kl import relation_kl
 
 
 def operands(b, h, n, widths, dtype=jnp.float32, scale=1.5):
@@ -25,6 +27,22 @@ def exact(tq, tk, q, k):
     kl = (reference.softmax(t) * (reference.log_softmax(t) - reference.log_softmax(s))).sum((1, 2, 3))
     d = (reference.softmax(s) - reference.softmax(t)) / np.sqrt(q.shape[-1])
     return kl, d @ k, d.swapaxes(2, 3) @ q
+
+
+def check_against_pure_jax(kernels, n, dtype):
+    """That `kernels`, a module, and `relation_kl` in pure JAX agree on value and gradient."""
+    args = operands(2, 3, n, (24, 32), dtype)
+    weights = jnp.array([0.5, 2.0])
+
+    def loss(*pair):
+        teacher, student = ([x.swapaxes(1, 2) for x in p] for p in (args[:2], pair))
+        return jnp.sum(weights * relation_kl(teacher, student)) * 3 * n
+
+    value, expected = reference.jit(jax.value_and_grad(loss, argnums=(0, 1)))(*args[2:])
+    np.testing.assert_allclose(jnp.sum(weights * run(kernels.forward, *args)), value, rtol=1e-5)
+    for grad, wanted in zip(run(kernels.both, *args)[1:], expected, strict=True):
+        scaled = weights[:, None, None, None] * grad.astype(jnp.float32)
+        reference.close(scaled, wanted.astype(jnp.float32), 1e-5 if dtype == jnp.float32 else 2**-7)
 
 
 def check(kernels, args):

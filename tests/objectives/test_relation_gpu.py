@@ -8,7 +8,7 @@ from jax.experimental.pallas import triton
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from tests.models import reference
-from tests.objectives.exact import check, exact, operands, run
+from tests.objectives.exact import check, check_against_pure_jax, exact, operands, run
 from tinymim_jax.objectives import relation_gpu
 from tinymim_jax.objectives.relation_kl import relation_kl
 
@@ -35,19 +35,10 @@ def test_a_teacher_of_another_precision():
     check(relation_gpu, [*[x.astype(jnp.bfloat16) for x in args[:2]], *args[2:]])
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("n", [17, 65, 197])
-def test_against_pure_jax(n):
-    args = operands(2, 3, n, (24, 32))
-    weights = jnp.array([0.5, 2.0])
-
-    def loss(*pair):
-        teacher, student = ([x.swapaxes(1, 2) for x in p] for p in (args[:2], pair))
-        return jnp.sum(weights * relation_kl(teacher, student)) * 3 * n
-
-    value, expected = reference.jit(jax.value_and_grad(loss, argnums=(0, 1)))(*args[2:])
-    np.testing.assert_allclose(jnp.sum(weights * run(relation_gpu.forward, *args)), value, rtol=1e-5)
-    for grad, wanted in zip(run(relation_gpu.both, *args)[1:], expected, strict=True):
-        reference.close(weights[:, None, None, None] * grad, wanted)
+def test_against_pure_jax(n, dtype):
+    check_against_pure_jax(relation_gpu, n, dtype)
 
 
 def test_exactly_zero_when_equal():

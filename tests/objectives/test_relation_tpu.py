@@ -7,11 +7,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from tests.models import reference
-from tests.objectives.exact import check, operands, run
+from tests.objectives.exact import check, check_against_pure_jax, operands, run
 from tinymim_jax import forecast, hlo
 from tinymim_jax.objectives import relation_tpu
-from tinymim_jax.objectives.relation_kl import relation_kl
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 
@@ -35,18 +33,7 @@ def test_where_blocks_and_chunks_end(n, dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("n", [17, 65, 197])
 def test_against_pure_jax(n, dtype):
-    args = operands(2, 3, n, (24, 32), dtype)
-    weights = jnp.array([0.5, 2.0])
-
-    def loss(*pair):
-        teacher, student = ([x.swapaxes(1, 2) for x in p] for p in (args[:2], pair))
-        return jnp.sum(weights * relation_kl(teacher, student)) * 3 * n
-
-    value, expected = reference.jit(jax.value_and_grad(loss, argnums=(0, 1)))(*args[2:])
-    np.testing.assert_allclose(jnp.sum(weights * run(relation_tpu.forward, *args)), value, rtol=1e-5)
-    for grad, wanted in zip(run(relation_tpu.both, *args)[1:], expected, strict=True):
-        scaled = weights[:, None, None, None] * grad.astype(jnp.float32)
-        reference.close(scaled, wanted.astype(jnp.float32), 1e-5 if dtype == jnp.float32 else 2**-7)
+    check_against_pure_jax(relation_tpu, n, dtype)
 
 
 def test_exactly_zero_when_equal():

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils.epath import Path
 
-from tinymim_jax import chain, hlo
+from tinymim_jax import hlo, outline
 from tinymim_jax import mesh as mesh_lib
 from tinymim_jax.bench import versus
 from tinymim_jax.config import Config, InputError, Stage
@@ -33,7 +33,7 @@ def step(cfg: Config, name: str, rounds: int, vs: str | None = None) -> dict[str
     stage, plan, mesh = prepared(cfg, name)
     compiled, arguments = compile_step(plan, mesh)
     peak = matmul(stage.model.dtype)
-    others = versus.steps(stage, chain.teacher_model(cfg, name, Path(f"runs/{cfg.name}"))) if vs else {}
+    others = versus.steps(stage, outline.teacher_model(cfg, name, Path(f"runs/{cfg.name}"))) if vs else {}
 
     steps, peaks = [], []
     theirs: dict[str, list[float]] = {variant: [] for variant in others}
@@ -114,7 +114,7 @@ def augment(cfg: Config, name: str, rounds: int) -> dict[str, Any]:
 def prepared(cfg: Config, name: str) -> tuple[Stage, Plan, jax.sharding.Mesh]:
     """Stage `name`, its plan for any data, and the mesh."""
     stage = cfg.stages[name]
-    teacher = chain.teacher_model(cfg, name, Path(f"runs/{cfg.name}"))
+    teacher = outline.teacher_model(cfg, name, Path(f"runs/{cfg.name}"))
     return stage, make_plan(stage, teacher, num_examples=1000 * stage.run.batch_size), mesh_lib.make_mesh(cfg.mesh)
 
 

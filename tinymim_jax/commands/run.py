@@ -33,9 +33,9 @@ def main(argv: list[str]) -> None:
     check_workdir(workdir)
 
     if values.dry_run:
-        from tinymim_jax import chain
+        from tinymim_jax import outline
 
-        print(chain.describe_chain(cfg, workdir, values.stage))
+        print(outline.describe_chain(cfg, workdir, values.stage))
         return
     facts = {"config": to_dict(cfg), "workdir": str(workdir), "stage": values.stage}
     with StopRequest() as stop:  # before jax is imported, whose callbacks would swallow a Ctrl-C

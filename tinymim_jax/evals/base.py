@@ -10,7 +10,7 @@ import jax
 import tqdm
 
 from tinymim_jax import mesh as mesh_lib
-from tinymim_jax.config import Data
+from tinymim_jax.config import Data, InputError
 from tinymim_jax.data import pipeline, sources
 from tinymim_jax.tasks.base import Batch, Frozen, Outputs, Task, Variables
 
@@ -41,7 +41,10 @@ def together(
     """The evaluators one after the other, as one; results are named "<eval>/<metric>"."""
     finish = {}
     for name, evaluator in evaluators.items():
-        finish[name] = yield from evaluator(predict, variables, frozen)
+        try:
+            finish[name] = yield from evaluator(predict, variables, frozen)
+        except InputError as error:
+            raise type(error)(f"eval {name}: {error}") from error
     return lambda: {f"{name}/{metric}": value for name in finish for metric, value in finish[name]().items()}
 
 
