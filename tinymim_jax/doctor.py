@@ -178,7 +178,8 @@ def data(cfg: Config) -> Iterator[Finding]:
             try:
                 source = sources.open_source(one)
                 begin = time.perf_counter()
-                chosen = [i * len(source) // IMAGES for i in range(min(IMAGES, len(source)))]
+                count = min(IMAGES, len(source))
+                chosen = [i * len(source) // count for i in range(count)]
                 shapes = {np.shape(decode(source[i]["image"], source.describe(i))) for i in chosen}
                 rate = len(chosen) / (time.perf_counter() - begin)
                 yield Finding(f"{what}: {len(source):,} images, {rate:.0f} read and decoded a second by one thread")
