@@ -40,6 +40,13 @@ def test_two_processes_with_two_devices_train_like_one(one, tmp_path):
     assert not (tmp_path / "run.lock").exists()
 
 
+def test_data_in_the_devices_memory_in_two_processes(tmp_path):
+    for folder, shape in (("one", (1, 1)), ("two", (2, 2))):
+        for status, _, err in run(tmp_path / folder, f"steps=4,fsdp={shape[0]},resident", *shape, "--stage=mae"):
+            assert status == 0, err[-2000:]
+    assert difference(tmp_path / "one" / "mae", tmp_path / "two" / "mae") < 1e-6
+
+
 def test_sigterm_to_one_of_two_processes_stops_both_at_one_step_and_the_run_goes_on_elsewhere(one, tmp_path):
     """Saved by two processes with a device each, restored by one with four."""
     running = start(tmp_path, "steps=400,every=400", 2, 1, "--stage=mae")
