@@ -122,17 +122,21 @@ def parts(plan: Any, mesh: jax.sharding.Mesh) -> dict[str, Clock]:
     _, (state, frozen, batch, rng) = bench.compile_step(plan, mesh)
     rngs, images = dict.fromkeys(STREAMS, rng), task._views(batch, None)[0]
 
-    def loss(params: Any) -> jax.Array:
+    def loss(params: Any, frozen: Any, batch: Any, rngs: Any) -> jax.Array:
         return task.loss(optim.stop_frozen(params, plan.labels), {}, frozen, batch, rngs, train=True)[0]
 
     def tokens(model: Any, block: int) -> Callable:
-        return lambda params: model.apply({"params": params["encoder"]}, images, capture=(block,)).trace[block].q
+        def forward(params: Any, images: jax.Array) -> jax.Array:
+            return model.apply({"params": params["encoder"]}, images, capture=(block,)).trace[block].q
 
+        return forward
+
+    given = state.params, frozen, batch, rngs  # what is closed over is a constant, and computed while compiling
     return {
-        "teacher forward": part_clock(tokens(task.teacher, task.task.teacher.block), frozen),
-        "student forward": part_clock(tokens(task.student, task.task.student_block), state.params),
-        "loss": part_clock(loss, state.params),
-        "loss and gradient": part_clock(jax.value_and_grad(loss), state.params),
+        "teacher forward": part_clock(tokens(task.teacher, task.task.teacher.block), frozen, images),
+        "student forward": part_clock(tokens(task.student, task.task.student_block), state.params, images),
+        "loss": part_clock(loss, *given),
+        "loss and gradient": part_clock(jax.value_and_grad(loss), *given),
         "update": part_clock(plan.tx.update, state.params, state.opt_state, state.params),
     }
 
@@ -144,7 +148,8 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_integer("batch_size", 8, "images", flag_values=values)
     flags.DEFINE_integer("rounds", 3, "the median of N", flag_values=values)
     cfg = parse(values, argv)
-    cfg.stages[values.stage].run.batch_size = values.batch_size
+    run = cfg.stages[values.stage].run
+    run.batch_size, run.steps_per_call = values.batch_size, 1
     _, plan, mesh = bench.prepared(cfg, values.stage)
     clocks = {"step": step_clock(plan, mesh)}
     for name, pieces in {**{name: (name,) for name in PLAIN}, "all": tuple(PLAIN)}.items():

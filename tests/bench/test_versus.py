@@ -1,6 +1,6 @@
+import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
 
@@ -28,6 +28,14 @@ def test_a_step_has_our_parameters_and_changes_them(stage, teacher):
     step()
     assert any(not torch.equal(p, before[name]) for name, p in student.named_parameters())
     assert step.dtype == torch.float32 and step.peak_memory() is None
+
+
+def test_a_teacher_drops_no_paths():
+    teacher = dataclasses.replace(tiny_mae().model, drop_path=0.5)
+    step = versus.TorchStep(tiny_distill(), teacher, "eager")
+    assert [model.training for model in step.models] == [False, True]
+    first, second = (step.models[0](step.images).tokens for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
 def test_fused_attention_computes_the_same():
@@ -62,6 +70,17 @@ def test_a_task_without_counterpart():
         versus.TorchStep(stage, None, "eager")
 
 
-def test_the_device_of_both_is_one():
-    assert jax.default_backend() == "cpu"
-    assert versus.TorchStep(tiny_mae(), None, "eager").images.device.type == "cpu"
+def test_the_device_of_both_is_one(monkeypatch):
+    versus.check_device("cpu", 1)
+    for platform, devices in (("gpu", 1), ("cpu", 2)):
+        with pytest.raises(InputError, match=f"our step would run on {devices} x {platform}, PyTorch's on one cpu"):
+            versus.check_device(platform, devices)
+
+
+def test_a_variant_that_fails_later_is_left_out(capsys):
+    def fail():
+        raise RuntimeError("CUDA out of memory")
+
+    others = {"eager": lambda: None, "compiled": fail}
+    assert list(versus.timed(others)) == list(others) == ["eager"]
+    assert "torch compiled is left out from here: RuntimeError: CUDA out of memory" in capsys.readouterr().err

@@ -31,23 +31,22 @@ def step(cfg: Config, name: str, rounds: int, vs: str | None = None) -> dict[str
       each of `versus.VARIANTS` its images_per_s and ratio, ours over theirs: the median over rounds.
     """
     stage, plan, mesh = prepared(cfg, name)
+    if vs:
+        versus.check_device(jax.default_backend(), mesh.size)
     compiled, arguments = compile_step(plan, mesh)
+    arguments, _ = timed_step(compiled, arguments)
+    memory = peak_memory(compiled)  # before anything else takes some
     peak = matmul(stage.model.dtype)
     others = versus.steps(stage, outline.teacher_model(cfg, name, Path(f"runs/{cfg.name}"))) if vs else {}
 
-    steps, peaks = [], []
-    theirs: dict[str, list[float]] = {variant: [] for variant in others}
+    steps, peaks, theirs = [], [], []
     for _ in range(rounds + 1):  # the first round warms up
         arguments, seconds = timed_step(compiled, arguments, stage.run.steps_per_call)
         steps.append(seconds)
         peaks.append(peak())
+        theirs.append(versus.timed(others))
         line = f"{seconds:.3f} s a step, {peaks[-1] / 1e9:.0f} matmul GFLOP/s"
-        for variant, other in others.items():
-            begin = time.perf_counter()
-            other()
-            theirs[variant].append(time.perf_counter() - begin)
-            line += f", torch {variant} {theirs[variant][-1]:.3f} s"
-        print(line, file=sys.stderr)
+        print(line, *(f"torch {variant} {s:.3f} s" for variant, s in theirs[-1].items()), sep=", ", file=sys.stderr)
     seconds, flops_per_s = statistics.median(steps[1:]), statistics.median(peaks[1:]) * mesh.size
     model_flops = plan.task.flops_per_image() * stage.run.batch_size
     return {
@@ -65,8 +64,11 @@ def step(cfg: Config, name: str, rounds: int, vs: str | None = None) -> dict[str
         "xla_flops": hlo.all_flops(compiled) * mesh.size / stage.run.steps_per_call,
         "matmul_flops_per_s": flops_per_s,
         "model_flops_share": model_flops / seconds / flops_per_s,
-        "peak_memory_bytes": peak_memory(compiled),
-        **{f"torch_{variant}": _compared(other, steps, theirs[variant], stage) for variant, other in others.items()},
+        "peak_memory_bytes": memory,
+        **{
+            f"torch_{variant}": _compared(other, steps, [one[variant] for one in theirs], stage)
+            for variant, other in others.items()
+        },
     }
 
 
@@ -76,6 +78,7 @@ def _compared(other: versus.TorchStep, ours: list[float], theirs: list[float], s
         "ratio": statistics.median(b / a for a, b in zip(ours[1:], theirs[1:], strict=True)),
         "images_per_s": stage.run.batch_size / seconds,
         "step_s": seconds,
+        "torch": other.torch.__version__,
         "dtype": str(other.dtype).removeprefix("torch."),
         "peak_memory_bytes": other.peak_memory(),
     }
@@ -119,7 +122,10 @@ def prepared(cfg: Config, name: str) -> tuple[Stage, Plan, jax.sharding.Mesh]:
 
 
 def compile_step(plan: Plan, mesh: jax.sharding.Mesh) -> tuple[Any, tuple]:
-    """The compiled train step of `plan` and arguments for it: fresh weights, a random teacher, random images."""
+    """The compiled train step of `plan` and arguments for it: fresh weights, a random teacher, random images.
+
+    Images are cropped already, also where the stage's data is resident.
+    """
     stage: Stage = plan.stage
     mesh_lib.check_batch(stage.run.batch_size, mesh, stage.optim.accum_steps)
     batch = example_batch(stage, stage.run.batch_size)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import time
 import types
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +22,7 @@ VARIANTS = {
 
 def steps(stage: Stage, teacher: config.ViT | None) -> dict[str, "TorchStep"]:
     """Each variant that works here, run once; of the others, standard error says why not."""
-    found = {}
+    found: dict[str, TorchStep] = {}
     for variant in VARIANTS:
         try:
             step = TorchStep(stage, teacher, variant)
@@ -33,6 +34,33 @@ def steps(stage: Stage, teacher: config.ViT | None) -> dict[str, "TorchStep"]:
             continue
         found[variant] = step
     return found
+
+
+def timed(others: dict[str, "TorchStep"]) -> dict[str, float]:
+    """Seconds of a step of each; one that fails (too little memory?) is taken out, and standard error says so."""
+    seconds = {}
+    for variant, other in list(others.items()):
+        begin = time.perf_counter()
+        try:
+            other()
+        except Exception as error:
+            print(f"torch {variant} is left out from here: {one_line(error)}", file=sys.stderr)
+            del others[variant]
+        else:
+            seconds[variant] = time.perf_counter() - begin
+    return seconds
+
+
+def check_device(platform: str, devices: int) -> None:
+    """Raises InputError unless PyTorch computes where our step does: on one device of the same kind."""
+    import torch
+
+    theirs = "gpu" if torch.cuda.is_available() else "cpu"
+    if devices != 1 or platform != theirs:
+        raise InputError(
+            f"--vs=torch: our step would run on {devices} x {platform}, PyTorch's on one {theirs}; show both the same"
+            " device (CUDA_VISIBLE_DEVICES=0, JAX_PLATFORMS=cpu)"
+        )
 
 
 class TorchStep:
@@ -52,10 +80,13 @@ class TorchStep:
             raise InputError(f"--vs=torch has no step for {stage.task.kind}; choose one of {', '.join(LOSSES)}")
         self.models, loss = LOSSES[stage.task.kind](self, stage, teacher)
         for model in self.models:
-            model.to(self.device).train()
+            model.to(self.device).train(model is self.models[-1])  # a teacher drops no paths
             if self.is_compiled:
                 use_fused_attention(model, self.package)
         self.loss = torch.compile(loss) if self.is_compiled else loss
+        # As the released code sets it, and as XLA multiplies float32 on a GPU.
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
         trained = [p for p in self.models[-1].parameters() if p.requires_grad]
         fused = {"fused": True} if self.is_compiled and self.device.type == "cuda" else {}
         self.optimizer = torch.optim.AdamW(trained, lr=1e-6, betas=(0.9, 0.95), weight_decay=0.05, **fused)
@@ -77,8 +108,17 @@ class TorchStep:
             torch.cuda.synchronize()
 
     def peak_memory(self) -> int | None:
-        """Bytes; None where PyTorch does not count."""
-        return self.torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
+        """Bytes that a step, made for this, needs with its models and optimiser; None where PyTorch does not count."""
+        if self.device.type != "cuda":
+            return None
+        cuda = self.torch.cuda
+        cuda.reset_peak_memory_stats()
+        before = cuda.memory_allocated()  # the other variant's among it
+        self()
+        parameters = [p for model in self.models for p in model.parameters()]
+        moments = [x for state in self.optimizer.state.values() for x in state.values() if self.torch.is_tensor(x)]
+        own = [*parameters, *(p.grad for p in parameters if p.grad is not None), *moments, self.images]
+        return cuda.max_memory_allocated() - before + sum(x.numel() * x.element_size() for x in own)
 
 
 Loss = Callable[[Any], Any]
