@@ -53,7 +53,7 @@ def start(
         if patch := (patches or {}).get(i):
             own[1:3] = [
                 "-c",
-                f"{patch}\nimport sys\nfrom tinymim_jax import __main__ as m\nm.leave(m.main(sys.argv[1:]))",
+                f"{patch}\nimport sys\nfrom tinymim_jax import __main__ as m\nsys.exit(m.main(sys.argv[1:]))",
             ]
         running.append(subprocess.Popen(own, env={**environment(devices), **(env or {})}, cwd=ROOT, **pipes))
     return running

@@ -4,7 +4,9 @@ import sys
 
 import pytest
 
-from tinymim_jax.__main__ import COMMANDS, leave, main
+from tinymim_jax.__main__ import COMMANDS, main
+from tinymim_jax.serial import InputError
+from tinymim_jax.stop import Interrupted
 
 
 def test_help_lists_every_command(capsys):
@@ -38,31 +40,54 @@ def test_an_interruption_has_its_own_status(monkeypatch, capsys):
     assert capsys.readouterr().err == "interrupted: stage mae stopped at step 3\n"
 
 
-def test_a_bug_keeps_its_traceback(monkeypatch):
+def test_a_bug_keeps_its_traceback(monkeypatch, capsys):
     from tinymim_jax.commands import run
 
     def fail(argv):
         raise ValueError("a bug")
 
     monkeypatch.setattr(run, "main", fail)
-    with pytest.raises(ValueError, match="a bug"):
-        main(["run"])
+    assert main(["run"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback") and err.endswith("ValueError: a bug\n")
 
 
-def test_the_death_of_another_process_is_no_bug_of_this_one(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("text", "is_distributed", "status", "line"),
+    [
+        ("UNKNOWN: all-reduce failed: Connection closed by peer", True, 74, "another process has died, or cannot be"),
+        ("DEADLINE_EXCEEDED: barrier timed out", True, 74, "another process has died, or cannot be"),
+        ("UNKNOWN: all-reduce failed: Connection closed by peer", False, 1, ""),
+        ("INVALID_ARGUMENT: shapes", True, 1, ""),
+        (
+            "RESOURCE_EXHAUSTED: Out of memory while trying",
+            True,
+            2,
+            "the devices have too little memory (JaxRuntimeErr",
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Out of memory while trying",
+            False,
+            2,
+            "the devices have too little memory (JaxRuntimeErr",
+        ),
+    ],
+)
+def test_what_jax_says_of_devices_and_of_other_processes(text, is_distributed, status, line, monkeypatch, capsys):
     import jax
 
     from tinymim_jax.commands import run
 
     def fail(argv):
-        raise jax.errors.JaxRuntimeError("UNKNOWN: all-reduce failed: Connection closed by peer")
+        raise jax.errors.JaxRuntimeError(text)
 
+    left = []
     monkeypatch.setattr(run, "main", fail)
-    with pytest.raises(jax.errors.JaxRuntimeError):
-        main(["run"])
-    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
-    assert main(["run"]) == 74
-    assert "error: another process has died" in capsys.readouterr().err
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: is_distributed)
+    monkeypatch.setattr(os, "_exit", left.append)
+    assert main(["run"]) == status and left == [status] * is_distributed
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {line}" if line else "Traceback")
 
 
 def test_python_dash_m():
@@ -70,13 +95,27 @@ def test_python_dash_m():
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize(("status", "at_once"), [(0, False), (2, True), (74, True), (75, False)])
-def test_an_error_in_one_of_several_processes_waits_for_nobody(status, at_once, monkeypatch):
+@pytest.mark.parametrize(
+    ("end", "status", "waits"),
+    [
+        (None, 0, True),
+        (Interrupted("agreed", 75), 75, True),
+        (KeyboardInterrupt(), 130, False),
+        (InputError(), 2, False),
+    ],
+)
+def test_what_others_do_not_know_of_waits_for_nobody(end, status, waits, monkeypatch):
     import jax
 
+    from tinymim_jax.commands import run
+
+    def fail(argv):
+        if end is not None:
+            raise end
+
     left = []
-    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(run, "main", fail)
     monkeypatch.setattr(os, "_exit", left.append)
-    with pytest.raises(SystemExit) as ended:
-        leave(status)
-    assert left == ([status] if at_once else []) and ended.value.code == status
+    assert main(["run"]) == status and left == []
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    assert main(["run"]) == status and left == [status] * (not waits)

@@ -25,6 +25,7 @@ from tinymim_jax.__main__ import main
 from tinymim_jax.config import Data, InputError
 from tinymim_jax.data.sources import open_source
 from tinymim_jax.lock import Lock
+from tinymim_jax.serial import Unavailable
 from tinymim_jax.writer import read, write_whole
 
 RUN = command("gs://bucket/run", "")[3:]  # as `main` takes it
@@ -160,8 +161,8 @@ BAD = {
 }
 
 
-def refusal(capsys, workdir):
-    assert main([*RUN[:2], f"--workdir={workdir}"]) == 2
+def refusal(capsys, workdir, status=2):
+    assert main([*RUN[:2], f"--workdir={workdir}"]) == status
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1
     return err
@@ -189,7 +190,8 @@ def test_a_bucket_that_may_only_be_read(bucket, monkeypatch, capsys):
 def test_a_bucket_that_does_not_answer(bucket, monkeypatch, capsys):
     monkeypatch.setattr(storage, "PATIENCE", 1.0)
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:1")
-    assert "gs://bucket does not answer within 1 s; check the network and proxies" in refusal(capsys, "gs://bucket/run")
+    line = refusal(capsys, "gs://bucket/run", status=74)
+    assert "gs://bucket does not answer within 1 s; check the network and proxies" in line
 
 
 def test_a_package_that_is_missing(bucket, monkeypatch, capsys):
@@ -208,6 +210,9 @@ def test_what_fails_on_the_way_is_said_in_a_line_too(bucket, monkeypatch):
         "/x: No space left on device; make room"
     )
     assert storage.blame(ValueError("a bug")) is None and storage.blame(FileNotFoundError(2, "No such file")) is None
+    assert isinstance(storage.blame(OSError(107, "Transport endpoint is not connected", "/mnt")), Unavailable)
+    denied = storage.blame(PermissionError(13, "Permission denied", "/x"))
+    assert str(denied).startswith("/x: Permission denied; mend its rights") and not isinstance(denied, Unavailable)
     ours = InputError("wrong")
     assert storage.blame(ours) is ours
 
@@ -221,7 +226,7 @@ def test_what_the_disk_said_is_found_in_what_a_library_makes_of_it():
     assert storage.reason(wrapped) == full
     wrapped.__cause__ = FileNotFoundError(2, "No such file or directory")
     assert storage.reason(wrapped) == "RuntimeError: a barrier failed"
-    assert storage.reason(ValueError("word " * 100)).endswith("word ...")
+    assert storage.reason(ValueError("word " * 100)).endswith("word  ...")
 
 
 def test_waiting_for_another_process_is_said_once(tmp_path, monkeypatch, capsys):

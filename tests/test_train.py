@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from tests.processes import log
 from tinymim_jax import checkpoint, handoff, train, writer
 from tinymim_jax import step as step_lib
 from tinymim_jax.config import InputError
+from tinymim_jax.serial import Unavailable
 from tinymim_jax.stop import Interrupted
 from tinymim_jax.train import run_stage
 
@@ -196,6 +198,21 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(chain, mesh, tmp_path, st
     damage(folder, 4)  # of a finished stage: whoever reads it says so
     with pytest.raises(InputError, match="mae: the checkpoint of step 4 is damaged"):
         run_stage(chain.stages["distill"], "distill", tmp_path / "cut", mesh)
+
+
+def test_a_store_that_fails_is_no_damage(chain, mesh, tmp_path, stop_at, monkeypatch):
+    stop_at(3)
+    with pytest.raises(Interrupted):
+        run_stage(chain.stages["mae"], "mae", tmp_path, mesh)
+    before = checkpoint.steps(tmp_path / "mae")
+
+    def restore(*_, **__):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(checkpoint.ocp.StandardCheckpointHandler, "restore", restore)
+    with pytest.raises(Unavailable, match=r"step 3 could not be read \(Stale file handle\); mend the storage"):
+        run_stage(chain.stages["mae"], "mae", tmp_path, mesh)
+    assert checkpoint.steps(tmp_path / "mae") == before
 
 
 def test_without_a_whole_checkpoint_the_user_decides(chain, mesh, tmp_path, stop_at):

@@ -184,6 +184,16 @@ def test_check_finds_unknown_stages_in_tables():
     assert check_fails(cfg) == "compare.T: there is no stage 'b'"
 
 
+def test_check_finds_metrics_that_no_eval_measures():
+    cfg = Config("c", {"a": make_stage(evals={"knn": Knn(EVAL_DATA, EVAL_DATA, k=(10,))})})
+    for metric, error in (
+        ("top1", "compare.T: metric 'top1' is of no eval of stage 'a'"),
+        ("knn/top1", "compare.T: eval 'knn' measures no 'top1'; choose one of top1_k10"),
+    ):
+        cfg.compare = {"T": Compare(metric, {"r": ("a",)})}
+        assert check_fails(cfg) == error
+
+
 @pytest.mark.parametrize(("changes", "expected"), SEMANTIC, ids=[str(c)[:60] for c, _ in SEMANTIC])
 def test_check_finds_what_does_not_fit_together(changes, expected):
     assert check_fails(Config("c", {"s": changed(changes)})).startswith(expected)

@@ -2,7 +2,9 @@
 
 import importlib
 import os
+import re
 import sys
+import traceback
 
 import absl.logging
 
@@ -10,8 +12,12 @@ from tinymim_jax import storage
 from tinymim_jax.serial import InputError, Unavailable
 from tinymim_jax.stop import INTERRUPTED, Interrupted
 
-BAD = 2  # exit status
+BUG, BAD = 1, 2  # exit status
 UNAVAILABLE = 74  # EX_IOERR
+# How JAX and its transports speak of another process.
+UNREACHED = re.compile(
+    "UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|gloo|nccl|connection|peer|heartbeat|coordination|barrier", re.I
+)
 COMMANDS = {
     "run": "run a chain of stages, or go on with it",
     "plan": "compile a chain for a pod, without the pod: memory, FLOPs, hours",
@@ -29,8 +35,8 @@ COMMANDS = {
 def main(argv: list[str]) -> int:
     """Runs one command.
 
-    Returns the exit status: 0, 2 on bad input, 74 if the storage or another process failed, 130 after Ctrl-C, 75 after
-    SIGTERM: run me again.
+    Returns the exit status: 0, 1 after a bug, with its traceback, 2 on bad input, 74 if the storage or another process
+    failed, 130 after Ctrl-C, 75 after SIGTERM: run me again.
     """
     if not argv or argv[0] in ("-h", "--help"):
         lines = [f"  {name:8} {text}" for name, text in COMMANDS.items()]
@@ -42,37 +48,48 @@ def main(argv: list[str]) -> int:
         if argv[0] not in COMMANDS:
             raise InputError(f"unknown command {argv[0]!r}; choose one of {', '.join(COMMANDS)}")
         importlib.import_module(f"tinymim_jax.commands.{argv[0]}").main(argv[1:])
-    except Exception as error:
-        known = storage.blame(error) or lost(error)
-        if known is None:
-            raise
-        print(f"error: {known}", file=sys.stderr)
-        return UNAVAILABLE if isinstance(known, Unavailable) else BAD
+    except Interrupted as stop:  # which all processes have agreed on
+        print(f"interrupted: {stop}", file=sys.stderr)
+        return stop.status
     except KeyboardInterrupt as stop:
         print(f"interrupted: {stop}" if str(stop) else "interrupted", file=sys.stderr)
-        return stop.status if isinstance(stop, Interrupted) else INTERRUPTED
+        return at_once(INTERRUPTED)
+    except Exception as error:
+        known = storage.blame(error) or of_devices(error)
+        if known is None:
+            traceback.print_exc()
+            return at_once(BUG)
+        print(f"error: {known}", file=sys.stderr)
+        return at_once(UNAVAILABLE if isinstance(known, Unavailable) else BAD)
     return 0
 
 
-def lost(error: Exception) -> Unavailable | None:
-    """The death of another process, which JAX notes in its next collective; None if `error` is something else."""
+def of_devices(error: Exception) -> InputError | None:
+    """What JAX notes of the devices' memory, or of the death of another process; None if `error` is something else."""
     jax = sys.modules.get("jax")
-    if jax is None or not jax.distributed.is_initialized() or not isinstance(error, jax.errors.JaxRuntimeError):
+    if jax is None or not isinstance(error, jax.errors.JaxRuntimeError):
+        return None
+    if "RESOURCE_EXHAUSTED" in str(error):
+        return InputError(
+            f"the devices have too little memory ({storage.reason(error)}); try optim.accum_steps, model.remat=True,"
+            " mesh.fsdp or a smaller run.batch_size"
+        )
+    if not jax.distributed.is_initialized() or not UNREACHED.search(str(error)):
         return None
     return Unavailable(
         f"another process has died, or cannot be reached ({storage.reason(error)}); run the same command again in all"
     )
 
 
-def leave(status: int) -> None:
-    """Ends the process; at once after an error in one of several, for whom JAX would have it wait at its exit."""
+def at_once(status: int) -> int:
+    """`status`; but one of several processes ends here, as JAX would have it wait at its exit for the others."""
     jax = sys.modules.get("jax")
-    if status in (BAD, UNAVAILABLE) and jax is not None and jax.distributed.is_initialized():
+    if jax is not None and jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
-    sys.exit(status)
+    return status
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

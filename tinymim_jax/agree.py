@@ -1,4 +1,8 @@
-"""What several processes tell each other; each function must be called by all of them at the same point."""
+"""What several processes tell each other; each function must be called by all of them at the same point.
+
+Of errors they tell each other those that are the input's or the storage's fault. A process with any other error ends at
+once, and the others notice that it is gone.
+"""
 
 import json
 from collections.abc import Callable
@@ -56,7 +60,7 @@ def together(action: Callable[[], Any]) -> Any:
 
 
 def _attempt(action: Callable[[], Any]) -> tuple[Any, InputError | None]:
-    """What `action` returns, or an error that is the input's, the storage's or another process's fault."""
+    """What `action` returns, or an error that is the input's or the storage's fault."""
     try:
         return action(), None
     except Exception as error:

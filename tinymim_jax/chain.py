@@ -1,7 +1,6 @@
 """A chain: its stages in order, each fed by earlier ones."""
 
 import contextlib
-import json
 import math
 import statistics
 from typing import Any
@@ -9,14 +8,14 @@ from typing import Any
 from etils.epath import Path
 
 from tinymim_jax import agree, handoff
-from tinymim_jax.config import Config, InputError
+from tinymim_jax.config import Config
 from tinymim_jax.lock import Lock
 from tinymim_jax.mesh import make_mesh
 from tinymim_jax.outline import describe_chain
 from tinymim_jax.ready import check_ready, check_writable, convert_sources
 from tinymim_jax.stop import StopRequest
 from tinymim_jax.train import run_stage
-from tinymim_jax.writer import write_json
+from tinymim_jax.writer import read_done, write_json
 
 
 def run_chain(cfg: Config, workdir: Path, only: str | None = None, stop: StopRequest | None = None) -> dict[str, Any]:
@@ -60,24 +59,16 @@ def collect(cfg: Config, workdir: Path) -> dict[str, Any]:
     """The metrics of every finished stage in `workdir`, and each of `cfg.compare`'s tables that is complete."""
     others = sorted(done.parent.name for done in workdir.glob("*/DONE"))
     stages = {
-        name: _measured(workdir / name)
+        name: read_done(workdir / name / "DONE")
         for name in dict.fromkeys([*cfg.stages, *others])
         if handoff.finished(workdir / name)
     }
     tables = {}
     for title, table in cfg.compare.items():
-        if all(name in stages for row in table.rows.values() for name in row):
+        if all(table.metric in stages.get(name, {}) for row in table.rows.values() for name in row):
             rows = {label: summary([stages[name][table.metric] for name in row]) for label, row in table.rows.items()}
             tables[title] = {"metric": table.metric, "rows": rows}
     return {"config": cfg.name, "stages": stages, "compare": tables}
-
-
-def _measured(folder: Path) -> dict[str, float]:
-    done = folder / "DONE"
-    try:
-        return dict(json.loads(done.read_text())["metrics"])
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{done} is damaged; delete it, and the stage goes on from its newest checkpoint") from None
 
 
 def summary(values: list[float]) -> dict[str, Any]:

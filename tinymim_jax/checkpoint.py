@@ -71,6 +71,8 @@ class Checkpoints:
     def _writing(self) -> Iterator[None]:
         try:
             yield
+        except jax.errors.JaxRuntimeError:
+            raise  # no fault of the storage
         except Exception as error:  # tensorstore and orbax raise ValueError, OSError, RuntimeError and their own
             whole = steps(self.folder)
             kept = f"that of step {whole[-1]} is kept" if whole else "there is none before it"
@@ -120,14 +122,19 @@ def _read_log(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def reading(folder: Path, step: int) -> Iterator[None]:
-    """Turns whatever reading the checkpoint of `step` raises into one InputError."""
+    """Turns whatever reading the checkpoint of `step` raises into one InputError: Unavailable if it may be whole."""
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise  # no fault of the file
     except Exception as error:  # any, as in writing
         with _silence():
-            raise InputError(f"{folder}: the checkpoint of step {step} is damaged ({reason(error)})") from None
+            if storage.blame(error) is None:
+                raise InputError(f"{folder}: the checkpoint of step {step} is damaged ({reason(error)})") from None
+            raise Unavailable(
+                f"{folder}: the checkpoint of step {step} could not be read ({reason(error)}); mend the storage, and"
+                " run the same command again"
+            ) from None
 
 
 @contextlib.contextmanager
@@ -198,7 +205,7 @@ def model_shapes(folder: Path) -> dict[str, Any]:
 def read_model(folder: Path) -> dict[str, Any]:
     """The newest checkpoint's `model` item under stage folder `folder`, as numpy arrays; InputError if damaged."""
     path = _newest(folder)
-    with reading(folder, int(path.name)):
+    with _without_another(folder), reading(folder, int(path.name)):
         # Restoring into numpy asks nothing of the devices it was written on.
         target = jax.tree.map(lambda s: np.empty(s.shape, s.dtype), model_shapes(folder))
         with contextlib.closing(ocp.StandardCheckpointHandler()) as reader:
@@ -207,6 +214,17 @@ def read_model(folder: Path) -> dict[str, Any]:
         if (saved := log.get(SUMS, {}).get("model")) is not None:
             _compare(sums(model), saved)
     return model
+
+
+@contextlib.contextmanager
+def _without_another(folder: Path) -> Iterator[None]:
+    """Says the way out of a damaged checkpoint where only the newest will do."""
+    try:
+        yield
+    except Unavailable:
+        raise
+    except InputError as error:
+        raise InputError(f"{error}; delete {folder / 'DONE'}, and its stage goes on from an older one") from None
 
 
 def steps(folder: Path) -> list[int]:

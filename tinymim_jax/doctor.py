@@ -123,13 +123,13 @@ def unworkable(cfg: Config, workdir: Path) -> str:
 def room(cfg: Config | None, workdir: Path) -> Iterator[Finding]:
     """Whether the workdir is free, can be written to, and has room."""
     at = next(p for p in (workdir, *workdir.parents) if p.exists())
-    if workdir.exists() and jax.process_index() == 0:
+    if "://" not in str(at) and not os.access(at, os.W_OK):
+        yield Finding(f"{at} cannot be written to", "choose another --workdir, or mend its rights or mount")
+    elif workdir.exists() and jax.process_index() == 0:
         try:
             Lock(workdir).check_free()
         except InputError as error:
             yield Finding(f"workdir {workdir}", str(error))
-    if "://" not in str(at) and not os.access(at, os.W_OK):
-        yield Finding(f"{at} cannot be written to", "choose another --workdir, or mend its rights or mount")
     yield disk(cfg, workdir, at)
 
 

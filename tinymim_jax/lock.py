@@ -87,7 +87,7 @@ class Lock:
         return True
 
     def check_free(self) -> None:
-        """Raises InputError if a living run holds it; takes nothing."""
+        """Raises InputError if a living run holds it; one on another host is watched for a sign of life."""
         self._dead(self.read())
 
     def _dead(self, owner: dict[str, Any] | None) -> str:

@@ -13,6 +13,7 @@ from tinymim_jax.mesh import make_mesh
 from tinymim_jax.models import vit
 from tinymim_jax.plan import Plan, make_plan, teacher_init
 from tinymim_jax.ready import data_sets, foreign, read_foreign
+from tinymim_jax.writer import read_done
 
 # What an unfinished stage may be given anew: the ways out that error messages name.
 MENDABLE_FIELDS = (
@@ -226,6 +227,7 @@ def _optimizer(plan: Plan) -> str:
 
 def _status(folder: Path) -> str:
     if handoff.finished(folder):
+        read_done(folder / "DONE")  # of one that is damaged later stages would not learn
         return "status: finished, would be skipped"
     steps = checkpoint.steps(folder)
     return f"status: would go on from step {max(steps)}" if steps else "status: would start"

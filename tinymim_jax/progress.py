@@ -13,6 +13,7 @@ import tqdm
 from tinymim_jax import metrics
 from tinymim_jax.config import InputError, Run
 from tinymim_jax.metrics import Mean
+from tinymim_jax.serial import Unavailable
 from tinymim_jax.stop import StopRequest
 from tinymim_jax.writer import Writer
 
@@ -96,7 +97,7 @@ class Progress:
         self.has_heard = self.has_heard or bool(ASKED in values and np.any(values[ASKED].sum))
         if FAILED in values and np.any(values[FAILED].sum):
             self.stop.raise_failure()
-            raise InputError(f"stage {self.name}: another process has failed; its log says why")
+            raise Unavailable(f"stage {self.name}: another process has failed; its log says why")
 
     def is_asked(self) -> bool:
         """Whether to stop after this step, alike in every process."""

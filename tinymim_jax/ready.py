@@ -92,6 +92,8 @@ def check_writable(workdir: Path) -> None:
         probe.touch()
         probe.unlink()
     except Exception as error:  # each bucket's library has its own
+        if isinstance(error, OSError) and error.errno in storage.DISK:
+            raise storage.blame(error) from None
         raise InputError(f"{workdir} cannot be written to ({storage.reason(error)}); choose another folder") from None
 
 

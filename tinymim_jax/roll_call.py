@@ -174,7 +174,8 @@ def _call_roll(port: int, own: dict[str, Any], timeout: float, stop: StopRequest
         while not roll.stopped() and not roll.is_complete() and (left := end - time.monotonic()) > 0:
             for key, _ in selector.select(min(left, TICK)):
                 _attend(roll, selector, server, key.data)
-            patience.wait(roll.absent())
+            if absent := roll.absent():
+                patience.wait(absent)
             if not trouble and (trouble := roll.trouble()):
                 end = min(end, time.monotonic() + GRACE)
         if stopped := roll.stopped():

@@ -20,7 +20,12 @@ EXTRAS = {"gs": "gcs", "s3": "s3"}  # of setup.py
 LOGINS = {"gs": "log in: gcloud auth application-default login", "s3": "log in: aws configure"}
 WRITTEN_BY_ORBAX = ("", "gs")
 LIBRARIES = {"aiohttp", "botocore", "gcsfs", "google", "requests", "s3fs"}  # whose errors are the storage's fault
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE)  # errors that are its fault
+# Errors that are the fault of a disk, of a mount or of what is behind it.
+DISK = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENOTCONN,
+    errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ECONNRESET,
+)  # fmt: skip
+RIGHTS = (errno.EACCES, errno.EPERM)
 APPEARS = 90.0  # seconds until a network's file system shows every host a new file; NFS' caches keep 60
 SAID = 5.0  # seconds of waiting, after which the user is told
 LENGTH = 160  # of a library's error, in letters
@@ -106,7 +111,7 @@ def _check_bucket(scheme: str, bucket: str) -> None:
     except InputError:
         raise
     except TimeoutError:
-        raise InputError(f"{bucket} does not answer within {PATIENCE:.0f} s; check the network and proxies") from None
+        raise Unavailable(f"{bucket} does not answer within {PATIENCE:.0f} s; check the network and proxies") from None
     except Exception as error:  # each library has its own
         raise InputError(f"{bucket} cannot be reached ({reason(error)}); {LOGINS[scheme]}") from None
     if not is_there:
@@ -132,6 +137,8 @@ def blame(error: Exception) -> InputError | None:
     """`error` as a fault of the input, of a disk or of a bucket; None if it is something else."""
     if isinstance(error, InputError):
         return error
+    if isinstance(error, OSError) and error.errno in RIGHTS and error.filename:
+        return InputError(f"{error.filename}: {error.strerror}; mend its rights, or choose another place")
     if (what := _fault(error)) is None:
         return None
     return Unavailable(f"{what}; make room or mend the storage, and run the same command again: what was saved is kept")
@@ -140,24 +147,35 @@ def blame(error: Exception) -> InputError | None:
 def _fault(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in DISK:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if _said(error):
+        return _said(error)
     passed = {frame.f_globals.get("__name__", "").split(".")[0] for frame, _ in traceback.walk_tb(error.__traceback__)}
     if type(error).__module__.split(".")[0] in LIBRARIES or (isinstance(error, OSError) and passed & LIBRARIES):
         return f"the bucket failed ({reason(error)})"
     return None
 
 
+def unreadable(name: str, error: Exception) -> InputError:
+    """What to say of a record, "NAME: cannot be read ...": Unavailable if that is not its own fault."""
+    kind = Unavailable if isinstance(blame(error), Unavailable) else InputError
+    return kind(f"{name}: cannot be read ({reason(error)}); mend it")
+
+
 def reason(error: BaseException) -> str:
     """An error in a line; what the disk said, if a library has only wrapped that."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if said := _said(error):
+        return said
     text = " ".join(str(error).split())
-    for words in map(os.strerror, DISK):
-        if words in text:
-            return words
-    if error.__cause__ is not None and (words := reason(error.__cause__)) in map(os.strerror, DISK):
-        return words
     cut = text if len(text) <= LENGTH else f"{text[:LENGTH]} ..."
     return f"{type(error).__name__}: {cut}" if text else type(error).__name__
+
+
+def _said(error: BaseException) -> str:
+    """What a disk has said, in an error that a library (orbax, tensorstore) has made of that; "" if nothing."""
+    texts = [str(one) for one in (error, error.__cause__) if one is not None]
+    return next((words for words in map(os.strerror, DISK) if any(words in text for text in texts)), "")
 
 
 def _scheme(path: Any) -> str:

@@ -22,6 +22,7 @@ from tinymim_jax.evals.base import make_predict, measure
 from tinymim_jax.evals.online import Online
 from tinymim_jax.plan import Plan, make_plan, teacher_init
 from tinymim_jax.progress import BAD_IMAGES, Progress
+from tinymim_jax.serial import Unavailable
 from tinymim_jax.step import TrainState, create_state, from_items, jit_step, to_items
 from tinymim_jax.stop import StopRequest
 from tinymim_jax.tasks.base import Batch, Frozen, Variables
@@ -76,6 +77,8 @@ class Runner:
             agree.together(lambda step=step: checkpoint.wait_for(self.folder, step))
             try:
                 items, log = checkpoint.restore(self.folder, step, to_items(target))
+            except Unavailable:
+                raise
             except InputError as error:
                 self._pass_over(step, error)
                 continue
@@ -113,7 +116,10 @@ class Runner:
             epoch, index, _ = self.rows.numbers(step - 1)
             records = [self.source.describe(int(i)) for i in index]
             noted.append({"step": step, "epoch": epoch, "not_finite": what, "records": records})
-            write_whole(path, "".join(json.dumps(line) + "\n" for line in noted))
+            try:
+                write_whole(path, "".join(json.dumps(line) + "\n" for line in noted))
+            except OSError as error:  # the loss is what has gone wrong
+                return f" (its images could not be written down: {storage.reason(error)})"
         return f" (its images: {path})"
 
     def variables(self, state: TrainState) -> Variables:
@@ -126,14 +132,18 @@ class Runner:
 
     def evaluate(self, state: TrainState, stop: StopRequest) -> dict[str, float]:
         """{"<eval>/<metric>": value} of the final weights; raises Interrupted."""
-        title, batches = f"{self.name}, evaluation", itertools.count(1)
-        every = 1 if jax.process_count() == 1 else CHECK_EVERY
+        title, is_asked = f"{self.name}, evaluation", asker(stop)
 
         def check() -> None:
-            if next(batches) % every == 0:
-                agree.check_stop(stop, f"stage {self.name} stopped while it was evaluated")
+            if is_asked():
+                self.stop_evaluating(stop)
 
         return measure(self.evaluators, self.predict, self.variables(state), self.frozen, title, check)
+
+    def stop_evaluating(self, stop: StopRequest) -> None:
+        """Raises Interrupted."""
+        stop.asked = True
+        stop.check(f"stage {self.name} stopped while it was evaluated")
 
     def is_evaluated(self, step: int) -> bool:
         """Whether an evaluation is due after `step`, the last apart."""
@@ -150,12 +160,20 @@ class Runner:
             target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), variables)
             try:
                 items, _ = checkpoint.restore(self.folder, first, {EVALUATED: target})
+            except Unavailable:
+                raise
             except InputError as error:
                 print(f"{error}; the evaluation of step {began} is left out", flush=True)
             else:
                 online.start(began, items[EVALUATED])
         if self.is_evaluated(first) and not agree.on_first(lambda: writer.has(first, "/")):
             online.start(first, variables)
+
+
+def asker(stop: StopRequest) -> Callable[[], bool]:
+    """Whether any process was asked to stop, which several ask each other at every `CHECK_EVERY`th call only."""
+    calls, every = itertools.count(1), 1 if jax.process_count() == 1 else CHECK_EVERY
+    return lambda: next(calls) % every == 0 and agree.agreed(stop.asked)
 
 
 def run_stage(
@@ -184,11 +202,12 @@ def run_stage(
         state, log = runner.start()  # before anything is written
         agree.check_stop(stop, f"before stage {name}")
         first = int(state.step)
+        agree.on_first(lambda: write_json(runner.folder / "stage.json", describe(runner.plan)))
         checkpoints = stack.enter_context(Checkpoints(runner.folder, run.keep))
-        write_json(runner.folder / "stage.json", describe(runner.plan))
         lines = [f"{name}: {total} steps of {run.batch_size} images", *runner.report, *runner.plan.untrained_line()]
         print("\n  ".join(lines), flush=True)
-        writer = stack.enter_context(Writer(runner.folder, first, active=jax.process_index() == 0))
+        writer = agree.together(lambda: Writer(runner.folder, first, active=jax.process_index() == 0))
+        stack.enter_context(writer)
         batches = agree.together(lambda: runner.batches(first, stop))
         stack.enter_context(contextlib.closing(batches))
         past = {"start": first, "saved": log, "begin": begin}
@@ -197,7 +216,7 @@ def run_stage(
         replicated = mesh_lib.replicated(mesh)
         rng = jax.jit(lambda: jax.random.fold_in(jax.random.key(run.seed), 1), out_shardings=replicated)()
         train_step = jit_step(runner.plan, mesh, runner.shardings, run.steps_per_call)
-        online = stack.enter_context(runner.online(writer))
+        online, is_asked = stack.enter_context(runner.online(writer)), asker(stop)
         runner.catch_up(first, state, log, online, writer)
 
         def save(step: int) -> None:
@@ -220,23 +239,24 @@ def run_stage(
                 epoch = step / runner.plan.steps_per_epoch
                 progress.log(step, {"lr": float(runner.plan.schedule(step - 1)), "epoch": epoch})
             online.advance()
-            asked = progress.is_asked()  # read once: what is not saved must not be left
+            is_due = runner.is_evaluated(step)
+            # Read once: what is not saved must not be left.
+            asked = progress.is_asked() or (is_due and not online.wait(is_asked))
             if step % run.checkpoint_every == 0 or last or asked:
                 progress.collect()  # a state whose loss is not finite is never saved
-                if not asked:  # or else the state comes first
-                    online.wait()  # whoever resumes from here has all results from before
                 save(step)
             if asked and not last:
                 checkpoints.wait()
                 stop.asked = True
                 stop.check(f"stage {name} stopped at step {step} of {total}")
-            if runner.is_evaluated(step):
+            if is_due:
                 online.start(step, runner.variables(state))
 
         if total == 0:
             save(0)
         checkpoints.wait()  # from here on the state is safe
-        online.wait()
+        if not online.wait(is_asked):
+            runner.stop_evaluating(stop)
         evaluated = runner.evaluate(state, stop)
         if bad := progress.totals[BAD_IMAGES]:
             print(f"{name}: images left out because they could not be read: {bad}, all epochs together")

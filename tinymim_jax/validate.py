@@ -50,7 +50,19 @@ def check(config: Config) -> Config:
         for name in names:
             if table.metric.split("/")[0] not in config.stages[name].evals:
                 raise InputError(f"compare.{title}: metric {table.metric!r} is of no eval of stage {name!r}")
+            _check_metric(f"compare.{title}", config.stages[name], table.metric)
     return config
+
+
+def _check_metric(where: str, stage: Stage, metric: str) -> None:
+    eval_name, _, name = metric.partition("/")
+    cfg = stage.evals[eval_name]
+    if isinstance(cfg, Corruptions):
+        return  # which measures a hundred things
+    known = [f"top1_k{k}" for k in cfg.k] if isinstance(cfg, Knn) else ["top1"]
+    known += ["top5", "images"] if isinstance(cfg, Classification) else []
+    if name not in known:
+        raise InputError(f"{where}: eval {eval_name!r} measures no {name!r}; choose one of {', '.join(known)}")
 
 
 def _check_stage(where: str, stage: Stage) -> None:

@@ -11,6 +11,7 @@ from tensorboardX import SummaryWriter
 from tensorboardX.record_writer import register_writer_factory
 
 from tinymim_jax import storage
+from tinymim_jax.serial import InputError
 
 EVERY = 2.0  # seconds between two writes of metrics.jsonl: a bucket takes a file as a whole, and one a second
 
@@ -117,6 +118,14 @@ def read(path: Path) -> list[dict[str, float]]:
             break
         lines.append(line)
     return lines
+
+
+def read_done(path: Path) -> dict[str, float]:
+    """The final metrics in a stage's `DONE`; raises InputError if it is damaged."""
+    try:
+        return dict(json.loads(path.read_text())["metrics"])
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path} is damaged; delete it, and the stage goes on from its newest checkpoint") from None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -157,6 +157,7 @@ def test_images_of_two_sizes_and_too_many(tree, tmp_path, mesh, monkeypatch):
     for ask in (lambda: resident.train_batches(rows_of(tree, 4), 0, 1, mesh), lambda: resident.example_batch(tree, 4)):
         with pytest.raises(InputError, match=r"4 images of 8 x 8 pixels take .* set data.resident=False"):
             ask()
+    monkeypatch.setattr(resident, "MAX_BYTES", 1000)
     Image.fromarray(image(9, 8)).save(tmp_path / "train" / "a" / "3.png")
     with pytest.raises(InputError, match=r"3.png: is 9 x 8 pixels, others 8 x 8; data.resident needs one size"):
         resident.train_batches(rows_of(tree, 4), 0, 1, mesh)

@@ -32,6 +32,17 @@ def test_array_record_errors(shards):
         open_source(Data("array_record", path=str(shards), split="none"))
 
 
+def test_a_damaged_shard(shards):
+    file = shards / "train-00000-of-00002.array_record"
+    source = open_source(Data("array_record", path=str(shards)))
+    content = bytearray(file.read_bytes())
+    at = content.index(b"\x00\xff")
+    content[at : at + 2] = b"zz"
+    file.write_bytes(bytes(content))
+    with pytest.raises(InputError, match=r"train-00000-of-00002.array_record record 2: cannot be read \(.*; mend it"):
+        source[2]
+
+
 @pytest.mark.parametrize("record", [b"", b"\xc1", encode_record(b"x", 1)[:-1], b"\x80", b"\x01"])
 def test_foreign_record(record):
     with pytest.raises(InputError, match=r"^shard 3: not a msgpack map of image and label .*encode_record$"):

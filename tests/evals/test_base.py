@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec
 from tinymim_jax import config, mesh
 from tinymim_jax.config import Data, InputError
 from tinymim_jax.evals.base import Batches, make_predict, together
+from tinymim_jax.serial import Unavailable
 from tinymim_jax.tasks.base import Outputs
 
 DIGITS = Data("digits", split="test", image_size=8, transform="eval", crop_pct=1.0, per_class=3)
@@ -56,6 +57,17 @@ def test_an_error_names_its_eval():
     next(running)
     with pytest.raises(InputError, match=r"^eval knn: 3\.jpg: cannot be decoded$"):
         next(running)
+
+    def broken_later(predict, variables, frozen):
+        yield
+        return lambda: (_ for _ in ()).throw(Unavailable("no votes"))
+
+    running = together({"knn": broken_later}, None, {}, {})
+    next(running)
+    with pytest.raises(StopIteration) as end:
+        next(running)
+    with pytest.raises(Unavailable, match="^eval knn: no votes$"):
+        end.value.value()
 
 
 def test_predict_is_the_tasks_compiled_and_whole_everywhere():

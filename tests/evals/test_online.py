@@ -89,6 +89,15 @@ def test_the_next_waits_for_the_one_before(online, evaluator, events):
     assert [(event[0], event[1]["x/value"]) for event in events if isinstance(event, tuple)] == [(1, 2.0), (2, 3.0)]
 
 
+def test_waiting_ends_when_a_stop_is_asked_for(online, evaluator, events):
+    online.start(1, {"w": jnp.float32(1)})
+    assert not online.wait(lambda: True) and online.state()[0] == 1
+    asked = iter([False] * 5 + [True])
+    assert not online.wait(lambda: next(asked)) and events == ["batch 0", "batch 1", "batch 2"]  # the host is busy
+    evaluator.let_go.set()
+    assert online.wait(lambda: False) and events[-1][0] == 1 and online.state() is None
+
+
 def test_what_goes_wrong_is_raised_in_the_training_thread(events):
     class Failing(Recorded):
         def __call__(self, predict, variables, frozen):

@@ -1,4 +1,5 @@
 import itertools
+import math
 import re
 
 import jax
@@ -71,6 +72,32 @@ def test_attention(dtype):
         reference.close(out, expected)
 
 
+def exact_attention(q, k, v, cotangent):
+    """Its value and gradients in float64."""
+    p = reference.softmax(q @ k.swapaxes(2, 3) * q.shape[-1] ** -0.5)
+    out, dp = p @ v, cotangent @ v.swapaxes(2, 3)
+    d = p * (dp - (dp * p).sum(-1, keepdims=True)) * q.shape[-1] ** -0.5
+    return out, d @ k, d.swapaxes(2, 3) @ q, p.swapaxes(2, 3) @ cotangent
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("route", [layers.attention, layers._by_xla])
+@pytest.mark.parametrize(
+    ("heads", "n", "width", "scale"), [(3, 17, 7, 1), (5, 65, 24, 3), (2, 197, 64, 1), (1, 1025, 5, 6)]
+)
+def test_attention_and_its_gradient_against_float64(route, heads, n, width, scale, dtype):
+    *args, cotangent = (jnp.asarray(normal(1, heads, n, width, seed=s, scale=scale), dtype) for s in range(4))
+
+    def both(q, k, v, cotangent):
+        out, pull = jax.vjp(route, q, k, v)
+        return out, *pull(cotangent)
+
+    found = reference.jit(both)(*args, cotangent)
+    for actual, wanted in zip(found, exact_attention(*map(reference.f64, (*args, cotangent))), strict=True):
+        assert actual.dtype == dtype
+        reference.close(reference.f64(actual), wanted, 2e-5 if dtype == "float32" else 2**-5)
+
+
 def heads(n, dtype="float32"):
     return [jnp.asarray(normal(2, 3, n, 8, seed=s), dtype) for s in range(3)]
 
@@ -136,6 +163,20 @@ def test_attention_module_groups_channels_as_three_heads_width():
     for actual, wanted in zip(qkv, expected_qkv, strict=True):
         assert actual.shape == (2, 5, 3, 4)
         reference.close(actual, wanted)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gelu_and_its_derivative_against_float64(dtype):
+    x = jnp.asarray(np.linspace(-9, 9, 2001), dtype)
+    value, pull = jax.vjp(layers.gelu, x)
+    (grad,) = pull(jnp.full_like(x, 3))
+    exact = reference.f64(x)
+    cdf = np.array([0.5 * math.erfc(-one / math.sqrt(2)) for one in exact])
+    tolerance = {"atol": 2e-6} if dtype == "float32" else {"rtol": 2**-8, "atol": 2e-6}
+    assert value.dtype == grad.dtype == dtype
+    np.testing.assert_allclose(reference.f64(value), exact * cdf, **tolerance)
+    derivative = cdf + exact * np.exp(-(exact**2) / 2) / math.sqrt(2 * math.pi)
+    np.testing.assert_allclose(reference.f64(grad), 3 * derivative, **tolerance)
 
 
 def test_mlp_has_the_exact_gelu():

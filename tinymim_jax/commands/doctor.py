@@ -35,7 +35,8 @@ def main(argv: list[str]) -> None:
     check_workdir(workdir)
     with StopRequest() as stop:
         start_cluster(values, stop, config=to_dict(cfg), workdir=str(workdir))
-    stop.check("stopped before anything was looked at")
+    if stop.asked:
+        raise KeyboardInterrupt("stopped before anything was looked at")
 
     import jax
 

@@ -23,6 +23,7 @@ from tinymim_jax import mesh as mesh_lib
 from tinymim_jax.config import Data, InputError
 from tinymim_jax.data.augment import load
 from tinymim_jax.data.sources import Source
+from tinymim_jax.serial import Unavailable
 from tinymim_jax.stop import StopRequest
 
 # What a generator is for. It comes first and the seed behind: zeros at the end of a seed sequence do not count.
@@ -111,6 +112,8 @@ class EvalRows:
                 record = self._read(epoch, int(index[own][row]), int(repeat[own][row]))
                 batch["image"][row], batch["label"][row] = record
                 batch["is_valid"][row] = True
+            except Unavailable:
+                raise  # no fault of this image
             except InputError as error:
                 if self.data.on_bad_image == "stop":
                     raise InputError(f"{error}, or set data.on_bad_image=skip") from error
@@ -249,7 +252,7 @@ def host_batches(rows: EvalRows, start: int, stop: int) -> Iterator[dict[str, np
     try:
         yield from host
     except InputError as error:
-        raise InputError(*error.args) from None  # without the note that grain adds to it
+        raise type(error)(*error.args) from None  # without the note that grain adds to it
     finally:
         host.close()  # stops its threads and worker processes, also when the caller leaves early
         if rows.data.workers:

@@ -17,6 +17,7 @@ from tinymim_jax.data.augment import CROP_ATTEMPTS
 from tinymim_jax.data.decode import decode
 from tinymim_jax.data.pipeline import TrainRows, calls, stacked
 from tinymim_jax.data.sources import IDENTITY, Source
+from tinymim_jax.serial import Unavailable
 from tinymim_jax.stop import StopRequest
 
 MAX_BYTES = 2**33  # of a data set, on each device
@@ -72,14 +73,22 @@ def _read(identity: tuple, on_bad_image: str) -> dict[str, np.ndarray]:
             record = source[index]
             images[index] = np.asarray(decode(record["image"], source.describe(index)))
             labels[index] = record["label"]
+        except Unavailable:
+            raise  # no fault of this image
         except InputError as error:
             if on_bad_image == "stop":
                 raise InputError(f"{error}, or set data.on_bad_image=skip") from error
+        else:
+            _check_bytes(len(source), images[index].shape)  # before all of them are here
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         done = pool.map(read, range(len(source)))
-        for _ in tqdm.tqdm(done, "decoding", len(source), unit="img", disable=len(source) < SLOW):
-            pass
+        try:
+            for _ in tqdm.tqdm(done, "decoding", len(source), unit="img", disable=len(source) < SLOW):
+                pass
+        except InputError:
+            pool.shutdown(cancel_futures=True)
+            raise
     return _stacked(images, labels, source)
 
 
@@ -95,7 +104,6 @@ def _stacked(images: list[np.ndarray | None], labels: np.ndarray, source: Source
                 f"{source.describe(index)}: is {image.shape[1]} x {image.shape[0]} pixels, others {shape[1]} x"
                 f" {shape[0]}; data.resident needs one size: set data.resident=False"
             )
-    _check_bytes(len(images), shape)
     blank = np.zeros(shape, np.uint8)
     return {
         "image": np.stack([blank if image is None else image for image in images]),

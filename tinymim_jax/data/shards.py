@@ -41,7 +41,11 @@ class ArrayRecord:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return decode_record(self._records[index], self.describe(index))
+        try:
+            record = self._records[index]
+        except Exception as error:  # array_record raises RuntimeError, IndexError and others
+            raise storage.unreadable(self.describe(index), error) from error
+        return decode_record(record, self.describe(index))
 
     def describe(self, index: int) -> str:
         shard = bisect.bisect_right(self._ends, index)

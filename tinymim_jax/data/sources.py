@@ -166,7 +166,7 @@ class Folder:
         try:
             image = self._storage.cat_file(self.describe(index))  # of a bucket, in one request; a path takes three
         except Exception as error:  # each bucket's library has its own
-            raise InputError(f"{self.describe(index)}: cannot be read ({reason(error)}); mend it") from error
+            raise storage.unreadable(self.describe(index), error) from error
         return {"image": image, "label": int(self._labels[index])}
 
     def describe(self, index: int) -> str:
@@ -220,7 +220,10 @@ class Tfds:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        record = self._records[index]
+        try:
+            record = self._records[index]
+        except Exception as error:  # as in opening
+            raise storage.unreadable(self.describe(index), error) from error
         missing = {"image", "label"} - set(record)
         if missing:
             raise InputError(f"{self.describe(index)}: has no feature {missing.pop()!r}; it has {', '.join(record)}")

@@ -1,6 +1,7 @@
 """The contract of evaluators, and the pass over a data set that they share."""
 
 import collections
+import contextlib
 import functools
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -41,11 +42,26 @@ def together(
     """The evaluators one after the other, as one; results are named "<eval>/<metric>"."""
     finish = {}
     for name, evaluator in evaluators.items():
-        try:
+        with _named(name):
             finish[name] = yield from evaluator(predict, variables, frozen)
-        except InputError as error:
-            raise type(error)(f"eval {name}: {error}") from error
-    return lambda: {f"{name}/{metric}": value for name in finish for metric, value in finish[name]().items()}
+
+    def finish_all() -> dict[str, float]:
+        found = {}
+        for name, one in finish.items():
+            with _named(name):
+                found |= {f"{name}/{metric}": value for metric, value in one().items()}
+        return found
+
+    return finish_all
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Says whose error it is: evals have data of their own."""
+    try:
+        yield
+    except InputError as error:
+        raise type(error)(f"eval {name}: {error}") from error
 
 
 def measure(

@@ -2,13 +2,17 @@
 
 import concurrent.futures
 import threading
+import time
 from collections.abc import Callable, Generator, Mapping
 
 import jax
 import jax.numpy as jnp
 
+from tinymim_jax import agree
 from tinymim_jax.evals.base import Evaluator, Finish, Predict, together
 from tinymim_jax.tasks.base import Frozen, Variables
+
+POLL = 0.05  # seconds between looks at whether the host is done
 
 
 class Online:
@@ -51,12 +55,22 @@ class Online:
         elif self.finishing is not None and self.finishing.done() and jax.process_count() == 1:
             self._write()  # several processes write, and raise, where all of them wait
 
-    def wait(self) -> None:
-        """Returns when the results of what was started are written."""
-        while self.running is not None:
-            self.advance()
+    def wait(self, is_asked: Callable[[], bool] = lambda: False) -> bool:
+        """Returns when the results of what was started are written; or, with False, once `is_asked`, alike in all."""
+        while self.running is not None or self._is_finishing():
+            if is_asked():
+                return False
+            if self.running is not None:
+                self.advance()
+            else:
+                time.sleep(POLL)
         if self.finishing is not None:
             self._write()
+        return True
+
+    def _is_finishing(self) -> bool:
+        """Whether the host of any process is still busy."""
+        return self.finishing is not None and agree.agreed(not self.finishing.done())
 
     def _write(self) -> None:
         finishing, self.finishing = self.finishing, None

@@ -112,7 +112,9 @@ class VisionTransformer(nn.Module):
             dtype=images.dtype,
             name="patch_embed",
         )
-        x = embed(patches) + patch_pos
+        # Made once: else XLA on the CPU makes each pixel anew, augmentation included, in the gradient of the kernel.
+        patches = jax.lax.optimization_barrier(patches.reshape(-1, values))
+        x = embed(patches).reshape(len(images), -1, self.width) + patch_pos
         return jnp.concatenate([jnp.broadcast_to(front, (len(x), extra, self.width)), x], axis=1)
 
     def _drop_path(self, block: int) -> float:
@@ -124,9 +126,7 @@ class VisionTransformer(nn.Module):
         """[B, N, D] -> logits [B, C] of each head, float32."""
         if self.neck:
             x = nn.LayerNorm(epsilon=1e-5, dtype=x.dtype, use_fast_variance=False, name="neck_norm")(x)
-            x = nn.gelu(
-                nn.Dense(self.neck, kernel_init=layers.xavier, dtype=x.dtype, name="neck")(x), approximate=False
-            )
+            x = layers.gelu(nn.Dense(self.neck, kernel_init=layers.xavier, dtype=x.dtype, name="neck")(x))
         x = x.astype(jnp.float32)
         if self.pool == "mean":
             pooled = layers.layer_norm(jnp.float32, "fc_norm")(x[:, num_extra(self) :].mean(axis=1))
