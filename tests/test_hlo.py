@@ -144,3 +144,18 @@ backend_config={"gemm_backend_config":{"alpha_real":1,"dot_dimension_numbers":{"
 }
 """
     assert hlo.matmul_flops(text)[0] == 2 * 2 * 64 * 32 * 16
+
+
+@pytest.mark.parametrize(("name", "products"), [("fmhaSoftmax", 2), ("fmhaSoftmaxBackward", 5)])
+def test_attention_by_a_library(name, products):
+    text = f"""HloModule jit_step, num_partitions=1
+
+ENTRY %main (q: bf16[2,50,3,64]) -> bf16[2,3,50,64] {{
+  %q = bf16[2,50,3,64]{{3,2,1,0}} parameter(0)
+  %attn = (bf16[2,3,50,64]{{3,1,2,0}}, u8[0]{{0}}) custom-call(%q, %q, %q), custom_call_target="__cudnn${name}", \
+backend_config={{"cudnn_fmha_backend_config":{{"bmm1_dot_dimension_numbers":{{"lhs_contracting_dimensions":["3"],\
+"rhs_contracting_dimensions":["3"],"lhs_batch_dimensions":["0","2"],"rhs_batch_dimensions":["0","2"]}}}}}}
+  ROOT %get-tuple-element = bf16[2,3,50,64]{{3,1,2,0}} get-tuple-element(%attn), index=0
+}}
+"""
+    assert hlo.matmul_flops(text)[0] == products * 2 * 2 * 3 * 50 * 50 * 64

@@ -266,4 +266,17 @@ def test_benchmarks_are_made_once(tmp_path):
     lines = calls.read_text().splitlines()
     assert sum("distill_b" in line for line in lines) == 6 and sum("finetune_b" in line for line in lines) == 8
     assert all(line.split()[:3] == ["-m", "tinymim_jax", "bench"] and line.split()[3] in VERBS for line in lines)
-    assert all("--vs=torch" in line and line.endswith("--rounds=1") for line in lines if "bench step" in line)
+    steps = [line for line in lines if "bench step" in line]
+    assert all(("--vs=torch" in line) != ("attention=cudnn" in line) and line.endswith("--rounds=1") for line in steps)
+    assert not list(out.glob("*.partial"))
+
+
+def test_benchmarks_need_an_accelerator(tmp_path):
+    env = {
+        **os.environ,
+        "READY": "1",
+        "JAX_PLATFORMS": "cpu",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    done = subprocess.run(["bash", LAUNCH / "bench.sh", tmp_path], env=env, check=False, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: jax sees no accelerator here")

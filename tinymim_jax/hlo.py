@@ -98,6 +98,8 @@ def _flops(run: Run) -> float:
     rest = run.instruction.rest
     if run.instruction.kind == "convolution":
         return _convolution_flops(run)
+    if "__cudnn$fmha" in rest:
+        return _cudnn_attention_flops(run)
     # Also a call of a library, in what it is told.
     contracting = re.search(r'lhs_contracting_dim(?:ension)?s"?[=:][{\[]([\d,"]*)', rest)
     if contracting is None:
@@ -105,6 +107,13 @@ def _flops(run: Run) -> float:
     left = _sizes(run.operands()[0])
     over = [left[int(axis)] for axis in re.findall(r"\d+", contracting[1])]
     return 2.0 * math.prod(_sizes(run.instruction.shape)) * math.prod(over)
+
+
+def _cudnn_attention_flops(run: Run) -> float:
+    """Two products forward, five backward, which makes the weights again; operands are q, k, v [B, N, H, E], ..."""
+    b, n, heads, width = _sizes(run.operands()[0])
+    m = _sizes(run.operands()[1])[1]
+    return 2.0 * (5 if "Backward" in run.instruction.rest else 2) * b * heads * n * m * width
 
 
 def _convolution_flops(run: Run) -> float:

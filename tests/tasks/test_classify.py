@@ -8,7 +8,7 @@ import pytest
 
 from tests.models import reference
 from tests.tasks import stages
-from tinymim_jax import config
+from tinymim_jax import config, recipes
 from tinymim_jax.config import InputError
 from tinymim_jax.data.device_augment import partner
 from tinymim_jax.models import flops, vit
@@ -144,6 +144,15 @@ def test_untrained_with_mean_pooling():
 def test_flops():
     task = stages.classify()
     assert task.flops_per_image() == flops.forward_backward(stages.vit(num_classes=5))
+
+
+def test_flops_of_a_linear_probe():
+    """Forward through frozen blocks, and the head's own backward pass."""
+    stage = recipes.linear_probe(stages.vit(num_classes=5), config.Init(path="p"), stages.DATA, stages.DATA)
+    head = 2.0 * stage.model.width * 5
+    task = classify.Classify(stage)
+    assert task.frozen_blocks == stage.model.depth
+    assert task.flops_per_image() == pytest.approx(flops.forward(stage.model) + 2 * head)
 
 
 def test_bfloat16_loss_is_float32():

@@ -41,7 +41,8 @@ def step(cfg: Config, name: str, rounds: int, vs: str | None = None) -> dict[str
 
     steps, peaks, theirs = [], [], []
     for _ in range(rounds + 1):  # the first round warms up
-        arguments, seconds = timed_step(compiled, arguments, stage.run.steps_per_call)
+        for _ in range(1 + bool(others)):  # as `versus.timed`
+            arguments, seconds = timed_step(compiled, arguments, stage.run.steps_per_call)
         steps.append(seconds)
         peaks.append(peak())
         theirs.append(versus.timed(others))

@@ -37,11 +37,15 @@ def steps(stage: Stage, teacher: config.ViT | None) -> dict[str, "TorchStep"]:
 
 
 def timed(others: dict[str, "TorchStep"]) -> dict[str, float]:
-    """Seconds of a step of each; one that fails (too little memory?) is taken out, and standard error says so."""
+    """Seconds of a step of each; one that fails (too little memory?) is taken out, and standard error says so.
+
+    It is the second of two: the first meets memory that the system has taken back while others computed.
+    """
     seconds = {}
     for variant, other in list(others.items()):
-        begin = time.perf_counter()
         try:
+            other()
+            begin = time.perf_counter()
             other()
         except Exception as error:
             print(f"torch {variant} is left out from here: {one_line(error)}", file=sys.stderr)

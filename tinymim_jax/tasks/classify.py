@@ -1,6 +1,7 @@
 """Supervised training: fine-tuning, training from scratch, and (with a freeze rule) linear probing."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from tinymim_jax.data.device_augment import mix, normalize, partner, random_eras
 from tinymim_jax.metrics import Mean
 from tinymim_jax.models import flops, vit
 from tinymim_jax.objectives import losses
+from tinymim_jax.optim import matches
 from tinymim_jax.tasks.base import Aux, Batch, Frozen, Outputs, Params, Rngs, Variables, encode
 from tinymim_jax.validate import check_attention
 
@@ -25,6 +27,8 @@ class Classify:
         self.model = vit.build(stage.model)
         self.teacher_cfg = check_teacher(stage.model, teacher) if self.task.teacher else None
         self.untrained = ("encoder/pos_embed",) if stage.model.posembed == "fixed" else ()
+        kernels = [f"encoder/block{i}/attn/qkv/kernel" for i in range(1, stage.model.depth + 1)]
+        self.frozen_blocks = len(list(itertools.takewhile(lambda key: matches(stage.optim.freeze, key), kernels)))
 
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Variables, Frozen]:
         images = self._clean(batch)
@@ -78,7 +82,7 @@ class Classify:
 
     def flops_per_image(self) -> float:
         teacher = flops.forward(self.teacher_cfg) if self.teacher_cfg else 0.0
-        return flops.forward_backward(self.cfg) + teacher
+        return flops.forward_backward(self.cfg, frozen_blocks=self.frozen_blocks) + teacher
 
 
 def check_teacher(student: config.ViT, teacher: config.ViT) -> config.ViT:
