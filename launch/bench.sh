@@ -33,8 +33,12 @@ measure() {  # NAME, then the arguments of bench
   shift
   if [[ ! -s $file ]]; then
     echo "$file"
-    timeout "${LIMIT:-600}" python -m tinymim_jax bench "$@" > "$file.partial" && mv "$file.partial" "$file" ||
-      { rm -f "$file.partial"; echo "$file: not measured" >&2; }
+    if timeout "${LIMIT:-600}" python -m tinymim_jax bench "$@" > "$file.partial"; then
+      mv "$file.partial" "$file"
+    else
+      rm "$file.partial"
+      echo "$file: not measured" >&2
+    fi
   fi
 }
 

@@ -131,6 +131,24 @@ def test_an_image_that_one_of_two_processes_cannot_read_ends_both(tmp_path, tran
         assert theirs == own.replace("error: eval knn: ", "error: eval knn: process 1: ")
 
 
+BUG = """
+from tinymim_jax import train
+
+def broken(*args):
+    raise RuntimeError("a bug")
+
+train.make_plan = broken
+"""
+
+
+def test_a_bug_in_one_of_two_processes_leaves_nobody_waiting(tmp_path):
+    """JAX would have both wait for five minutes."""
+    ended = finish(start(tmp_path, "steps=4", 2, 1, "--stage=mae", patches={1: BUG}), timeout=200)
+    (other, _, _), (own, _, err) = ended
+    assert own == 1 and err.rstrip().endswith("RuntimeError: a bug")
+    assert other in (74, -signal.SIGABRT), ended[0]
+
+
 TERMINATED = """
 import os, signal
 from tinymim_jax import train

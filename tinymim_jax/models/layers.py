@@ -137,7 +137,9 @@ class Attention(nn.Module):
         heads = (3, self.num_heads, d // self.num_heads)
         # Tokens flattened: the gradient of a plain [B*N, D] matmul is the fast one.
         qkv = nn.DenseGeneral(heads, kernel_init=xavier, dtype=self.dtype, name="qkv")(x.reshape(b * n, d))
-        q, k, v = jnp.moveaxis(qkv.reshape(b, n, *heads), (2, 3), (0, 2))  # each [B, H, N, E]
+        # Split, not indexed: the gradient of that is one concatenation.
+        parts = jax.lax.split(qkv.reshape(b, n, *heads), (1, 1, 1), axis=2)
+        q, k, v = (part.squeeze(2).swapaxes(1, 2) for part in parts)  # each [B, H, N, E]
         out = ATTENTIONS[self.kind](q, k, v).swapaxes(1, 2).reshape(b * n, d)
         out = nn.Dense(d, kernel_init=xavier, dtype=self.dtype, name="proj")(out).reshape(b, n, d)
         return out, (q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2))
