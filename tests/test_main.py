@@ -57,6 +57,8 @@ def test_a_bug_keeps_its_traceback(monkeypatch, capsys):
     [
         ("UNKNOWN: all-reduce failed: Connection closed by peer", True, 74, "another process has died, or cannot be"),
         ("DEADLINE_EXCEEDED: barrier timed out", True, 74, "another process has died, or cannot be"),
+        (ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer"), True, 74, "another process has died"),
+        (ValueError("no peer is called x"), True, 1, ""),
         ("UNKNOWN: all-reduce failed: Connection closed by peer", False, 1, ""),
         ("INVALID_ARGUMENT: shapes", True, 1, ""),
         (
@@ -79,7 +81,7 @@ def test_what_jax_says_of_devices_and_of_other_processes(text, is_distributed, s
     from tinymim_jax.commands import run
 
     def fail(argv):
-        raise jax.errors.JaxRuntimeError(text)
+        raise jax.errors.JaxRuntimeError(text) if isinstance(text, str) else text
 
     left = []
     monkeypatch.setattr(run, "main", fail)

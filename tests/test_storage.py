@@ -213,6 +213,7 @@ def test_what_fails_on_the_way_is_said_in_a_line_too(bucket, monkeypatch):
     assert isinstance(storage.blame(OSError(107, "Transport endpoint is not connected", "/mnt")), Unavailable)
     denied = storage.blame(PermissionError(13, "Permission denied", "/x"))
     assert str(denied).startswith("/x: Permission denied; mend its rights") and not isinstance(denied, Unavailable)
+    assert storage.blame(RuntimeError("Gloo all-reduce failed: Connection reset by peer")) is None
     ours = InputError("wrong")
     assert storage.blame(ours) is ours
 

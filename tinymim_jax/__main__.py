@@ -14,6 +14,7 @@ from tinymim_jax.stop import INTERRUPTED, Interrupted
 
 BUG, BAD = 1, 2  # exit status
 UNAVAILABLE = 74  # EX_IOERR
+CODE = re.compile("[A-Z_]{5,}: ")  # what XLA's errors begin with
 # How JAX and its transports speak of another process.
 UNREACHED = re.compile(
     "UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|gloo|nccl|connection|peer|heartbeat|coordination|barrier", re.I
@@ -67,7 +68,8 @@ def main(argv: list[str]) -> int:
 def of_devices(error: Exception) -> InputError | None:
     """What JAX notes of the devices' memory, or of the death of another process; None if `error` is something else."""
     jax = sys.modules.get("jax")
-    if jax is None or not isinstance(error, jax.errors.JaxRuntimeError):
+    # The first call of a program raises ValueError.
+    if jax is None or not (isinstance(error, jax.errors.JaxRuntimeError) or CODE.match(str(error))):
         return None
     if "RESOURCE_EXHAUSTED" in str(error):
         return InputError(

@@ -25,6 +25,7 @@ DISK = (
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENOTCONN,
     errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ECONNRESET,
 )  # fmt: skip
+WRAPPED = DISK[:6]  # what is known by its words alone: those of a network may be of another process
 RIGHTS = (errno.EACCES, errno.EPERM)
 APPEARS = 90.0  # seconds until a network's file system shows every host a new file; NFS' caches keep 60
 SAID = 5.0  # seconds of waiting, after which the user is told
@@ -175,7 +176,7 @@ def reason(error: BaseException) -> str:
 def _said(error: BaseException) -> str:
     """What a disk has said, in an error that a library (orbax, tensorstore) has made of that; "" if nothing."""
     texts = [str(one) for one in (error, error.__cause__) if one is not None]
-    return next((words for words in map(os.strerror, DISK) if any(words in text for text in texts)), "")
+    return next((words for words in map(os.strerror, WRAPPED) if any(words in text for text in texts)), "")
 
 
 def _scheme(path: Any) -> str:
