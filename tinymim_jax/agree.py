@@ -27,8 +27,7 @@ def agreed(flag: bool) -> bool:
 def check_stop(stop: StopRequest, where: str) -> None:
     """Raises Interrupted in every process if any was asked to stop."""
     if agreed(stop.asked):  # or else left alone: a signal may have come meanwhile
-        stop.asked = True
-        stop.check(where)
+        stop.obey(where)
 
 
 def on_first(action: Callable[[], Any]) -> Any:

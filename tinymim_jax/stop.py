@@ -44,6 +44,11 @@ class StopRequest:
         if self.asked:
             raise Interrupted(f"{where}; run the same command to go on", self.status)
 
+    def obey(self, where: str) -> None:
+        """As `check`, where this process or another was asked."""
+        self.asked = True
+        self.check(where)
+
     def fail(self, error: Exception) -> None:
         """Notes a failure; of several, the first."""
         self.failure = self.failure or error

@@ -38,6 +38,7 @@ class Runner:
     def __init__(self, stage: Stage, name: str, workdir: Path, mesh: jax.sharding.Mesh):
         self.stage, self.name, self.workdir, self.mesh = stage, name, workdir, mesh
         self.folder = workdir / name
+        self.cut_short = f"stage {name} stopped while it was evaluated"
         mesh_lib.check_batch(stage.run.batch_size, mesh, stage.optim.accum_steps)
         self.source = sources.open_source(stage.data)
         init = teacher_init(stage)
@@ -136,14 +137,9 @@ class Runner:
 
         def check() -> None:
             if is_asked():
-                self.stop_evaluating(stop)
+                stop.obey(self.cut_short)
 
         return measure(self.evaluators, self.predict, self.variables(state), self.frozen, title, check)
-
-    def stop_evaluating(self, stop: StopRequest) -> None:
-        """Raises Interrupted."""
-        stop.asked = True
-        stop.check(f"stage {self.name} stopped while it was evaluated")
 
     def is_evaluated(self, step: int) -> bool:
         """Whether an evaluation is due after `step`, the last apart."""
@@ -247,8 +243,7 @@ def run_stage(
                 save(step)
             if asked and not last:
                 checkpoints.wait()
-                stop.asked = True
-                stop.check(f"stage {name} stopped at step {step} of {total}")
+                stop.obey(f"stage {name} stopped at step {step} of {total}")
             if is_due:
                 online.start(step, runner.variables(state))
 
@@ -256,7 +251,7 @@ def run_stage(
             save(0)
         checkpoints.wait()  # from here on the state is safe
         if not online.wait(is_asked):
-            runner.stop_evaluating(stop)
+            stop.obey(runner.cut_short)
         evaluated = runner.evaluate(state, stop)
         if bad := progress.totals[BAD_IMAGES]:
             print(f"{name}: images left out because they could not be read: {bad}, all epochs together")

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -75,6 +76,12 @@ def test_the_device_of_both_is_one(monkeypatch):
     for platform, devices in (("gpu", 1), ("cpu", 2)):
         with pytest.raises(InputError, match=f"our step would run on {devices} x {platform}, PyTorch's on one cpu"):
             versus.check_device(platform, devices)
+
+
+def test_without_pytorch(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert main(["bench", "step", "--config=configs/digits/chain.py", "--stage=distill_t", "--vs=torch"]) == 2
+    assert capsys.readouterr().err.startswith("error: --vs=torch needs PyTorch; install it with: pip install")
 
 
 def test_a_variant_that_fails_later_is_left_out(capsys):

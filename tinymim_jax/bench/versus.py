@@ -55,11 +55,18 @@ def timed(others: dict[str, "TorchStep"]) -> dict[str, float]:
     return seconds
 
 
-def check_device(platform: str, devices: int) -> None:
-    """Raises InputError unless PyTorch computes where our step does: on one device of the same kind."""
-    import torch
+def torch_module() -> types.ModuleType:
+    """PyTorch; raises InputError where it is missing."""
+    try:
+        import torch
+    except ImportError:
+        raise InputError("--vs=torch needs PyTorch; install it with: pip install 'tinymim_jax[torch]'") from None
+    return torch
 
-    theirs = "gpu" if torch.cuda.is_available() else "cpu"
+
+def check_device(platform: str, devices: int) -> None:
+    """Raises InputError unless PyTorch is there and computes where our step does: on one device of the same kind."""
+    theirs = "gpu" if torch_module().cuda.is_available() else "cpu"
     if devices != 1 or platform != theirs:
         raise InputError(
             f"--vs=torch: our step would run on {devices} x {platform}, PyTorch's on one {theirs}; show both the same"
@@ -72,10 +79,7 @@ class TorchStep:
 
     def __init__(self, stage: Stage, teacher: config.ViT | None, variant: str):
         """Raises InputError where PyTorch is missing or the stage has no counterpart in the reference."""
-        try:
-            import torch
-        except ImportError:
-            raise InputError("--vs=torch needs PyTorch; install it with: pip install 'tinymim_jax[torch]'") from None
+        torch = torch_module()
         torch.manual_seed(0)
         self.torch, self.package = torch, reference()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
