@@ -40,6 +40,8 @@ chain.run_chain(get_config(), storage.path(sys.argv[1]))
 @pytest.fixture(scope="module")
 def bucket():
     """One for all tests here, which this process's own clients find too."""
+    if sys.version_info[:3] in storage.CRASHING:
+        pytest.skip("this Python may crash on gs://")
     with pytest.MonkeyPatch.context() as patch, serve() as served:
         for name, value in served.environment.items():
             patch.setenv(name, value)
@@ -172,6 +174,12 @@ def refusal(capsys, workdir, status=2):
 def test_a_workdir_that_cannot_be(bucket, case, capsys):
     workdir, line = BAD[case]
     assert line in refusal(capsys, workdir)
+
+
+def test_a_python_that_would_crash(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "version_info", (3, 12, 1, "final", 0))
+    line = refusal(capsys, "gs://bucket/run")
+    assert "gs://bucket/run: Python 3.12.1 may crash on gs://; take Python 3.11, or 3.12.2 or newer" in line
 
 
 def test_nobody_who_is_logged_in(bucket, monkeypatch, capsys):

@@ -20,6 +20,7 @@ EXTRAS = {"gs": "gcs", "s3": "s3"}  # of setup.py
 LOGINS = {"gs": "log in: gcloud auth application-default login", "s3": "log in: aws configure"}
 WRITTEN_BY_ORBAX = ("", "gs")
 LIBRARIES = {"aiohttp", "botocore", "gcsfs", "google", "requests", "s3fs"}  # whose errors are the storage's fault
+CRASHING = ((3, 12, 0), (3, 12, 1))  # Pythons that crash as they collect gcsfs' uploads (CPython's issue 111049)
 # Errors that are the fault of a disk, of a mount or of what is behind it.
 DISK = (
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENOTCONN,
@@ -100,8 +101,11 @@ def remove(folder: Path) -> None:
 
 
 def check(path: Path) -> None:
-    """Raises InputError if `path` is in a bucket that is not there or does not let us in."""
+    """Raises InputError if `path` is in a bucket that is not there, does not let us in, or would crash this Python."""
     if scheme := _scheme(path):
+        if scheme == "gs" and sys.version_info[:3] in CRASHING:
+            version = ".".join(map(str, sys.version_info[:3]))
+            raise InputError(f"{path}: Python {version} may crash on gs://; take Python 3.11, or 3.12.2 or newer")
         _check_bucket(scheme, "/".join(str(path).split("/")[:3]))
 
 

@@ -10,8 +10,6 @@ import math
 import jax
 import numpy as np
 
-# Compiles twice as fast; the programs here are small.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 erf = np.vectorize(math.erf, otypes=[float])
 
 

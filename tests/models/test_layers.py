@@ -92,7 +92,7 @@ def test_attention_and_its_gradient_against_float64(route, heads, n, width, scal
         out, pull = jax.vjp(route, q, k, v)
         return out, *pull(cotangent)
 
-    found = reference.jit(both)(*args, cotangent)
+    found = jax.jit(both)(*args, cotangent)
     for actual, wanted in zip(found, exact_attention(*map(reference.f64, (*args, cotangent))), strict=True):
         assert actual.dtype == dtype
         reference.close(reference.f64(actual), wanted, 2e-5 if dtype == "float32" else 2**-5)
@@ -104,7 +104,7 @@ def heads(n, dtype="float32"):
 
 def test_attention_by_cudnn_where_there_is_none():
     for call in (layers.cudnn_attention, layers._by_cudnn):
-        np.testing.assert_array_equal(reference.jit(call)(*heads(5)), reference.jit(layers.attention)(*heads(5)))
+        np.testing.assert_array_equal(jax.jit(call)(*heads(5)), jax.jit(layers.attention)(*heads(5)))
 
 
 def test_cudnn_that_a_gpu_is_without(monkeypatch):
@@ -125,7 +125,7 @@ def test_what_cudnn_is_asked_for(n, monkeypatch):
 
     def gradient(function):
         loss = jax.value_and_grad(lambda *x: jnp.sum(jnp.sin(function(*x))), argnums=(0, 1, 2))
-        return reference.jit(loss)(*heads(n))
+        return jax.jit(loss)(*heads(n))
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", plain)
     (value, grads), (expected, expected_grads) = gradient(layers._by_cudnn), gradient(layers.attention)
@@ -157,7 +157,7 @@ def test_attention_module_groups_channels_as_three_heads_width():
     params = make(module, x)
     assert params["qkv"]["kernel"].shape == (12, 3, 3, 4)
     assert params["qkv"]["bias"].shape == (3, 3, 4)
-    out, qkv = reference.jit(module.apply)({"params": params}, x)
+    out, qkv = jax.jit(module.apply)({"params": params}, x)
     expected, expected_qkv = reference.attention(params, reference.f64(x), 3)
     reference.close(out, expected)
     for actual, wanted in zip(qkv, expected_qkv, strict=True):
@@ -190,7 +190,7 @@ def test_block():
     x = normal(2, 5, 12)
     module = layers.Block(4, 20, 0.3, jnp.float32, "xla")
     params = make(module, x, False)
-    out, trace = reference.jit(lambda p: module.apply({"params": p}, x, False))(params)  # no rng: nothing is dropped
+    out, trace = jax.jit(lambda p: module.apply({"params": p}, x, False))(params)  # no rng: nothing is dropped
     np.testing.assert_array_equal(out, trace.out)
     for name, expected in reference.block(params, reference.f64(x), 4).items():
         reference.close(getattr(trace, name), expected)
@@ -201,7 +201,7 @@ def test_drop_path_is_per_sample_and_per_branch():
     x = normal(batch, 2, 8)
     module = layers.Block(2, 8, rate, jnp.float32, "xla")
     params = make(module, x, False)
-    apply = reference.jit(lambda key: module.apply({"params": params}, x, True, rngs={"drop_path": key}))
+    apply = jax.jit(lambda key: module.apply({"params": params}, x, True, rngs={"drop_path": key}))
     out, trace = apply(jax.random.key(3))
     # out = x + a attn_out + b mlp_out: solve for a and b of each sample.
     factors = []

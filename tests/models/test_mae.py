@@ -24,7 +24,7 @@ def make(ratio=0.75, **changes):
 
 @functools.cache
 def compiled(model, train=False):
-    return reference.jit(lambda p, x, z, key: model.apply({"params": p}, x, z, train=train, rngs={"drop_path": key}))
+    return jax.jit(lambda p, x, z, key: model.apply({"params": p}, x, z, train=train, rngs={"drop_path": key}))
 
 
 def run(model, params, images, draws, train=False):
@@ -64,7 +64,7 @@ def test_cudnn_attends_in_the_decoder_too(cudnn):
 
 def test_initial_values_of_the_decoder():
     model = mae.build(config.ViT(32, 1, 4, image_size=32, patch_size=8), config.Mae(decoder=config.Decoder(64, 1, 4)))
-    params = reference.jit(model.init)(jax.random.key(0), pictures(size=32), noise())["params"]["decoder"]
+    params = jax.jit(model.init)(jax.random.key(0), pictures(size=32), noise())["params"]["decoder"]
     params = {name: np.asarray(value) for name, value in flat(params).items()}
     fans = {"embed": 32 + 64, "pred": 64 + 192, "block1/attn/qkv": 4 * 64, "block1/attn/proj": 2 * 64}
     for name, fan in {**fans, "block1/mlp/fc1": 5 * 64, "block1/mlp/fc2": 5 * 64}.items():
@@ -131,5 +131,5 @@ def test_drop_path_is_only_in_training_and_not_in_the_decoder():
     dropped = run(model, params, pictures(), noise(), train=True)
     assert not np.allclose(plain.pred, dropped.pred)
     restore = mae.mask_by_noise(noise(), 0.75)[1]
-    again = reference.jit(model.decoder.apply)({"params": params["decoder"]}, dropped.encoded.tokens, restore)
+    again = jax.jit(model.decoder.apply)({"params": params["decoder"]}, dropped.encoded.tokens, restore)
     np.testing.assert_allclose(dropped.pred, again, rtol=1e-4, atol=1e-5)

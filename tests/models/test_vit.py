@@ -39,7 +39,7 @@ def make(**changes):
 
 @functools.cache
 def compiled(model, capture):
-    return reference.jit(lambda p, x, keep: model.apply({"params": p}, x, capture=capture, keep=keep))
+    return jax.jit(lambda p, x, keep: model.apply({"params": p}, x, capture=capture, keep=keep))
 
 
 def run(model, params, images, *, capture=(), keep=None):
@@ -92,8 +92,7 @@ def test_initial_values():
     cfg = ViT(96, 2, 3, image_size=32, patch_size=16, num_classes=300)
     model = vit.build(cfg)
     params = {
-        k: np.asarray(v)
-        for k, v in flat(reference.jit(model.init)(jax.random.key(0), pictures(size=32))["params"]).items()
+        k: np.asarray(v) for k, v in flat(jax.jit(model.init)(jax.random.key(0), pictures(size=32))["params"]).items()
     }
     d, p = 96, 16 * 16 * 3
     fans, kernels = {"patch_embed": (p, d)}, {}
@@ -199,7 +198,7 @@ def test_no_head_no_head_parameters():
 
 def test_trainable_positions_start_as_the_fixed_ones():
     model = vit.build(dataclasses.replace(TINY, depth=1, posembed="trainable"))
-    params = reference.jit(model.init)(jax.random.key(1), pictures())["params"]
+    params = jax.jit(model.init)(jax.random.key(1), pictures())["params"]
     np.testing.assert_array_equal(params["pos_embed"], posembed.sincos(4, 24))
 
 
@@ -280,7 +279,7 @@ def test_linear_drop_path_of_a_single_block():
     model = vit.build(dataclasses.replace(TINY, depth=1, drop_path=0.5, drop_path_shape="linear"))
     params = reference.random_params(model.init, pictures())
     # No rng: there is nothing to draw.
-    out = reference.jit(lambda p, x: model.apply({"params": p}, x, train=True).tokens)(params, pictures())
+    out = jax.jit(lambda p, x: model.apply({"params": p}, x, train=True).tokens)(params, pictures())
     np.testing.assert_array_equal(out, run(model, params, pictures()).tokens)
 
 
@@ -321,7 +320,7 @@ def test_remat_changes_neither_values_nor_gradients():
 
         text = str(jax.make_jaxpr(loss)(params))
         assert ("remat" in text or "checkpoint" in text) == remat
-        results.append((jax.tree.structure(params), reference.jit(jax.value_and_grad(loss))(params)))
+        results.append((jax.tree.structure(params), jax.jit(jax.value_and_grad(loss))(params)))
     (plain_tree, plain), (remat_tree, again) = results
     assert plain_tree == remat_tree  # the same names
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), plain, again)

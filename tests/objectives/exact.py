@@ -17,7 +17,7 @@ def operands(b, h, n, widths, dtype=jnp.float32, scale=1.5):
 
 def run(function, *args):
     """In Pallas' interpreter."""
-    return reference.jit(functools.partial(function, interpret=True))(*args)
+    return jax.jit(functools.partial(function, interpret=True))(*args)
 
 
 def exact(tq, tk, q, k):
@@ -38,7 +38,7 @@ def check_against_pure_jax(kernels, n, dtype):
         teacher, student = ([x.swapaxes(1, 2) for x in p] for p in (args[:2], pair))
         return jnp.sum(weights * relation_kl(teacher, student)) * 3 * n
 
-    value, expected = reference.jit(jax.value_and_grad(loss, argnums=(0, 1)))(*args[2:])
+    value, expected = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(*args[2:])
     np.testing.assert_allclose(jnp.sum(weights * run(kernels.forward, *args)), value, rtol=1e-5)
     for grad, wanted in zip(run(kernels.both, *args)[1:], expected, strict=True):
         scaled = weights[:, None, None, None] * grad.astype(jnp.float32)

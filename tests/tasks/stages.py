@@ -78,10 +78,10 @@ class Compiled:
         self.task = task
         self.params, self.frozen = weights(task)
         self._loss = {
-            train: reference.jit(lambda *args, train=train: task.loss(*args, train=train)) for train in (False, True)
+            train: jax.jit(lambda *args, train=train: task.loss(*args, train=train)) for train in (False, True)
         }
-        self._gradients = reference.jit(jax.grad(functools.partial(task.loss, train=True), has_aux=True))
-        self._predict = reference.jit(task.predict)
+        self._gradients = jax.jit(jax.grad(functools.partial(task.loss, train=True), has_aux=True))
+        self._predict = jax.jit(task.predict)
 
     def loss(self, data, seed=0, *, train=True):
         """(loss, aux)."""

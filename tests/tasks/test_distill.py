@@ -54,9 +54,7 @@ def test_zero_if_student_and_teacher_are_one():
     task = stages.make_task(stage, stages.TEACHER)
     params, frozen = stages.weights(task)
     params = {"encoder": {**params["encoder"], **frozen["encoder"]}}
-    loss, _ = reference.jit(functools.partial(task.loss, train=False))(
-        params, {}, frozen, stages.batch(), stages.rngs()
-    )
+    loss, _ = jax.jit(functools.partial(task.loss, train=False))(params, {}, frozen, stages.batch(), stages.rngs())
     np.testing.assert_allclose(loss, 0, atol=1e-5)
 
 
@@ -82,7 +80,7 @@ def test_only_the_student_sees_the_jitter():
     jittered = (reference.f64(jittered) - stages.MEAN) / stages.STD
     clean = stages.normalised(batch["image"])
     with jax.default_matmul_precision("highest"):
-        traces = reference.jit(functools.partial(task.traces, train=True))(params, frozen, batch, rngs)
+        traces = jax.jit(functools.partial(task.traces, train=True))(params, frozen, batch, rngs)
     for actual, expected in zip(traces, references(task, params, frozen, clean, jittered), strict=True):
         for name in ("q", "k", "v"):
             reference.close(getattr(actual, name), expected[name], 3e-5)
@@ -109,7 +107,7 @@ def test_drop_path_in_training_only_and_never_in_the_teacher():
     teacher = dataclasses.replace(stages.TEACHER, drop_path=0.9)
     plain = stages.make_task(stages.distill_stage({"color_jitter": 0.0}, drop_path=0.4), teacher)
     params, frozen = stages.weights(plain)
-    apply = {train: reference.jit(functools.partial(plain.traces, train=train)) for train in (False, True)}
+    apply = {train: jax.jit(functools.partial(plain.traces, train=train)) for train in (False, True)}
     seen = {
         (train, seed): apply[train](params, frozen, stages.batch(), stages.rngs(seed))
         for train in (False, True)
@@ -170,7 +168,7 @@ def test_the_teacher_gets_no_gradient():
     def loss(f):
         return task.loss(params, {}, f, stages.batch(), stages.rngs(), train=False)[0]
 
-    assert not any(np.any(g) for g in jax.tree.leaves(reference.jit(jax.grad(loss))(frozen)))
+    assert not any(np.any(g) for g in jax.tree.leaves(jax.jit(jax.grad(loss))(frozen)))
 
 
 # The teacher
@@ -188,10 +186,10 @@ def test_cut_teacher_computes_what_the_full_teacher_does():
     kept = stages.weights(task)[1]["encoder"].keys()
     assert kept == params.keys() - {"block4", "norm"}
     frozen = {"encoder": {key: params[key] for key in kept}}
-    teacher, _ = reference.jit(functools.partial(task.traces, train=True))(
+    teacher, _ = jax.jit(functools.partial(task.traces, train=True))(
         stages.weights(task)[0], frozen, stages.batch(), stages.rngs()
     )
-    trace = reference.jit(functools.partial(full.apply, capture=(3,)))({"params": params}, images).trace[3]
+    trace = jax.jit(functools.partial(full.apply, capture=(3,)))({"params": params}, images).trace[3]
     for name in ("q", "k", "v"):
         reference.close(getattr(teacher, name), getattr(trace, name), 1e-6)
 

@@ -24,7 +24,7 @@ def test_loss_against_float64(norm_pix, monkeypatch):
     rngs = stages.rngs()
     # A new function, so that it is traced with the given noise.
     with jax.default_matmul_precision("highest"):
-        loss, aux = reference.jit(lambda p: task.loss(p, {}, {}, batch, rngs, train=True))(params)
+        loss, aux = jax.jit(lambda p: task.loss(p, {}, {}, batch, rngs, train=True))(params)
     assert [shape for _, shape in calls] == [(4, 16)]
     assert calls[0][0] is rngs["mask"]
     images = stages.normalised(batch["image"])
@@ -36,7 +36,7 @@ def test_loss_against_float64(norm_pix, monkeypatch):
 
 def test_the_mask_is_anew_for_each_image_and_key():
     run = stages.standard("mae")
-    apply = reference.jit(functools.partial(run.task.reconstruct, train=False))
+    apply = jax.jit(functools.partial(run.task.reconstruct, train=False))
     masks = [apply(run.params, stages.batch(), stages.rngs(seed))[0].is_masked for seed in (0, 1)]
     assert (np.sum(masks[0], axis=1) == 12).all()
     assert len(np.unique(masks[0], axis=0)) == 4
