@@ -2,7 +2,8 @@
 
 Times in turn the step as it is, the step with one piece at a time written as in a plain port (attention over
 [B, N, H, E]; linear layers on [B, N, D]; GELU's derivative left to JAX; patches that XLA may make again; the relation loss
-with whole relation maps) and with all of them, and the parts that it is made of. Prints one JSON object: median seconds, and of the plain steps the median ratio to the step as it is.
+with whole relation maps) and with all of them, and the parts that it is made of. Prints one JSON object: median seconds,
+and of the plain steps the median ratio to the step as it is.
 """
 
 import contextlib

@@ -19,7 +19,6 @@ ROOT = Path(__file__).parent.parent / "configs"
 FILES = sorted(str(p.relative_to(ROOT)) for p in ROOT.rglob("*.py"))
 CHAINS = [
     "cifar10/chain.py",
-    "cifar10/chain.py:short",
     "digits/chain.py",
     "imagenet/chain.py",
     "imagenet/chain.py:code",

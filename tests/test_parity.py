@@ -16,7 +16,6 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="parity is measured against PyTorch; install tinymim_jax[test]")
 
-from tests.models.reference import jit
 from tests.reference import files
 from tests.reference import mae as torch_mae
 from tests.reference import vit as torch_vit
@@ -113,7 +112,7 @@ def ours_and_theirs(cfg: ViT, model: torch_vit.ViT) -> tuple[dict[str, Any], dic
     images = pictures()
     module, params = vit.build(cfg), params_of(model, convert.shapes(cfg, None))
     blocks = tuple(range(1, cfg.depth + 1))
-    out = jit(lambda p, x: module.apply({"params": p}, x, capture=blocks))(params["encoder"], images)
+    out = jax.jit(lambda p, x: module.apply({"params": p}, x, capture=blocks))(params["encoder"], images)
     with torch.no_grad():
         expected = model(channels_first(images))
     ours, theirs = {}, {}
@@ -147,7 +146,7 @@ def test_small_activations(case):
 
 
 def our_mae(cfg: ViT, decoder: Decoder, params: Any, images: Any, noise: Any, norm_pix: bool) -> dict[str, Any]:
-    out = jit(mae.build(cfg, config.Mae(decoder=decoder)).apply)({"params": params}, images, noise)
+    out = jax.jit(mae.build(cfg, config.Mae(decoder=decoder)).apply)({"params": params}, images, noise)
     target = layers.patchify(jnp.asarray(images), cfg.patch_size)
     target = losses.normalize_patches(target) if norm_pix else target
     loss = losses.masked_mse(out.pred, target, out.is_masked).mean()

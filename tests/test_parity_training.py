@@ -16,7 +16,6 @@ import pytest
 torch = pytest.importorskip("torch", reason="parity is measured against PyTorch; install tinymim_jax[test]")
 
 from tests.conftest import TRAIN
-from tests.models.reference import jit
 from tests.reference import distill
 from tests.reference import optim as torch_optim
 from tests.test_parity import (
@@ -131,7 +130,7 @@ def test_gradient_of_every_parameter(kind):
         params = optim.stop_frozen(params, both.plan.labels)
         return both.plan.task.loss(params, {}, both.frozen, batch, rngs_at(0), train=True)[0]
 
-    ours = handoff.flatten(jit(jax.grad(loss))(both.params))
+    ours = handoff.flatten(jax.jit(jax.grad(loss))(both.params))
     both.model.zero_grad()
     both.reference_loss(both.model, batch, 0).backward()
     grads = {name: p.grad for name, p in both.model.named_parameters()}

@@ -10,10 +10,12 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import _registry
 from PIL import Image
 
@@ -236,6 +238,39 @@ def test_what_the_disk_said_is_found_in_what_a_library_makes_of_it():
     wrapped.__cause__ = FileNotFoundError(2, "No such file or directory")
     assert storage.reason(wrapped) == "RuntimeError: a barrier failed"
     assert storage.reason(ValueError("word " * 100)).endswith("word  ...")
+    wrapped.__cause__ = ValueError("OUT_OF_RANGE: reading params")
+    assert storage.reason(wrapped) == "ValueError: OUT_OF_RANGE: reading params"
+
+
+@pytest.mark.parametrize("part", ["open", "write"])
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch, part):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")  # as a file's own `write` says it
+
+    monkeypatch.setattr(LocalFileSystem, "pipe_file" if part == "write" else "open", full)
+    with pytest.raises(OSError, match="No space left on device") as raised:
+        write_whole(storage.path(tmp_path / "a"), "x") if part == "write" else Lock(storage.path(tmp_path)).__enter__()
+    where = tmp_path / ("a" if part == "write" else lock.FILE)
+    assert str(storage.blame(raised.value)).startswith(f"{where}: No space left on device; make room")
+
+
+def test_what_a_failed_read_leaves_behind_is_not_heard(monkeypatch):
+    heard = []
+    monkeypatch.setattr(sys, "unraisablehook", heard.append)
+    storage.prepare.__wrapped__()
+
+    async def dropped():
+        pass
+
+    rest = dropped()
+    left = types.SimpleNamespace(object=rest, exc_value=ValueError("a bug"))
+    sys.unraisablehook(left)
+    assert heard == [left]
+    code = types.SimpleNamespace(co_filename="site-packages/orbax/checkpoint/serialization.py")
+    sys.unraisablehook(types.SimpleNamespace(object=types.SimpleNamespace(cr_code=code), exc_value=ValueError("more")))
+    sys.unraisablehook(types.SimpleNamespace(object=None, exc_value=RuntimeError("Event loop is closed")))
+    assert heard == [left]
+    rest.close()
 
 
 def test_waiting_for_another_process_is_said_once(tmp_path, monkeypatch, capsys):

@@ -137,7 +137,7 @@ def disk(cfg: Config | None, workdir: Path, at: Path) -> Finding:
     """Room at `at` for the checkpoints of all stages."""
     try:
         free = shutil.disk_usage(at).free
-        what = f"{free / 1e9:.0f} GB free at {at}"
+        what = f"{_size(free)} free at {at}"
     except FileNotFoundError:
         free, what = math.inf, f"{at} is in a bucket, which has no size"
     if cfg is None:
@@ -148,7 +148,11 @@ def disk(cfg: Config | None, workdir: Path, at: Path) -> Finding:
         copies = ADAM_COPIES + bool(plan.stage.optim.ema)
         need += size * copies * (plan.stage.run.keep + 1)  # one more while it is written
     fix = "make room, or choose another --workdir" if need > free else ""
-    return Finding(f"{what}, checkpoints of all stages take up to {need / 1e9:.1f} GB", fix)
+    return Finding(f"{what}, checkpoints of all stages take up to {_size(need)}", fix)
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def mesh(cfg: Config) -> Finding:

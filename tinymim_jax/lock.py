@@ -80,7 +80,7 @@ class Lock:
     def _take(self) -> bool:
         """Whether the file could be made, which a disk and a bucket let one of several do."""
         try:
-            with self.files.open(self.path, "xb") as file:
+            with storage.writing(self.path), self.files.open(self.path, "xb") as file:
                 file.write(self.own)
         except FileExistsError:
             return self._is_of(self.token)  # a request whose answer was lost was sent again

@@ -1,5 +1,6 @@
 """Where files lie: disks, and buckets that fsspec reaches; what is wrong with them, in one line."""
 
+import contextlib
 import errno
 import functools
 import logging
@@ -8,7 +9,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import fsspec
@@ -43,9 +44,17 @@ def prepare() -> None:
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     for name in ("gcsfs", "google.auth"):  # they log with tracebacks what we say in a line
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    # A write that fails ends orbax's event loop, which tensorstore then calls once for each other write.
     talk = sys.unraisablehook
-    sys.unraisablehook = lambda it: None if str(it.exc_value) == "Event loop is closed" else talk(it)
+    sys.unraisablehook = lambda it: None if _is_left_over(it) else talk(it)
+
+
+def _is_left_over(unraisable: Any) -> bool:
+    """Whether it is of the other reads and writes of a checkpoint, one of which has failed and was heard.
+
+    orbax has closed its event loop, which tensorstore still calls, and drops its coroutines with their own errors.
+    """
+    code = getattr(unraisable.object, "cr_code", None)
+    return "orbax" in getattr(code, "co_filename", "") or str(unraisable.exc_value) == "Event loop is closed"
 
 
 def files(path: str | Path) -> fsspec.AbstractFileSystem:
@@ -93,6 +102,17 @@ def wait_for(path: Path, is_seen: Callable[[], bool] | None = None) -> None:
                 " need one shared --workdir"
             )
         time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Names `path` in the error of a write, where the system leaves that out."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and not error.filename:
+            error.filename = str(path)
+        raise
 
 
 def remove(folder: Path) -> None:
@@ -172,6 +192,8 @@ def reason(error: BaseException) -> str:
         return error.strerror
     if said := _said(error):
         return said
+    if error.__cause__ is not None and not isinstance(error.__cause__, OSError):
+        return reason(error.__cause__)
     text = " ".join(str(error).split())
     cut = text if len(text) <= LENGTH else f"{text[:LENGTH]} ..."
     return f"{type(error).__name__}: {cut}" if text else type(error).__name__

@@ -138,5 +138,6 @@ def write_json(path: Path, value: Any) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Writes `text` to `path`, which never holds half of it."""
     files, partial = storage.files(path), f"{path}.partial"
-    files.pipe_file(partial, text.encode())
-    files.mv(partial, str(path))
+    with storage.writing(path):
+        files.pipe_file(partial, text.encode())
+        files.mv(partial, str(path))

@@ -238,7 +238,7 @@ def branch_factors(model, images):
     """a, b of out = x + a attn_out + b mlp_out, per block and sample: [depth, B, 2]."""
     params = reference.random_params(model.init, images)
 
-    @reference.jit
+    @jax.jit
     def traced(p, x):
         out = model.apply({"params": p}, x, capture=range(1, 4), train=True, rngs={"drop_path": jax.random.key(5)})
         return model.apply({"params": p}, x, capture=(1,)).trace[1], out.trace

@@ -189,7 +189,7 @@ def _processor(weights: Weights) -> dict[str, Any]:
 
 def to_mae(weights: Weights, folder: Path) -> str:
     """checkpoint.pth in MAE's layout, {"model": state_dict}, with our own settings beside it."""
-    torch = _need("torch")
+    torch = _need("torch", "torch")
     model = dataclasses.replace(weights.model, last_block_heads=None) if weights.regrouped else weights.model
     settings = {
         "made_by": "tinymim_jax",
@@ -214,9 +214,8 @@ def to_mae(weights: Weights, folder: Path) -> str:
 
 def to_onnx(weights: Weights, folder: Path) -> str:
     """model.onnx: normalised images float32 [B, 3, S, S] -> logits [B, C] or tokens [B, N, D]; run once to check."""
-    torch, transformers = _need("torch"), _need("transformers")
-    _need("onnxscript")
-    runtime = _need("onnxruntime")
+    needed = ("torch", "transformers", "onnxruntime", "onnxscript")
+    torch, transformers, runtime, _ = (_need(package, "onnx") for package in needed)
     weights.leave_out_decoder()
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # what it skips is not in these models
@@ -284,11 +283,11 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def _need(package: str) -> Any:
+def _need(package: str, extra: str) -> Any:
+    """The package; raises InputError if it is not there, with the extra of setup.py that has it."""
     import importlib
 
     try:
         return importlib.import_module(package)
     except ImportError:
-        extra = "torch" if package == "torch" else "onnx"
         raise InputError(f"this format needs {package}: pip install -e '.[{extra}]'") from None
