@@ -115,6 +115,14 @@ def stop_at(monkeypatch):
 
 
 @pytest.fixture
+def optimised():
+    """Programs compiled as users compile them."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
 def cudnn(monkeypatch):
     """jax as if cuDNN were there: programs can be lowered for a GPU, though not run on one."""
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)

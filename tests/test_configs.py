@@ -188,6 +188,11 @@ def test_every_row_of_the_tables_loads():
         tables.get_config("row=x")
 
 
+def test_the_short_chain_can_start(tmp_path):
+    cfg = shrink_chain(load("cifar10/chain.py:short"))
+    assert outline.describe_chain(cfg, tmp_path).count("status: would start") == len(cfg.stages)
+
+
 def test_the_first_blocks_are_swept():
     stages = load("cifar10/first_blocks.py:short").stages
     assert [stage.init.keep_blocks for stage in stages.values()] == list(range(7))

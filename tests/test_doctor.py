@@ -71,9 +71,12 @@ def test_traps_of_several_processes(monkeypatch):
 
 
 def test_too_little_room(cfg, tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1500))
     (found,) = doctor.room(cfg, tmp_path / "not" / "there")
-    assert found.fix == "make room, or choose another --workdir" and "take up to" in found.what
+    assert found.fix == "make room, or choose another --workdir"
+    assert found.what.startswith("0.0 MB free at ") and re.search(r"take up to [1-9]\d*\.\d MB$", found.what)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=2.5e9))
+    assert next(doctor.room(cfg, tmp_path)).what.startswith("2.5 GB free at ")
     assert not fixes(doctor.room(None, tmp_path))
 
 

@@ -221,6 +221,7 @@ def test_a_batch_that_the_devices_do_not_share(cfg, mesh):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiling for a TPU needs libtpu")
+@pytest.mark.usefixtures("optimised")
 def test_a_real_topology(cfg):
     devices = forecast.devices_of("v5e:2x2")
     assert len(devices) == 4 and forecast.chip_of(devices[0]) == forecast.CHIPS["v5e"]
@@ -230,6 +231,7 @@ def test_a_real_topology(cfg):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiling for a TPU needs libtpu")
+@pytest.mark.usefixtures("optimised")
 def test_too_much_for_a_real_topology(cfg):
     stage = cfg.stages["mae"]
     stage.run.batch_size = stage.data.num_examples = 2**22
@@ -239,6 +241,7 @@ def test_too_much_for_a_real_topology(cfg):
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiling for a TPU needs libtpu")
 @pytest.mark.parametrize("fsdp", [1, 4])
+@pytest.mark.usefixtures("optimised")
 def test_micro_batches_on_a_real_topology(cfg, fsdp, monkeypatch):
     """All matmuls are found in what a TPU makes of them, and no device does another's."""
     monkeypatch.setattr(mesh_lib, "FSDP_MIN_SIZE", 64)

@@ -1,6 +1,7 @@
 """Several processes and devices against one; `python -m tests.test_processes` measures it at length."""
 
 import json
+import re
 import shutil
 import signal
 import socket
@@ -65,6 +66,19 @@ def test_sigterm_to_one_of_two_processes_stops_both_at_one_step_and_the_run_goes
     assert any(f"resumed at step {step} of 400" in line for line in iter(stopped[0].stdout.readline, ""))
     stopped[0].kill()
     stopped[0].communicate()
+
+
+def test_a_cut_checkpoint_is_named_in_one_line(one, tmp_path):
+    """Nothing of what orbax leaves behind is heard."""
+    shutil.copytree(one / "mae", tmp_path / "mae")
+    (tmp_path / "mae" / "DONE").unlink()
+    files = (tmp_path / "mae" / checkpoint.FOLDER / "4" / "model").rglob("*")
+    largest = max((path for path in files if path.is_file()), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:1000])
+    ((status, out, err),) = run(tmp_path, "steps=4", 1, 1, "--stage=mae")
+    assert status == 0 and "resumed at step 2 of 4" in out
+    assert re.search(r"the checkpoint of step 4 is damaged \([^)]*\w: ", out) and "See full" not in out
+    assert "Traceback" not in err and "ignored" not in err, err
 
 
 UNREADABLE = """

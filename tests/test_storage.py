@@ -12,6 +12,7 @@ import sys
 import time
 import types
 
+import aiohttp
 import jax
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from tinymim_jax.serial import Unavailable
 from tinymim_jax.writer import read, write_whole
 
 RUN = command("gs://bucket/run", "")[3:]  # as `main` takes it
+OPTIMISED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}  # as users compile
 UNDISTURBED = """
 import sys
 from tests.tiny_chain import get_config
@@ -61,8 +63,8 @@ def forget():
 def both(bucket, tmp_path_factory):
     """The chain's workdirs on a disk and in the bucket, the latter killed once and started again."""
     local = tmp_path_factory.mktemp("local")
-    undisturbed = subprocess.Popen([sys.executable, "-c", UNDISTURBED, local], env=environment(), cwd=ROOT)
-    (first,) = start("gs://bucket/run", "", 1, 1)
+    undisturbed = subprocess.Popen([sys.executable, "-c", UNDISTURBED, local], env=environment() | OPTIMISED, cwd=ROOT)
+    (first,) = start("gs://bucket/run", "", 1, 1, env=OPTIMISED)
     deadline = time.monotonic() + 120
     while "run/mae/checkpoints/2/commit_success.txt" not in bucket.objects:
         assert time.monotonic() < deadline and first.poll() is None, first.communicate()
@@ -73,7 +75,7 @@ def both(bucket, tmp_path_factory):
     assert re.fullmatch(f"error: gs://bucket/run is in use by process {first.pid} on .*; wait .*\n", err.getvalue())
     first.kill()
     first.communicate()
-    ((status, out, err),) = finish(start("gs://bucket/run", "", 1, 1))
+    ((status, out, err),) = finish(start("gs://bucket/run", "", 1, 1, env=OPTIMISED))
     assert status == 0 and "Traceback" not in err and "WARNING" not in err, err
     assert f"the run before (process {first.pid}" in out and "resumed at step 2 of 4" in out
     assert undisturbed.wait(timeout=300) == 0
@@ -181,7 +183,7 @@ def test_a_workdir_that_cannot_be(bucket, case, capsys):
 def test_a_python_that_would_crash(monkeypatch, capsys):
     monkeypatch.setattr(sys, "version_info", (3, 12, 1, "final", 0))
     line = refusal(capsys, "gs://bucket/run")
-    assert "gs://bucket/run: Python 3.12.1 may crash on gs://; take Python 3.11, or 3.12.2 or newer" in line
+    assert "gs://bucket/run: Python 3.12.1 may crash on writing there; take 3.11, or 3.12.2 or newer" in line
 
 
 def test_nobody_who_is_logged_in(bucket, monkeypatch, capsys):
@@ -238,8 +240,19 @@ def test_what_the_disk_said_is_found_in_what_a_library_makes_of_it():
     wrapped.__cause__ = FileNotFoundError(2, "No such file or directory")
     assert storage.reason(wrapped) == "RuntimeError: a barrier failed"
     assert storage.reason(ValueError("word " * 100)).endswith("word  ...")
+    wrapped.__cause__ = ValueError("why")
+    assert storage.reason(wrapped) == "RuntimeError: a barrier failed"
+    wrapped = Exception("Encountered error while reading array index: (slice(0, 32, 1),). See full ...")
     wrapped.__cause__ = ValueError("OUT_OF_RANGE: reading params")
     assert storage.reason(wrapped) == "ValueError: OUT_OF_RANGE: reading params"
+
+
+def test_a_bucket_s_own_error_is_no_fault_of_rights():
+    """As aiohttp's, whose number is of TLS."""
+    with pytest.raises(OSError) as raised, storage.writing("gs://bucket/file"):
+        raise aiohttp.ClientOSError(1, "[SSL] record layer failure")
+    blamed = storage.blame(raised.value)
+    assert isinstance(blamed, Unavailable) and str(blamed).startswith("the bucket failed ([SSL] record layer failure)")
 
 
 @pytest.mark.parametrize("part", ["open", "write"])
@@ -266,7 +279,7 @@ def test_what_a_failed_read_leaves_behind_is_not_heard(monkeypatch):
     left = types.SimpleNamespace(object=rest, exc_value=ValueError("a bug"))
     sys.unraisablehook(left)
     assert heard == [left]
-    code = types.SimpleNamespace(co_filename="site-packages/orbax/checkpoint/serialization.py")
+    code = types.SimpleNamespace(co_filename="site-packages/orbax/checkpoint/_src/serialization.py")
     sys.unraisablehook(types.SimpleNamespace(object=types.SimpleNamespace(cr_code=code), exc_value=ValueError("more")))
     sys.unraisablehook(types.SimpleNamespace(object=None, exc_value=RuntimeError("Event loop is closed")))
     assert heard == [left]

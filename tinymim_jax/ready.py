@@ -85,7 +85,7 @@ def _has_the_same_classes(cfg: config.Eval) -> bool:
 
 def check_writable(workdir: Path) -> None:
     """Makes the folder; raises InputError if nothing can be written to it."""
-    storage.check(workdir)
+    storage.check(workdir, is_written=True)
     try:
         storage.make(workdir)
         probe = workdir / f"writable.{uuid.uuid4().hex}"

@@ -54,7 +54,8 @@ def _is_left_over(unraisable: Any) -> bool:
     orbax has closed its event loop, which tensorstore still calls, and drops its coroutines with their own errors.
     """
     code = getattr(unraisable.object, "cr_code", None)
-    return "orbax" in getattr(code, "co_filename", "") or str(unraisable.exc_value) == "Event loop is closed"
+    is_of_orbax = "/orbax/checkpoint/" in getattr(code, "co_filename", "")
+    return is_of_orbax or str(unraisable.exc_value) == "Event loop is closed"
 
 
 def files(path: str | Path) -> fsspec.AbstractFileSystem:
@@ -106,11 +107,11 @@ def wait_for(path: Path, is_seen: Callable[[], bool] | None = None) -> None:
 
 @contextlib.contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Names `path` in the error of a write, where the system leaves that out."""
+    """Names `path`, if it is on a disk, in the error of a write, where the system leaves that out."""
     try:
         yield
     except OSError as error:
-        if error.errno is not None and not error.filename:
+        if not _scheme(path) and error.errno is not None and not error.filename:
             error.filename = str(path)
         raise
 
@@ -120,12 +121,12 @@ def remove(folder: Path) -> None:
     Path(folder).rmtree(missing_ok=True)
 
 
-def check(path: Path) -> None:
-    """Raises InputError if `path` is in a bucket that is not there, does not let us in, or would crash this Python."""
+def check(path: Path, is_written: bool = False) -> None:
+    """Raises InputError if `path` is in a bucket that is not there, does not let us in, or cannot be written to."""
     if scheme := _scheme(path):
-        if scheme == "gs" and sys.version_info[:3] in CRASHING:
+        if is_written and scheme == "gs" and sys.version_info[:3] in CRASHING:
             version = ".".join(map(str, sys.version_info[:3]))
-            raise InputError(f"{path}: Python {version} may crash on gs://; take Python 3.11, or 3.12.2 or newer")
+            raise InputError(f"{path}: Python {version} may crash on writing there; take 3.11, or 3.12.2 or newer")
         _check_bucket(scheme, "/".join(str(path).split("/")[:3]))
 
 
@@ -192,7 +193,7 @@ def reason(error: BaseException) -> str:
         return error.strerror
     if said := _said(error):
         return said
-    if error.__cause__ is not None and not isinstance(error.__cause__, OSError):
+    if type(error) is Exception and error.__cause__ is not None:  # as orbax raises
         return reason(error.__cause__)
     text = " ".join(str(error).split())
     cut = text if len(text) <= LENGTH else f"{text[:LENGTH]} ..."

@@ -332,14 +332,15 @@ def test_an_unfinished_stage(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["ours"]
 
 
-@pytest.mark.parametrize("package", ["torch", "onnxruntime", "onnxscript", "transformers"])
-def test_a_package_is_missing(package, folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("form", "package", "extra"),
+    [("mae", "torch", "torch"), *(("onnx", p, "onnx") for p in ("torch", "onnxruntime", "onnxscript", "transformers"))],
+)
+def test_a_package_is_missing(form, package, extra, folder, tmp_path, monkeypatch):
+    for other in {"onnxruntime", "onnxscript", "transformers"} - {package} if form == "onnx" else ():
+        monkeypatch.setitem(sys.modules, other, sys)  # any module will do
     monkeypatch.setitem(sys.modules, package, None)
-    form = "mae" if package == "torch" else "onnx"
-    if package != "torch":
-        for other in {"onnxruntime", "onnxscript", "transformers"} - {package}:
-            monkeypatch.setitem(sys.modules, other, sys)  # any module will do
-    with pytest.raises(InputError, match=f"this format needs {package}: pip install"):
+    with pytest.raises(InputError, match=rf"this format needs {package}: pip install -e '\.\[{extra}\]'"):
         export(folder("cls"), tmp_path / "out", form)
     assert list(tmp_path.iterdir()) == []
 

@@ -90,6 +90,7 @@ def compiled_for_tpu(n, widths, dtype):
 @pytest.mark.parametrize(
     ("widths", "dtype"), [((64, 32), jnp.bfloat16), ((64, 64), jnp.float32), ((24, 12), jnp.bfloat16)]
 )
+@pytest.mark.usefixtures("optimised")
 def test_compiled_for_tpus(widths, dtype):
     """No token leaves its device, and memory grows no faster than the arguments."""
     for n in (197, 1025, 4097):
