@@ -33,7 +33,7 @@ def test_a_machine_that_is_well(cfg, tmp_path, capsys):
     assert doctor.report(cfg, tmp_path, {}) == 0
     lines = capsys.readouterr().out.splitlines()
     assert all(line.startswith("ok   ") for line in lines)
-    for part in (f"jax {jax.__version__}", "1 local devices (cpu), 1 in all", "process 0 of 1", "B free at",
+    for part in (f"jax {jax.__version__}", "1 local devices (cpu), 1 in all", "process 0 of 1", "GB free at",
                  "mesh 1 x 1", "digits, split train: 40 images"):  # fmt: skip
         assert any(part in line for line in lines), part
 
