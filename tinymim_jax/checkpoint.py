@@ -7,9 +7,6 @@ source of every random number.
 """
 
 import contextlib
-import gc
-import logging
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -128,26 +125,12 @@ def reading(folder: Path, step: int) -> Iterator[None]:
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise  # no fault of the file
     except Exception as error:  # any, as in writing
-        with _silence():
-            if storage.blame(error) is None:
-                raise InputError(f"{folder}: the checkpoint of step {step} is damaged ({reason(error)})") from None
-            raise Unavailable(
-                f"{folder}: the checkpoint of step {step} could not be read ({reason(error)}); mend the storage, and"
-                " run the same command again"
-            ) from None
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """What a failed read leaves behind complains when it is collected: now, and unheard."""
-    hook, log = sys.unraisablehook, logging.getLogger("asyncio")
-    was_off = log.disabled
-    sys.unraisablehook, log.disabled = lambda _: None, True
-    try:
-        yield
-    finally:
-        gc.collect()
-        sys.unraisablehook, log.disabled = hook, was_off
+        if storage.blame(error) is None:
+            raise InputError(f"{folder}: the checkpoint of step {step} is damaged ({reason(error)})") from None
+        raise Unavailable(
+            f"{folder}: the checkpoint of step {step} could not be read ({reason(error)}); mend the storage, and run"
+            " the same command again"
+        ) from None
 
 
 def set_aside(folder: Path, step: int) -> None:

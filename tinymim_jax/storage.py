@@ -42,7 +42,7 @@ def prepare() -> None:
         fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
     # Else gcsfs asks over gRPC what kind of bucket each is, and warns at every file if it may not know.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-    for name in ("gcsfs", "google.auth"):  # they log with tracebacks what we say in a line
+    for name in ("gcsfs", "google.auth", "asyncio"):  # they log with tracebacks what we say in a line
         logging.getLogger(name).setLevel(logging.CRITICAL)
     talk = sys.unraisablehook
     sys.unraisablehook = lambda it: None if _is_left_over(it) else talk(it)
