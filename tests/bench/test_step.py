@@ -18,6 +18,7 @@ def test_step_prints_one_json_object(capsys):
     assert result["model_flops_share"] == pytest.approx(
         result["model_flops"] / result["step_s"] / result["matmul_flops_per_s"]
     )
+    assert result["memory_bytes_per_s"] > 1e7
     assert result["model_flops"] < result["xla_flops"] and result["peak_memory_bytes"] > 0
 
 

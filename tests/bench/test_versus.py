@@ -54,7 +54,9 @@ def test_bench_step_compares(capsys, monkeypatch):
     monkeypatch.setattr(versus, "VARIANTS", {"eager": ""})
     call = ["bench", "step", "--config=configs/digits/chain.py", "--stage=distill_t", "--batch_size=4", "--rounds=2"]
     assert main([*call, "--vs=torch"]) == 0
-    theirs = json.loads(capsys.readouterr().out)["torch_eager"]
+    result = json.loads(capsys.readouterr().out)
+    theirs = result["torch_eager"]
+    assert 1e8 < result["torch_matmul_flops_per_s"] < 1e13
     assert theirs["ratio"] > 0 and theirs["images_per_s"] == pytest.approx(4 / theirs["step_s"])
 
 

@@ -20,6 +20,8 @@ from tinymim_jax.plan import Plan, example_batch, make_plan
 from tinymim_jax.step import create_state, jit_step
 
 MATMUL_SIZES = {"cpu": 2048, "gpu": 8192, "tpu": 8192}
+MATMULS = 10  # of a measurement
+COPIED = 2**27  # numbers, more than caches hold
 
 
 def step(cfg: Config, name: str, rounds: int, vs: str | None = None) -> dict[str, Any]:
@@ -27,8 +29,9 @@ def step(cfg: Config, name: str, rounds: int, vs: str | None = None) -> dict[str
 
     Returns:
       images_per_s and step_s (medians), model_flops (counted by hand, a step) and xla_flops (what the compiler
-      counts), matmul_flops_per_s (measured, same dtype), model_flops_share of it, peak_memory_bytes. With `vs`, for
-      each of `versus.VARIANTS` its images_per_s and ratio, ours over theirs: the median over rounds.
+      counts), matmul_flops_per_s (measured, same dtype), model_flops_share of it, memory_bytes_per_s (measured, as a
+      large array is read and written), peak_memory_bytes. With `vs`, torch_matmul_flops_per_s, and for each of
+      `versus.VARIANTS` its images_per_s and ratio, ours over theirs: the median over rounds.
     """
     stage, plan, mesh = prepared(cfg, name)
     if vs:
@@ -36,19 +39,22 @@ def step(cfg: Config, name: str, rounds: int, vs: str | None = None) -> dict[str
     compiled, arguments = compile_step(plan, mesh)
     arguments, _ = timed_step(compiled, arguments)
     memory = peak_memory(compiled)  # before anything else takes some
-    peak = matmul(stage.model.dtype)
+    peaks = {"matmul_flops_per_s": matmul(stage.model.dtype), "memory_bytes_per_s": copying()}
+    if vs:
+        peaks["torch_matmul_flops_per_s"] = versus.matmul(stage.model.dtype, matmul_size(), MATMULS)
     others = versus.steps(stage, outline.teacher_model(cfg, name, Path(f"runs/{cfg.name}"))) if vs else {}
 
-    steps, peaks, theirs = [], [], []
+    steps, theirs, reached = [], [], []
     for _ in range(rounds + 1):  # the first round warms up
         for _ in range(1 + bool(others)):  # as `versus.timed`
             arguments, seconds = timed_step(compiled, arguments, stage.run.steps_per_call)
         steps.append(seconds)
-        peaks.append(peak())
         theirs.append(versus.timed(others))
-        line = f"{seconds:.3f} s a step, {peaks[-1] / 1e9:.0f} matmul GFLOP/s"
+        reached.append({name: peak() for name, peak in peaks.items()})
+        line = f"{seconds:.3f} s a step, {reached[-1]['matmul_flops_per_s'] / 1e9:.0f} matmul GFLOP/s"
         print(line, *(f"torch {variant} {s:.3f} s" for variant, s in theirs[-1].items()), sep=", ", file=sys.stderr)
-    seconds, flops_per_s = statistics.median(steps[1:]), statistics.median(peaks[1:]) * mesh.size
+    seconds = statistics.median(steps[1:])
+    measured = {name: statistics.median(one[name] for one in reached[1:]) * mesh.size for name in peaks}
     model_flops = plan.task.flops_per_image() * stage.run.batch_size
     return {
         "benchmark": "step",
@@ -63,8 +69,8 @@ def step(cfg: Config, name: str, rounds: int, vs: str | None = None) -> dict[str
         "step_s": seconds,
         "model_flops": model_flops,
         "xla_flops": hlo.all_flops(compiled) * mesh.size / stage.run.steps_per_call,
-        "matmul_flops_per_s": flops_per_s,
-        "model_flops_share": model_flops / seconds / flops_per_s,
+        **measured,
+        "model_flops_share": model_flops / seconds / measured["matmul_flops_per_s"],
         "peak_memory_bytes": memory,
         **{
             f"torch_{variant}": _compared(other, steps, [one[variant] for one in theirs], stage)
@@ -152,18 +158,36 @@ def timed_step(compiled: Any, arguments: tuple, per_call: int = 1) -> tuple[tupl
     return (state, *arguments[1:]), seconds
 
 
+def matmul_size() -> int:
+    """Rows and columns of the product that shows what this machine can do at most."""
+    return MATMUL_SIZES.get(jax.default_backend(), 4096)
+
+
 def matmul(dtype: str) -> Callable[[], float]:
     """A function that measures one device's FLOP/s on a large square product in `dtype`."""
-    n = MATMUL_SIZES.get(jax.default_backend(), 4096)
-    a = jax.random.normal(jax.random.key(0), (n, n)).astype(dtype)
-    repeats = 10
-    product = jax.jit(lambda x: jax.lax.fori_loop(0, repeats, lambda _, y: (y @ x) * (1 / n), jnp.eye(n, dtype=dtype)))
+    n = matmul_size()
+    a = (jax.random.normal(jax.random.key(0), (n, n)) * n**-0.5).astype(dtype)  # no product grows
+    product = jax.jit(lambda x: jax.lax.fori_loop(0, MATMULS, lambda _, y: y @ x, x))
     jax.block_until_ready(product(a))
 
     def measure() -> float:
         begin = time.perf_counter()
         jax.block_until_ready(product(a))
-        return repeats * 2 * n**3 / (time.perf_counter() - begin)
+        return MATMULS * 2 * n**3 / (time.perf_counter() - begin)
+
+    return measure
+
+
+def copying() -> Callable[[], float]:
+    """A function that measures the bytes a second that one device reads and writes, half of them each."""
+    add = jax.jit(lambda x: x + 1, donate_argnums=0)
+    x = jax.block_until_ready(add(jnp.zeros(COPIED)))
+
+    def measure() -> float:
+        nonlocal x
+        begin = time.perf_counter()
+        x = jax.block_until_ready(add(x))
+        return 2 * x.nbytes / (time.perf_counter() - begin)
 
     return measure
 

@@ -55,6 +55,24 @@ def timed(others: dict[str, "TorchStep"]) -> dict[str, float]:
     return seconds
 
 
+def matmul(dtype: str, n: int, count: int) -> Callable[[], float]:
+    """A function that measures PyTorch's FLOP/s on `count` products of [n, n] in `dtype`, as `step.matmul` ours."""
+    torch = torch_module()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a = torch.randn(n, n, device=device).mul(n**-0.5).to(getattr(torch, dtype))
+
+    def measure() -> float:
+        y = a
+        begin = time.perf_counter()
+        for _ in range(count):
+            y = y @ a
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return count * 2 * n**3 / (time.perf_counter() - begin)
+
+    return measure
+
+
 def torch_module() -> types.ModuleType:
     """PyTorch; raises InputError where it is missing."""
     try:
