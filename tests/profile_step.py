@@ -25,6 +25,7 @@ from tinymim_jax import optim
 from tinymim_jax.bench import relation
 from tinymim_jax.bench import step as bench
 from tinymim_jax.commands.flags import new_flags, parse
+from tinymim_jax.config import InputError
 from tinymim_jax.models import layers
 from tinymim_jax.tasks import distill
 from tinymim_jax.tasks.base import STREAMS
@@ -74,7 +75,7 @@ def plain_kl(teacher: Any, student: Any, **_: Any) -> jax.Array:
 
 
 PLAIN = {
-    "attention": [(layers.ATTENTIONS, "xla", plain_attention)],
+    "attention": [(layers.ATTENTIONS, kind, plain_attention) for kind in layers.ATTENTIONS],
     "linear layers": [(layers, "Attention", PlainAttention), (layers, "Mlp", PlainMlp)],
     "GELU": [(layers, "gelu", functools.partial(nn.gelu, approximate=False))],
     "patches": [(jax.lax, "optimization_barrier", lambda x: x)],
@@ -152,6 +153,9 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_integer("batch_size", 8, "images", flag_values=values)
     flags.DEFINE_integer("rounds", 3, "the median of N", flag_values=values)
     cfg = parse(values, argv)
+    stages = [name for name, stage in cfg.stages.items() if stage.task.kind == "distill"]
+    if values.stage not in stages:
+        raise InputError(f"--stage={values.stage} is no distillation of the chain; choose one of {', '.join(stages)}")
     run = cfg.stages[values.stage].run
     run.batch_size, run.steps_per_call = values.batch_size, 1
     _, plan, mesh = bench.prepared(cfg, values.stage)
@@ -175,4 +179,8 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

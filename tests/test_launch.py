@@ -240,7 +240,7 @@ def test_tpu_pod_runs_its_command_until_it_is_done(tmp_path):
 
 
 FAKE_PYTHON = """#!/usr/bin/env bash
-[[ $1 == -c ]] && exit 0
+[[ $1 == -c ]] && echo "$BACKEND" && exit 0
 echo "$@" >> "$CALLS"
 [[ $* == *finetune_b* ]] && exit 2
 echo '{}'
@@ -256,19 +256,38 @@ def test_benchmarks_are_made_once(tmp_path):
     (programs / "python").write_text(FAKE_PYTHON)
     (programs / "python").chmod(0o755)
     installed(tmp_path / "venv", "x", programs)
-    own = {"VENV": tmp_path / "venv", "EXTRAS": "x", "CALLS": calls, "STAGES": "distill_b finetune_b", "BATCHES": "2 4"}
+    own = {"VENV": tmp_path / "venv", "EXTRAS": "x", "CALLS": calls, "BACKEND": "gpu"}
+    own |= {"STAGES": "distill_b finetune_b", "BATCHES": "2 4"}
     env = {**os.environ, **{name: str(value) for name, value in own.items()}}
     for _ in range(2):
-        subprocess.run(["bash", LAUNCH / "bench.sh", out, "--rounds=1"], env=env, check=True, capture_output=True)
-    made = {path.name for path in out.iterdir() if path.suffix == ".json"}
-    steps = {f"step-distill_b-{batch}-{kind}.json" for batch in (2, 4) for kind in ("xla", "cudnn")}
+        command = ["bash", LAUNCH / "bench.sh", out, "--rounds=1"]
+        done = subprocess.run(command, env=env, check=False, capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr.count("finetune_b-2-xla.json: not measured") == 1
+    made = {path.name for path in out.iterdir()}
+    steps = {f"step-distill_b-{batch}-{kind}.json" for batch in (2, 4) for kind in ("xla", "cudnn", "pallas")}
+    steps |= {f"step-distill_b-2-cudnn-{again}.json" for again in (2, 3)}
     assert made == {*steps, "relation-xla.json", "relation-pallas.json"}
     lines = calls.read_text().splitlines()
-    assert sum("distill_b" in line for line in lines) == 6 and sum("finetune_b" in line for line in lines) == 8
+    assert sum("distill_b" in line for line in lines) == 10 and sum("finetune_b" in line for line in lines) == 8
     assert all(line.split()[:3] == ["-m", "tinymim_jax", "bench"] and line.split()[3] in VERBS for line in lines)
     steps = [line for line in lines if "bench step" in line]
-    assert all(("--vs=torch" in line) != ("attention=cudnn" in line) and line.endswith("--rounds=1") for line in steps)
-    assert not list(out.glob("*.partial"))
+    assert all("--vs=torch" in line and line.endswith("--rounds=1") for line in steps)
+    assert (
+        sum("attention=cudnn" in line for line in steps) == 10 and sum("kernel=pallas" in line for line in steps) == 2
+    )
+
+
+def test_benchmarks_of_a_small_model_on_a_tpu(tmp_path):
+    programs, calls = tmp_path / "bin", tmp_path / "calls"
+    programs.mkdir()
+    (programs / "python").write_text(FAKE_PYTHON)
+    (programs / "python").chmod(0o755)
+    own = {"READY": "1", "CALLS": str(calls), "BACKEND": "tpu", "STAGES": "distill_t", "BATCHES": "2"}
+    env = {**os.environ, **own, "PATH": f"{programs}:{os.environ['PATH']}"}
+    subprocess.run(["bash", LAUNCH / "bench.sh", tmp_path / "out"], env=env, check=True, capture_output=True)
+    lines = calls.read_text().splitlines()
+    assert sum("steps_per_call=10" in line for line in lines) == 1
+    assert not any("cudnn" in line for line in lines) and len(lines) == len(set(lines)) + 2  # the first, three times
 
 
 def test_benchmarks_need_an_accelerator(tmp_path):

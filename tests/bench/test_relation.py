@@ -12,13 +12,32 @@ CALL = ["bench", "relation", "--config=configs/digits/chain.py", "--stage=distil
 
 
 def test_relation_prints_one_json_object(capsys, monkeypatch):
-    monkeypatch.setattr(relation, "MAX_DENSE", 2 * HEADS * 600**2 * 4)
-    assert main([*CALL, "--tokens=17,577,700"]) == 0
+    monkeypatch.setattr(relation, "free_memory", lambda: 2 * 4 * HEADS * 6 * 600**2)  # of six maps at 600 tokens
+    assert main([*CALL, "--tokens=17,577,1200"]) == 0
     result = json.loads(capsys.readouterr().out)
     small, large, largest = result["tokens"].values()
+    assert result["heads"] == HEADS and small["kernel"] == "xla"
     assert small["time_ratio"] == pytest.approx(small["ours_s"] / small["plain_s"])
     assert large["bytes_ratio"] == large["ours_bytes"] / large["plain_bytes"] < 0.5  # blocks of rows
-    assert "plain_s" not in largest  # would not fit
+    assert "plain_s" not in largest and largest["bytes_ratio"] < large["bytes_ratio"]  # would not fit
+
+
+def test_rows_at_a_time(capsys):
+    found = {}
+    for rows in ("8", "64"):
+        assert main([*CALL, "--tokens=64", f"--rows={rows}"]) == 0
+        result = json.loads(capsys.readouterr().out)
+        found[result["rows"]] = result["tokens"]["64"]["ours_bytes"]
+    assert list(found) == [8, 64] and found[8] < found[64]
+
+
+def test_a_kernel_that_does_not_run_here_is_not_named(capsys):
+    assert main([*CALL, "--config.stages.distill_t.task.relation_kernel=pallas"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"]["17"]["kernel"] == "xla"
+
+
+def test_memory_that_may_be_taken():
+    assert 2**20 < relation.free_memory() < 2**50
 
 
 def test_the_stages_own_number_of_tokens(capsys):

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -9,7 +10,7 @@ from tests.conftest import tiny_classify, tiny_distill, tiny_mae
 from tinymim_jax.__main__ import main
 from tinymim_jax.bench import versus
 from tinymim_jax.bridge import names
-from tinymim_jax.config import InputError
+from tinymim_jax.config import Init, InputError, LabelTeacher
 from tinymim_jax.handoff import flatten
 from tinymim_jax.plan import make_plan
 
@@ -51,13 +52,33 @@ def test_fused_attention_computes_the_same():
 
 
 def test_bench_step_compares(capsys, monkeypatch):
-    monkeypatch.setattr(versus, "VARIANTS", {"eager": ""})
-    call = ["bench", "step", "--config=configs/digits/chain.py", "--stage=distill_t", "--batch_size=4", "--rounds=2"]
+    monkeypatch.setattr(versus, "VARIANTS", ("eager",))
+    call = ["bench", "step", "--config=configs/digits/chain.py", "--stage=distill_t", "--batch_size=4", "--rounds=1"]
     assert main([*call, "--vs=torch"]) == 0
     result = json.loads(capsys.readouterr().out)
     theirs = result["torch_eager"]
     assert 1e8 < result["torch_matmul_flops_per_s"] < 1e13
-    assert theirs["ratio"] > 0 and theirs["images_per_s"] == pytest.approx(4 / theirs["step_s"])
+    assert theirs["images_per_s"] == pytest.approx(4 / theirs["step_s"])
+    assert theirs["ratio"] == pytest.approx(result["images_per_s"] / theirs["images_per_s"])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_step_computes_the_same():
+    stage, teacher = tiny_distill(), tiny_mae().model
+    stage.model.drop_path = 0.0
+    eager, compiled = (versus.TorchStep(stage, teacher, variant) for variant in versus.VARIANTS)
+    for _ in range(2):
+        torch.testing.assert_close(compiled.loss(compiled.images), eager.loss(eager.images), rtol=1e-4, atol=1e-6)
+        eager(), compiled()
+
+
+def test_gradients_are_clipped_as_ours():
+    stage = tiny_classify()
+    stage.optim.clip_norm = 1e-6
+    step = versus.TorchStep(stage, None, "eager")
+    step()
+    norms = torch.stack([p.grad.norm() for p in step.trained if p.grad is not None])
+    torch.testing.assert_close(norms.norm(), torch.tensor(1e-6), rtol=0.05, atol=0)  # PyTorch adds 1e-6 to the norm
 
 
 def test_a_variant_that_does_not_run_is_named(capsys, monkeypatch):
@@ -70,14 +91,35 @@ def test_a_task_without_counterpart():
     stage = tiny_mae()
     stage.task.kind = "segment"
     with pytest.raises(InputError, match="--vs=torch has no step for segment; choose one of mae, distill, classify"):
-        versus.TorchStep(stage, None, "eager")
+        versus.check("x", stage, "cpu", 1)
 
 
-def test_the_device_of_both_is_one(monkeypatch):
-    versus.check_device("cpu", 1)
+@pytest.mark.parametrize(
+    ("stage", "field", "value"),
+    [
+        (tiny_mae(), "model.remat", True),
+        (tiny_mae(), "optim.accum_steps", 2),
+        (tiny_mae(), "optim.ema", 0.9),
+        (tiny_mae(), "optim.name", "lars"),
+        (tiny_distill(), "task.relations", ["qk"]),
+        (tiny_distill(), "task.student_block", 1),
+        (tiny_classify(), "optim.freeze", [".*"]),
+        (tiny_classify(), "model.head_norm", True),
+        (tiny_classify(), "task.teacher", LabelTeacher(Init("x"))),
+    ],
+)
+def test_a_step_that_pytorch_does_not_have_is_refused(stage, field, value):
+    versus.check("x", stage, "cpu", 1)
+    part, name = field.split(".")
+    setattr(getattr(stage, part), name, value)
+    with pytest.raises(InputError, match=rf"PyTorch's step knows {field}=.* only, .* set --config\.stages\.x\.{field}"):
+        versus.check("x", stage, "cpu", 1)
+
+
+def test_the_device_of_both_is_one():
     for platform, devices in (("gpu", 1), ("cpu", 2)):
         with pytest.raises(InputError, match=f"our step would run on {devices} x {platform}, PyTorch's on one cpu"):
-            versus.check_device(platform, devices)
+            versus.check("x", tiny_mae(), platform, devices)
 
 
 def test_without_pytorch(monkeypatch, capsys):

@@ -12,6 +12,11 @@ DIGITS = "--config=configs/digits/chain.py"
         ([DIGITS, "--stage=mae_l"], "unknown benchmark '--config=configs/digits/chain.py'; choose one of step"),
         (["augment", DIGITS, "--stage=mae_l", "--vs=torch"], "--vs is for bench step, not augment"),
         (["step", DIGITS, "--stage=mae_l", "--tokens=1"], "--tokens is for bench relation, not step"),
+        (["step", DIGITS, "--stage=mae_l", "--rows=1"], "--rows is for bench relation, not step"),
+        (
+            ["loader", DIGITS, "--stage=mae_l", "--batch_size=1"],
+            "--batch_size is for bench step, augment, relation, not loader",
+        ),
         (["step", DIGITS, "--stage=mae_l", "--vs=numpy"], "--vs"),
         (["augment", DIGITS, "--stage=mae_l"], "--stage=mae_l does not mix or erase images"),
         (["step", DIGITS], "--stage=NAME is needed; choose one of mae_l"),

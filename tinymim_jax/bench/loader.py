@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import simplejpeg
 
+from tinymim_jax.bench.step import processor
 from tinymim_jax.config import Config, Data
 from tinymim_jax.data import pipeline, sources, turbo
 from tinymim_jax.data.augment import load
@@ -31,8 +32,9 @@ def loader(cfg: Config, name: str, rounds: int) -> dict[str, Any]:
     Returns:
       images/s (medians; a core's seconds are those that it works) of decode (at full size, by libjpeg-turbo), pil (its
       decode, random-resized-crop and flip: the baseline) and transform (what the stage asks for but RandAugment), the
-      last as a multiple of the others (medians over rounds), and as the pipeline makes it with worker processes on
-      all cores. Where the stage asks for RandAugment, also with it.
+      last as a multiple of the others (medians over rounds); all_cores, what the pipeline makes of it with the stage's
+      workers and with one on each core, also as a multiple of what all cores decode at most. Where the stage asks for
+      RandAugment, also with it.
     """
     data = dataclasses.replace(cfg.stages[name].data, transform="train")
     plain = dataclasses.replace(data, rand_augment="")
@@ -43,22 +45,29 @@ def loader(cfg: Config, name: str, rounds: int) -> dict[str, Any]:
 
     rates = _one_core(source, work, rounds)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = data.workers or cores
+    decoded = cores * statistics.median(rates["decode"])
     return {
         "benchmark": "loader",
         "stage": name,
+        "processor": processor(),
+        "cores": cores,
         "image_size": data.image_size,
         "fast_crop": data.fast_crop,
         **{f"{key}_images_per_s": statistics.median(values) for key, values in rates.items()},
         "of_pil": _ratio(rates["transform"], rates["pil"]),
         "of_decode": _ratio(rates["transform"], rates["decode"]),
-        "cores": cores,
-        "workers": workers,
-        **{
-            f"{key}_all_cores_images_per_s": _all_cores(dataclasses.replace(value, workers=workers), source, rounds)
+        "all_cores": [
+            _pipeline(dataclasses.replace(value, workers=workers), source, rounds, key, decoded)
             for key, value in wanted.items()
-        },
+            for workers in sorted({data.workers, cores})
+        ],
     }
+
+
+def _pipeline(data: Data, source: sources.Source, rounds: int, key: str, decoded: float) -> dict[str, Any]:
+    rate = _all_cores(data, source, rounds)
+    how = {"workers": data.workers, "threads": data.threads}
+    return {**how, f"{key}_images_per_s": rate, "of_decode": rate / decoded}
 
 
 def _decode(image: bytes | np.ndarray, name: str, index: int) -> np.ndarray:

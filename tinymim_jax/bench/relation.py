@@ -1,22 +1,23 @@
 """What the relation loss and its gradient cost, beside the plain way of writing them."""
 
 import functools
+import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinymim_jax.bench.step import prepared
-from tinymim_jax.config import Config, InputError, Stage
+from tinymim_jax.bench.step import conditions, prepared
+from tinymim_jax.config import Config, InputError
 from tinymim_jax.models import flops, vit
-from tinymim_jax.objectives.relation_kl import Pair, relation_kl
+from tinymim_jax.objectives.relation_kl import Pair, relation_kl, with_kernel
 from tinymim_jax.objectives.relations import relation_logits
 
-MAX_DENSE = 8e9  # bytes of the plain one's relations, above which it is left out
 CALLS = 10  # of a measurement: a GPU needs less for one than it takes to ask for it
 
 
@@ -27,11 +28,13 @@ def plain(teacher: Pair, student: Pair) -> jax.Array:
     return jnp.sum(jnp.exp(log_t) * (log_t - log_p), axis=-1).mean(axis=(1, 2))
 
 
-def relation(cfg: Config, name: str, rounds: int, tokens: list[str]) -> dict[str, Any]:
+def relation(cfg: Config, name: str, rounds: int, tokens: list[str], rows: int | None = None) -> dict[str, Any]:
     """Times one relation's loss and gradient at the heads and widths of the distillation stage `name`, in turn.
 
-    Returns, for each number of tokens (none given: the stage's), medians of seconds, the bytes that the compiled
-    program needs beside its arguments, and time_ratio, ours over the plain one's: the median over rounds.
+    `rows` of the queries are worked on at a time (None: as the stage would). Returns, for each number of tokens (none
+    given: the stage's), the kernel that runs here, medians of seconds, the bytes that the compiled program needs beside
+    its arguments, and time_ratio, ours over the plain one's: the median over rounds. The plain one is left out where
+    it does not fit.
     """
     if cfg.stages[name].task.kind != "distill":
         raise InputError(f"--stage={name} matches no relations; choose a stage whose task is distill")
@@ -39,16 +42,24 @@ def relation(cfg: Config, name: str, rounds: int, tokens: list[str]) -> dict[str
     heads = vit.heads_of(stage.model, stage.task.student_block)
     widths = [model.width // heads for model in (plan.task.teacher_cfg, stage.model)]
     sizes = [_positive(text) for text in tokens] or [flops.num_tokens(stage.model)]
+    ours = functools.partial(relation_kl, rows=rows, kernel=stage.task.relation_kernel)
+    found = {}
+    for n in sizes:
+        teacher, student = _operands(stage.run.batch_size, n, heads, widths, stage.model.dtype)
+        platforms = with_kernel(stage.task.relation_kernel, teacher[0].swapaxes(1, 2), student[0].swapaxes(1, 2))
+        is_ours = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend()) in platforms
+        found[n] = {"kernel": "pallas" if is_ours else "xla", **_measure(ours, teacher, student, rounds)}
+        beside = f"{found[n]['time_ratio']:.2f} of the plain one's" if "plain_s" in found[n] else "plain does not fit"
+        print(f"{n} tokens: {found[n]['ours_s']:.4f} s, {beside}", file=sys.stderr)
     return {
         "benchmark": "relation",
         "stage": name,
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
+        **conditions(),
         "dtype": stage.model.dtype,
         "batch_size": stage.run.batch_size,
         "heads": heads,
-        "kernel": stage.task.relation_kernel,
-        "tokens": {n: _measure(stage, n, heads, widths, rounds) for n in sizes},
+        "rows": rows,
+        "tokens": found,
     }
 
 
@@ -58,20 +69,20 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _measure(stage: Stage, n: int, heads: int, widths: list[int], rounds: int) -> dict[str, Any]:
-    batch, dtype = stage.run.batch_size, stage.model.dtype
+def _operands(batch: int, n: int, heads: int, widths: list[int], dtype: str) -> list[Pair]:
+    """Teacher's and student's."""
     rng = np.random.default_rng(0)
-    teacher, student = (
-        tuple(jnp.asarray(rng.normal(size=(batch, n, heads, width)), dtype) for _ in range(2)) for width in widths
-    )
-    ours = functools.partial(relation_kl, kernel=stage.task.relation_kernel)
-    functions = {"ours": ours, "plain": plain}
-    if batch * heads * n * n * 4 > MAX_DENSE:
-        del functions["plain"]
+    return [tuple(jnp.asarray(rng.normal(size=(batch, n, heads, w)), dtype) for _ in range(2)) for w in widths]
+
+
+def _measure(ours: Callable, teacher: Pair, student: Pair, rounds: int) -> dict[str, Any]:
     compiled = {
         key: jax.jit(jax.value_and_grad(lambda s, t, f=f: f(t, s).mean())).lower(student, teacher).compile()
-        for key, f in functions.items()
+        for key, f in {"ours": ours, "plain": plain}.items()
     }
+    sizes = {key: f.memory_analysis().temp_size_in_bytes for key, f in compiled.items()}
+    if sizes["plain"] > free_memory():
+        del compiled["plain"]
     seconds: dict[str, list[float]] = {key: [] for key in compiled}
     for _ in range(rounds + 1):  # the first round warms up
         for key, function in compiled.items():
@@ -81,11 +92,16 @@ def _measure(stage: Stage, n: int, heads: int, widths: list[int], rounds: int) -
             jax.block_until_ready(result)
             seconds[key].append((time.perf_counter() - begin) / CALLS)
     found: dict[str, Any] = {f"{key}_s": statistics.median(values[1:]) for key, values in seconds.items()}
-    found |= {f"{key}_bytes": f.memory_analysis().temp_size_in_bytes for key, f in compiled.items()}
+    found |= {f"{key}_bytes": size for key, size in sizes.items()} | {"bytes_ratio": sizes["ours"] / sizes["plain"]}
     if "plain" in seconds:
         pairs = zip(seconds["ours"][1:], seconds["plain"][1:], strict=True)
         found["time_ratio"] = statistics.median(a / b for a, b in pairs)
-        found["bytes_ratio"] = found["ours_bytes"] / found["plain_bytes"]
-    ratio = f", {found['time_ratio']:.2f} of the plain one's" if "plain" in seconds else "; the plain one does not fit"
-    print(f"{n} tokens: {found['ours_s']:.4f} s{ratio}", file=sys.stderr)
     return found
+
+
+def free_memory() -> float:
+    """Bytes of the first device that programs may take now."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")

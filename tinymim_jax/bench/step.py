@@ -1,5 +1,8 @@
 """What a training step costs."""
 
+import os
+import platform
+import re
 import statistics
 import sys
 import time
@@ -20,7 +23,7 @@ from tinymim_jax.plan import Plan, example_batch, make_plan
 from tinymim_jax.step import create_state, jit_step
 
 MATMUL_SIZES = {"cpu": 2048, "gpu": 8192, "tpu": 8192}
-MATMULS = 10  # of a measurement
+CALLS = 10  # of a measurement of a peak: a GPU takes less for one than Python for asking
 COPIED = 2**27  # numbers, more than caches hold
 
 
@@ -35,36 +38,30 @@ def step(cfg: Config, name: str, rounds: int, vs: str | None = None) -> dict[str
     """
     stage, plan, mesh = prepared(cfg, name)
     if vs:
-        versus.check_device(jax.default_backend(), mesh.size)
+        versus.check(name, stage, jax.default_backend(), mesh.size)
     compiled, arguments = compile_step(plan, mesh)
     arguments, _ = timed_step(compiled, arguments)
     memory = peak_memory(compiled)  # before anything else takes some
     peaks = {"matmul_flops_per_s": matmul(stage.model.dtype), "memory_bytes_per_s": copying()}
     if vs:
-        peaks["torch_matmul_flops_per_s"] = versus.matmul(stage.model.dtype, matmul_size(), MATMULS)
+        peaks["torch_matmul_flops_per_s"] = versus.matmul(stage.model.dtype, matmul_size(), CALLS)
     others = versus.steps(stage, outline.teacher_model(cfg, name, Path(f"runs/{cfg.name}"))) if vs else {}
 
-    steps, theirs, reached = [], [], []
-    for _ in range(rounds + 1):  # the first round warms up
-        for _ in range(1 + bool(others)):  # as `versus.timed`
-            arguments, seconds = timed_step(compiled, arguments, stage.run.steps_per_call)
-        steps.append(seconds)
-        theirs.append(versus.timed(others))
-        reached.append({name: peak() for name, peak in peaks.items()})
-        line = f"{seconds:.3f} s a step, {reached[-1]['matmul_flops_per_s'] / 1e9:.0f} matmul GFLOP/s"
-        print(line, *(f"torch {variant} {s:.3f} s" for variant, s in theirs[-1].items()), sep=", ", file=sys.stderr)
+    def ours() -> float:
+        nonlocal arguments
+        arguments, seconds = timed_step(compiled, arguments, stage.run.steps_per_call)
+        return seconds
+
+    steps, theirs, reached = _in_turn(rounds, ours, others, peaks)
     seconds = statistics.median(steps[1:])
     measured = {name: statistics.median(one[name] for one in reached[1:]) * mesh.size for name in peaks}
     model_flops = plan.task.flops_per_image() * stage.run.batch_size
     return {
         "benchmark": "step",
         "stage": name,
-        "device": jax.devices()[0].device_kind,
+        **conditions(),
         "devices": mesh.size,
-        "jax": jax.__version__,
-        "dtype": stage.model.dtype,
-        "batch_size": stage.run.batch_size,
-        "steps_per_call": stage.run.steps_per_call,
+        **_asked(stage),
         "images_per_s": stage.run.batch_size / seconds,
         "step_s": seconds,
         "model_flops": model_flops,
@@ -77,6 +74,51 @@ def step(cfg: Config, name: str, rounds: int, vs: str | None = None) -> dict[str
             for variant, other in others.items()
         },
     }
+
+
+def _asked(stage: Stage) -> dict[str, Any]:
+    kernel = {"relation_kernel": stage.task.relation_kernel} if stage.task.kind == "distill" else {}
+    return {
+        "dtype": stage.model.dtype,
+        "attention": stage.model.attention,
+        **kernel,
+        "batch_size": stage.run.batch_size,
+        "steps_per_call": stage.run.steps_per_call,
+    }
+
+
+def _in_turn(
+    rounds: int, ours: Callable[[], float], others: dict[str, versus.TorchStep], peaks: dict[str, Callable[[], float]]
+) -> tuple[list[float], list[dict[str, float]], list[dict[str, float]]]:
+    """Of each round, the first of which warms up: seconds of our step, those of the others, and what peaks measure."""
+    steps, theirs, reached = [], [], []
+    for _ in range(rounds + 1):
+        if others:
+            ours()  # as in `versus.timed`
+        steps.append(ours())
+        theirs.append(versus.timed(others))
+        reached.append({name: peak() for name, peak in peaks.items()})
+        line = f"{steps[-1]:.3f} s a step, {reached[-1]['matmul_flops_per_s'] / 1e9:.0f} matmul GFLOP/s"
+        print(line, *(f"torch {variant} {s:.3f} s" for variant, s in theirs[-1].items()), sep=", ", file=sys.stderr)
+    return steps, theirs, reached
+
+
+def conditions() -> dict[str, Any]:
+    """What numbers of two runs may differ in: device, versions, flags."""
+    kind = jax.devices()[0].device_kind
+    return {
+        "device": f"{processor()}, {os.cpu_count()} cores" if kind == "cpu" else kind,
+        "jax": jax.__version__,
+        "jaxlib": jax.lib.__version__,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def processor() -> str:
+    """What the system calls the host's."""
+    info = Path("/proc/cpuinfo")
+    name = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    return name[1] if name else platform.processor() or platform.machine()
 
 
 def _compared(other: versus.TorchStep, ours: list[float], theirs: list[float], stage: Stage) -> dict[str, Any]:
@@ -112,7 +154,7 @@ def augment(cfg: Config, name: str, rounds: int) -> dict[str, Any]:
     return {
         "benchmark": "augment",
         "stage": name,
-        "device": jax.devices()[0].device_kind,
+        **conditions(),
         "dtype": stage.model.dtype,
         "batch_size": stage.run.batch_size,
         "step_s": statistics.median(pair[0] for pair in seconds[1:]),
@@ -167,13 +209,13 @@ def matmul(dtype: str) -> Callable[[], float]:
     """A function that measures one device's FLOP/s on a large square product in `dtype`."""
     n = matmul_size()
     a = (jax.random.normal(jax.random.key(0), (n, n)) * n**-0.5).astype(dtype)  # no product grows
-    product = jax.jit(lambda x: jax.lax.fori_loop(0, MATMULS, lambda _, y: y @ x, x))
+    product = jax.jit(lambda x: jax.lax.fori_loop(0, CALLS, lambda _, y: y @ x, x))
     jax.block_until_ready(product(a))
 
     def measure() -> float:
         begin = time.perf_counter()
         jax.block_until_ready(product(a))
-        return MATMULS * 2 * n**3 / (time.perf_counter() - begin)
+        return CALLS * 2 * n**3 / (time.perf_counter() - begin)
 
     return measure
 
@@ -186,8 +228,10 @@ def copying() -> Callable[[], float]:
     def measure() -> float:
         nonlocal x
         begin = time.perf_counter()
-        x = jax.block_until_ready(add(x))
-        return 2 * x.nbytes / (time.perf_counter() - begin)
+        for _ in range(CALLS):
+            x = add(x)
+        jax.block_until_ready(x)
+        return CALLS * 2 * x.nbytes / (time.perf_counter() - begin)
 
     return measure
 

@@ -1,6 +1,11 @@
-"""The same training step in PyTorch, by the project's own reference: what ours is compared with."""
+"""The same training step in PyTorch, by the project's own reference: what ours is compared with.
+
+It has an easier task than ours: images lie on the device as normalised floats, and teacher and student see the same, so
+that nothing is converted, jittered, mixed or erased, and no norms are logged.
+"""
 
 import dataclasses
+import operator
 import sys
 import time
 import types
@@ -14,26 +19,34 @@ from tinymim_jax.bridge.files import one_line
 from tinymim_jax.bridge.verify import reference, reference_config
 from tinymim_jax.config import InputError, Stage
 
-VARIANTS = {
-    "eager": "as the released code runs: attention and relations written out, mixed precision by autocast",
-    "compiled": "as a good user would: scaled_dot_product_attention, torch.compile, bfloat16 by autocast, fused AdamW",
+# As the released code runs: attention and relations written out, mixed precision by autocast; and as a good user would:
+# scaled_dot_product_attention, torch.compile, bfloat16 by autocast, fused AdamW.
+VARIANTS = ("eager", "compiled")
+# The fields that change what a step computes and have one value here.
+FIXED = {
+    "model.head_norm": False,
+    "model.remat": False,
+    "optim.name": "adamw",
+    "optim.freeze": (),
+    "optim.accum_steps": 1,
+    "optim.ema": None,
 }
 
 
 def steps(stage: Stage, teacher: config.ViT | None) -> dict[str, "TorchStep"]:
     """Each variant that works here, run once; of the others, standard error says why not."""
-    found: dict[str, TorchStep] = {}
-    for variant in VARIANTS:
-        try:
-            step = TorchStep(stage, teacher, variant)
-            step()
-        except InputError:
-            raise
-        except Exception as error:  # torch.compile needs a compiler and fails in many ways
-            print(f"torch {variant} does not run here: {one_line(error)}", file=sys.stderr)
-            continue
-        found[variant] = step
-    return found
+    tried = {variant: _tried(stage, teacher, variant) for variant in VARIANTS}
+    return {variant: step for variant, step in tried.items() if step}
+
+
+def _tried(stage: Stage, teacher: config.ViT | None, variant: str) -> "TorchStep | None":
+    try:
+        step = TorchStep(stage, teacher, variant)
+        step()
+    except Exception as error:  # torch.compile needs a compiler and fails in many ways
+        print(f"torch {variant} does not run here: {one_line(error)}", file=sys.stderr)
+        return None
+    return step
 
 
 def timed(others: dict[str, "TorchStep"]) -> dict[str, float]:
@@ -82,8 +95,18 @@ def torch_module() -> types.ModuleType:
     return torch
 
 
-def check_device(platform: str, devices: int) -> None:
-    """Raises InputError unless PyTorch is there and computes where our step does: on one device of the same kind."""
+def check(name: str, stage: Stage, platform: str, devices: int) -> None:
+    """Raises InputError unless PyTorch is there, has the step of stage `name`, and computes on one device as ours."""
+    if stage.task.kind not in LOSSES:
+        raise InputError(f"--vs=torch has no step for {stage.task.kind}; choose one of {', '.join(LOSSES)}")
+    _, own = LOSSES[stage.task.kind]
+    for field, value in {**FIXED, **own(stage)}.items():
+        found = operator.attrgetter(field)(stage)
+        if (tuple(found) if isinstance(found, list) else found) != value:
+            raise InputError(
+                f"--vs=torch: PyTorch's step knows {field}={value!r} only, and stage {name} has {found!r}; choose"
+                f" another stage, or set --config.stages.{name}.{field}"
+            )
     theirs = "gpu" if torch_module().cuda.is_available() else "cpu"
     if devices != 1 or platform != theirs:
         raise InputError(
@@ -96,15 +119,13 @@ class TorchStep:
     """A stage's step on images of its own; calling it trains once and waits for the device."""
 
     def __init__(self, stage: Stage, teacher: config.ViT | None, variant: str):
-        """Raises InputError where PyTorch is missing or the stage has no counterpart in the reference."""
+        """Of a stage that `check` lets pass."""
         torch = torch_module()
         torch.manual_seed(0)
         self.torch, self.package = torch, reference()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.is_compiled, self.dtype = variant == "compiled", _dtype(torch, stage, variant, self.device)
-        if stage.task.kind not in LOSSES:
-            raise InputError(f"--vs=torch has no step for {stage.task.kind}; choose one of {', '.join(LOSSES)}")
-        self.models, loss = LOSSES[stage.task.kind](self, stage, teacher)
+        self.models, loss = LOSSES[stage.task.kind][0](self, stage, teacher)
         for model in self.models:
             model.to(self.device).train(model is self.models[-1])  # a teacher drops no paths
             if self.is_compiled:
@@ -113,9 +134,10 @@ class TorchStep:
         # As the released code sets it, and as XLA multiplies float32 on a GPU.
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
-        trained = [p for p in self.models[-1].parameters() if p.requires_grad]
+        self.trained = [p for p in self.models[-1].parameters() if p.requires_grad]
+        self.clip_norm = stage.optim.clip_norm
         fused = {"fused": True} if self.is_compiled and self.device.type == "cuda" else {}
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-6, betas=(0.9, 0.95), weight_decay=0.05, **fused)
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-6, betas=(0.9, 0.95), weight_decay=0.05, **fused)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         size, batch = stage.data.image_size, stage.run.batch_size
         images = np.random.default_rng(0).normal(size=(batch, 3, size, size)).astype(np.float32)
@@ -128,6 +150,9 @@ class TorchStep:
             loss = self.loss(self.images)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
+        if self.clip_norm:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.trained, self.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.device.type == "cuda":
@@ -182,7 +207,15 @@ def _classify(step: TorchStep, stage: Stage, _: config.ViT | None) -> tuple[list
     return [model], loss
 
 
-LOSSES = {"mae": _mae, "distill": _distill, "classify": _classify}
+# Of a task: its models and loss, and further fields that have one value here.
+LOSSES: dict[str, tuple[Callable, Callable[[Stage], dict[str, Any]]]] = {
+    "mae": (_mae, lambda _: {}),
+    "distill": (
+        _distill,
+        lambda stage: {"task.relations": ("qk", "vv"), "task.student_block": stage.model.depth},
+    ),
+    "classify": (_classify, lambda _: {"task.teacher": None}),
+}
 
 
 def use_fused_attention(model: Any, package: types.ModuleType) -> None:

@@ -17,6 +17,7 @@ from tinymim_jax.objectives import relation_gpu, relation_tpu
 
 Pair = tuple[jax.Array, jax.Array]
 Platforms = tuple[str, ...]  # those with a kernel
+Array = jax.Array | jax.ShapeDtypeStruct
 DENSE = 512  # up to so many tokens, all rows are one block: fastest (BENCHMARKS.md)
 ROWS = 64
 Kernel = Literal["xla", "pallas"]
@@ -38,8 +39,12 @@ def relation_kl(teacher: Pair, student: Pair, rows: int | None = None, kernel: K
     rows = rows or (n if n <= DENSE else ROWS)
     # Heads out front make the products plain batched matmuls.
     tq, tk, q, k = (x.swapaxes(1, 2) for x in (*map(jax.lax.stop_gradient, teacher), *student))
-    platforms = [p for p, module in KERNELS.items() if kernel == "pallas" and module.supports(tq, q)]
-    return _kl(rows, tuple(platforms), tq, tk, q, k) / (h * n)
+    return _kl(rows, with_kernel(kernel, tq, q), tq, tk, q, k) / (h * n)
+
+
+def with_kernel(kernel: Kernel, tq: Array, q: Array) -> Platforms:
+    """The platforms on which `kernel` is one of ours for the teacher's and the student's queries [B, H, N, E]."""
+    return tuple(p for p, module in KERNELS.items() if kernel == "pallas" and module.supports(tq, q))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -73,32 +78,37 @@ def _in_blocks(
     rows: int, tq: jax.Array, tk: jax.Array, q: jax.Array, k: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """KL [B], and its gradients by q and k [B, H, N, E]."""
+    shape, dtype, scale = q.shape, q.dtype, q.shape[-1] ** -0.5
+    # Images and heads as one axis: XLA on the CPU is slow at reductions whose first axis is 1.
+    tq, tk, q, k = (x.reshape(-1, *x.shape[2:]) for x in (tq, tk, q, k))
 
-    def block(total: tuple[jax.Array, jax.Array], item: tuple) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-        kl, dk = total
-        t_rows, s_rows, is_row = item
-        log_t, log_s = jax.nn.log_softmax(_logits(t_rows, tk)), jax.nn.log_softmax(_logits(s_rows, k))
-        t = jnp.exp(log_t)
-        kl += jnp.sum(jnp.sum(t * (log_t - log_s), axis=-1) * is_row, axis=(1, 2))
-        d = ((jnp.exp(log_s) - t) * (is_row[:, None] * q.shape[-1] ** -0.5)).astype(q.dtype)
-        dk += jnp.einsum("bhnm,bhne->bhme", d, s_rows, preferred_element_type=jnp.float32)
-        return (kl, dk), jnp.einsum("bhnm,bhme->bhne", d, k)
+    def block(dk: jax.Array, queries: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        (t, e_t, sum_t), (s, e_s, sum_s) = _shifted(queries[0], tk), _shifted(queries[1], k)
+        kl = jnp.sum(e_t * (t - s), axis=-1) / sum_t + jnp.log(sum_s / sum_t)
+        d = (e_s * (1 / sum_s)[..., None] - e_t * (1 / sum_t)[..., None]).astype(dtype)
+        dk += jnp.einsum("gnm,gne->gme", d, queries[1], preferred_element_type=jnp.float32)
+        return dk, (kl, jnp.einsum("gnm,gme->gne", d, k, preferred_element_type=jnp.float32))
 
-    zeros = jnp.zeros(len(q), jnp.float32), jnp.zeros(k.shape, jnp.float32)
-    (kl, dk), dq = jax.lax.scan(block, zeros, _blocks(rows, tq, q))
-    dq = jnp.moveaxis(dq, 0, 2).reshape(*q.shape[:2], -1, q.shape[-1])[:, :, : q.shape[2]]
-    return kl, dq, dk.astype(k.dtype)
+    dk, (kl, dq) = jax.lax.scan(block, jnp.zeros(k.shape, jnp.float32), _blocks(rows, tq, q))
+    dq = jnp.moveaxis(dq, 0, 1).reshape(len(q), -1, shape[-1])[:, : shape[2]]
+    dq, dk = ((x * scale).astype(dtype).reshape(shape) for x in (dq, dk))
+    return kl.sum(axis=(0, 2)).reshape(shape[:2]).sum(axis=1), dq, dk
 
 
-def _logits(q: jax.Array, k: jax.Array) -> jax.Array:
-    """Scaled in float32: in bfloat16, 1/sqrt(E) itself is off unless E is a power of 4."""
-    return jnp.einsum("bhne,bhme->bhnm", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+def _shifted(q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Logits less the largest of their row, their exponentials, and the sums of these, [B * H, rows]; in float32.
+
+    Scaled in float32: in bfloat16, 1/sqrt(E) itself is off unless E is a power of 4.
+    """
+    logits = jnp.einsum("gne,gme->gnm", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    logits -= logits.max(axis=-1, keepdims=True)
+    e = jnp.exp(logits)
+    return logits, e, e.sum(axis=-1)
 
 
 def _blocks(rows: int, *queries: jax.Array) -> tuple[jax.Array, ...]:
-    """[B, H, N, E] each -> [blocks, B, H, rows, E], zeros behind N, and which rows are none of these [blocks, rows]."""
-    n = queries[0].shape[2]
+    """[B * H, N, E] each -> [blocks, B * H, rows, E]; zeros behind N, whose relations are equal and add nothing."""
+    n = queries[0].shape[1]
     count = -(-n // rows)
-    padded = [jnp.pad(x, ((0, 0), (0, 0), (0, count * rows - n), (0, 0))) for x in queries]
-    split = [jnp.moveaxis(x.reshape(*x.shape[:2], count, rows, x.shape[-1]), 2, 0) for x in padded]
-    return *split, (jnp.arange(count * rows) < n).reshape(count, rows)
+    padded = [jnp.pad(x, ((0, 0), (0, count * rows - n), (0, 0))) for x in queries]
+    return tuple(jnp.moveaxis(x.reshape(len(x), count, rows, x.shape[-1]), 1, 0) for x in padded)

@@ -21,8 +21,10 @@ def relation_logits(a: jax.Array, b: jax.Array) -> jax.Array:
     """a b^T / sqrt(E) for a, b [B, N, H, E] -> [B, H, N, N], float32; CLS is a token like any other."""
     chex.assert_rank([a, b], 4)
     chex.assert_equal_shape([a, b])
-    # Scaled in float32: in bfloat16, 1/sqrt(E) itself is off unless E is a power of 4.
-    return jnp.einsum("bnhe,bmhe->bhnm", a, b, preferred_element_type=jnp.float32) * a.shape[-1] ** -0.5
+    # Heads out front make the product a plain batched matmul, which XLA on the CPU runs fastest. Scaled in float32: in
+    # bfloat16, 1/sqrt(E) itself is off unless E is a power of 4.
+    a, b = a.swapaxes(1, 2), b.swapaxes(1, 2)
+    return jnp.einsum("bhne,bhme->bhnm", a, b, preferred_element_type=jnp.float32) * a.shape[-1] ** -0.5
 
 
 def relation(a: jax.Array, b: jax.Array) -> jax.Array:
