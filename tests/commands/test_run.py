@@ -2,9 +2,11 @@
 
 import json
 import re
+import subprocess
 
 import pytest
 
+from tests.processes import ROOT, command, environment
 from tinymim_jax.__main__ import main
 
 CONFIG = """
@@ -38,6 +40,17 @@ def test_a_run_from_start_to_end(config_file, tmp_path, capsys):
     assert capsys.readouterr().out.count("finished, skipped") == 3
     assert main(["report", "work"]) == 0
     assert "wrote work/report/distill_distill.png" in capsys.readouterr().out
+
+
+def test_a_program_is_compiled_once_and_found_by_the_next_process(tmp_path):
+    cache = tmp_path / "first" / "jax_cache"
+    env = {name: value for name, value in environment().items() if not name.startswith("JAX_COMPILATION_CACHE")}
+    steps = []
+    for workdir, where in (("first", {}), ("second", {"JAX_COMPILATION_CACHE_DIR": str(cache)})):
+        argv = command(tmp_path / workdir, "steps=4", "--stage=mae")
+        subprocess.run(argv, env={**env, **where}, cwd=ROOT, check=True, capture_output=True)
+        steps.append([path.name for path in cache.glob("jit_step-*-cache")])
+    assert len(steps[0]) == 1 and steps[1] == steps[0]
 
 
 def test_a_dry_run_touches_nothing_and_names_its_default_workdir(config_file, tmp_path, capsys):

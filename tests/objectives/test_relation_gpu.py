@@ -26,8 +26,9 @@ def test_against_float64(b, heads, n, widths, dtype):
     check(relation_gpu, operands(b, heads, n, widths, dtype))
 
 
-def test_many_tokens_against_float64():
-    check(relation_gpu, operands(1, 1, 1025, (16, 24)))
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_many_tokens_against_float64(dtype):
+    check(relation_gpu, operands(1, 1, 1025, (16, 24), dtype))
 
 
 def test_a_teacher_of_another_precision():

@@ -20,8 +20,9 @@ def test_against_float64(n, heads, widths, dtype):
     check(relation_tpu, operands(2, heads, n, widths, dtype))
 
 
-def test_many_tokens_against_float64():
-    check(relation_tpu, operands(1, 1, 1025, (16, 24)))
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_many_tokens_against_float64(dtype):
+    check(relation_tpu, operands(1, 1, 1025, (16, 24), dtype))
 
 
 @pytest.mark.parametrize(("n", "dtype"), [(128, "float32"), (129, "bfloat16"), (256, "bfloat16"), (300, "float32")])
@@ -75,10 +76,10 @@ def fwd(*args):
 loss.defvjp(fwd, bwd)
 
 
-def compiled_for_tpu(n, widths, dtype):
+def compiled_for_tpu(n, widths, dtype, topology="v5e:2x4"):
     """Loss and gradient of 8 images on each of 8 devices; tokens before heads, as models have them."""
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # none is run on
-    devices = np.array(forecast.devices_of("v5e:2x4")).reshape(4, 2)
+    devices = np.array(forecast.devices_of(topology)).reshape(4, 2)
     mesh = jax.sharding.Mesh(devices, ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
     sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     args = [jax.ShapeDtypeStruct((64, n, 12, e), dtype, sharding=sharding) for e in (*widths[:1] * 2, *widths[1:] * 2)]
@@ -100,3 +101,10 @@ def test_compiled_for_tpus(widths, dtype):
         assert set(hlo.collectives(text)) == {"all-reduce"}  # the mean
         memory = compiled.memory_analysis()
         assert memory.temp_size_in_bytes < memory.argument_size_in_bytes + memory.output_size_in_bytes
+
+
+@pytest.mark.skipif(not HAS_LIBTPU, reason="compiling for a TPU needs libtpu")
+@pytest.mark.parametrize("topology", ["v4:2x2x2", "v5p:2x2x2", "v6e:2x4"])
+@pytest.mark.usefixtures("optimised")
+def test_every_chip_takes_the_kernel(topology):
+    assert "tpu_custom_call" in compiled_for_tpu(197, (64, 32), jnp.bfloat16, topology).as_text()

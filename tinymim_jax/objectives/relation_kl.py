@@ -18,8 +18,8 @@ from tinymim_jax.objectives import relation_gpu, relation_tpu
 Pair = tuple[jax.Array, jax.Array]
 Platforms = tuple[str, ...]  # those with a kernel
 Array = jax.Array | jax.ShapeDtypeStruct
-DENSE = 512  # up to so many tokens, all rows are one block: fastest (BENCHMARKS.md)
-ROWS = 64
+DENSE = 512  # up to so many tokens, all rows are one block
+ROWS = 64  # of a block of more (BENCHMARKS.md)
 Kernel = Literal["xla", "pallas"]
 KERNELS = {"tpu": relation_tpu, "cuda": relation_gpu}  # by platform
 
