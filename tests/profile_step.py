@@ -150,8 +150,8 @@ def main(argv: list[str]) -> None:
     """Runs the comparison."""
     values = new_flags(__doc__)
     flags.DEFINE_string("stage", None, "a distillation", flag_values=values)
-    flags.DEFINE_integer("batch_size", 8, "images", flag_values=values)
-    flags.DEFINE_integer("rounds", 3, "the median of N", flag_values=values)
+    flags.DEFINE_integer("batch_size", 8, "images", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("rounds", 3, "the median of N", lower_bound=1, flag_values=values)
     cfg = parse(values, argv)
     stages = [name for name, stage in cfg.stages.items() if stage.task.kind == "distill"]
     if values.stage not in stages:

@@ -61,7 +61,7 @@ def shrink(stage, teacher_depth):
         stage.task.teacher.block = shrink_block(stage.task.teacher.block, teacher_depth)
     stage.data = shrink_data(stage.data)
     steps = 0 if stage.run.epochs == 0 else 2
-    stage.run = dataclasses.replace(stage.run, batch_size=8, epochs=None, steps=steps, eval_every=0)
+    stage.run = dataclasses.replace(stage.run, batch_size=8, epochs=None, steps=steps, steps_per_call=1, eval_every=0)
     stage.optim.warmup_epochs = 0.1
     for cfg in stage.evals.values():
         cfg.data = shrink_data(cfg.data)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import logging
 import os
 import pickle
 import re
@@ -271,6 +272,7 @@ def test_what_a_failed_read_leaves_behind_is_not_heard(monkeypatch):
     heard = []
     monkeypatch.setattr(sys, "unraisablehook", heard.append)
     storage.prepare.__wrapped__()
+    assert not logging.getLogger("asyncio").isEnabledFor(logging.ERROR)
 
     async def dropped():
         pass

@@ -19,6 +19,7 @@ from tinymim_jax.config import Classify, Compare, Config, Data, Decoder, Init, K
 
 SIZES = {"l": (384, 12, 12), "b": (288, 12, 6), "s": (192, 12, 6), "t": (96, 12, 3)}  # width, blocks, heads
 SHORT_SIZES = {"l": (96, 6, 8), "b": (72, 6, 6), "s": (64, 6, 4), "t": (48, 6, 3)}
+PER_CALL = 5  # steps in one dispatch, of the small models: a third faster (BENCHMARKS.md)
 MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)
 
 
@@ -30,7 +31,8 @@ def vit(size: str, short: bool, **fields: object) -> ViT:
 
 def data(path: str, short: bool, split: str, per_class: int | None) -> Data:
     where = recipes.stored(path) if path else {"source": "tfds", "name": "cifar10"}
-    return Data(split=split, per_class=per_class, image_size=32, crop_pct=1.0, mean=MEAN, std=STD, **where)
+    pixels = {"image_size": 32, "crop_pct": 1.0, "mean": MEAN, "std": STD}
+    return Data(split=split, per_class=per_class, prefetch=4 * (PER_CALL if short else 1), **pixels, **where)
 
 
 def evaluation(source: Data) -> Data:
@@ -51,6 +53,7 @@ def get_config(arg: str = "") -> Config:
         warmup = min(epochs / 10, 4) if short else epochs / 10
         stage.optim = dataclasses.replace(stage.optim, lr=lr, lr_batch=None, warmup_epochs=warmup, min_lr=0.0)
         stage.run = dataclasses.replace(stage.run, batch_size=batch_size, epochs=epochs, log_every=20)
+        stage.run.steps_per_call = PER_CALL if short else 1
         stage.evals = {"knn": knn}
         # 154 MB; a GPU takes more crops a second than a host makes.
         stage.data = dataclasses.replace(stage.data, resident=not short)
@@ -71,6 +74,7 @@ def get_config(arg: str = "") -> Config:
         stage.optim = dataclasses.replace(stage.optim, lr=1e-3, lr_batch=None, warmup_epochs=2, layer_decay=layer_decay)
         epochs = 10 if short else 100
         stage.run = dataclasses.replace(stage.run, batch_size=batch_size, epochs=epochs, log_every=20, seed=seed)
+        stage.run.steps_per_call = PER_CALL if short else 1
         stage.data.workers = 0 if short else 8  # RandAugment is the host's
         if short:  # too few steps for strong augmentation
             stage.task, stage.data.rand_augment = Classify(mixup=0.0, cutmix=0.0, erasing=0.0), ""

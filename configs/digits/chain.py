@@ -14,7 +14,6 @@ from tinymim_jax.config import Classify, Compare, Config, Data, Decoder, Init, K
 
 SEEDS = 5
 LABELS_PER_CLASS = 10
-STEPS_PER_CALL = 10  # a step takes some 20 ms
 TRAIN = Data(
     "digits",
     image_size=16,
@@ -41,7 +40,7 @@ def vit(size: str, **fields: object) -> ViT:
 
 def pretrained(stage: Stage, epochs: int) -> Stage:
     stage.optim = Optim(lr=3e-3, lr_batch=None, warmup_epochs=epochs / 10)
-    stage.run = Run(batch_size=128, epochs=epochs, log_every=10, steps_per_call=STEPS_PER_CALL)
+    stage.run = Run(batch_size=128, epochs=epochs, log_every=10, steps_per_call=10)
     stage.evals = {"knn": Knn(TEST, BANK, k=(10,))}
     return stage
 
@@ -62,7 +61,7 @@ def finetune(source: str | None, seed: int) -> Stage:
     stage.task = Classify(label_smoothing=0.1, mixup=0.0, cutmix=0.0, erasing=0.0)
     stage.data = dataclasses.replace(TRAIN, per_class=LABELS_PER_CLASS, subset_seed=seed)
     stage.optim = dataclasses.replace(stage.optim, lr=2e-3, lr_batch=None, warmup_epochs=12, layer_decay=1.0)
-    stage.run = Run(batch_size=50, epochs=120, log_every=10, steps_per_call=STEPS_PER_CALL, seed=seed)
+    stage.run = Run(batch_size=50, epochs=120, log_every=20, steps_per_call=20, seed=seed)
     return stage
 
 

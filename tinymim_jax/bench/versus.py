@@ -99,6 +99,8 @@ def check(name: str, stage: Stage, platform: str, devices: int) -> None:
     """Raises InputError unless PyTorch is there, has the step of stage `name`, and computes on one device as ours."""
     if stage.task.kind not in LOSSES:
         raise InputError(f"--vs=torch has no step for {stage.task.kind}; choose one of {', '.join(LOSSES)}")
+    theirs = "gpu" if torch_module().cuda.is_available() else "cpu"
+    reference()
     _, own = LOSSES[stage.task.kind]
     for field, value in {**FIXED, **own(stage)}.items():
         found = operator.attrgetter(field)(stage)
@@ -107,7 +109,6 @@ def check(name: str, stage: Stage, platform: str, devices: int) -> None:
                 f"--vs=torch: PyTorch's step knows {field}={value!r} only, and stage {name} has {found!r}; choose"
                 f" another stage, or set --config.stages.{name}.{field}"
             )
-    theirs = "gpu" if torch_module().cuda.is_available() else "cpu"
     if devices != 1 or platform != theirs:
         raise InputError(
             f"--vs=torch: our step would run on {devices} x {platform}, PyTorch's on one {theirs}; show both the same"
