@@ -1,5 +1,6 @@
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -20,6 +21,20 @@ def test_relation_prints_one_json_object(capsys, monkeypatch):
     assert small["time_ratio"] == pytest.approx(small["ours_s"] / small["plain_s"])
     assert large["bytes_ratio"] == large["ours_bytes"] / large["plain_bytes"] < 0.5  # blocks of rows
     assert "plain_s" not in largest and largest["bytes_ratio"] < large["bytes_ratio"]  # would not fit
+
+
+def test_a_plain_one_that_xla_refuses_is_left_out(capsys, monkeypatch):
+    compiled = relation._compile
+
+    def compile_small(function, *pairs):
+        if function is relation.plain:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm")
+        return compiled(function, *pairs)
+
+    monkeypatch.setattr(relation, "_compile", compile_small)
+    assert main(CALL) == 0
+    out, err = capsys.readouterr()
+    assert "plain does not fit" in err and not any("plain" in key for key in json.loads(out)["tokens"]["17"])
 
 
 def test_rows_at_a_time(capsys):
