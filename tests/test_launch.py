@@ -247,14 +247,19 @@ echo '{}'
 """
 
 
+def fake_python(folder):
+    """A folder for PATH, with a Python that notes in $CALLS what it is asked for, and fails at finetune_b."""
+    folder.mkdir()
+    (folder / "python").write_text(FAKE_PYTHON)
+    (folder / "python").chmod(0o755)
+    return folder
+
+
 def test_benchmarks_are_made_once(tmp_path):
-    """With a Python that notes what it is asked for; one that fails leaves no file behind."""
+    """One that fails leaves no file behind."""
     from tinymim_jax.commands.bench import VERBS
 
-    programs, out, calls = tmp_path / "bin", tmp_path / "out", tmp_path / "calls"
-    programs.mkdir()
-    (programs / "python").write_text(FAKE_PYTHON)
-    (programs / "python").chmod(0o755)
+    programs, out, calls = fake_python(tmp_path / "bin"), tmp_path / "out", tmp_path / "calls"
     installed(tmp_path / "venv", "x", programs)
     own = {"VENV": tmp_path / "venv", "EXTRAS": "x", "CALLS": calls, "BACKEND": "gpu"}
     own |= {"STAGES": "distill_b finetune_b", "BATCHES": "2 4"}
@@ -278,10 +283,7 @@ def test_benchmarks_are_made_once(tmp_path):
 
 
 def test_benchmarks_of_a_small_model_on_a_tpu(tmp_path):
-    programs, calls = tmp_path / "bin", tmp_path / "calls"
-    programs.mkdir()
-    (programs / "python").write_text(FAKE_PYTHON)
-    (programs / "python").chmod(0o755)
+    programs, calls = fake_python(tmp_path / "bin"), tmp_path / "calls"
     own = {"READY": "1", "CALLS": str(calls), "BACKEND": "tpu", "STAGES": "distill_t", "BATCHES": "2"}
     env = {**os.environ, **own, "PATH": f"{programs}:{os.environ['PATH']}"}
     subprocess.run(["bash", LAUNCH / "bench.sh", tmp_path / "out"], env=env, check=True, capture_output=True)

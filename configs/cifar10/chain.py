@@ -19,7 +19,7 @@ from tinymim_jax.config import Classify, Compare, Config, Data, Decoder, Init, K
 
 SIZES = {"l": (384, 12, 12), "b": (288, 12, 6), "s": (192, 12, 6), "t": (96, 12, 3)}  # width, blocks, heads
 SHORT_SIZES = {"l": (96, 6, 8), "b": (72, 6, 6), "s": (64, 6, 4), "t": (48, 6, 3)}
-PER_CALL = 5  # steps in one dispatch, of the small models: a third faster (BENCHMARKS.md)
+PER_CALL = 5  # steps in one dispatch, of the small models: faster by up to a third (BENCHMARKS.md)
 MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)
 
 
@@ -43,6 +43,7 @@ def get_config(arg: str = "") -> Config:
     o = recipes.options(arg, data="", short=False)
     short = o["short"]
     batch_size = 128 if short else 1024
+    called = {"log_every": 20, "steps_per_call": PER_CALL if short else 1}
     mae_epochs, distill_epochs = (60, 15) if short else (200, 200)
     lr = 2e-3 if short else 1e-3
     train = data(o["data"], short, "train", 500 if short else None)
@@ -52,8 +53,7 @@ def get_config(arg: str = "") -> Config:
     def pretrained(stage: Stage, epochs: float) -> Stage:
         warmup = min(epochs / 10, 4) if short else epochs / 10
         stage.optim = dataclasses.replace(stage.optim, lr=lr, lr_batch=None, warmup_epochs=warmup, min_lr=0.0)
-        stage.run = dataclasses.replace(stage.run, batch_size=batch_size, epochs=epochs, log_every=20)
-        stage.run.steps_per_call = PER_CALL if short else 1
+        stage.run = dataclasses.replace(stage.run, batch_size=batch_size, epochs=epochs, **called)
         stage.evals = {"knn": knn}
         # 154 MB; a GPU takes more crops a second than a host makes.
         stage.data = dataclasses.replace(stage.data, resident=not short)
@@ -73,8 +73,7 @@ def get_config(arg: str = "") -> Config:
         stage = recipes.finetune(model, Init(source) if source else None, train, test)
         stage.optim = dataclasses.replace(stage.optim, lr=1e-3, lr_batch=None, warmup_epochs=2, layer_decay=layer_decay)
         epochs = 10 if short else 100
-        stage.run = dataclasses.replace(stage.run, batch_size=batch_size, epochs=epochs, log_every=20, seed=seed)
-        stage.run.steps_per_call = PER_CALL if short else 1
+        stage.run = dataclasses.replace(stage.run, batch_size=batch_size, epochs=epochs, seed=seed, **called)
         stage.data.workers = 0 if short else 8  # RandAugment is the host's
         if short:  # too few steps for strong augmentation
             stage.task, stage.data.rand_augment = Classify(mixup=0.0, cutmix=0.0, erasing=0.0), ""

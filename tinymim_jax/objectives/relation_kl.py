@@ -17,9 +17,8 @@ from tinymim_jax.objectives import relation_gpu, relation_tpu
 
 Pair = tuple[jax.Array, jax.Array]
 Platforms = tuple[str, ...]  # those with a kernel
-Array = jax.Array | jax.ShapeDtypeStruct
 DENSE = 512  # up to so many tokens, all rows are one block
-ROWS = 64  # of a block of more (BENCHMARKS.md)
+ROWS = 64  # of a block, where there are more tokens; both from BENCHMARKS.md
 Kernel = Literal["xla", "pallas"]
 KERNELS = {"tpu": relation_tpu, "cuda": relation_gpu}  # by platform
 
@@ -42,7 +41,7 @@ def relation_kl(teacher: Pair, student: Pair, rows: int | None = None, kernel: K
     return _kl(rows, with_kernel(kernel, tq, q), tq, tk, q, k) / (h * n)
 
 
-def with_kernel(kernel: Kernel, tq: Array, q: Array) -> Platforms:
+def with_kernel(kernel: Kernel, tq: jax.Array, q: jax.Array) -> Platforms:
     """The platforms on which `kernel` is one of ours for the teacher's and the student's queries [B, H, N, E]."""
     return tuple(p for p, module in KERNELS.items() if kernel == "pallas" and module.supports(tq, q))
 
