@@ -270,15 +270,18 @@ def test_benchmarks_are_made_once(tmp_path):
         assert done.returncode == 1 and done.stderr.count("finetune_b-2-xla.json: not measured") == 1
     made = {path.name for path in out.iterdir()}
     steps = {f"step-distill_b-{batch}-{kind}.json" for batch in (2, 4) for kind in ("xla", "cudnn", "pallas")}
-    steps |= {f"step-distill_b-2-cudnn-{again}.json" for again in (2, 3)}
-    assert made == {*steps, "relation-xla.json", "relation-pallas.json"}
+    steps |= {f"step-distill_b-2-again-{again}.json" for again in (2, 3)}
+    assert made == {
+        *steps,
+        *(f"relation-{kind}.json" for kind in ("xla", "pallas", "rows-64", "rows-256", "rows-1025")),
+    }
     lines = calls.read_text().splitlines()
-    assert sum("distill_b" in line for line in lines) == 10 and sum("finetune_b" in line for line in lines) == 8
+    assert sum("distill_b" in line for line in lines) == 13 and sum("finetune_b" in line for line in lines) == 12
     assert all(line.split()[:3] == ["-m", "tinymim_jax", "bench"] and line.split()[3] in VERBS for line in lines)
     steps = [line for line in lines if "bench step" in line]
     assert all("--vs=torch" in line and line.endswith("--rounds=1") for line in steps)
     assert (
-        sum("attention=cudnn" in line for line in steps) == 10 and sum("kernel=pallas" in line for line in steps) == 2
+        sum("attention=cudnn" in line for line in steps) == 14 and sum("kernel=pallas" in line for line in steps) == 2
     )
 
 
@@ -288,8 +291,8 @@ def test_benchmarks_of_a_small_model_on_a_tpu(tmp_path):
     env = {**os.environ, **own, "PATH": f"{programs}:{os.environ['PATH']}"}
     subprocess.run(["bash", LAUNCH / "bench.sh", tmp_path / "out"], env=env, check=True, capture_output=True)
     lines = calls.read_text().splitlines()
-    assert sum("steps_per_call=10" in line for line in lines) == 1
-    assert not any("cudnn" in line for line in lines) and len(lines) == len(set(lines)) + 2  # the first, three times
+    assert sum("steps_per_call=10" in line for line in lines) == 3
+    assert not any("cudnn" in line for line in lines) and len(lines) == len(set(lines)) + 2  # scanned, three times
 
 
 def test_benchmarks_need_an_accelerator(tmp_path):

@@ -1,3 +1,4 @@
+import functools
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from tests.processes import ROOT, environment
 from tinymim_jax import optim
 from tinymim_jax.plan import example_batch, make_plan
 from tinymim_jax.step import create_state
+from tinymim_jax.tasks import distill
 from tinymim_jax.tasks.base import STREAMS
 
 
@@ -54,10 +56,24 @@ def test_one_json_object(capsys):
     profile_step.main(argv)
     found = json.loads(capsys.readouterr().out)
     assert {f"step, plain {name}" for name in [*profile_step.PLAIN, "all"]} < set(found)
-    for one in found.values():
-        assert one["s"] > 0
-        if "ratio" in one:
-            assert one["ratio"] == pytest.approx(one["s"] / found["step"]["s"])
+    assert all(one["s"] > 0 for one in found.values())
+
+
+def test_ratios_are_of_plain_steps_to_the_step_as_it_is(monkeypatch, capsys):
+    """Which takes 2 s here, and 3 if its relation loss is plain."""
+
+    def fake(*_):
+        return functools.partial(float, 3 if distill.relation_kl is profile_step.plain_kl else 2)
+
+    monkeypatch.setattr(profile_step, "step_clock", fake)
+    monkeypatch.setattr(profile_step, "parts", lambda *_: {})
+    profile_step.main(["--config=tests/tiny_chain.py:steps=1000", "--stage=distill", "--rounds=2"])
+    found = json.loads(capsys.readouterr().out)
+    slow = {"step, plain relation loss", "step, plain all"}
+    assert found.pop("step") == {"s": 2.0}
+    assert all(
+        one == ({"s": 3.0, "ratio": 1.5} if name in slow else {"s": 2.0, "ratio": 1.0}) for name, one in found.items()
+    )
 
 
 @pytest.mark.parametrize("stage", ["mae_l", "x"])

@@ -3,8 +3,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tinymim_jax import handoff
+from tinymim_jax.bench import step as bench
 from tinymim_jax.config import Classify
 from tinymim_jax.plan import make_plan
 from tinymim_jax.step import create_state, make_train_step
@@ -34,6 +36,14 @@ def one_step(stage, batch, steps=1):
     for _ in range(steps):
         state, metrics = step(state, {}, batch, jax.random.key(1))
     return state, metrics
+
+
+@pytest.mark.parametrize("per_call", [1, 3])
+def test_a_step_writes_its_state_where_the_one_before_lay(chain, mesh, per_call):
+    stage = plain_classify(chain)
+    stage.run.steps_per_call = per_call
+    compiled, (state, *_) = bench.compile_step(make_plan(stage, None, 40), mesh)
+    assert compiled.memory_analysis().alias_size_in_bytes == sum(x.nbytes for x in jax.tree.leaves(state))
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch(chain):

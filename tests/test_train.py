@@ -157,9 +157,11 @@ def test_updates_are_left_out_up_to_a_bound(chain, mesh, tmp_path, monkeypatch):
     assert not handoff.finished(tmp_path / "mae")
 
 
-def test_steps_in_one_call_are_those_one_by_one(chain, mesh, tmp_path, stop_at):
+@pytest.mark.parametrize("is_resident", [False, True])
+def test_steps_in_one_call_are_those_one_by_one(chain, mesh, tmp_path, stop_at, is_resident):
     """Stopped between calls, and with a last call that is short."""
     stage = chain.stages["mae"]
+    stage.data.resident = is_resident
     stage.run.steps, stage.run.log_every, stage.run.eval_every = 5, 2, 2
     one = run_stage(stage, "mae", tmp_path / "one", mesh)
     stage.run.steps_per_call = 2

@@ -1,5 +1,6 @@
 import json
 
+import jax
 import pytest
 
 from tests.conftest import tiny_classify, tiny_distill, tiny_mae
@@ -10,7 +11,8 @@ from tinymim_jax.plan import make_plan
 DIGITS = "--config=configs/digits/chain.py"
 
 
-def test_step_prints_one_json_object(capsys):
+def test_step_prints_one_json_object(capsys, monkeypatch):
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "8")
     assert main(["bench", "step", DIGITS, "--stage=distill_t", "--batch_size=4", "--rounds=1"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["stage"], result["batch_size"], result["devices"]) == ("distill_t", 4, 1)
@@ -19,6 +21,7 @@ def test_step_prints_one_json_object(capsys):
         result["model_flops"] / result["step_s"] / result["matmul_flops_per_s"]
     )
     assert result["memory_bytes_per_s"] > 1e7
+    assert result["jax"] == jax.__version__ and result["environment"]["MALLOC_ARENA_MAX"] == "8"
     assert result["model_flops"] < result["xla_flops"] and result["peak_memory_bytes"] > 0
 
 

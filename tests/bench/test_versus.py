@@ -52,7 +52,7 @@ def test_fused_attention_computes_the_same():
 
 
 def test_bench_step_compares(capsys, monkeypatch):
-    monkeypatch.setattr(versus, "VARIANTS", ("eager",))
+    monkeypatch.setattr(versus, "VARIANTS", {"eager": None})
     call = ["bench", "step", "--config=configs/digits/chain.py", "--stage=distill_t", "--batch_size=4", "--rounds=1"]
     assert main([*call, "--vs=torch"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -63,10 +63,11 @@ def test_bench_step_compares(capsys, monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_a_compiled_step_computes_the_same():
+@pytest.mark.parametrize("variant", ["compiled", "graphs"])
+def test_a_compiled_step_computes_the_same(variant):
     stage, teacher = tiny_distill(), tiny_mae().model
     stage.model.drop_path = 0.0
-    eager, compiled = (versus.TorchStep(stage, teacher, variant) for variant in versus.VARIANTS)
+    eager, compiled = (versus.TorchStep(stage, teacher, how) for how in ("eager", variant))
     losses = []
     for step in (eager, compiled):
         step.optimizer.param_groups[0]["lr"] = 1e-2
@@ -88,9 +89,16 @@ def test_gradients_are_clipped_as_ours():
 
 
 def test_a_variant_that_does_not_run_is_named(capsys, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda loss: (_ for _ in ()).throw(RuntimeError("no C++ compiler")))
+    monkeypatch.setattr(torch, "compile", lambda loss, mode: (_ for _ in ()).throw(RuntimeError("no C++ compiler")))
     assert list(versus.steps(tiny_mae(), None)) == ["eager"]
     assert "torch compiled does not run here: RuntimeError: no C++ compiler" in capsys.readouterr().err
+
+
+def test_cuda_graphs_are_for_gpus(monkeypatch):
+    monkeypatch.setattr(versus, "_tried", lambda stage, teacher, variant: variant)
+    assert list(versus.steps(tiny_mae(), None)) == ["eager", "compiled"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert list(versus.steps(tiny_mae(), None)) == ["eager", "compiled", "graphs"]
 
 
 def test_a_task_without_counterpart():

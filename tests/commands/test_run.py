@@ -47,7 +47,7 @@ def test_a_program_is_compiled_once_and_found_by_the_next_process(tmp_path):
     own = ("JAX_COMPILATION_CACHE", "JAX_PERSISTENT", "JAX_DISABLE_MOST")  # of the tests
     env = {name: value for name, value in environment().items() if not name.startswith(own)}
     stage = "--config.stages.mae_t"
-    short = [f"{stage}.run.epochs=none", f"{stage}.run.steps=10", f"{stage}.optim.warmup_epochs=0"]
+    short = [f"{stage}.run.epochs=none", f"{stage}.run.steps=30", f"{stage}.optim.warmup_epochs=0"]
     cache, steps = tmp_path / "first" / "jax_cache", []
     second = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
     for name, where in (("first", {}), ("second", second)):

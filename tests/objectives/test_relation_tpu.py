@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tests.objectives.exact import check, check_against_pure_jax, operands, run
 from tinymim_jax import forecast, hlo
 from tinymim_jax.objectives import relation_tpu
+from tinymim_jax.objectives.relation_kl import relation_kl
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 
@@ -59,21 +60,18 @@ def test_too_many_tokens_for_the_memory_of_a_kernel():
         jax.eval_shape(relation_tpu.forward, tq, tq, q, q)
 
 
-@jax.custom_vjp
-def loss(tq, tk, q, k):
-    return relation_tpu.forward(tq, tk, q, k)
+def loss(q, k, tq, tk):
+    return relation_kl((tq, tk), (q, k), kernel="pallas").mean()
 
 
-def bwd(grads, cotangent):
-    return None, None, *[(g * cotangent[:, None, None, None]).astype(g.dtype) for g in grads]
+GRADIENT = jax.value_and_grad(loss, argnums=(0, 1))
 
 
-def fwd(*args):
-    kl, *grads = relation_tpu.both(*args)
-    return kl, grads
-
-
-loss.defvjp(fwd, bwd)
+def test_the_loss_takes_the_kernel_on_a_tpu_alone():
+    args = [jax.ShapeDtypeStruct((8, 197, 3, e), jnp.bfloat16) for e in (32, 32, 64, 64)]
+    for platform, calls in (("tpu", 1), ("cpu", 0)):
+        text = jax.jit(GRADIENT).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+        assert text.count("@tpu_custom_call(") == calls
 
 
 def compiled_for_tpu(n, widths, dtype, topology="v5e:2x4"):
@@ -83,8 +81,7 @@ def compiled_for_tpu(n, widths, dtype, topology="v5e:2x4"):
     mesh = jax.sharding.Mesh(devices, ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
     sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     args = [jax.ShapeDtypeStruct((64, n, 12, e), dtype, sharding=sharding) for e in (*widths[:1] * 2, *widths[1:] * 2)]
-    mean = jax.value_and_grad(lambda q, k, *t: jnp.mean(loss(*[x.swapaxes(1, 2) for x in (*t, q, k)])), argnums=(0, 1))
-    return jax.jit(mean).lower(*args[2:], *args[:2]).compile()
+    return jax.jit(GRADIENT).lower(*args[2:], *args[:2]).compile()
 
 
 @pytest.mark.skipif(not HAS_LIBTPU, reason="compiling for a TPU needs libtpu")

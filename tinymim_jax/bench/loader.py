@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import simplejpeg
 
-from tinymim_jax.bench.step import processor
+from tinymim_jax.bench.step import processor, software
 from tinymim_jax.config import Config, Data
 from tinymim_jax.data import pipeline, sources, turbo
 from tinymim_jax.data.augment import load
@@ -50,6 +50,7 @@ def loader(cfg: Config, name: str, rounds: int) -> dict[str, Any]:
         "benchmark": "loader",
         "stage": name,
         "processor": processor(),
+        **software("numpy", "pillow", "simplejpeg", "cykooz-resizer"),
         "cores": cores,
         "image_size": data.image_size,
         "fast_crop": data.fast_crop,

@@ -1,5 +1,6 @@
 """What a training step costs."""
 
+import datetime
 import os
 import platform
 import re
@@ -7,6 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import distributions
 from typing import Any
 
 import jax
@@ -25,6 +27,7 @@ from tinymim_jax.step import create_state, jit_step
 MATMUL_SIZES = {"cpu": 2048, "gpu": 8192, "tpu": 8192}
 CALLS = 10  # of a measurement of a peak: a GPU takes less for one than Python for asking
 COPIED = 2**27  # numbers, more than caches hold
+SETTING = re.compile("XLA_|LIBTPU_|NVIDIA_TF32|MALLOC_|GLIBC_TUNABLES|JAX_(DEFAULT|CPU|DISABLE)")
 
 
 def step(cfg: Config, name: str, rounds: int, vs: str | None = None) -> dict[str, Any]:
@@ -104,14 +107,21 @@ def _in_turn(
 
 
 def conditions() -> dict[str, Any]:
-    """What numbers of two runs may differ in: device, versions, flags."""
+    """What numbers of two runs may differ in: device, versions, variables that set how memory and XLA work."""
     kind = jax.devices()[0].device_kind
     return {
         "device": f"{processor()}, {os.cpu_count()} cores" if kind == "cpu" else kind,
-        "jax": jax.__version__,
-        "jaxlib": jax.lib.__version__,
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        **software("jax", "jaxlib"),
+        "environment": {name: os.environ[name] for name in sorted(os.environ) if SETTING.match(name)},
     }
+
+
+def software(*packages: str) -> dict[str, str]:
+    """The time, and versions of Python and of those packages that are installed."""
+    installed = {d.name.lower(): d.version for d in distributions() if d.name}
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes")
+    found = {name: installed[name] for name in packages if name in installed}
+    return {"time": now, "python": platform.python_version(), **found}
 
 
 def processor() -> str:

@@ -38,11 +38,7 @@ def layer_norm(dtype: jnp.dtype, name: str | None = None) -> nn.LayerNorm:
 
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
-    """The exact GELU, x times the normal distribution's Phi(x), in float32.
-
-    Its derivative is made from x again: automatic differentiation of erfc keeps several arrays of its size, and takes
-    three times as long on a CPU.
-    """
+    """The exact GELU, x times the normal distribution's Phi(x), in float32; only x is kept for its derivative."""
     return (x * _phi(x.astype(jnp.float32))).astype(x.dtype)
 
 
@@ -51,7 +47,8 @@ def _phi(x: jax.Array) -> jax.Array:
 
 
 def _gelu_backward(x: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
-    wide = x.astype(jnp.float32)
+    # Else XLA sees that Phi(x) was known before, and keeps it: a tenth of a distillation's memory on a TPU.
+    wide = jax.lax.optimization_barrier(x).astype(jnp.float32)
     density = jnp.exp(-0.5 * wide * wide) * (2 * jnp.pi) ** -0.5
     return ((grad * (_phi(wide) + wide * density)).astype(x.dtype),)
 

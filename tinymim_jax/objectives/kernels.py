@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
 Arrays = tuple[jax.Array, ...]
+HIDDEN = -1e30  # logit of what is no key; finite, so that the difference of two is 0
 
 
 def per_device(function: Callable[..., Arrays], *arrays: jax.Array) -> Arrays:

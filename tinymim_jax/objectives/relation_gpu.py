@@ -18,14 +18,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from tinymim_jax.objectives.kernels import Arrays, dot, per_device
+from tinymim_jax.objectives.kernels import HIDDEN, Arrays, dot, per_device
 
 Widths = tuple[int, int]  # E of teacher and student
 
 TILE = 16  # the least that Triton multiplies
 ROWS = {2: 64, 4: 32}  # of a block by bytes a number, if BLOCK allows; of 64 float32 rows, registers spill
 BLOCK = 2**15  # bytes of a block of teacher and student; three are held, and Ampere has 99 KiB or more for them
-HIDDEN = -1e30  # logit of what is no key; finite, so that the difference of two is 0
 
 
 def supports(tq: jax.Array, q: jax.Array) -> bool:

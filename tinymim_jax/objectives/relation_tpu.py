@@ -15,12 +15,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from tinymim_jax.objectives.kernels import Arrays, dot, per_device
+from tinymim_jax.objectives.kernels import HIDDEN, Arrays, dot, per_device
 
 LANES = 128
 TILE = 16  # rows of a register of bfloat16
 CHUNK = 512  # keys worked on at a time
-HIDDEN = -1e30  # logit of what is no key; finite, so that the difference of two is 0
 VMEM = 13 * 2**20  # bytes of blocks, of 16 MiB; up to 2.3 were seen to go to what the compiler keeps
 STEP = 4 * 2**20  # up to so many bytes, heads share a step: one costs as much as a small head
 HEADS = 16
