@@ -8,7 +8,7 @@ python -m tinymim_jax run --config=configs/cifar10/chain.py:short,data=PATH --wo
 
 Options: data=PATH, an ImageFolder tree with train/ and test/ (default: tfds' cifar10); short, for a CPU: 5,000 training
 images and narrow models.
-Cost: the preset is sized for one GPU and was not measured; `short` takes 50 minutes on two cores, result in README.md.
+Cost: the preset is sized for one GPU and was not measured; `short` takes about an hour on two cores, result in README.md.
 Expected: no published number at these sizes.
 """
 
@@ -19,7 +19,7 @@ from tinymim_jax.config import Classify, Compare, Config, Data, Decoder, Init, K
 
 SIZES = {"l": (384, 12, 12), "b": (288, 12, 6), "s": (192, 12, 6), "t": (96, 12, 3)}  # width, blocks, heads
 SHORT_SIZES = {"l": (96, 6, 8), "b": (72, 6, 6), "s": (64, 6, 4), "t": (48, 6, 3)}
-PER_CALL = 5  # steps in one dispatch, of the small models: faster by up to a third (BENCHMARKS.md)
+PER_CALL = 5  # steps in one dispatch, of the small models: fine-tuning is a third faster (BENCHMARKS.md)
 MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)
 
 

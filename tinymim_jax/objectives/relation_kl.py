@@ -17,8 +17,8 @@ from tinymim_jax.objectives import relation_gpu, relation_tpu
 
 Pair = tuple[jax.Array, jax.Array]
 Platforms = tuple[str, ...]  # those with a kernel
-DENSE = 512  # up to so many tokens, all rows are one block
-ROWS = 64  # of a block, where there are more tokens; both from BENCHMARKS.md
+DENSE = 256  # up to so many tokens, all rows are one block
+ROWS = 64  # of a block, where there are more tokens; both as BENCHMARKS.md has them of a CPU
 Kernel = Literal["xla", "pallas"]
 KERNELS = {"tpu": relation_tpu, "cuda": relation_gpu}  # by platform
 
