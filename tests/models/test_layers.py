@@ -92,10 +92,12 @@ def test_attention_and_its_gradient_against_float64(route, heads, n, width, scal
         out, pull = jax.vjp(route, q, k, v)
         return out, *pull(cotangent)
 
+    # On the CPU nothing but the results is rounded; elsewhere weights are, too.
+    bound = 2e-5 if dtype == "float32" else 2**-8 if route is layers.attention else 2**-5
     found = jax.jit(both)(*args, cotangent)
     for actual, wanted in zip(found, exact_attention(*map(reference.f64, (*args, cotangent))), strict=True):
         assert actual.dtype == dtype
-        reference.close(reference.f64(actual), wanted, 2e-5 if dtype == "float32" else 2**-5)
+        reference.close(reference.f64(actual), wanted, bound)
 
 
 def heads(n, dtype="float32"):
