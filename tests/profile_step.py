@@ -26,7 +26,7 @@ from tinymim_jax.bench import relation
 from tinymim_jax.bench import step as bench
 from tinymim_jax.commands.flags import new_flags, parse
 from tinymim_jax.config import InputError
-from tinymim_jax.models import layers
+from tinymim_jax.models import layers, vit
 from tinymim_jax.tasks import distill
 from tinymim_jax.tasks.base import STREAMS
 
@@ -78,7 +78,7 @@ PLAIN = {
     "attention": [(layers.ATTENTIONS, kind, plain_attention) for kind in layers.ATTENTIONS],
     "linear layers": [(layers, "Attention", PlainAttention), (layers, "Mlp", PlainMlp)],
     "GELU": [(layers, "gelu", functools.partial(nn.gelu, approximate=False))],
-    "patches": [(jax.lax, "optimization_barrier", lambda x: x)],
+    "patches": [(vit, "optimization_barrier", lambda x: x)],
     "relation loss": [(distill, "relation_kl", plain_kl)],
 }
 

@@ -7,6 +7,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.lax import optimization_barrier
 
 from tinymim_jax import config
 from tinymim_jax.config import InputError
@@ -113,7 +114,7 @@ class VisionTransformer(nn.Module):
             name="patch_embed",
         )
         # Made once: else XLA on the CPU makes each pixel anew, augmentation included, in the gradient of the kernel.
-        patches = jax.lax.optimization_barrier(patches.reshape(-1, values))
+        patches = optimization_barrier(patches.reshape(-1, values))
         x = embed(patches).reshape(len(images), -1, self.width) + patch_pos
         return jnp.concatenate([jnp.broadcast_to(front, (len(x), extra, self.width)), x], axis=1)
 
