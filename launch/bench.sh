@@ -11,7 +11,10 @@
 # loses little. A measurement may take LIMIT seconds (default: 600). STAGES chooses the stages of configs/imagenet/chain.py,
 # BATCHES the batches (default: 128 256 64). The whole set takes hours, one stage at one batch some minutes. One GPU is used:
 # the first, or that of CUDA_VISIBLE_DEVICES. What could not be measured is named, and the exit status is then 1.
-: "${1:?a folder for the results}"
+if [[ $# == 0 || $1 == -* || (-e $1 && ! -d $1) ]]; then
+  echo "error: name a folder for the results first: bash launch/bench.sh results [--rounds=N]" >&2
+  exit 2
+fi
 out=$(realpath -m "$1")
 shift
 if [[ -n ${READY:-} ]]; then
@@ -20,7 +23,6 @@ if [[ -n ${READY:-} ]]; then
 else
   source "$(dirname "$0")/env.sh"
 fi
-mkdir -p "$out"
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-${TMPDIR:-/tmp}/tinymim_jax_bench}
 export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
 backend=$(python -c 'import jax; print(jax.default_backend())') || backend=cpu
@@ -28,6 +30,7 @@ if [[ $backend == cpu ]]; then
   echo "error: jax sees no accelerator here; install it with EXTRAS=cuda or EXTRAS=tpu, or unset JAX_PLATFORMS" >&2
   exit 2
 fi
+mkdir -p "$out"
 vs=()
 python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null && vs=(--vs=torch)
 fused=xla

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by the launch scripts: makes .venv (or $VENV) with this package, once, and activates it.
+# Sourced by the launch scripts, or run by itself: makes .venv (or $VENV) with this package, once, and activates it.
 # PYTHON chooses the interpreter; EXTRAS what else to install, e.g. EXTRAS=cuda,torch.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

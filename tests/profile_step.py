@@ -160,7 +160,8 @@ def main(argv: list[str]) -> None:
     cfg = parse(values, argv)
     stages = [name for name, stage in cfg.stages.items() if stage.task.kind == "distill"]
     if values.stage not in stages:
-        raise InputError(f"--stage={values.stage} is no distillation of the chain; choose one of {', '.join(stages)}")
+        given = f"--stage={values.stage} is no distillation of the chain" if values.stage else "--stage=NAME is needed"
+        raise InputError(f"{given}; choose one of {', '.join(stages)}")
     run = cfg.stages[values.stage].run
     run.batch_size, run.steps_per_call = values.batch_size, 1
     _, plan, mesh = bench.prepared(cfg, values.stage)
@@ -179,8 +180,14 @@ def main(argv: list[str]) -> None:
         seconds = in_turn(values.rounds, part_clock(function, *arguments))
         found[name] = {"s": statistics.median(s for (s,) in seconds)}
         print(f"{name}: {found[name]['s']:.3f} s", file=sys.stderr)
+    asked = {
+        "stage": values.stage,
+        "batch_size": run.batch_size,
+        "dtype": plan.stage.model.dtype,
+        "rounds": values.rounds,
+    }
     found = {"step": {"s": statistics.median(as_it_is)}, **found}
-    print(json.dumps(found, indent=2))
+    print(json.dumps({**asked, **bench.conditions(), "found": found}, indent=2))
 
 
 if __name__ == "__main__":
@@ -189,3 +196,5 @@ if __name__ == "__main__":
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("interrupted")

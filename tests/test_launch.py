@@ -295,6 +295,13 @@ def test_benchmarks_of_a_small_model_on_a_tpu(tmp_path):
     assert not any("cudnn" in line for line in lines) and len(lines) == len(set(lines)) + 2  # scanned, three times
 
 
+@pytest.mark.parametrize("arguments", [[], ["--rounds=1"], [__file__]])
+def test_benchmarks_need_a_folder(arguments):
+    command = ["bash", LAUNCH / "bench.sh", *arguments]
+    done = subprocess.run(command, env={**os.environ, "READY": "1"}, check=False, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: name a folder for the results first")
+
+
 def test_benchmarks_need_an_accelerator(tmp_path):
     env = {
         **os.environ,
@@ -302,5 +309,7 @@ def test_benchmarks_need_an_accelerator(tmp_path):
         "JAX_PLATFORMS": "cpu",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
-    done = subprocess.run(["bash", LAUNCH / "bench.sh", tmp_path], env=env, check=False, capture_output=True, text=True)
+    command = ["bash", LAUNCH / "bench.sh", tmp_path / "out"]
+    done = subprocess.run(command, env=env, check=False, capture_output=True, text=True)
+    assert not (tmp_path / "out").exists()
     assert done.returncode == 2 and done.stderr.startswith("error: jax sees no accelerator here")

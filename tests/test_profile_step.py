@@ -54,7 +54,7 @@ def test_each_plain_piece_computes_the_same_by_another_program(gradient):
 def test_one_json_object(capsys):
     argv = ["--config=tests/tiny_chain.py:steps=1000", "--stage=distill", "--batch_size=4", "--rounds=1"]
     profile_step.main(argv)
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)["found"]
     assert {f"step, plain {name}" for name in [*profile_step.PLAIN, "all"]} < set(found)
     assert all(one["s"] > 0 for one in found.values())
 
@@ -68,7 +68,7 @@ def test_ratios_are_of_plain_steps_to_the_step_as_it_is(monkeypatch, capsys):
     monkeypatch.setattr(profile_step, "step_clock", fake)
     monkeypatch.setattr(profile_step, "parts", lambda *_: {})
     profile_step.main(["--config=tests/tiny_chain.py:steps=1000", "--stage=distill", "--rounds=2"])
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)["found"]
     slow = {"step, plain relation loss", "step, plain all"}
     assert found.pop("step") == {"s": 2.0}
     assert all(

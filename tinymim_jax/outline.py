@@ -191,7 +191,7 @@ def _data(stage: Stage) -> dict[str, str]:
         try:
             lines[f"{what}: {len(sources.open_source(data)):,} images"] = ""
         except InputError as error:
-            lines[f"{what}: not at hand"] = str(error)
+            lines[f"{what}: not at hand, the end says why"] = str(error)
     return lines
 
 

@@ -1,6 +1,7 @@
 """What is wrong with a config, said before anything runs."""
 
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -187,7 +188,7 @@ def _check_ranges(where: str, stage: Stage) -> None:
         "model.neck": (model.neck, model.neck >= 0, "at least 0"),
         "model.patch_size": (model.patch_size, model.patch_size >= 1, "at least 1"),
         "run.steps": (run.steps, run.steps is None or run.steps >= 0, "at least 0"),
-        "run.epochs": (run.epochs, run.epochs is None or run.epochs >= 0, "at least 0"),
+        "run.epochs": (run.epochs, run.epochs is None or 0 <= run.epochs < math.inf, "at least 0, and finite"),
         "run.seed": (run.seed, run.seed >= 0, "at least 0"),
         "run.steps_per_call": (run.steps_per_call, run.steps_per_call >= 1, "at least 1"),
         "run.log_every": (run.log_every, run.log_every >= 1, "at least 1"),
@@ -195,7 +196,10 @@ def _check_ranges(where: str, stage: Stage) -> None:
         "run.max_skipped": (run.max_skipped, run.max_skipped >= 0, "at least 0"),
         "run.eval_every": (run.eval_every, run.eval_every >= 0, "at least 0"),
         "run.keep": (run.keep, run.keep >= 1, "at least 1"),
-        "optim.lr": (optim.lr, optim.lr >= 0, "at least 0"),
+        "optim.lr": (optim.lr, 0 <= optim.lr < math.inf, "at least 0, and finite"),
+        "optim.min_lr": (optim.min_lr, 0 <= optim.min_lr < math.inf, "at least 0, and finite"),
+        "optim.warmup_epochs": (optim.warmup_epochs, 0 <= optim.warmup_epochs < math.inf, "at least 0, and finite"),
+        "optim.weight_decay": (optim.weight_decay, 0 <= optim.weight_decay < math.inf, "at least 0, and finite"),
         "optim.b1": (optim.b1, 0 <= optim.b1 < 1, "at least 0 and below 1"),
         "optim.b2": (optim.b2, 0 <= optim.b2 < 1, "at least 0 and below 1"),
         "optim.momentum": (optim.momentum, 0 <= optim.momentum < 1, "at least 0 and below 1"),

@@ -4,10 +4,15 @@ from tinymim_jax.__main__ import main
 
 
 def test_a_folder_without_results(tmp_path, capsys):
-    assert main(["report", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == (
-        f"error: {tmp_path} has no results.json: it is not the workdir of a run with a finished stage\n"
-    )
+    def said(folder):
+        assert main(["report", str(folder)]) == 2
+        return capsys.readouterr().err
+
+    nothing = tmp_path / "none"
+    assert said(nothing) == f"error: {nothing} has no results.json: there is no such folder\n"
+    assert said(tmp_path) == f"error: {tmp_path} has no results.json: no run ended there\n"
+    (tmp_path / "chain.json").write_text("{}")
+    assert said(tmp_path).endswith("has no results.json: the run is not at its end; its command goes on\n")
 
 
 def test_a_stage_for_a_workdir(tmp_path, capsys):

@@ -153,6 +153,14 @@ def reference_gradient(teacher, student):
     return np.einsum("bhnm,bmhe->bnhe", d, k), np.einsum("bhnm,bnhe->bmhe", d, q)
 
 
+def test_more_rows_than_tokens_are_all_of_them():
+    def program(rows):
+        pair = [jax.ShapeDtypeStruct((2, 9, 3, 4), "float32")] * 2
+        return jax.jit(lambda t, s: relation_kl(t, s, rows)).lower(pair, pair).as_text()
+
+    assert program(1000) == program(9) != program(8)
+
+
 def test_memory_grows_with_the_tokens_and_not_with_their_square():
     def extra(tokens):
         arrays = [tuple(jax.ShapeDtypeStruct((1, tokens, 2, 8), jnp.float32) for _ in range(2)) for _ in range(2)]

@@ -22,7 +22,12 @@ def main(argv: list[str]) -> None:
     if (workdir / "stage.json").is_file():
         raise InputError(f"{workdir} is the folder of a stage; give the folder above, {workdir.parent}")
     if not (workdir / "results.json").is_file():
-        raise InputError(f"{workdir} has no results.json: it is not the workdir of a run with a finished stage")
+        why = (
+            "the run is not at its end; its command goes on"
+            if (workdir / "chain.json").is_file()
+            else "no run ended there"
+        )
+        raise InputError(f"{workdir} has no results.json: {why if workdir.is_dir() else 'there is no such folder'}")
 
     from tinymim_jax import report
 

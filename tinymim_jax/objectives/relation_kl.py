@@ -35,7 +35,7 @@ def relation_kl(teacher: Pair, student: Pair, rows: int | None = None, kernel: K
     chex.assert_equal_shape(student)
     chex.assert_equal_shape([teacher[0], student[0]], dims=(0, 1, 2))
     _, n, h, _ = student[0].shape
-    rows = rows or (n if n <= DENSE else ROWS)
+    rows = min(n, rows or (n if n <= DENSE else ROWS))
     # Heads out front make the products plain batched matmuls.
     tq, tk, q, k = (x.swapaxes(1, 2) for x in (*map(jax.lax.stop_gradient, teacher), *student))
     return _kl(rows, with_kernel(kernel, tq, q), tq, tk, q, k) / (h * n)
