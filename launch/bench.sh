@@ -43,19 +43,19 @@ status=0
 measure() {  # NAME, then the arguments of bench
   local file=$out/$1.json failed=0
   shift
-  if [[ ! -s $file ]]; then
-    echo "$file"
-    timeout "${LIMIT:-600}" python -m tinymim_jax bench "$@" > "$file.partial" || failed=$?
-    if ((failed == 124)); then
-      echo "$file: not measured within ${LIMIT:-600} seconds; set LIMIT to more" >&2
-    elif ((failed)); then
-      echo "$file: not measured" >&2
-    else
-      mv "$file.partial" "$file"
-      return
-    fi
-    rm "$file.partial"
-    status=1
+  [[ -s $file ]] && return
+  echo "$file"
+  timeout "${LIMIT:-600}" python -m tinymim_jax bench "$@" > "$file.partial" || failed=$?
+  if ((failed == 0)); then
+    mv "$file.partial" "$file"
+    return
+  fi
+  rm "$file.partial"
+  status=1
+  if ((failed == 124)); then
+    echo "$file: not measured within ${LIMIT:-600} seconds; set LIMIT to more" >&2
+  else
+    echo "$file: not measured" >&2
   fi
 }
 

@@ -295,6 +295,18 @@ def test_benchmarks_of_a_small_model_on_a_tpu(tmp_path):
     assert not any("cudnn" in line for line in lines) and len(lines) == len(set(lines)) + 2  # scanned, three times
 
 
+def test_a_benchmark_that_its_limit_cuts_off(tmp_path):
+    programs = fake_python(tmp_path / "bin")
+    (programs / "timeout").write_text("#!/bin/sh\nexit 124\n")
+    (programs / "timeout").chmod(0o755)
+    own = {"READY": "1", "CALLS": str(tmp_path / "calls"), "BACKEND": "tpu", "STAGES": "mae_l", "BATCHES": "2"}
+    env = {**os.environ, **own, "PATH": f"{programs}:{os.environ['PATH']}", "LIMIT": "5"}
+    command = ["bash", LAUNCH / "bench.sh", tmp_path / "out"]
+    done = subprocess.run(command, env=env, check=False, capture_output=True, text=True)
+    assert done.returncode == 1 and not list((tmp_path / "out").iterdir())
+    assert "step-mae_l-2-xla.json: not measured within 5 seconds; set LIMIT to more" in done.stderr
+
+
 @pytest.mark.parametrize("arguments", [[], ["--rounds=1"], [__file__]])
 def test_benchmarks_need_a_folder(arguments):
     command = ["bash", LAUNCH / "bench.sh", *arguments]
