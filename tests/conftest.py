@@ -16,8 +16,9 @@ import jax
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
-from tinymim_jax import recipes
-from tinymim_jax.config import (
+from tinymim_jax.evals.contract import Evaluator, Predict, measure
+from tinymim_jax.experiment import recipes
+from tinymim_jax.experiment.config import (
     Classification,
     Config,
     Data,
@@ -31,8 +32,7 @@ from tinymim_jax.config import (
     Teacher,
     ViT,
 )
-from tinymim_jax.evals.base import Evaluator, Predict, measure
-from tinymim_jax.mesh import make_mesh
+from tinymim_jax.runtime.sharding import make_mesh
 
 TRAIN = Data("digits", image_size=16, per_class=4, hflip=0.0)
 TEST = dataclasses.replace(TRAIN, split="test", transform="eval", crop_pct=1.0)
@@ -98,7 +98,7 @@ def stop_at(monkeypatch):
     import os
     import signal
 
-    from tinymim_jax import progress
+    from tinymim_jax.training import progress
 
     def arrange(step: int) -> None:
         add = progress.Progress.add

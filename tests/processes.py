@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tinymim_jax import checkpoint, handoff
+from tinymim_jax.weights import checkpoint, handoff
 
 ROOT = Path(__file__).parent.parent
 

@@ -21,14 +21,14 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from tinymim_jax import optim
 from tinymim_jax.bench import relation
 from tinymim_jax.bench import step as bench
 from tinymim_jax.commands.flags import new_flags, parse
-from tinymim_jax.config import InputError
 from tinymim_jax.models import layers, vit
+from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.tasks import distill
-from tinymim_jax.tasks.base import STREAMS
+from tinymim_jax.tasks.contract import STREAMS
+from tinymim_jax.training import optim
 
 Clock = Callable[[], float]
 

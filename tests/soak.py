@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 from tests.processes import ROOT, command, environment, log
-from tinymim_jax import checkpoint
+from tinymim_jax.weights import checkpoint
 
 OPTIONS = "steps=12,every=3,workers={}"
 STAGES = ("mae", "distill", "finetune")

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from tinymim_jax import config, outline
-from tinymim_jax.config import Classification, Data, Decoder, Distill, Knn, Mae
-from tinymim_jax.mesh import make_mesh
-from tinymim_jax.stop import Interrupted
-from tinymim_jax.train import run_stage
-from tinymim_jax.validate import check
+from tinymim_jax.experiment import config
+from tinymim_jax.experiment.config import Classification, Data, Decoder, Distill, Knn, Mae
+from tinymim_jax.experiment.validate import check
+from tinymim_jax.planning import dry_run
+from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.runtime.preemption import Interrupted
+from tinymim_jax.runtime.sharding import make_mesh
+from tinymim_jax.training.loop import run_stage
 
 ROOT = Path(__file__).parent.parent / "configs"
 FILES = sorted(str(p.relative_to(ROOT)) for p in ROOT.rglob("*.py"))
@@ -124,7 +126,7 @@ OPTIONS = [
 @pytest.mark.parametrize("name", [*(f for f in FILES if f not in CHAINS), *OPTIONS])
 def test_a_single_stage_runs_and_resumes(name, imagenet, tmp_path, stop_at):
     cfg = shrink_chain(load(name), imagenet)
-    assert "status: would start" in outline.describe_chain(cfg, tmp_path)
+    assert "status: would start" in dry_run.describe_chain(cfg, tmp_path)
     run_interrupted(cfg, tmp_path, stop_at)
 
 
@@ -148,7 +150,7 @@ def test_a_header_gives_command_cost_and_expectation(name):
 
 
 def test_the_plan_of_the_imagenet_chain(tmp_path):
-    text = outline.describe_chain(load("imagenet/chain.py"), tmp_path)
+    text = dry_run.describe_chain(load("imagenet/chain.py"), tmp_path)
     for line in (
         "distill_b: distill, 300 epochs x 312 steps = 93600 steps of 4096 images",
         "optimiser: adamw, lr 0.0024 (0.00015 x 4096 / 256), warm-up 15 epochs, min lr 1e-05",
@@ -184,13 +186,13 @@ def test_every_row_of_the_tables_loads():
     spec.loader.exec_module(tables)
     for row in tables.EXPECTED:
         assert list(check(tables.get_config(f"row={row}")).stages) == [row]
-    with pytest.raises(config.InputError, match="row=x: unknown; choose one of deit_t"):
+    with pytest.raises(InputError, match="row=x: unknown; choose one of deit_t"):
         tables.get_config("row=x")
 
 
 def test_the_short_chain_can_start(tmp_path):
     cfg = shrink_chain(load("cifar10/chain.py:short"))
-    assert outline.describe_chain(cfg, tmp_path).count("status: would start") == len(cfg.stages)
+    assert dry_run.describe_chain(cfg, tmp_path).count("status: would start") == len(cfg.stages)
 
 
 def test_the_first_blocks_are_swept():
@@ -205,5 +207,5 @@ def test_every_small_data_set_loads():
         (stage,) = load(f"imagenet/transfer.py:data_set={name},data=/d,sgd").stages.values()
         assert (stage.data.path, stage.data.split, stage.evals["val"].data.split) == ("/d", "train", "test")
         assert stage.optim.name == "sgd"
-    with pytest.raises(config.InputError, match="unknown data set 'x'; choose one of cifar10, cifar100, flowers, pets"):
+    with pytest.raises(InputError, match="unknown data set 'x'; choose one of cifar10, cifar100, flowers, pets"):
         load("imagenet/transfer.py:data_set=x")

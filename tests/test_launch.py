@@ -11,8 +11,8 @@ import pytest
 
 from tests.processes import ROOT, environment
 from tinymim_jax.__main__ import BAD
-from tinymim_jax.cluster import Cluster, find
-from tinymim_jax.stop import INTERRUPTED, RUN_AGAIN
+from tinymim_jax.runtime.cluster import Cluster, find
+from tinymim_jax.runtime.preemption import INTERRUPTED, RUN_AGAIN
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch", ROOT / ".ci" / "run"]

@@ -5,8 +5,8 @@ import sys
 import pytest
 
 from tinymim_jax.__main__ import COMMANDS, main
-from tinymim_jax.serial import InputError
-from tinymim_jax.stop import Interrupted
+from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.runtime.preemption import Interrupted
 
 
 def test_help_lists_every_command(capsys):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import tinymim_jax
-from tinymim_jax.config import InputError
-from tinymim_jax.train import run_stage
+from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.training.loop import run_stage
 
 
 def test_importing_the_package_imports_nothing_heavy():

@@ -19,11 +19,12 @@ torch = pytest.importorskip("torch", reason="parity is measured against PyTorch;
 from tests.reference import files
 from tests.reference import mae as torch_mae
 from tests.reference import vit as torch_vit
-from tinymim_jax import config, handoff
-from tinymim_jax.bridge import convert, names
-from tinymim_jax.config import Decoder, ViT
+from tinymim_jax.bridge import convert, formats
+from tinymim_jax.experiment import config
+from tinymim_jax.experiment.config import Decoder, ViT
 from tinymim_jax.models import layers, mae, posembed, vit
 from tinymim_jax.objectives import losses
+from tinymim_jax.weights import handoff
 
 torch.set_num_threads(1)  # of models this small, threads only wait for each other
 
@@ -53,7 +54,9 @@ def reference_mae(cfg: ViT, task: config.Mae, seed: int = 0) -> torch_mae.MAE:
 def in_our_layout(tensors: dict[str, Any], shapes: Any) -> dict[str, np.ndarray]:
     """{our key: array} of PyTorch's weights or gradients, for every key of `shapes`."""
     flat = handoff.flatten(shapes)
-    return {key: names.from_mae(key, tensors[names.mae_name(key)].numpy(), leaf.shape) for key, leaf in flat.items()}
+    return {
+        key: formats.from_mae(key, tensors[formats.mae_name(key)].numpy(), leaf.shape) for key, leaf in flat.items()
+    }
 
 
 def params_of(model: torch.nn.Module, shapes: Any) -> Any:

@@ -30,14 +30,16 @@ from tests.test_parity import (
     reference_mae,
     reference_vit,
 )
-from tinymim_jax import config, handoff, optim, recipes
-from tinymim_jax.bridge import names
-from tinymim_jax.config import Init, Run, Teacher, ViT
+from tinymim_jax.bridge import formats
 from tinymim_jax.data import pipeline, sources
-from tinymim_jax.mesh import make_mesh
-from tinymim_jax.plan import Plan, make_plan
-from tinymim_jax.step import TrainState, make_train_step
-from tinymim_jax.tasks.base import STREAMS
+from tinymim_jax.experiment import config, recipes
+from tinymim_jax.experiment.config import Init, Run, Teacher, ViT
+from tinymim_jax.runtime.sharding import make_mesh
+from tinymim_jax.tasks.contract import STREAMS
+from tinymim_jax.training import optim
+from tinymim_jax.training.setup import StageSetup, make_setup
+from tinymim_jax.training.step import TrainState, make_train_step
+from tinymim_jax.weights import handoff
 
 KINDS = ("mae", "distill", "classify")
 STEPS, BATCH, IMAGES = 50, 8, 80  # ten steps an epoch
@@ -51,7 +53,7 @@ RNG = jax.random.key(3)
 class Pair:
     """A stage here and its model in PyTorch, with the same weights."""
 
-    plan: Plan
+    plan: StageSetup
     model: torch.nn.Module
     teacher: torch.nn.Module | None = None
 
@@ -76,13 +78,13 @@ class Pair:
         return torch.nn.functional.cross_entropy(model(images).logits, labels, label_smoothing=0.1)
 
 
-def plan_of(stage: config.Stage, teacher: ViT | None = None, lr: float = 2e-3) -> Plan:
+def plan_of(stage: config.Stage, teacher: ViT | None = None, lr: float = 2e-3) -> StageSetup:
     """The recipe for fifty steps, without what draws random numbers, MAE's mask aside."""
     for name in {"mixup", "cutmix", "erasing", "color_jitter"} & set(vars(stage.task)):
         setattr(stage.task, name, 0.0)
     stage.data, stage.run = TRAIN, Run(batch_size=BATCH, steps=STEPS)
     stage.optim = dataclasses.replace(stage.optim, lr=lr, lr_batch=None, min_lr=1e-5, warmup_epochs=1.0)
-    return make_plan(stage, teacher, IMAGES)
+    return make_setup(stage, teacher, IMAGES)
 
 
 @functools.cache
@@ -134,7 +136,7 @@ def test_gradient_of_every_parameter(kind):
     both.model.zero_grad()
     both.reference_loss(both.model, batch, 0).backward()
     grads = {name: p.grad for name, p in both.model.named_parameters()}
-    trained = {key: g for key, g in ours.items() if grads[names.mae_name(key)] is not None}
+    trained = {key: g for key, g in ours.items() if grads[formats.mae_name(key)] is not None}
     assert set(ours) - set(trained) == set(both.plan.untrained())
     assert not any(np.any(g) for key, g in ours.items() if key not in trained)
     assert_close(trained, in_our_layout(grads, flax.traverse_util.unflatten_dict(trained, sep="/")), 1e-4)
@@ -245,7 +247,7 @@ RECIPES = ("mae", "distill", "finetune", "finetune TinyMIM*")
 def test_learning_rate_of_every_step(kind, steps_per_epoch):
     stage = recipe(kind)[0]
     cfg, run = stage.optim, stage.run
-    plan = make_plan(stage, recipe(kind)[1], steps_per_epoch * run.batch_size)
+    plan = make_setup(stage, recipe(kind)[1], steps_per_epoch * run.batch_size)
     steps = np.arange(plan.total_steps)
     peak = cfg.lr * run.batch_size / 256
     theirs = [
@@ -261,10 +263,10 @@ def test_learning_rate_of_every_step(kind, steps_per_epoch):
 
 
 @functools.cache
-def treatments(kind: str) -> tuple[Plan, dict[str, tuple[float, float]]]:
+def treatments(kind: str) -> tuple[StageSetup, dict[str, tuple[float, float]]]:
     """Our plan; {our name: (weight decay, factor on the learning rate)} of PyTorch's groups."""
     stage, teacher = recipe(kind)
-    plan = make_plan(stage, teacher, 10**6)
+    plan = make_setup(stage, teacher, 10**6)
     model = reference_mae(stage.model, stage.task) if kind == "mae" else reference_vit(stage.model)
     if kind.startswith("finetune"):
         groups = torch_optim.layer_decay_groups(model, 0.05, 0.65)
@@ -273,7 +275,7 @@ def treatments(kind: str) -> tuple[Plan, dict[str, tuple[float, float]]]:
     found = {id(p): (g["weight_decay"], g.get("lr_scale", 1.0)) for g in groups for p in g["params"]}
     tensors = {name: found.get(id(p)) for name, p in model.named_parameters()}
     assert len(tensors) == len(handoff.flatten(plan.params))
-    return plan, {key: tensors[names.mae_name(key)] for key in handoff.flatten(plan.params)}
+    return plan, {key: tensors[formats.mae_name(key)] for key in handoff.flatten(plan.params)}
 
 
 @pytest.mark.parametrize("kind", RECIPES)

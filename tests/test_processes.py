@@ -13,7 +13,7 @@ import pytest
 
 from tests.processes import difference, finish, free_port, log, run, start
 from tests.test_roll_call import connected
-from tinymim_jax import checkpoint
+from tinymim_jax.weights import checkpoint
 
 STAGES = ("mae", "distill", "finetune")
 

@@ -10,11 +10,11 @@ import pytest
 from tests import profile_step
 from tests.conftest import tiny_distill, tiny_mae
 from tests.processes import ROOT, environment
-from tinymim_jax import optim
-from tinymim_jax.plan import example_batch, make_plan
-from tinymim_jax.step import create_state
 from tinymim_jax.tasks import distill
-from tinymim_jax.tasks.base import STREAMS
+from tinymim_jax.tasks.contract import STREAMS
+from tinymim_jax.training import optim
+from tinymim_jax.training.setup import example_batch, make_setup
+from tinymim_jax.training.step import create_state
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def gradient():
     """A function that gives the text of the program for a distillation's loss and gradient, and these."""
     stage = tiny_distill()
     stage.model.drop_path = 0.0
-    plan = make_plan(stage, tiny_mae().model, 40)
+    plan = make_setup(stage, tiny_mae().model, 40)
     key = jax.random.key(0)
     batch = example_batch(stage)
     batch["image"] = np.random.default_rng(0).integers(0, 256, batch["image"].shape, np.uint8)

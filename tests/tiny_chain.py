@@ -2,10 +2,11 @@
 resident."""
 
 from tests.conftest import tiny_classify, tiny_distill, tiny_mae
-from tinymim_jax import mesh, recipes
-from tinymim_jax.config import Config, Mesh
+from tinymim_jax.experiment import recipes
+from tinymim_jax.experiment.config import Config, Mesh
+from tinymim_jax.runtime import sharding
 
-mesh.FSDP_MIN_SIZE = 64  # so that small arrays are split too
+sharding.FSDP_MIN_SIZE = 64  # so that small arrays are split too
 
 
 def get_config(arg: str = "") -> Config:

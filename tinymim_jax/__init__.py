@@ -16,6 +16,6 @@ def load(path: str | Path) -> tuple["VisionTransformer", dict[str, Any]]:
     `tokens` [B, N, D], `trace[12].q` [B, N, H, E], and `logits` [B, C] if the model has a head.
     Raises `config.InputError` if `path` is not the folder of a finished stage.
     """
-    from tinymim_jax import handoff  # jax and orbax are imported when first needed
+    from tinymim_jax.weights import handoff  # jax and orbax are imported when first needed
 
     return handoff.load(path)

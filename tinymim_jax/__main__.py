@@ -8,9 +8,9 @@ import traceback
 
 import absl.logging
 
-from tinymim_jax import storage
-from tinymim_jax.serial import InputError, Unavailable
-from tinymim_jax.stop import INTERRUPTED, Interrupted
+from tinymim_jax.runtime import storage
+from tinymim_jax.runtime.errors import InputError, Unavailable
+from tinymim_jax.runtime.preemption import INTERRUPTED, Interrupted
 
 BUG, BAD = 1, 2  # exit status
 UNAVAILABLE = 74  # EX_IOERR

@@ -14,8 +14,8 @@ Expected: no published number at these sizes.
 
 import dataclasses
 
-from tinymim_jax import recipes
-from tinymim_jax.config import Classify, Compare, Config, Data, Decoder, Init, Knn, Stage, Teacher, ViT
+from tinymim_jax.experiment import recipes
+from tinymim_jax.experiment.config import Classify, Compare, Config, Data, Decoder, Init, Knn, Stage, Teacher, ViT
 
 SIZES = {"l": (384, 12, 12), "b": (288, 12, 6), "s": (192, 12, 6), "t": (96, 12, 3)}  # width, blocks, heads
 SHORT_SIZES = {"l": (96, 6, 8), "b": (72, 6, 6), "s": (64, 6, 4), "t": (48, 6, 3)}

@@ -11,8 +11,8 @@ import dataclasses
 import importlib.util
 from pathlib import Path
 
-from tinymim_jax import recipes
-from tinymim_jax.config import Compare, Config
+from tinymim_jax.experiment import recipes
+from tinymim_jax.experiment.config import Compare, Config
 
 
 def get_config(arg: str = "") -> Config:

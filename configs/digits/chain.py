@@ -9,8 +9,21 @@ seeds (labels, order, initial head) each. Cost and result: the table in README.m
 
 import dataclasses
 
-from tinymim_jax import recipes
-from tinymim_jax.config import Classify, Compare, Config, Data, Decoder, Init, Knn, Optim, Run, Stage, Teacher, ViT
+from tinymim_jax.experiment import recipes
+from tinymim_jax.experiment.config import (
+    Classify,
+    Compare,
+    Config,
+    Data,
+    Decoder,
+    Init,
+    Knn,
+    Optim,
+    Run,
+    Stage,
+    Teacher,
+    ViT,
+)
 
 SEEDS = 5
 LABELS_PER_CLASS = 10

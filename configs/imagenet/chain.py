@@ -11,7 +11,7 @@ Cost: not measured here. By matmul FLOPs (`bench step`), mae_l is by far the lon
 Expected: ImageNet top-1 85.0 (B), 83.0 (S), 75.8 (T), TinyMIM Tables 3 and 8.
 """
 
-from tinymim_jax import config, recipes
+from tinymim_jax.experiment import config, recipes
 
 LINKS = (("large", "mae_l", "base"), ("base", "distill_b", "small"), ("small", "distill_s", "tiny"))
 

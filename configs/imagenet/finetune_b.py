@@ -8,7 +8,7 @@ code, the released code's values.
 Cost: not measured here. Expected: 85.0 % top-1 (TinyMIM Table 3; users of the released code report 84.7).
 """
 
-from tinymim_jax import config, recipes
+from tinymim_jax.experiment import config, recipes
 
 
 def get_config(arg: str = "") -> config.Config:

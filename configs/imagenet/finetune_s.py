@@ -7,7 +7,7 @@ tree with train/ and val/ (default tfds' imagenet2012); code, the released code'
 Cost: not measured here. Expected: 83.0 % top-1 (TinyMIM Table 3).
 """
 
-from tinymim_jax import config, recipes
+from tinymim_jax.experiment import config, recipes
 
 
 def get_config(arg: str = "") -> config.Config:

@@ -8,7 +8,7 @@ Cost: not measured. Expected: 67.8, 76.0 and 77.2 % top-1 for MAE-B, L and H (MA
 `eval --suite=probe` for it, which takes the block before.
 """
 
-from tinymim_jax import config, recipes
+from tinymim_jax.experiment import config, recipes
 
 
 def get_config(arg: str = "") -> config.Config:

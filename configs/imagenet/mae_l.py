@@ -6,7 +6,7 @@ Option data=PATH: an ImageFolder tree with train/ and val/; without it, tfds' im
 Cost: not measured here. Expected: 85.9 % top-1 after fine-tuning (MAE, FINETUNE.md).
 """
 
-from tinymim_jax import config, recipes
+from tinymim_jax.experiment import config, recipes
 
 
 def get_config(arg: str = "") -> config.Config:

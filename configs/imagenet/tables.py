@@ -12,8 +12,9 @@ feature distillation are not here.
 
 import dataclasses
 
-from tinymim_jax import recipes
-from tinymim_jax.config import Config, Init, InputError
+from tinymim_jax.experiment import recipes
+from tinymim_jax.experiment.config import Config, Init
+from tinymim_jax.runtime.errors import InputError
 
 EXPECTED = {  # row: top-1 on ImageNet-1K, tolerance, source
     "deit_t": (72.2, 0.3, "Table 8"),

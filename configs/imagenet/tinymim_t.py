@@ -7,7 +7,7 @@ tree with train/ and val/ (default tfds' imagenet2012); short, 100 epochs; code,
 Cost: not measured here. Expected: 75.8 % top-1 after configs/imagenet/finetune_t.py (TinyMIM Table 3).
 """
 
-from tinymim_jax import config, recipes
+from tinymim_jax.experiment import config, recipes
 
 
 def get_config(arg: str = "") -> config.Config:

@@ -7,7 +7,7 @@ ImageFolder tree with train/ and test/ (default: tfds); sgd, MAE-Lite's recipe (
 Cost: not measured. Expected: no published number with these models.
 """
 
-from tinymim_jax import config, recipes
+from tinymim_jax.experiment import config, recipes
 
 
 def get_config(arg: str = "") -> config.Config:

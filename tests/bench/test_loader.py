@@ -10,8 +10,9 @@ from PIL import Image
 from tests.conftest import tiny_mae
 from tinymim_jax.__main__ import main
 from tinymim_jax.bench import loader
-from tinymim_jax.config import Config, Data, InputError
-from tinymim_jax.data import decode, turbo
+from tinymim_jax.data import decode, fast_jpeg
+from tinymim_jax.experiment.config import Config, Data
+from tinymim_jax.runtime.errors import InputError
 
 DIGITS = "--config=configs/digits/chain.py"
 
@@ -72,5 +73,5 @@ def test_the_limit_is_a_whole_image(tree):
         np.testing.assert_array_equal(loader._decode(content, "x", 0), decode.decode(content, "x"))
     buffer = io.BytesIO()
     Image.fromarray(np.zeros((4, 5, 3), np.uint8)).save(buffer, "PNG")
-    assert turbo.read_header(buffer.getvalue()) is None
+    assert fast_jpeg.read_header(buffer.getvalue()) is None
     assert loader._decode(buffer.getvalue(), "x", 0).shape == (4, 5, 3)

@@ -6,7 +6,7 @@ import pytest
 from tests.conftest import tiny_classify, tiny_distill, tiny_mae
 from tinymim_jax.__main__ import main
 from tinymim_jax.bench import step
-from tinymim_jax.plan import make_plan
+from tinymim_jax.training.setup import make_setup
 
 DIGITS = "--config=configs/digits/chain.py"
 
@@ -29,7 +29,7 @@ def test_step_prints_one_json_object(capsys, monkeypatch):
     ("stage", "teacher"), [(tiny_mae(), None), (tiny_distill(), tiny_mae().model), (tiny_classify(), None)]
 )
 def test_every_task_can_be_timed(stage, teacher, mesh):
-    compiled, arguments = step.compile_step(make_plan(stage, teacher, 40), mesh)
+    compiled, arguments = step.compile_step(make_setup(stage, teacher, 40), mesh)
     for _ in range(2):
         arguments, seconds = step.timed_step(compiled, arguments)
         assert seconds > 0

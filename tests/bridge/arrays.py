@@ -5,12 +5,13 @@ import functools
 import numpy as np
 import pytest
 
-from tinymim_jax import config, handoff
-from tinymim_jax.bridge import convert, layout, names
+from tinymim_jax.bridge import convert, formats, layout
 from tinymim_jax.bridge.files import Source
 from tinymim_jax.bridge.layout import Told
-from tinymim_jax.config import InputError
+from tinymim_jax.experiment import config
 from tinymim_jax.models import posembed
+from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.weights import handoff
 
 SMALL = {"image_size": 16, "patch_size": 8}
 HF = {"architectures": ["ViTModel"], "num_attention_heads": 3}
@@ -25,7 +26,7 @@ def weights(width=24, depth=2, decoder=None, **model):
 def _weights(decoder, **model):
     cfg = config.ViT(**model)
     shapes = handoff.shapes(convert.shapes(cfg, decoder and config.Decoder(*decoder)))
-    arrays = {names.mae_name(key): names.to_mae(key, np.ones(shape, np.float32)) for key, shape in shapes.items()}
+    arrays = {formats.mae_name(key): formats.to_mae(key, np.ones(shape, np.float32)) for key, shape in shapes.items()}
     grid = cfg.image_size // cfg.patch_size
     return arrays | {"pos_embed": posembed.sincos(grid, cfg.width, 1 + cfg.dist_token)}
 
@@ -37,7 +38,7 @@ def star(**model):
 def to_hf(arrays, prefix="vit."):
     split = {}
     for name, array in arrays.items():
-        parts = names.hf_names(name, prefix)
+        parts = formats.hf_names(name, prefix)
         split |= dict(zip(parts, np.split(array, len(parts)), strict=True))
     return split
 

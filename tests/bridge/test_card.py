@@ -8,13 +8,15 @@ import pytest
 from tests.bridge.test_export import TEACHER, random_params, stage
 from tests.conftest import tiny_classify, tiny_distill, tiny_mae
 from tests.test_handoff import write_stage
-from tinymim_jax import config, handoff
 from tinymim_jax.bridge import card, convert
 from tinymim_jax.bridge.export import export
 from tinymim_jax.bridge.layout import Told
-from tinymim_jax.chain import run_chain
-from tinymim_jax.config import Config, InputError
-from tinymim_jax.validate import check
+from tinymim_jax.experiment import config
+from tinymim_jax.experiment.config import Config
+from tinymim_jax.experiment.validate import check
+from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.training.chain import run_chain
+from tinymim_jax.weights import handoff
 
 MAE = "MAE pre-training, 4 steps of digits, batch 8"
 DISTILL = "relation distillation (TinyMIM), student block 2, 4 steps of digits, batch 8"

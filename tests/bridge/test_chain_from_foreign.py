@@ -12,11 +12,13 @@ import torch
 from tests.conftest import IMAGE, tiny_classify, tiny_distill, tiny_mae
 from tests.reference import files, mae, vit
 from tests.test_chain import snapshot
-from tinymim_jax import chain as chain_lib
-from tinymim_jax import handoff, outline
 from tinymim_jax.bridge import convert
-from tinymim_jax.config import Config, Init, InputError
-from tinymim_jax.validate import check
+from tinymim_jax.experiment.config import Config, Init
+from tinymim_jax.experiment.validate import check
+from tinymim_jax.planning import dry_run
+from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.training import chain as chain_lib
+from tinymim_jax.weights import handoff
 
 TEACHER = vit.Config(24, 3, 6, last_block_heads=12, **IMAGE)
 NAME = "tinymim_vit_tiny_patch16"  # whose 6 and 12 heads are known
@@ -54,10 +56,10 @@ def classifier(path):
 def test_a_dry_run_touches_nothing(tmp_path):
     path = write(tmp_path / "files" / "x.pth")
     before = snapshot(tmp_path)
-    text = outline.describe_chain(config(path, finetune=True), tmp_path / "work")
+    text = dry_run.describe_chain(config(path, finetune=True), tmp_path / "work")
     assert f"teacher {path}: block 2 of 3, 6 heads" in text
     assert "skipped: encoder/block3, encoder/norm" in text
-    text = outline.describe_chain(classifier(path), tmp_path / "work")
+    text = dry_run.describe_chain(classifier(path), tmp_path / "work")
     assert f"init from {path}" in text
     assert "regrouped 12 -> 6 heads: encoder/block3/attn/qkv" in text
     assert "not trained by the source: " in text and "encoder/block3/mlp" in text
@@ -106,7 +108,7 @@ def test_the_file_may_be_gone_afterwards(tmp_path):
     chain_lib.convert_sources(config(path), ["distill"], workdir)
     path.unlink()
     before = snapshot(converted(path, workdir))
-    assert "block 2 of 3, 6 heads" in outline.describe_chain(config(path), workdir)
+    assert "block 2 of 3, 6 heads" in dry_run.describe_chain(config(path), workdir)
     assert chain_lib.run_chain(config(path), workdir)["stages"]["distill"]["loss"] > 0
     assert snapshot(converted(path, workdir)) == before
 
@@ -118,12 +120,12 @@ def test_another_file_under_the_same_name_is_an_error(tmp_path):
     write(path, seed=1)
     assert path.stat().st_size == size  # only the contents differ
     message = "stage distill: .*converted/x-.* was converted from another file than .*x.pth; delete it to convert again"
-    for call in (outline.describe_chain, chain_lib.run_chain):
+    for call in (dry_run.describe_chain, chain_lib.run_chain):
         with pytest.raises(InputError, match=message):
             call(config(path, finetune=True), workdir)
     assert snapshot(workdir) == before
     write(path)  # the first one again
-    assert "block 2 of 3, 6 heads" in outline.describe_chain(config(path), workdir)
+    assert "block 2 of 3, 6 heads" in dry_run.describe_chain(config(path), workdir)
 
 
 def test_two_files_of_one_name_in_a_chain(tmp_path):
@@ -164,13 +166,13 @@ def test_a_folder_is_converted_too_and_may_be_gone_afterwards(tmp_path, capsys):
     (path / "config.json").write_text('{"architecture": "vit_base_patch16_224", "model_args": {"num_heads": 6}}')
     folder = converted(path, workdir)
     assert folder.name.startswith("vit.small-")
-    assert f"teacher {path}: block 2 of 3, 6 heads" in outline.describe_chain(config(path), workdir)
+    assert f"teacher {path}: block 2 of 3, 6 heads" in dry_run.describe_chain(config(path), workdir)
     chain_lib.convert_sources(config(path), ["distill"], workdir)
     assert f"converted into {folder}" in capsys.readouterr().out
     assert handoff.read_model(folder).num_heads == 6
     shutil.rmtree(path)
     assert converted(path, workdir) == folder
-    assert "block 2 of 3, 6 heads" in outline.describe_chain(config(path), workdir)
+    assert "block 2 of 3, 6 heads" in dry_run.describe_chain(config(path), workdir)
 
 
 def test_only_what_is_needed_is_converted(tmp_path):

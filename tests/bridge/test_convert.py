@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 
 import tinymim_jax
 from tests.reference import files, mae, vit
-from tinymim_jax import config, handoff
 from tinymim_jax.bridge import convert, verify
 from tinymim_jax.bridge.layout import Told
-from tinymim_jax.config import InputError
+from tinymim_jax.experiment import config
+from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.weights import handoff
 
 SIZE = {"image_size": 16, "patch_size": 8}
 CFG = vit.Config(24, 2, 3, **SIZE)

@@ -18,11 +18,12 @@ import tinymim_jax
 from tests.reference import mae as reference_mae
 from tests.reference import vit as reference_vit
 from tests.test_handoff import write_stage
-from tinymim_jax import config, handoff
 from tinymim_jax.bridge import convert
 from tinymim_jax.bridge.export import Weights, export
-from tinymim_jax.config import InputError
+from tinymim_jax.experiment import config
 from tinymim_jax.models import mae
+from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.weights import handoff
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 DECODER = config.Decoder(16, 2, 2)

@@ -17,7 +17,7 @@ import torch
 from safetensors.numpy import save_file
 
 from tinymim_jax.bridge import files
-from tinymim_jax.config import InputError
+from tinymim_jax.runtime.errors import InputError
 
 WEIGHTS = {"cls_token": torch.arange(6.0).reshape(1, 1, 6), "norm.weight": torch.ones(6)}
 

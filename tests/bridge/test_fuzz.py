@@ -25,10 +25,10 @@ pytest.importorskip("torch", reason="most of the files are PyTorch's")
 import torch
 
 from tests.reference import files, mae, vit
-from tinymim_jax.bridge import convert, names
+from tinymim_jax.bridge import convert, formats
 from tinymim_jax.bridge import files as bridge_files
 from tinymim_jax.bridge.layout import Told
-from tinymim_jax.config import InputError
+from tinymim_jax.runtime.errors import InputError
 
 SECONDS = 10  # for one file of some kilobytes; the machine may be busy
 CFG = vit.Config(8, 1, 2, image_size=4, patch_size=2)
@@ -108,7 +108,7 @@ def seeds(folder):
 def _to_hf(state):
     split = {}
     for name, tensor in state.items():
-        parts = names.hf_names(name)
+        parts = formats.hf_names(name)
         split |= dict(zip(parts, (t.contiguous() for t in tensor.chunk(len(parts))), strict=True))
     return split
 

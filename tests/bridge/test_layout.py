@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from tests.bridge.arrays import SMALL, rejected, star, to_hf, understand, weights
-from tinymim_jax import config
 from tinymim_jax.bridge import convert
 from tinymim_jax.bridge.layout import IMAGENET, Told
-from tinymim_jax.config import InputError
+from tinymim_jax.experiment import config
+from tinymim_jax.runtime.errors import InputError
 
 # Sizes
 

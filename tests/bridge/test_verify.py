@@ -16,7 +16,7 @@ from tests.reference import files, mae
 from tinymim_jax.bridge import convert, verify
 from tinymim_jax.bridge.layout import Told
 from tinymim_jax.bridge.verify import Difference
-from tinymim_jax.config import InputError
+from tinymim_jax.runtime.errors import InputError
 
 PER_BLOCK = {f"block {i} {part}" for i in (1, 2) for part in ("tokens", "q", "k", "v")}
 

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from tests.reference import files, mae, vit
-from tinymim_jax import handoff
 from tinymim_jax.__main__ import main
+from tinymim_jax.weights import handoff
 
 CFG = vit.Config(24, 2, 3, image_size=16, patch_size=8)
 HEADS = "--num_heads=3"
@@ -121,11 +121,11 @@ def truncated(suffix, share):
 
 def folder(settings, weights=None):
     """A Hugging Face folder `hf` of a whole encoder."""
-    from tinymim_jax.bridge import names
+    from tinymim_jax.bridge import formats
 
     arrays = {}
     for name, tensor in state().items():
-        parts = names.hf_names(name, "")
+        parts = formats.hf_names(name, "")
         arrays |= dict(zip(parts, (t.contiguous() for t in tensor.chunk(len(parts))), strict=True))
     Path("hf").mkdir()
     save_file(arrays if weights is None else weights, "hf/model.safetensors")

@@ -1,6 +1,6 @@
 from tests.conftest import tiny_mae
 from tinymim_jax.__main__ import main
-from tinymim_jax.train import run_stage
+from tinymim_jax.training.loop import run_stage
 
 
 def test_a_checkpoint_is_measured(mesh, tmp_path, capsys):

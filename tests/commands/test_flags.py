@@ -1,7 +1,7 @@
 import pytest
 
 from tinymim_jax.commands.flags import new_flags, parse
-from tinymim_jax.config import InputError
+from tinymim_jax.runtime.errors import InputError
 
 DIGITS = "--config=configs/digits/chain.py"
 

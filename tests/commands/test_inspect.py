@@ -7,8 +7,8 @@ pytest.importorskip("torch", reason="the files that are inspected are PyTorch's"
 from tests.bridge.test_export import random_params, stage
 from tests.reference import files, vit
 from tests.test_handoff import write_stage
-from tinymim_jax import config
 from tinymim_jax.__main__ import main
+from tinymim_jax.experiment import config
 
 TINYMIM = vit.Config(48, 2, 12, last_block_heads=16, image_size=16, patch_size=8)
 

@@ -4,9 +4,10 @@ from PIL import Image
 
 from tinymim_jax.__main__ import main
 from tinymim_jax.commands.prepare import describe
-from tinymim_jax.config import Data, InputError
 from tinymim_jax.data.decode import decode
 from tinymim_jax.data.sources import open_source
+from tinymim_jax.experiment.config import Data
+from tinymim_jax.runtime.errors import InputError
 
 
 @pytest.fixture

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tinymim_jax.config import Data, InputError
-from tinymim_jax.data import augment, turbo
+from tinymim_jax.data import augment, fast_jpeg
 from tinymim_jax.data.decode import decode
+from tinymim_jax.experiment.config import Data
+from tinymim_jax.runtime.errors import InputError
 
 BICUBIC = Image.Resampling.BICUBIC
 
@@ -206,7 +207,7 @@ def test_what_is_no_usual_jpeg_takes_the_exact_route(image):
 
 def test_damage_that_pil_bears_is_borne_with_the_same_crop():
     image = encoded(smooth(64, 64), quality=95)
-    damaged = image[:800] + turbo.END + image[800:]
+    damaged = image[:800] + fast_jpeg.END + image[800:]
     fast, fast_state, exact, exact_state = both(damaged, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))
     np.testing.assert_array_equal(fast, exact)
     assert fast_state == exact_state

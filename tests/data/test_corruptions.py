@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 
-from tinymim_jax.config import Data, InputError
 from tinymim_jax.data import corruptions
 from tinymim_jax.data.pipeline import EvalRows
 from tinymim_jax.data.sources import open_source
+from tinymim_jax.experiment.config import Data
+from tinymim_jax.runtime.errors import InputError
 
 pytest.importorskip("imagecorruptions", reason="corruptions are made by imagecorruptions-imaug, extra [robust]")
 

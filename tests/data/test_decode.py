@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tinymim_jax.config import InputError
 from tinymim_jax.data.decode import decode
+from tinymim_jax.runtime.errors import InputError
 
 
 def encoded(image, kind="PNG", **options):

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinymim_jax.config import Classify
 from tinymim_jax.data import device_augment as da
+from tinymim_jax.experiment.config import Classify
 
 
 def pictures(batch, size=8, seed=0):

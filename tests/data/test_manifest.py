@@ -4,10 +4,11 @@ import pytest
 from etils.epath import Path
 
 from tests.data.conftest import write_shard
-from tinymim_jax.config import Data, InputError
 from tinymim_jax.data import manifest
 from tinymim_jax.data.manifest import Settings
 from tinymim_jax.data.sources import open_source
+from tinymim_jax.experiment.config import Data
+from tinymim_jax.runtime.errors import InputError
 
 DIGITS = Data("digits", split="test")
 

@@ -15,16 +15,17 @@ import pytest
 from PIL import Image
 
 from tests.processes import ROOT
-from tinymim_jax import config
-from tinymim_jax import mesh as mesh_lib
-from tinymim_jax.config import Data, InputError
 from tinymim_jax.data import pipeline
 from tinymim_jax.data.augment import transform
 from tinymim_jax.data.decode import decode
 from tinymim_jax.data.pipeline import EvalRows, TrainRows, epoch_order, eval_batches, image_rng
 from tinymim_jax.data.sources import open_source
-from tinymim_jax.lock import born
-from tinymim_jax.stop import GO_ON, STOP, StopRequest
+from tinymim_jax.experiment import config
+from tinymim_jax.experiment.config import Data
+from tinymim_jax.runtime import sharding as mesh_lib
+from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.runtime.preemption import GO_ON, STOP, StopRequest
+from tinymim_jax.runtime.workdir_lock import born
 
 
 class Numbered:

@@ -13,14 +13,15 @@ from PIL import Image
 
 from tests.data.test_sources import write_tfds
 from tests.data.test_turbo import jpeg, picture
-from tinymim_jax.config import Data, InputError
 from tinymim_jax.data import manifest
 from tinymim_jax.data.decode import decode
 from tinymim_jax.data.manifest import Settings
 from tinymim_jax.data.pipeline import train_rows
 from tinymim_jax.data.prepare import Packer, fit, prepare
 from tinymim_jax.data.sources import open_source
-from tinymim_jax.lock import Lock
+from tinymim_jax.experiment.config import Data
+from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.runtime.workdir_lock import WorkdirLock
 
 SIZES = ((90, 60), (60, 90), (100, 100), (41, 40), (40, 50), (12, 13), (300, 41))
 
@@ -201,7 +202,7 @@ def test_a_bad_image_stops_and_can_then_be_left_out(tree, tmp_path):
 
 def test_one_run_at_a_time(tree, tmp_path):
     (tmp_path / "out").mkdir()
-    with Lock(Path(tmp_path / "out")), pytest.raises(InputError, match="is in use by process"):
+    with WorkdirLock(Path(tmp_path / "out")), pytest.raises(InputError, match="is in use by process"):
         run(tree, tmp_path / "out")
 
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from tinymim_jax.config import InputError
 from tinymim_jax.data import randaugment
 from tinymim_jax.data.randaugment import OPS, Policy, parse, rand_augment
+from tinymim_jax.runtime.errors import InputError
 
 FILL = (124, 116, 104)
 BICUBIC = Image.Resampling.BICUBIC

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tinymim_jax.config import Data, InputError
 from tinymim_jax.data import pipeline, resident, sources
-from tinymim_jax.stop import FAILED, GO_ON, STOP, StopRequest
+from tinymim_jax.experiment.config import Data
+from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.runtime.preemption import FAILED, GO_ON, STOP, StopRequest
 
 DIGITS = Data("digits", image_size=16, crop_scale=(0.3, 1.0), resident=True)
 

@@ -3,10 +3,11 @@ import json
 import pytest
 
 from tests.data.conftest import write_shard
-from tinymim_jax.config import Data, InputError
 from tinymim_jax.data import sources
 from tinymim_jax.data.shards import decode_record, encode_record
 from tinymim_jax.data.sources import open_source
+from tinymim_jax.experiment.config import Data
+from tinymim_jax.runtime.errors import InputError
 
 
 def test_array_record(shards):

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tinymim_jax.config import Data, InputError
 from tinymim_jax.data.sources import open_source
+from tinymim_jax.experiment.config import Data
+from tinymim_jax.runtime.errors import InputError
 
 
 def jpeg(value, kind="JPEG"):

@@ -7,13 +7,15 @@ import pytest
 from sklearn.datasets import load_digits
 
 from tests.conftest import measured
-from tinymim_jax import config, mesh
-from tinymim_jax.config import Data, InputError
 from tinymim_jax.evals.classification import Classification, count_correct, restrict
-from tinymim_jax.tasks.base import Outputs
+from tinymim_jax.experiment import config
+from tinymim_jax.experiment.config import Data
+from tinymim_jax.runtime import sharding
+from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.tasks.contract import Outputs
 
 DIGITS = Data("digits", split="test", image_size=8, transform="eval", crop_pct=1.0)
-ONE = mesh.make_mesh(config.Mesh(), jax.devices()[:1])
+ONE = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
 COUNTS = np.bincount(load_digits().target[1297:1797])  # of each class among the 500
 
 

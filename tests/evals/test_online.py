@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tinymim_jax.config import InputError
 from tinymim_jax.evals.online import Online
+from tinymim_jax.runtime.errors import InputError
 
 STUCK = 60  # seconds: a wait that long has failed
 

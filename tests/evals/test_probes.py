@@ -12,16 +12,18 @@ import numpy as np
 import pytest
 
 from tests.conftest import measured
-from tinymim_jax import config, mesh
-from tinymim_jax.config import Data, InputError
 from tinymim_jax.data.sources import open_source
-from tinymim_jax.evals.base import Batches
+from tinymim_jax.evals.contract import Batches
 from tinymim_jax.evals.probes import Knn, Logistic, extract, knn_predict, stack
-from tinymim_jax.tasks.base import Outputs
+from tinymim_jax.experiment import config
+from tinymim_jax.experiment.config import Data
+from tinymim_jax.runtime import sharding
+from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.tasks.contract import Outputs
 
 QUERIES = Data("digits", split="test", image_size=8, transform="eval", crop_pct=1.0, per_class=6)
 BANK = dataclasses.replace(QUERIES, split="train", per_class=15)
-ONE = mesh.make_mesh(config.Mesh(), jax.devices()[:1])
+ONE = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
 MATRIX = np.random.default_rng(0).normal(size=(64, 5)).astype(np.float32)
 
 
@@ -162,7 +164,7 @@ TWO_PROCESSES = """
         def predict(self, variables, frozen, batch):
             return Outputs(batch["image"].reshape(len(batch["image"]), -1) / 255, jax.nn.one_hot(batch["label"], 10))
 
-    grid = mesh.make_mesh(config.Mesh())
+    grid = sharding.make_mesh(config.Mesh())
     data = Data("digits", split="test", image_size=8, transform="eval", crop_pct=1.0, per_class=3)
     batch = next(iter(Batches(data, 8, grid)))
     features = make_predict(Pixels(), grid)({}, {}, batch).features

@@ -3,14 +3,16 @@ import numpy as np
 import pytest
 
 from tests.conftest import measured
-from tinymim_jax import config, mesh
-from tinymim_jax.config import Data, InputError
 from tinymim_jax.data.corruptions import ALEXNET_ERROR
 from tinymim_jax.evals import robustness
 from tinymim_jax.evals.robustness import Corruptions
-from tinymim_jax.tasks.base import Outputs
+from tinymim_jax.experiment import config
+from tinymim_jax.experiment.config import Data
+from tinymim_jax.runtime import sharding
+from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.tasks.contract import Outputs
 
-ONE = mesh.make_mesh(config.Mesh(), jax.devices()[:1])
+ONE = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
 DIGITS = Data("digits", split="test", image_size=32, transform="eval", crop_pct=1.0, per_class=1)
 
 

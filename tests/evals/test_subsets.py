@@ -3,8 +3,8 @@ import hashlib
 import numpy as np
 import pytest
 
-from tinymim_jax.config import InputError
 from tinymim_jax.evals import subsets
+from tinymim_jax.runtime.errors import InputError
 
 SHA256 = {"imagenet_a": "973e8c3e530b", "imagenet_r": "a1d9a9ace309"}  # of the comma-joined indices
 

@@ -2,8 +2,8 @@ import jax
 import numpy as np
 import pytest
 
-from tinymim_jax import recipes
-from tinymim_jax.config import ViT
+from tinymim_jax.experiment import recipes
+from tinymim_jax.experiment.config import ViT
 from tinymim_jax.models import flops, vit
 from tinymim_jax.objectives.relation_kl import relation_kl
 

@@ -7,8 +7,9 @@ import pytest
 
 from tests.models import reference
 from tests.models.test_vit import flat, is_normal, is_uniform, pictures
-from tinymim_jax import config, recipes
+from tinymim_jax.experiment import config, recipes
 from tinymim_jax.models import mae, posembed
+from tinymim_jax.runtime import codec
 
 TINY = config.ViT(24, 2, 3, image_size=16, patch_size=4)
 DECODER = config.Decoder(16, 2, 4)
@@ -17,7 +18,7 @@ COUNTS = {"base": 111_907_840, "large": 329_541_888}
 
 @functools.cache
 def make(ratio=0.75, **changes):
-    cfg = config.ViT(**{**config.to_dict(TINY), **changes})
+    cfg = config.ViT(**{**codec.to_dict(TINY), **changes})
     model = mae.build(cfg, config.Mae(decoder=DECODER, mask_ratio=ratio))
     return model, reference.random_params(model.init, pictures(), noise())
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from tests.models import reference
-from tinymim_jax import recipes
-from tinymim_jax.config import InputError, ViT
+from tinymim_jax.experiment import recipes
+from tinymim_jax.experiment.config import ViT
 from tinymim_jax.models import posembed, vit
+from tinymim_jax.runtime.errors import InputError
 
 TINY = ViT(24, 3, 3, last_block_heads=6, image_size=16, patch_size=4)
 HEADS = (3, 3, 6)

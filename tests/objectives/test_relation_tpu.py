@@ -8,9 +8,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tests.objectives.exact import check, check_against_pure_jax, operands, run
-from tinymim_jax import forecast, hlo
 from tinymim_jax.objectives import relation_tpu
 from tinymim_jax.objectives.relation_kl import relation_kl
+from tinymim_jax.planning import estimate
+from tinymim_jax.runtime import hlo_stats
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 
@@ -77,7 +78,7 @@ def test_the_loss_takes_the_kernel_on_a_tpu_alone():
 def compiled_for_tpu(n, widths, dtype, topology="v5e:2x4"):
     """Loss and gradient of 8 images on each of 8 devices; tokens before heads, as models have them."""
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # none is run on
-    devices = np.array(forecast.devices_of(topology)).reshape(4, 2)
+    devices = np.array(estimate.devices_of(topology)).reshape(4, 2)
     mesh = jax.sharding.Mesh(devices, ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
     sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     args = [jax.ShapeDtypeStruct((64, n, 12, e), dtype, sharding=sharding) for e in (*widths[:1] * 2, *widths[1:] * 2)]
@@ -95,7 +96,7 @@ def test_compiled_for_tpus(widths, dtype):
         compiled = compiled_for_tpu(n, widths, dtype)
         text = compiled.as_text()
         assert "tpu_custom_call" in text
-        assert set(hlo.collectives(text)) == {"all-reduce"}  # the mean
+        assert set(hlo_stats.collectives(text)) == {"all-reduce"}  # the mean
         memory = compiled.memory_analysis()
         assert memory.temp_size_in_bytes < memory.argument_size_in_bytes + memory.output_size_in_bytes
 

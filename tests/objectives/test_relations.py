@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.models import reference
-from tinymim_jax.config import Distill
+from tinymim_jax.experiment.config import Distill
 from tinymim_jax.objectives import relations
 
 SHAPE = (2, 5, 3, 4)  # B, N, H, E

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 
 from tests.models import reference
-from tinymim_jax import config
+from tinymim_jax.experiment import config
 from tinymim_jax.tasks import make_task
-from tinymim_jax.tasks.base import STREAMS
+from tinymim_jax.tasks.contract import STREAMS
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DATA = config.Data("digits", image_size=16, mean=MEAN, std=STD)

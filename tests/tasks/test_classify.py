@@ -8,10 +8,10 @@ import pytest
 
 from tests.models import reference
 from tests.tasks import stages
-from tinymim_jax import config, recipes
-from tinymim_jax.config import InputError
 from tinymim_jax.data.device_augment import partner
+from tinymim_jax.experiment import config, recipes
 from tinymim_jax.models import flops, vit
+from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.tasks import classify
 
 PLAIN = {"mixup": 0.0, "cutmix": 0.0, "erasing": 0.0}
@@ -169,7 +169,7 @@ TEACHER = config.ViT(24, 2, 3, image_size=16, patch_size=4, pool="mean", num_cla
 
 
 def distilled(labels="hard", **teacher):
-    from tinymim_jax.config import Init, LabelTeacher
+    from tinymim_jax.experiment.config import Init, LabelTeacher
     from tinymim_jax.tasks import make_task
 
     task = config.Classify(**PLAIN, label_smoothing=0.1, teacher=LabelTeacher(Init("t"), labels=labels, **teacher))

@@ -9,10 +9,10 @@ import pytest
 from tests.models import reference
 from tests.tasks import stages
 from tests.tasks.test_base import flops_ratio
-from tinymim_jax import config
-from tinymim_jax.config import InputError
 from tinymim_jax.data import device_augment
+from tinymim_jax.experiment import config
 from tinymim_jax.models import vit
+from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.tasks import distill
 
 

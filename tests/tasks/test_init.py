@@ -5,7 +5,8 @@ import typing
 import pytest
 
 from tests.tasks import stages
-from tinymim_jax import config, tasks
+from tinymim_jax import tasks
+from tinymim_jax.experiment import config
 
 
 def test_every_kind_of_the_config_has_a_task():

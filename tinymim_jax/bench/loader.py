@@ -13,10 +13,10 @@ import numpy as np
 import simplejpeg
 
 from tinymim_jax.bench.step import processor, software
-from tinymim_jax.config import Config, Data
-from tinymim_jax.data import pipeline, sources, turbo
+from tinymim_jax.data import fast_jpeg, pipeline, sources
 from tinymim_jax.data.augment import load
 from tinymim_jax.data.decode import decode
+from tinymim_jax.experiment.config import Config, Data
 
 IMAGES = 300  # of a measurement on one core
 IN_TURN = 50  # of these: noise is shared, caches are those of the kind of work
@@ -72,7 +72,7 @@ def _pipeline(data: Data, source: sources.Source, rounds: int, key: str, decoded
 
 
 def _decode(image: bytes | np.ndarray, name: str, index: int) -> np.ndarray:
-    if isinstance(image, bytes) and turbo.read_header(image) is not None:
+    if isinstance(image, bytes) and fast_jpeg.read_header(image) is not None:
         with contextlib.suppress(ValueError):  # damaged: PIL's to judge
             return simplejpeg.decode_jpeg(image)
     return np.asarray(decode(image, name))

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from tinymim_jax.bench.step import conditions, prepared
-from tinymim_jax.config import Config, InputError
+from tinymim_jax.experiment.config import Config
 from tinymim_jax.models import flops, vit
 from tinymim_jax.objectives.relation_kl import Pair, relation_kl, with_kernel
 from tinymim_jax.objectives.relations import relation_logits
+from tinymim_jax.runtime.errors import InputError
 
 CALLS = 10  # of a measurement: a GPU needs less for one than it takes to ask for it
 

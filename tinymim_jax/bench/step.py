@@ -16,13 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from etils.epath import Path
 
-from tinymim_jax import hlo, outline
-from tinymim_jax import mesh as mesh_lib
-from tinymim_jax.bench import versus
-from tinymim_jax.config import Config, InputError, Stage
+from tinymim_jax.bench import torch_baseline
 from tinymim_jax.data.pipeline import stacked
-from tinymim_jax.plan import Plan, example_batch, make_plan
-from tinymim_jax.step import create_state, jit_step
+from tinymim_jax.experiment.config import Config, Stage
+from tinymim_jax.planning import dry_run
+from tinymim_jax.runtime import hlo_stats
+from tinymim_jax.runtime import sharding as mesh_lib
+from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.training.setup import StageSetup, example_batch, make_setup
+from tinymim_jax.training.step import create_state, jit_step
 
 MATMUL_SIZES = {"cpu": 2048, "gpu": 8192, "tpu": 8192}
 CALLS = 10  # of a measurement of a peak: a GPU takes less for one than Python for asking
@@ -37,18 +39,18 @@ def step(cfg: Config, name: str, rounds: int, vs: str | None = None) -> dict[str
       images_per_s and step_s (medians), model_flops (counted by hand, a step) and xla_flops (what the compiler
       counts), matmul_flops_per_s (measured, same dtype), model_flops_share of it, memory_bytes_per_s (measured, as a
       large array is read and written), peak_memory_bytes. With `vs`, torch_matmul_flops_per_s, and for each of
-      `versus.VARIANTS` its images_per_s and ratio, ours over theirs: the median over rounds.
+      `torch_baseline.VARIANTS` its images_per_s and ratio, ours over theirs: the median over rounds.
     """
     stage, plan, mesh = prepared(cfg, name)
     if vs:
-        versus.check(name, stage, jax.default_backend(), mesh.size)
+        torch_baseline.check(name, stage, jax.default_backend(), mesh.size)
     compiled, arguments = compile_step(plan, mesh)
     arguments, _ = timed_step(compiled, arguments)
     memory = peak_memory(compiled)  # before anything else takes some
     peaks = {"matmul_flops_per_s": matmul(stage.model.dtype), "memory_bytes_per_s": copying()}
     if vs:
-        peaks["torch_matmul_flops_per_s"] = versus.matmul(stage.model.dtype, matmul_size(), CALLS)
-    others = versus.steps(stage, outline.teacher_model(cfg, name, Path(f"runs/{cfg.name}"))) if vs else {}
+        peaks["torch_matmul_flops_per_s"] = torch_baseline.matmul(stage.model.dtype, matmul_size(), CALLS)
+    others = torch_baseline.steps(stage, dry_run.teacher_model(cfg, name, Path(f"runs/{cfg.name}"))) if vs else {}
 
     def ours() -> float:
         nonlocal arguments
@@ -68,7 +70,7 @@ def step(cfg: Config, name: str, rounds: int, vs: str | None = None) -> dict[str
         "images_per_s": stage.run.batch_size / seconds,
         "step_s": seconds,
         "model_flops": model_flops,
-        "xla_flops": hlo.all_flops(compiled) * mesh.size / stage.run.steps_per_call,
+        "xla_flops": hlo_stats.all_flops(compiled) * mesh.size / stage.run.steps_per_call,
         **measured,
         "model_flops_share": model_flops / seconds / measured["matmul_flops_per_s"],
         "peak_memory_bytes": memory,
@@ -91,15 +93,18 @@ def _asked(stage: Stage) -> dict[str, Any]:
 
 
 def _in_turn(
-    rounds: int, ours: Callable[[], float], others: dict[str, versus.TorchStep], peaks: dict[str, Callable[[], float]]
+    rounds: int,
+    ours: Callable[[], float],
+    others: dict[str, torch_baseline.TorchStep],
+    peaks: dict[str, Callable[[], float]],
 ) -> tuple[list[float], list[dict[str, float]], list[dict[str, float]]]:
     """Of each round, the first of which warms up: seconds of our step, those of the others, and what peaks measure."""
     steps, theirs, reached = [], [], []
     for _ in range(rounds + 1):
         if others:
-            ours()  # as in `versus.timed`
+            ours()  # as in `torch_baseline.timed`
         steps.append(ours())
-        theirs.append(versus.timed(others))
+        theirs.append(torch_baseline.timed(others))
         reached.append({name: peak() for name, peak in peaks.items()})
         line = f"{steps[-1]:.3f} s a step, {reached[-1]['matmul_flops_per_s'] / 1e9:.0f} matmul GFLOP/s"
         print(line, *(f"torch {variant} {s:.3f} s" for variant, s in theirs[-1].items()), sep=", ", file=sys.stderr)
@@ -131,7 +136,7 @@ def processor() -> str:
     return name[1] if name else platform.processor() or platform.machine()
 
 
-def _compared(other: versus.TorchStep, ours: list[float], theirs: list[float], stage: Stage) -> dict[str, Any]:
+def _compared(other: torch_baseline.TorchStep, ours: list[float], theirs: list[float], stage: Stage) -> dict[str, Any]:
     seconds = statistics.median(theirs[1:])
     return {
         "ratio": statistics.median(b / a for a, b in zip(ours[1:], theirs[1:], strict=True)),
@@ -173,14 +178,14 @@ def augment(cfg: Config, name: str, rounds: int) -> dict[str, Any]:
     }
 
 
-def prepared(cfg: Config, name: str) -> tuple[Stage, Plan, jax.sharding.Mesh]:
+def prepared(cfg: Config, name: str) -> tuple[Stage, StageSetup, jax.sharding.Mesh]:
     """Stage `name`, its plan for any data, and the mesh."""
     stage = cfg.stages[name]
-    teacher = outline.teacher_model(cfg, name, Path(f"runs/{cfg.name}"))
-    return stage, make_plan(stage, teacher, num_examples=1000 * stage.run.batch_size), mesh_lib.make_mesh(cfg.mesh)
+    teacher = dry_run.teacher_model(cfg, name, Path(f"runs/{cfg.name}"))
+    return stage, make_setup(stage, teacher, num_examples=1000 * stage.run.batch_size), mesh_lib.make_mesh(cfg.mesh)
 
 
-def compile_step(plan: Plan, mesh: jax.sharding.Mesh) -> tuple[Any, tuple]:
+def compile_step(plan: StageSetup, mesh: jax.sharding.Mesh) -> tuple[Any, tuple]:
     """The compiled train step of `plan` and arguments for it: fresh weights, a random teacher, random images.
 
     Images are cropped already, also where the stage's data is resident.

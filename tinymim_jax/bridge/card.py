@@ -4,8 +4,10 @@ from typing import Any
 
 from etils.epath import Path
 
-from tinymim_jax import config, handoff, storage
-from tinymim_jax.config import InputError
+from tinymim_jax.experiment import config
+from tinymim_jax.runtime import storage
+from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.weights import handoff
 
 GONE = "not at hand any more"
 

@@ -17,12 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from etils.epath import Path
 
-from tinymim_jax import checkpoint, config, handoff, storage
-from tinymim_jax.bridge import files, layout, names
+from tinymim_jax.bridge import files, formats, layout
 from tinymim_jax.bridge.layout import Layout, Told
-from tinymim_jax.config import InputError
+from tinymim_jax.experiment import config
 from tinymim_jax.models import mae, vit
-from tinymim_jax.optim import matches
+from tinymim_jax.runtime import codec, storage
+from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.training.optim import matches
+from tinymim_jax.weights import checkpoint, handoff
 
 
 @dataclasses.dataclass
@@ -78,13 +80,13 @@ def _to_ours(found: Layout) -> dict[str, Any]:
     left = dict(found.arrays)
     params = {}
     for key, leaf in handoff.flatten(shapes(found.model, found.decoder)).items():
-        name = names.mae_name(key)
+        name = formats.mae_name(key)
         if name not in left:
             raise InputError(f"there is no {name}, which a {found.kind} checkpoint has")
-        expected = names.to_mae(key, np.broadcast_to(np.float32(0), leaf.shape)).shape
+        expected = formats.to_mae(key, np.broadcast_to(np.float32(0), leaf.shape)).shape
         if left[name].shape != expected:
             raise InputError(f"{name} has shape {list(left[name].shape)}, expected {list(expected)}")
-        params[key] = names.from_mae(key, left.pop(name), leaf.shape)
+        params[key] = formats.from_mae(key, left.pop(name), leaf.shape)
     if left:
         more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
         raise InputError(
@@ -174,8 +176,8 @@ def describe(converted: Converted) -> dict[str, Any]:
     found, path = converted.layout, converted.source.path
     origin = {"file": str(path), "bytes": os.stat(path).st_size, "sha256": files.sha256(path), "kind": found.kind}
     facts = {
-        "model": config.to_dict(found.model),
-        "decoder": config.to_dict(found.decoder),
+        "model": codec.to_dict(found.model),
+        "decoder": codec.to_dict(found.decoder),
         "norm_pix_loss": found.norm_pix_loss,
         "preprocessing": found.preprocessing,
         "preprocessing_is_stated": found.is_stated,

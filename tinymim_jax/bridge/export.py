@@ -11,12 +11,14 @@ import jax
 import numpy as np
 from etils.epath import Path
 
-from tinymim_jax import config, handoff, storage
-from tinymim_jax.bridge import card, names
+from tinymim_jax.bridge import card, formats
 from tinymim_jax.bridge.convert import new_folder
 from tinymim_jax.bridge.layout import IMAGENET
-from tinymim_jax.config import InputError
+from tinymim_jax.experiment import config
 from tinymim_jax.models import vit
+from tinymim_jax.runtime import codec, storage
+from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.weights import handoff
 
 TIMM = {(192, 16): "vit_tiny_patch16_224", (384, 16): "vit_small_patch16_224", (768, 16): "vit_base_patch16_224",
         (1024, 16): "vit_large_patch16_224", (1280, 14): "vit_huge_patch14_224"}  # fmt: skip
@@ -31,7 +33,7 @@ class Weights:
         folder = storage.absolute(folder)  # what it was made from lies beside it
         self.folder, self.model = folder, handoff.read_model(folder)
         params = handoff.flatten(handoff.read_params(folder))
-        self.arrays = {names.mae_name(key): np.ascontiguousarray(names.to_mae(key, a)) for key, a in params.items()}
+        self.arrays = {formats.mae_name(key): np.ascontiguousarray(formats.to_mae(key, a)) for key, a in params.items()}
         converted = handoff.read_converted(folder)
         if converted:
             self.decoder, self.norm_pix = converted["decoder"], converted["norm_pix_loss"]
@@ -40,11 +42,11 @@ class Weights:
         else:
             stage = handoff.read_stage(folder)
             is_mae = isinstance(stage.task, config.Mae)
-            self.decoder = config.to_dict(stage.task.decoder) if is_mae else None
+            self.decoder = codec.to_dict(stage.task.decoder) if is_mae else None
             self.norm_pix = stage.task.norm_pix_loss if is_mae else None
             self.mask_ratio = stage.task.mask_ratio if is_mae else None
             self.pixels = {
-                key: config.to_dict(getattr(stage.data, key)) for key in (*IMAGENET, "interpolation", "crop_pct")
+                key: codec.to_dict(getattr(stage.data, key)) for key in (*IMAGENET, "interpolation", "crop_pct")
             }
         last = self.model.last_block_heads
         self.regrouped = regroup_heads and last not in (None, self.model.num_heads)
@@ -168,7 +170,7 @@ def _hf_arrays(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarr
     """By Hugging Face's names, q, k and v apart."""
     split = {}
     for name, array in arrays.items():
-        parts = names.hf_names(name, prefix)
+        parts = formats.hf_names(name, prefix)
         split |= dict(zip(parts, np.split(array, len(parts)) if len(parts) > 1 else [array], strict=True))
     return split
 
@@ -193,7 +195,7 @@ def to_mae(weights: Weights, folder: Path) -> str:
     model = dataclasses.replace(weights.model, last_block_heads=None) if weights.regrouped else weights.model
     settings = {
         "made_by": "tinymim_jax",
-        "model": config.to_dict(model),
+        "model": codec.to_dict(model),
         "decoder": weights.decoder,
         "norm_pix_loss": weights.norm_pix,
         "preprocessing": weights.pixels,

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from etils.epath import Path
 
-from tinymim_jax import storage
-from tinymim_jax.config import InputError
-from tinymim_jax.handoff import WEIGHTS
+from tinymim_jax.runtime import storage
+from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.weights.handoff import WEIGHTS
 
 CONTAINERS = ("model", "state_dict", "model_state")  # entries of a .pth that hold the weights
 BESIDE = {

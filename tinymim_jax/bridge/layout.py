@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from tinymim_jax.bridge import known, spelling
+from tinymim_jax.bridge import key_names, known_checkpoints
 from tinymim_jax.bridge.files import Source, printable
-from tinymim_jax.config import Decoder, InputError, ViT, from_dict
+from tinymim_jax.experiment.config import Decoder, ViT
 from tinymim_jax.models import posembed
+from tinymim_jax.runtime.codec import from_dict
+from tinymim_jax.runtime.errors import InputError
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 TIMM_ARGS = {  # of model_args, those that this project's ViT has, or that change no number
@@ -52,19 +54,19 @@ class Layout:
 
 def understand(source: Source, arrays: dict[str, np.ndarray], told: Told) -> Layout:
     """Works out what `arrays` are; raises InputError on keys or shapes that are of no known checkpoint."""
-    is_mae_lite = any(key.startswith(spelling.MAE_LITE_PREFIX) for key in arrays)
-    arrays, ignored = spelling.spell(source, arrays)
+    is_mae_lite = any(key.startswith(key_names.MAE_LITE_PREFIX) for key in arrays)
+    arrays, ignored = key_names.spell(source, arrays)
     widths = [arrays[k].shape[:1] for k in ("patch_embed.proj.weight", "decoder_embed.weight") if k in arrays]
-    is_mae_lite |= sum(widths, ()) in known.MAE_LITE
+    is_mae_lite |= sum(widths, ()) in known_checkpoints.MAE_LITE
     notes: list[str] = []
-    if dropped := spelling.drop_training_block(arrays):
+    if dropped := key_names.drop_training_block(arrays):
         notes.append("its norm was trained on the output of block 8, which D2-MAE's decoder read")
     model = _model(arrays, source, is_mae_lite or bool(dropped), told, notes)
     decoder = _decoder(arrays, source, model, told, notes)
-    kind = printable(known.kind(arrays, source, is_mae_lite or bool(dropped)))
+    kind = printable(known_checkpoints.kind(arrays, source, is_mae_lite or bool(dropped)))
     norm_pix = None
     if decoder is not None:
-        norm_pix, who = known.norm_pix(source.settings, is_mae_lite, told.norm_pix)
+        norm_pix, who = known_checkpoints.norm_pix(source.settings, is_mae_lite, told.norm_pix)
         notes.append(f"the decoder gives {'normalised' if norm_pix else 'plain'} pixels, {who}")
     untrained: tuple[str, ...] = ()
     if kind == "TinyMIM, pre-trained":
@@ -76,7 +78,7 @@ def understand(source: Source, arrays: dict[str, np.ndarray], told: Told) -> Lay
     preprocessing, is_stated = _preprocessing(source, notes)
     return Layout(
         kind, model, decoder, norm_pix, arrays, {**source.beside, **ignored, **dropped}, notes, untrained,
-        known.licence(kind), preprocessing, is_stated, made_from,
+        known_checkpoints.licence(kind), preprocessing, is_stated, made_from,
     )  # fmt: skip
 
 
@@ -102,7 +104,7 @@ def _model(arrays: dict[str, np.ndarray], source: Source, is_mae_lite: bool, tol
             f"patch_embed.proj.weight is for {channels} channels and patches of {patch} x {patch_w};"
             " only 3 channels and square patches are supported"
         )
-    depth, dist = spelling.depth(arrays, "blocks"), "dist_token" in arrays
+    depth, dist = key_names.depth(arrays, "blocks"), "dist_token" in arrays
     if not depth:
         raise InputError("the blocks are not numbered from 0 without gaps: this is not a whole vision transformer")
     num_patches = _shape(arrays, "pos_embed", 3)[1] - 1 - dist
@@ -184,7 +186,7 @@ def _heads(
     source: Source, ours: ViT | None, width: int, is_mae_lite: bool, has_neck: bool, told: Told, notes: list[str]
 ) -> tuple[int, int | None]:
     """Heads of the blocks, and of the last one if they differ; shapes do not show them."""
-    heads, last, who = known.heads(source, ours, width, is_mae_lite, has_neck, told.num_heads)
+    heads, last, who = known_checkpoints.heads(source, ours, width, is_mae_lite, has_neck, told.num_heads)
     last = last if told.last_block_heads is None else told.last_block_heads
     for number in (heads, last):
         if number is not None and (number < 1 or width % number):
@@ -198,8 +200,8 @@ def _heads(
 def _decoder(arrays: dict[str, np.ndarray], source: Source, model: ViT, told: Told, notes: list[str]) -> Decoder | None:
     if "decoder_embed.weight" not in arrays:
         return None
-    width, depth = _shape(arrays, "decoder_embed.weight", 2)[0], spelling.depth(arrays, "decoder_blocks")
-    heads, who = known.decoder_heads(source, width, told.decoder_heads)
+    width, depth = _shape(arrays, "decoder_embed.weight", 2)[0], key_names.depth(arrays, "decoder_blocks")
+    heads, who = known_checkpoints.decoder_heads(source, width, told.decoder_heads)
     if heads < 1 or width % heads or width % 4 or not depth:
         raise InputError(
             f"the decoder's width {width} is no multiple of 4 or of its {heads} heads, or it has no blocks"

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinymim_jax import config
 from tinymim_jax.bridge.convert import Converted
 from tinymim_jax.bridge.files import one_line
-from tinymim_jax.config import InputError
+from tinymim_jax.experiment import config
 from tinymim_jax.models import mae, vit
+from tinymim_jax.runtime.errors import InputError
 
 PARTS = ("tokens", "q", "k", "v")  # of a block; tokens are its output
 LIMIT = 1e-4  # relative, in float32

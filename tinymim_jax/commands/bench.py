@@ -6,7 +6,7 @@ import os
 from absl import flags
 
 from tinymim_jax.commands.flags import new_flags, parse
-from tinymim_jax.config import InputError
+from tinymim_jax.runtime.errors import InputError
 
 USAGE = """python -m tinymim_jax bench VERB --config=FILE[:options] --stage=NAME [--batch_size=N] [--rounds=N]
 

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from tinymim_jax import storage
 from tinymim_jax.commands.flags import new_flags, parse_positional
+from tinymim_jax.runtime import storage
 
 if TYPE_CHECKING:
     from tinymim_jax.bridge.layout import Told

@@ -4,11 +4,12 @@ import os
 
 from absl import flags
 
-from tinymim_jax import storage
 from tinymim_jax.commands.flags import CLUSTER_USAGE, define_cluster, new_flags, parse, parse_flags, start_cluster
 from tinymim_jax.commands.run import check_workdir
-from tinymim_jax.config import InputError, to_dict
-from tinymim_jax.stop import StopRequest
+from tinymim_jax.runtime import storage
+from tinymim_jax.runtime.codec import to_dict
+from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.runtime.preemption import StopRequest
 
 USAGE = """python -m tinymim_jax doctor [--config=FILE[:options]] [--workdir=DIR]
 
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> None:
 
     import jax
 
-    from tinymim_jax import doctor
+    from tinymim_jax.planning import doctor
 
     bad = doctor.report(cfg, workdir, os.environ)
     if bad:

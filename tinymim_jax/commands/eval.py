@@ -4,8 +4,8 @@ import dataclasses
 
 from absl import flags
 
-from tinymim_jax import storage
 from tinymim_jax.commands.flags import new_flags, parse_positional
+from tinymim_jax.runtime import storage
 
 USAGE = """python -m tinymim_jax eval CHECKPOINT [--suite=imagenet|robust|probe|all] [--data=PATH] ...
 
@@ -33,12 +33,12 @@ def main(argv: list[str]) -> None:
         flags.DEFINE_integer(name, None, "images", lower_bound=1, flag_values=values)
     (folder,) = parse_positional(values, argv, ["CHECKPOINT"])
 
-    from tinymim_jax import evaluate
-    from tinymim_jax.config import Mesh
-    from tinymim_jax.mesh import make_mesh
+    from tinymim_jax.evals import suite
+    from tinymim_jax.experiment.config import Mesh
+    from tinymim_jax.runtime.sharding import make_mesh
 
-    sets = evaluate.Sets(**{f.name: getattr(values, f.name) for f in dataclasses.fields(evaluate.Sets)})
+    sets = suite.Sets(**{f.name: getattr(values, f.name) for f in dataclasses.fields(suite.Sets)})
     out = storage.path(values.out) if values.out else folder / "eval"
-    report = evaluate.evaluate(folder, values.suite, sets, make_mesh(Mesh()), out)
-    print(evaluate.table(report))
+    report = suite.evaluate(folder, values.suite, sets, make_mesh(Mesh()), out)
+    print(suite.table(report))
     print(f"wrote {out}/eval.json and {out}/eval.md")

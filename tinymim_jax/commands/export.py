@@ -3,7 +3,7 @@
 from absl import flags
 
 from tinymim_jax.commands.flags import new_flags, parse_positional
-from tinymim_jax.config import InputError
+from tinymim_jax.runtime.errors import InputError
 
 USAGE = """python -m tinymim_jax export SRC DST --format=timm|hf|mae|onnx [--regroup_heads]
 

@@ -10,10 +10,11 @@ from absl import flags
 from etils.epath import Path
 from ml_collections import config_flags
 
-from tinymim_jax import cluster, distributed, storage
-from tinymim_jax.config import Config, InputError
-from tinymim_jax.stop import StopRequest
-from tinymim_jax.validate import check
+from tinymim_jax.experiment.config import Config
+from tinymim_jax.experiment.validate import check
+from tinymim_jax.runtime import cluster, distributed, storage
+from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.runtime.preemption import StopRequest
 
 
 class OrNone(flags.ArgumentParser):

@@ -2,7 +2,7 @@
 
 from tinymim_jax.commands.convert import define_told, told
 from tinymim_jax.commands.flags import new_flags, parse_positional
-from tinymim_jax.config import InputError
+from tinymim_jax.runtime.errors import InputError
 
 USAGE = """python -m tinymim_jax inspect PATH [--num_heads=N] ...
 
@@ -17,8 +17,8 @@ def main(argv: list[str]) -> None:
     if not path.exists():
         raise InputError(f"{path} does not exist")
 
-    from tinymim_jax import handoff
     from tinymim_jax.bridge import card, convert
+    from tinymim_jax.weights import handoff
 
     if not handoff.is_foreign(path):
         print("\n".join(card.lines(path)))

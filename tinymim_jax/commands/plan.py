@@ -7,7 +7,7 @@ from absl import flags
 from etils.epath import Path
 
 from tinymim_jax.commands.flags import new_flags, parse
-from tinymim_jax.config import InputError
+from tinymim_jax.runtime.errors import InputError
 
 USAGE = """python -m tinymim_jax plan --config=FILE[:options] [--stage=NAME] [--topology=v5e:16x16] [--json=FILE]
 
@@ -31,10 +31,10 @@ def main(argv: list[str]) -> None:
     if values.json:
         _check_file(values.json)
 
-    from tinymim_jax import forecast
+    from tinymim_jax.planning import estimate
 
-    report = forecast.run(cfg, values.stage, values.topology, Path(f"runs/{cfg.name}"))
-    print(forecast.table(report))
+    report = estimate.run(cfg, values.stage, values.topology, Path(f"runs/{cfg.name}"))
+    print(estimate.table(report))
     if values.json:
         Path(values.json).write_text(json.dumps(report, indent=2) + "\n")
         print(f"wrote {values.json}", file=sys.stderr)

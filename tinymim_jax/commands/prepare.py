@@ -4,9 +4,10 @@ import os
 
 from absl import flags
 
-from tinymim_jax import storage
 from tinymim_jax.commands.flags import new_flags, parse_positional
-from tinymim_jax.config import Data, InputError
+from tinymim_jax.experiment.config import Data
+from tinymim_jax.runtime import storage
+from tinymim_jax.runtime.errors import InputError
 
 USAGE = """python -m tinymim_jax prepare SRC DST [--short_side=N] [--splits=NAME,NAME] ...
 python -m tinymim_jax prepare --verify DST

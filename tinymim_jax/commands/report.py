@@ -2,8 +2,8 @@
 
 import json
 
-from tinymim_jax import storage
-from tinymim_jax.config import InputError
+from tinymim_jax.runtime import storage
+from tinymim_jax.runtime.errors import InputError
 
 USAGE = """python -m tinymim_jax report WORKDIR
 
@@ -29,13 +29,13 @@ def main(argv: list[str]) -> None:
         )
         raise InputError(f"{workdir} has no results.json: {why if workdir.is_dir() else 'there is no such folder'}")
 
-    from tinymim_jax import report
+    from tinymim_jax.report import figures
 
     try:
         results = json.loads((workdir / "results.json").read_text())
-        table, stages = report.table(results), list(results["stages"])
+        table, stages = figures.table(results), list(results["stages"])
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{workdir / 'results.json'} is damaged; the run command makes it anew") from None
     print(table)
-    for picture in report.write(workdir, stages):
+    for picture in figures.write(workdir, stages):
         print(f"wrote {picture}")

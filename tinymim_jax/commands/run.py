@@ -5,10 +5,12 @@ import os
 from absl import flags
 from etils.epath import Path
 
-from tinymim_jax import storage
 from tinymim_jax.commands.flags import CLUSTER_USAGE, define_cluster, new_flags, parse, start_cluster
-from tinymim_jax.config import Config, InputError, to_dict
-from tinymim_jax.stop import StopRequest
+from tinymim_jax.experiment.config import Config
+from tinymim_jax.runtime import storage
+from tinymim_jax.runtime.codec import to_dict
+from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.runtime.preemption import StopRequest
 
 USAGE = """python -m tinymim_jax run --config=FILE[:options] [--workdir=DIR] [--stage=NAME] [--dry_run]
 
@@ -33,9 +35,9 @@ def main(argv: list[str]) -> None:
     check_workdir(workdir)
 
     if values.dry_run:
-        from tinymim_jax import outline
+        from tinymim_jax.planning import dry_run
 
-        print(outline.describe_chain(cfg, workdir, values.stage))
+        print(dry_run.describe_chain(cfg, workdir, values.stage))
         return
     facts = {"config": to_dict(cfg), "workdir": str(workdir), "stage": values.stage}
     with StopRequest() as stop:  # before jax is imported, whose callbacks would swallow a Ctrl-C
@@ -47,7 +49,8 @@ def run(cfg: Config, workdir: Path, only: str | None, stop: StopRequest) -> None
     """Runs the chain, prints its tables and draws its pictures."""
     import jax
 
-    from tinymim_jax import chain, report
+    from tinymim_jax.report import figures
+    from tinymim_jax.training import chain
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         # Stages that differ in seed or weights only then compile once.
@@ -55,8 +58,8 @@ def run(cfg: Config, workdir: Path, only: str | None, stop: StopRequest) -> None
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     results = chain.run_chain(cfg, workdir, only, stop)
     if jax.process_index() == 0:
-        print(report.table(results))
-        for picture in report.write(workdir, list(results["stages"])):
+        print(figures.table(results))
+        for picture in figures.write(workdir, list(results["stages"])):
             print(f"wrote {picture}")
 
 

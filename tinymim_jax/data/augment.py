@@ -5,10 +5,11 @@ import math
 import numpy as np
 from PIL import Image
 
-from tinymim_jax.config import Data, InputError
-from tinymim_jax.data import corruptions, randaugment, turbo
+from tinymim_jax.data import corruptions, fast_jpeg, randaugment
 from tinymim_jax.data.decode import decode
-from tinymim_jax.data.turbo import RESAMPLE
+from tinymim_jax.data.fast_jpeg import RESAMPLE
+from tinymim_jax.experiment.config import Data
+from tinymim_jax.runtime.errors import InputError
 
 CROP_ATTEMPTS = 10  # as torchvision
 
@@ -19,11 +20,11 @@ def load(image: bytes | np.ndarray, name: str, data: Data, rng: np.random.Genera
     With `data.fast_crop`, training crops of JPEGs show the same part, made by `turbo`.
     """
     is_fast = data.fast_crop and data.transform == "train" and isinstance(image, bytes)
-    header = turbo.read_header(image) if is_fast else None
+    header = fast_jpeg.read_header(image) if is_fast else None
     if header is None:
         return transform(decode(image, name), data, rng)
     box = crop_box(header.width, header.height, data.crop_scale, data.crop_ratio, rng)
-    pixels = turbo.crop(image, header, box, data.image_size, data.interpolation)
+    pixels = fast_jpeg.crop(image, header, box, data.image_size, data.interpolation)
     if pixels is None:
         return _finish(_resized_part(decode(image, name), box, data.image_size, data.interpolation), data, rng)
     if data.rand_augment:
@@ -62,7 +63,7 @@ def random_resized_crop(
     return _resized_part(image, crop_box(image.width, image.height, scale, ratio, rng), size, interpolation)
 
 
-def _resized_part(image: Image.Image, box: turbo.Box, size: int, interpolation: str) -> Image.Image:
+def _resized_part(image: Image.Image, box: fast_jpeg.Box, size: int, interpolation: str) -> Image.Image:
     left, top, width, height = box
     # Resizing with a box would let the kernel reach pixels outside it.
     image = image.crop((left, top, left + width, top + height))
@@ -71,7 +72,7 @@ def _resized_part(image: Image.Image, box: turbo.Box, size: int, interpolation: 
 
 def crop_box(
     width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
-) -> turbo.Box:
+) -> fast_jpeg.Box:
     """(left, top, width, height) in pixels: area uniform in `scale`, aspect (w / h) log-uniform in `ratio`."""
     log_ratio = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(CROP_ATTEMPTS):

@@ -5,7 +5,7 @@ import threading
 import numpy as np
 from PIL import Image
 
-from tinymim_jax.config import InputError
+from tinymim_jax.runtime.errors import InputError
 
 # The 15 of mCE, with AlexNet's top-1 error (augmix, imagenet.py).
 ALEXNET_ERROR = {

@@ -5,7 +5,7 @@ import io
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from tinymim_jax.config import InputError
+from tinymim_jax.runtime.errors import InputError
 
 # Raster formats only: opening an EPS file would start Ghostscript.
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")

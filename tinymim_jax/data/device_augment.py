@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from tinymim_jax.config import Classify
+from tinymim_jax.experiment.config import Classify
 
 GREY = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL's mode L
 ERASE_AREA = (0.02, 1 / 3)  # of the image

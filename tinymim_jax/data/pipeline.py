@@ -18,13 +18,13 @@ import jax
 import numpy as np
 from absl import flags
 
-from tinymim_jax import agree
-from tinymim_jax import mesh as mesh_lib
-from tinymim_jax.config import Data, InputError
 from tinymim_jax.data.augment import load
 from tinymim_jax.data.sources import Source
-from tinymim_jax.serial import Unavailable
-from tinymim_jax.stop import StopRequest
+from tinymim_jax.experiment.config import Data
+from tinymim_jax.runtime import multihost
+from tinymim_jax.runtime import sharding as mesh_lib
+from tinymim_jax.runtime.errors import InputError, Unavailable
+from tinymim_jax.runtime.preemption import StopRequest
 
 # What a generator is for. It comes first and the seed behind: zeros at the end of a seed sequence do not count.
 ORDER_STREAM, IMAGE_STREAM = 1, 2
@@ -231,7 +231,7 @@ def _to_devices(
         batch = None
         host.close()
     if request is None:
-        agree.together(own.raise_failure)
+        multihost.raise_everywhere(own.raise_failure)
 
 
 def _in_step(rows: EvalRows, start: int, stop: int, request: StopRequest) -> Iterator[dict[str, np.ndarray]]:

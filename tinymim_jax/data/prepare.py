@@ -19,15 +19,16 @@ import numpy as np
 from etils.epath import Path
 from PIL import Image
 
-from tinymim_jax import storage
-from tinymim_jax.config import Data, InputError
 from tinymim_jax.data import manifest
 from tinymim_jax.data.decode import decode
 from tinymim_jax.data.manifest import Manifest, Settings, Shard
 from tinymim_jax.data.pipeline import follow_parent
 from tinymim_jax.data.shards import encode_record
 from tinymim_jax.data.sources import Source, open_source
-from tinymim_jax.lock import Lock
+from tinymim_jax.experiment.config import Data
+from tinymim_jax.runtime import storage
+from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.runtime.workdir_lock import WorkdirLock
 
 WRITER = "group_size:1,uncompressed"  # each record for itself, as it will be read; JPEGs do not compress
 POLL = 0.2  # seconds
@@ -55,7 +56,7 @@ def prepare(splits: list[Data], folder: Path, settings: Settings, workers: int, 
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{folder} cannot be made ({error.strerror}); name another folder") from None
-    with Lock(folder):
+    with WorkdirLock(folder):
         for packer in packers:
             _pack(packer, folder, workers)
             print(packer.manifest.summary())

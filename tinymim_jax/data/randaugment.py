@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from tinymim_jax.config import InputError
+from tinymim_jax.runtime.errors import InputError
 
 MAX_MAGNITUDE = 10.0
 APPLY_PROB = 0.5  # timm's addition: a drawn operation is applied half of the time

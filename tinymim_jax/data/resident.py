@@ -10,15 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from tinymim_jax import mesh as mesh_lib
-from tinymim_jax.config import Data, InputError
 from tinymim_jax.data import sources
 from tinymim_jax.data.augment import CROP_ATTEMPTS
 from tinymim_jax.data.decode import decode
 from tinymim_jax.data.pipeline import TrainRows, calls, stacked
 from tinymim_jax.data.sources import IDENTITY, Source
-from tinymim_jax.serial import Unavailable
-from tinymim_jax.stop import StopRequest
+from tinymim_jax.experiment.config import Data
+from tinymim_jax.runtime import sharding as mesh_lib
+from tinymim_jax.runtime.errors import InputError, Unavailable
+from tinymim_jax.runtime.preemption import StopRequest
 
 MAX_BYTES = 2**33  # of a data set, on each device
 SLOW = 10_000  # images, from which on decoding has a bar

@@ -12,9 +12,10 @@ import msgpack
 import numpy as np
 from etils.epath import Path
 
-from tinymim_jax import storage
-from tinymim_jax.config import Data, InputError
-from tinymim_jax.storage import reason
+from tinymim_jax.experiment.config import Data
+from tinymim_jax.runtime import storage
+from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.runtime.storage import reason
 
 
 class ArrayRecord:

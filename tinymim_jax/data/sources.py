@@ -8,10 +8,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tinymim_jax import storage
-from tinymim_jax.config import Data, InputError
 from tinymim_jax.data.shards import ArrayRecord
-from tinymim_jax.storage import reason
+from tinymim_jax.experiment.config import Data
+from tinymim_jax.runtime import storage
+from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.runtime.storage import reason
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 IDENTITY = ("source", "split", "path", "name", "num_examples", "per_class", "subset_seed")  # fields that choose records

@@ -2,11 +2,11 @@
 
 import jax
 
-from tinymim_jax import config
-from tinymim_jax.evals.base import Evaluator
 from tinymim_jax.evals.classification import Classification
+from tinymim_jax.evals.contract import Evaluator
 from tinymim_jax.evals.probes import Knn, Logistic
 from tinymim_jax.evals.robustness import Corruptions
+from tinymim_jax.experiment import config
 
 EVALS = {"classification": Classification, "knn": Knn, "logistic": Logistic, "corruptions": Corruptions}
 

@@ -5,13 +5,14 @@ from collections.abc import Generator
 import jax
 import jax.numpy as jnp
 
-from tinymim_jax import config, metrics
-from tinymim_jax.config import InputError
 from tinymim_jax.data import corruptions
 from tinymim_jax.evals import subsets
-from tinymim_jax.evals.base import Batches, Fetched, Finish, Predict
-from tinymim_jax.metrics import Mean
-from tinymim_jax.tasks.base import Frozen, Variables
+from tinymim_jax.evals.contract import Batches, Fetched, Finish, Predict
+from tinymim_jax.experiment import config
+from tinymim_jax.objectives import metrics
+from tinymim_jax.objectives.metrics import Mean
+from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.tasks.contract import Frozen, Variables
 
 
 class Classification:

@@ -8,9 +8,9 @@ from collections.abc import Callable, Generator, Mapping
 import jax
 import jax.numpy as jnp
 
-from tinymim_jax import agree
-from tinymim_jax.evals.base import Evaluator, Finish, Predict, together
-from tinymim_jax.tasks.base import Frozen, Variables
+from tinymim_jax.evals.contract import Evaluator, Finish, Predict, together
+from tinymim_jax.runtime import multihost
+from tinymim_jax.tasks.contract import Frozen, Variables
 
 POLL = 0.05  # seconds between looks at whether the host is done
 
@@ -70,7 +70,7 @@ class Online:
 
     def _is_finishing(self) -> bool:
         """Whether the host of any process is still busy."""
-        return self.finishing is not None and agree.agreed(not self.finishing.done())
+        return self.finishing is not None and multihost.agreed(not self.finishing.done())
 
     def _write(self) -> None:
         finishing, self.finishing = self.finishing, None

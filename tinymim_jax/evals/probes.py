@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinymim_jax import config
-from tinymim_jax.config import InputError
-from tinymim_jax.evals.base import Batches, Fetched, Finish, Predict
-from tinymim_jax.tasks.base import Frozen, Variables
+from tinymim_jax.evals.contract import Batches, Fetched, Finish, Predict
+from tinymim_jax.experiment import config
+from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.tasks.contract import Frozen, Variables
 
 QUERIES_AT_ONCE = 1024
 Labelled = tuple[np.ndarray, np.ndarray]  # unit features [n, D], labels [n]

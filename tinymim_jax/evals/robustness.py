@@ -6,13 +6,15 @@ from collections.abc import Generator
 import jax
 import numpy as np
 
-from tinymim_jax import config, storage
-from tinymim_jax.config import Data, InputError
 from tinymim_jax.data import corruptions
 from tinymim_jax.data.corruptions import ALEXNET_ERROR
-from tinymim_jax.evals.base import Finish, Predict
 from tinymim_jax.evals.classification import Classification
-from tinymim_jax.tasks.base import Frozen, Variables
+from tinymim_jax.evals.contract import Finish, Predict
+from tinymim_jax.experiment import config
+from tinymim_jax.experiment.config import Data
+from tinymim_jax.runtime import storage
+from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.tasks.contract import Frozen, Variables
 
 
 class Corruptions:

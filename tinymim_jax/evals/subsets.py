@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tinymim_jax.config import InputError
+from tinymim_jax.runtime.errors import InputError
 
 # Columns of a 1000-way head, in order (natural-adv-examples, eval.py; imagenet-r, eval.py).
 IMAGENET_A = (

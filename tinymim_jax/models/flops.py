@@ -1,6 +1,6 @@
 """FLOPs counted by hand: the matmuls that the method needs, a multiply-add counting as 2."""
 
-from tinymim_jax.config import ViT
+from tinymim_jax.experiment.config import ViT
 
 
 def num_tokens(cfg: ViT) -> int:

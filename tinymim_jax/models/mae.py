@@ -5,7 +5,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from tinymim_jax import config
+from tinymim_jax.experiment import config
 from tinymim_jax.models import layers, posembed, vit
 
 

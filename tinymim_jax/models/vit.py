@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax.lax import optimization_barrier
 
-from tinymim_jax import config
-from tinymim_jax.config import InputError
+from tinymim_jax.experiment import config
 from tinymim_jax.models import layers, posembed
 from tinymim_jax.models.layers import Block, BlockTrace, patchify
+from tinymim_jax.runtime.errors import InputError
 
 
 @flax.struct.dataclass

@@ -1,8 +1,8 @@
 """Tasks: the code of a stage."""
 
-from tinymim_jax import config
-from tinymim_jax.tasks.base import Task
+from tinymim_jax.experiment import config
 from tinymim_jax.tasks.classify import Classify
+from tinymim_jax.tasks.contract import Task
 from tinymim_jax.tasks.distill import Distill
 from tinymim_jax.tasks.mae import Mae
 

@@ -7,15 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tinymim_jax import config
-from tinymim_jax.config import InputError
 from tinymim_jax.data.device_augment import mix, normalize, partner, random_erasing, to_float
-from tinymim_jax.metrics import Mean
+from tinymim_jax.experiment import config
+from tinymim_jax.experiment.validate import check_attention
 from tinymim_jax.models import flops, vit
 from tinymim_jax.objectives import losses
-from tinymim_jax.optim import matches
-from tinymim_jax.tasks.base import Aux, Batch, Frozen, Outputs, Params, Rngs, Variables, encode
-from tinymim_jax.validate import check_attention
+from tinymim_jax.objectives.metrics import Mean
+from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.tasks.contract import Aux, Batch, Frozen, Outputs, Params, Rngs, Variables, encode
+from tinymim_jax.training.optim import matches
 
 
 class Classify:

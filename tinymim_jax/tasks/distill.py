@@ -5,16 +5,16 @@ from typing import Any
 
 import jax
 
-from tinymim_jax import config
-from tinymim_jax.config import InputError
 from tinymim_jax.data.device_augment import color_jitter, normalize, to_float
-from tinymim_jax.metrics import Mean
+from tinymim_jax.experiment import config
+from tinymim_jax.experiment.validate import check_attention
 from tinymim_jax.models import flops, vit
 from tinymim_jax.models.layers import BlockTrace
 from tinymim_jax.objectives import relations
+from tinymim_jax.objectives.metrics import Mean
 from tinymim_jax.objectives.relation_kl import relation_kl
-from tinymim_jax.tasks.base import Aux, Batch, Frozen, Outputs, Params, Rngs, Variables, encode
-from tinymim_jax.validate import check_attention
+from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.tasks.contract import Aux, Batch, Frozen, Outputs, Params, Rngs, Variables, encode
 
 
 class Distill:

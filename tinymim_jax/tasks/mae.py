@@ -4,13 +4,13 @@ from typing import Any
 
 import jax
 
-from tinymim_jax import config
 from tinymim_jax.data.device_augment import normalize, to_float
-from tinymim_jax.metrics import Mean
+from tinymim_jax.experiment import config
 from tinymim_jax.models import flops, mae
 from tinymim_jax.models.layers import patchify
 from tinymim_jax.objectives import losses
-from tinymim_jax.tasks.base import Aux, Batch, Frozen, Outputs, Params, Rngs, Variables, encode
+from tinymim_jax.objectives.metrics import Mean
+from tinymim_jax.tasks.contract import Aux, Batch, Frozen, Outputs, Params, Rngs, Variables, encode
 
 
 class Mae:

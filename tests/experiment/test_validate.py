@@ -1,0 +1,254 @@
+import copy
+import dataclasses
+
+import pytest
+
+from tests.test_config import EVAL_DATA, full_config, make_distill, make_stage
+from tinymim_jax.experiment.config import (
+    Classification,
+    Compare,
+    Config,
+    Data,
+    Decoder,
+    Distill,
+    Init,
+    Knn,
+    Mae,
+    Mesh,
+    Optim,
+    Run,
+    Teacher,
+    ViT,
+)
+from tinymim_jax.experiment.validate import check
+from tinymim_jax.runtime.errors import InputError
+
+SIZE = {"image_size": 8, "patch_size": 4}
+SEMANTIC = [
+    ({"model.image_size": 10}, "stages.s.model: image_size 10 is not a multiple of patch_size 4"),
+    ({"data.image_size": 16}, "stages.s: data.image_size 16 differs from model.image_size 8"),
+    ({"model.width": 6}, "stages.s.model: width 6 is not a multiple of 4"),
+    ({"model.num_heads": 3}, "stages.s.model: width 8 is not a multiple of num_heads 3"),
+    ({"model.num_heads": 0}, "stages.s.model: width 8 is not a multiple of num_heads 0"),
+    ({"model.last_block_heads": 5}, "stages.s.model: width 8 is not a multiple of last_block_heads 5"),
+    ({"model.last_block_heads": 0}, "stages.s.model: width 8 is not a multiple of last_block_heads 0"),
+    ({"run.steps": 3}, "stages.s.run: set exactly one of epochs and steps"),
+    ({"run.epochs": None}, "stages.s.run: set exactly one of epochs and steps"),
+    ({"optim.accum_steps": 3}, "stages.s: batch_size 4 is not a multiple of accum_steps 3"),
+    ({"run.batch_size": 0}, "stages.s: batch_size 0 is not a multiple of accum_steps 1"),
+    ({"run.batch_size": -4}, "stages.s: batch_size -4 is not a multiple of accum_steps 1"),
+    ({"init": Init()}, "stages.s.init needs exactly one of stage and path"),
+    ({"init": Init("a", path="b")}, "stages.s.init needs exactly one of stage and path"),
+    (
+        {"task": Distill(Teacher(Init(), 1), student_block=1)},
+        "stages.s.task.teacher.init needs exactly one of stage and path",
+    ),
+    ({"model.num_classes": 1}, "stages.s.model: classify needs num_classes of at least 2, got 1"),
+    ({"model.num_classes": 0}, "stages.s.model: classify needs num_classes of at least 2, got 0"),
+    (
+        {"task": Distill(Teacher(Init(path="p"), 1), student_block=3)},
+        "stages.s.task: student_block 3 is beyond the student's 2 blocks",
+    ),
+    (
+        {"task": Distill(Teacher(Init(path="p"), 1), student_block=0)},
+        "stages.s.task: student_block 0 is beyond the student's 2 blocks",
+    ),
+    ({"run.seed": -1}, "stages.s.run.seed is -1; it must be at least 0"),
+    ({"run.epochs": float("inf")}, "stages.s.run.epochs is inf; it must be at least 0, and finite"),
+    ({"optim.lr": float("inf")}, "stages.s.optim.lr is inf; it must be at least 0, and finite"),
+    ({"optim.min_lr": -1.0}, "stages.s.optim.min_lr is -1.0; it must be at least 0, and finite"),
+    ({"optim.warmup_epochs": -5.0}, "stages.s.optim.warmup_epochs is -5.0; it must be at least 0, and finite"),
+    ({"optim.weight_decay": -1.0}, "stages.s.optim.weight_decay is -1.0; it must be at least 0, and finite"),
+    ({"run.steps_per_call": 0}, "stages.s.run.steps_per_call is 0; it must be at least 1"),
+    ({"run.steps_per_call": 4}, "stages.s.run: log_every 50 is not a multiple of steps_per_call 4"),
+    ({"run.log_every": 0}, "stages.s.run.log_every is 0; it must be at least 1"),
+    ({"run.checkpoint_every": 0}, "stages.s.run.checkpoint_every is 0; it must be at least 1"),
+    ({"run.keep": 0}, "stages.s.run.keep is 0; it must be at least 1"),
+    ({"optim.accum_steps": 0}, "stages.s.optim.accum_steps is 0; it must be at least 1"),
+    ({"data.crop_pct": 0.0}, "stages.s.data.crop_pct is 0.0; it must be above 0 and at most 1"),
+    ({"data.crop_pct": 1.1}, "stages.s.data.crop_pct is 1.1; it must be above 0 and at most 1"),
+    ({"data.threads": 0}, "stages.s.data.threads is 0; it must be at least 1"),
+    ({"data.workers": -1}, "stages.s.data.workers is -1; it must be at least 0"),
+    ({"data.prefetch": 0}, "stages.s.data.prefetch is 0; it must be at least 1"),
+    ({"model.drop_path": 1.0}, "stages.s.model.drop_path is 1.0; it must be at least 0 and below 1"),
+    ({"optim.freeze": ("encoder/(",)}, "stages.s: 'encoder/(' is not a regular expression"),
+    ({"optim.ema": 1.5}, "stages.s.optim.ema is 1.5"),
+    ({"optim.clip_norm": -1.0}, "stages.s.optim.clip_norm is -1.0"),
+    ({"optim.layer_decay": 0.0}, "stages.s.optim.layer_decay is 0.0"),
+    ({"optim.lr": -1.0}, "stages.s.optim.lr is -1.0"),
+    ({"optim.b2": 1.0}, "stages.s.optim.b2 is 1.0"),
+    ({"data.std": (1.0, 0.0, 1.0)}, "stages.s.data.std is (1.0, 0.0, 1.0)"),
+    ({"data.crop_scale": (1.0, 0.2)}, "stages.s.data.crop_scale is (1.0, 0.2)"),
+    ({"data.hflip": 3.0}, "stages.s.data.hflip is 3.0"),
+    ({"task": Mae(mask_ratio=1.5), "model.num_classes": 0}, "stages.s.task.mask_ratio is 1.5"),
+    ({"task": Mae(decoder=Decoder(16, 1, 3)), "model.num_classes": 0}, "stages.s.task.decoder: width 16"),
+    ({"task": Mae()}, "stages.s.model: mae needs pool 'cls'"),
+    (
+        {"task": Distill(Teacher(Init(path="p"), 1), student_block=1, relations=())},
+        "stages.s.task.relations () must name at least one relation",
+    ),
+    (
+        {"task": Distill(Teacher(Init(path="p"), 1), student_block=1, relations=("qk", "qk"))},
+        "stages.s.task.relations ('qk', 'qk') must name at least one relation, each once",
+    ),
+    (
+        {"model.attention": "cudnn"},
+        "stages.s.model: attention 'cudnn' does not compute in float32; set model.dtype=bfloat16",
+    ),
+    (
+        {"model.attention": "cudnn", "model.dtype": "bfloat16"},
+        "stages.s.model: attention 'cudnn' takes heads of a width that is a multiple of 8 and at most 128, and"
+        " 2 heads are 4 wide; set model.attention=xla",
+    ),
+    (
+        {"model": ViT(272, 2, 17, last_block_heads=2, attention="cudnn", dtype="bfloat16", num_classes=2, **SIZE)},
+        "stages.s.model: attention 'cudnn' takes heads of a width that is a multiple of 8 and at most 128, and"
+        " 2 heads are 136 wide",
+    ),
+    (
+        {"task": Mae(decoder=Decoder(16, 1, 4)), "model": ViT(8, 2, 1, attention="cudnn", dtype="bfloat16", **SIZE)},
+        "stages.s.task.decoder: attention 'cudnn' takes heads of a width that is a multiple of 8 and at most 128, and"
+        " 4 heads are 4 wide",
+    ),
+    ({"model.drop_path": -0.1}, "stages.s.model.drop_path is -0.1; it must be at least 0 and below 1"),
+]
+
+
+def changed(changes, stage=None):
+    stage = stage or make_stage()
+    for path, value in changes.items():
+        *parents, last = path.split(".")
+        node = stage
+        for key in parents:
+            node = node[key] if isinstance(node, dict) else getattr(node, key)
+        setattr(node, last, value)
+    return stage
+
+
+def test_check_accepts_and_copies():
+    cfg = full_config()
+    before = copy.deepcopy(cfg)
+    checked = check(cfg)
+    assert checked == cfg == before and checked is not cfg
+    checked.stages["mae"].optim.lr = 9.0
+    checked.stages["tuned"].init.rename["p"] = "q"
+    assert cfg == before
+
+
+def test_check_accepts_cudnn_where_it_computes():
+    for model in (ViT(128, 2, 1, **SIZE), ViT(32, 2, 4, last_block_heads=2, **SIZE)):
+        model = dataclasses.replace(model, attention="cudnn", dtype="bfloat16")
+        check(Config("c", {"a": make_stage(task=Mae(decoder=Decoder(16, 1, 2)), model=model)}))
+
+
+def test_check_separates_what_stages_share():
+    data, optim, init = Data("digits", image_size=8), Optim(1e-3), Init(path="/p")
+    stages = {name: make_stage(data=data, optim=optim, init=init) for name in "ab"}
+    checked = check(Config("shared", stages))
+    checked.stages["a"].data.threads = 9
+    checked.stages["a"].optim.lr = 9.0
+    checked.stages["a"].init.rename["x"] = "y"
+    assert (checked.stages["b"].data.threads, checked.stages["b"].optim.lr) == (2, 1e-3)
+    assert checked.stages["b"].init.rename == {} and init.rename == {} and data.threads == 2
+
+
+def test_check_makes_ints_floats_and_lists_tuples():
+    cfg = Config("types", {"a": make_stage(optim=Optim(1, freeze=["x"]), run=Run(4, epochs=2))})
+    checked = check(cfg).stages["a"]
+    assert type(checked.optim.lr) is float and type(checked.run.epochs) is float
+    assert checked.optim.freeze == ("x",)
+
+
+def check_fails(cfg):
+    with pytest.raises(InputError) as error:
+        check(cfg)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_check_finds_wrong_types_with_the_whole_path():
+    cfg = Config("bad", {"a": make_stage()})
+    cfg.stages["a"].optim.lr = "fast"
+    assert check_fails(cfg) == "config.stages.a.optim.lr: expected float, got 'fast'"
+
+
+def test_check_finds_stages_that_are_not_earlier():
+    unknown = check_fails(Config("c", {"a": make_stage(init=Init("zzz"))}))
+    assert "stages.a" in unknown and "'zzz'" in unknown and "those are: none" in unknown
+    later = check_fails(Config("c", {"a": make_stage(init=Init("b")), "b": make_stage()}))
+    assert "stages.a" in later and "'b'" in later
+    own = check_fails(Config("c", {"x": make_stage(), "a": make_stage(init=Init("a"))}))
+    assert "stages.a" in own and "those are: x" in own
+    teacher = check_fails(Config("c", {"x": make_stage(), "y": make_stage(), "a": make_distill(Init("q"))}))
+    assert "'q'" in teacher and "those are: x, y" in teacher
+    check(Config("c", {"x": make_stage(), "a": make_distill(Init("x")), "b": make_stage(init=Init("a"))}))
+
+
+def test_check_finds_unknown_stages_in_tables():
+    cfg = Config("c", {"a": make_stage()}, compare={"T": Compare("m", {"r": ("a", "b")})})
+    assert check_fails(cfg) == "compare.T: there is no stage 'b'"
+
+
+def test_check_finds_metrics_that_no_eval_measures():
+    cfg = Config("c", {"a": make_stage(evals={"knn": Knn(EVAL_DATA, EVAL_DATA, k=(10,))})})
+    for metric, error in (
+        ("top1", "compare.T: metric 'top1' is of no eval of stage 'a'"),
+        ("knn/top1", "compare.T: eval 'knn' measures no 'top1'; choose one of top1_k10"),
+    ):
+        cfg.compare = {"T": Compare(metric, {"r": ("a",)})}
+        assert check_fails(cfg) == error
+
+
+@pytest.mark.parametrize(("changes", "expected"), SEMANTIC, ids=[str(c)[:60] for c, _ in SEMANTIC])
+def test_check_finds_what_does_not_fit_together(changes, expected):
+    assert check_fails(Config("c", {"s": changed(changes)})).startswith(expected)
+
+
+def test_check_allows_the_borders():
+    good = [
+        {"data.crop_pct": 1.0, "data.workers": 0, "data.threads": 1, "data.prefetch": 1},
+        {"run.seed": 0, "run.log_every": 1, "run.checkpoint_every": 1, "run.keep": 1},
+        {"model.drop_path": 0.0, "model.last_block_heads": 8, "optim.accum_steps": 4},
+        {"model.num_classes": 2},
+        {"run.epochs": None, "run.steps": 0},
+        {"task": Distill(Teacher(Init(path="p"), 1), student_block=2), "model.num_classes": 0},
+    ]
+    for changes in good:
+        check(Config("c", {"s": changed(changes)}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"model.patch_size": 0}, {"model.depth": 0}, {"run.epochs": None, "run.steps": -1}, {"run.epochs": -1.0}],
+    ids=str,
+)
+def test_check_refuses_impossible_sizes(changes):
+    assert "stages.s" in check_fails(Config("c", {"s": changed(changes)}))
+
+
+@pytest.mark.parametrize("mesh", [Mesh(fsdp=0), Mesh(fsdp=-1)], ids=str)
+def test_check_refuses_an_impossible_mesh(mesh):
+    assert "fsdp" in check_fails(Config("c", {"s": make_stage()}, mesh))
+
+
+@pytest.mark.parametrize(
+    ("stage", "expected"),
+    [
+        (make_stage(evals={"v": Classification(dataclasses.replace(EVAL_DATA, transform="train"))}), "transform"),
+        (make_stage(evals={"v": Classification(dataclasses.replace(EVAL_DATA, image_size=16))}), "image_size"),
+        (make_stage(evals={"v": Knn(EVAL_DATA, dataclasses.replace(EVAL_DATA, image_size=16))}), "image_size"),
+        (make_stage(evals={"v": Classification(EVAL_DATA, batch_size=0)}), "batch_size"),
+        (make_stage(evals={"v": Knn(EVAL_DATA, EVAL_DATA, k=())}), "k"),
+        (
+            make_stage(
+                task=Mae(), evals={"v": Classification(EVAL_DATA)}, model=ViT(8, 2, 2, image_size=8, patch_size=4)
+            ),
+            "num_classes",
+        ),
+    ],
+    ids=["transform", "image_size", "bank image_size", "batch_size", "no k", "no head"],
+)
+def test_check_refuses_evals_that_cannot_run(stage, expected):
+    """Otherwise the error comes after the training, and mending the config makes the stage one "run with another"."""
+    message = check_fails(Config("c", {"s": stage}))
+    assert "stages.s.evals.v" in message and expected in message

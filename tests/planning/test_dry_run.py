@@ -1,0 +1,61 @@
+import dataclasses
+
+import pytest
+
+from tinymim_jax.experiment.validate import check
+from tinymim_jax.planning.dry_run import describe_chain
+from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.training.chain import run_chain
+
+
+def test_a_description_says_what_would_happen_and_touches_nothing(chain, tmp_path):
+    text = describe_chain(chain, tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+    for line in (
+        "mae: mae, 4 steps of 8 images",
+        "model: width 12, 2 blocks, 2 heads (6 in the last block), 16 px in patches of 8, float32;",
+        "teacher mae: block 2 of 3, 6 heads",
+        "skipped: decoder, encoder/block3, encoder/norm",
+        "regrouped 6 -> 2 heads: encoder/block2/attn/qkv",
+        "not trained by the source: encoder/block2/attn/proj, encoder/block2/mlp, encoder/block2/norm2",
+        "status: would start",
+        "devices: 1 x cpu, data 1 x fsdp 1",
+        "data: digits, split train: 40 images",
+    ):
+        assert line in text
+    assert describe_chain(chain, tmp_path / "work", "mae").count("status") == 1
+
+
+def test_a_description_of_other_devices_and_data_elsewhere(chain, tmp_path):
+    chain.mesh.fsdp = 3
+    chain.stages["mae"].optim.accum_steps = 2
+    chain.stages["mae"].data = dataclasses.replace(chain.stages["mae"].data, source="folder", path="/gone")
+    chain.stages["mae"].data.num_examples = 16
+    text = describe_chain(chain, tmp_path)
+    assert "fsdp 3 does not fill 1 devices" in text
+    assert "4 steps of 8 images in 2 micro-batches" in text
+    assert "data: folder /gone, split train: not at hand" in text
+    assert text.splitlines()[-1].startswith("before stage mae can run: /gone/train: no such folder")
+
+
+def test_the_owner_of_a_workdir_is_named_before_what_differs(chain, tmp_path):
+    (tmp_path / "chain.json").write_text('{"name": "other"}')
+    with pytest.raises(InputError, match="belongs to the experiment 'other', and this is 'tiny'"):
+        describe_chain(check(chain), tmp_path)
+
+
+def test_a_description_finds_a_hand_over_that_would_fail(chain, tmp_path):
+    chain.stages["finetune"].init.regroup_heads = False
+    with pytest.raises(InputError, match="stage finetune: encoder/block2/attn/qkv/.* 6 heads in the source and 2"):
+        describe_chain(chain, tmp_path)
+    chain.stages["finetune"].init.regroup_heads = True
+    chain.stages["distill"].model.width, chain.stages["distill"].model.last_block_heads = 16, None
+    with pytest.raises(InputError, match="the student's block 2 has 2 heads, the teacher's block 2 has 6"):
+        describe_chain(chain, tmp_path)
+
+
+def test_an_unfinished_stage_is_described_with_its_step(chain, mesh, tmp_path, stop_at):
+    stop_at(3)
+    with pytest.raises(KeyboardInterrupt):
+        run_chain(chain, tmp_path)
+    assert "status: would go on from step 3" in describe_chain(chain, tmp_path)

@@ -1,0 +1,76 @@
+"""What stops a stage before it starts; tests/test_chain.py and tests/commands/test_run.py try it through `run`."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tinymim_jax.planning import preflight
+from tinymim_jax.runtime.errors import InputError
+
+
+def write_tree(root, classes):
+    for split, names in classes.items():
+        for name in names:
+            (root / split / name).mkdir(parents=True)
+            for i in range(4):
+                Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(root / split / name / f"{i}.png")
+    return str(root)
+
+
+def from_folder(data, path, split=None):
+    return dataclasses.replace(data, source="folder", path=path, split=split or data.split)
+
+
+def test_everything_that_a_stage_reads(chain):
+    stage = chain.stages["mae"]
+    assert list(preflight.data_sets(stage)) == [stage.data, stage.evals["knn"].data, stage.evals["knn"].bank]
+
+
+def test_classes_are_compared_where_labels_are(chain, tmp_path):
+    """Training on one tree, tested on a split of the same name of another."""
+    stage = chain.stages["finetune"]
+    stage.model.num_classes = 2
+    stage.data = from_folder(stage.data, write_tree(tmp_path / "a", {"test": "ab"}), "test")
+    stage.evals["val"].data = from_folder(stage.evals["val"].data, write_tree(tmp_path / "b", {"test": "ac"}))
+    with pytest.raises(InputError, match=r"a/test and .*b/test differ in their classes \(b\)"):
+        preflight.check_classes(stage)
+
+
+def test_pre_training_needs_no_labels(chain, tmp_path):
+    stage = chain.stages["mae"]
+    stage.data = from_folder(stage.data, write_tree(tmp_path, {"train": "x"}))
+    preflight.check_classes(stage)  # its kNN compares digits with digits
+
+
+def test_a_workdir_is_made_and_left_empty(tmp_path):
+    preflight.check_writable(tmp_path / "a" / "b")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+    with pytest.raises(InputError, match="cannot be written to"):
+        preflight.check_writable(Path("/proc/gone"))
+
+
+@pytest.mark.parametrize("is_converted", [False, True])
+def test_pixels_that_the_source_saw_otherwise(chain, tmp_path, is_converted):
+    pytest.importorskip("safetensors")
+    from tests.bridge import arrays
+    from tinymim_jax.bridge import convert, export
+    from tinymim_jax.experiment.config import Init
+
+    weights = arrays.weights(24, 3)
+    folder = tmp_path / "timm"
+    folder.mkdir()
+    export.save_safetensors(weights, folder / "model.safetensors")
+    settings = {"architecture": "vit", "model_args": {"num_heads": 3}}
+    settings["pretrained_cfg"] = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    export._write_json(folder / "config.json", settings)
+    init = Init(path=str(folder))
+    if is_converted:
+        convert.write(convert.read(folder), preflight.handoff.source_folder(init, tmp_path))
+    stage = chain.stages["distill"]
+    with pytest.raises(InputError, match=r"normalised with mean \(0\.5, 0\.5, 0\.5\); set data\.mean to that"):
+        preflight.check_pixels(stage, init, tmp_path)
+    stage.data.mean = stage.data.std = (0.5, 0.5, 0.5)
+    preflight.check_pixels(stage, init, tmp_path)

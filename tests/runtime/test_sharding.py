@@ -1,0 +1,133 @@
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from tinymim_jax.experiment import config
+from tinymim_jax.runtime import sharding
+from tinymim_jax.runtime.errors import InputError
+
+FOUR_DEVICES = """
+    import json, sys
+    import jax, jax.numpy as jnp, numpy as np
+    from tinymim_jax import config, mesh
+    from tinymim_jax.config import InputError, Mesh
+
+    def message(f, *args):
+        try:
+            f(*args)
+        except InputError as error:
+            return str(error)
+
+    out = {}
+    grids = {"all data": Mesh(), "half": Mesh(-1, 2), "all fsdp": Mesh(-1, 4), "given": Mesh(2, 2)}
+    meshes = {name: sharding.make_mesh(cfg) for name, cfg in grids.items()}
+    out["shapes"] = {name: dict(m.shape) for name, m in meshes.items()}
+    out["part"] = dict(sharding.make_mesh(Mesh(), jax.devices()[:2]).shape)
+    out["errors"] = [message(sharding.make_mesh, cfg) for cfg in (Mesh(-1, 3), Mesh(3, 1), Mesh(4, 2), Mesh(-1, 8))]
+
+    arrays = {"kernel": (256, 1024), "wide": (1024, 256), "odd": (257, 1024), "qkv": (128, 3, 2, 256),
+              "none": (257, 255), "small": (256, 255), "edge": (256, 256), "scalar": (), "cube": (64, 64, 64)}
+    tree = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in arrays.items()}
+    for name in ("half", "all fsdp", "all data"):
+        out[name] = {k: list(map(str, s.spec)) for k, s in sharding.state_sharding(meshes[name], tree).items()}
+
+    batch = {"image": np.arange(8 * 2 * 2 * 3, dtype=np.uint8).reshape(8, 2, 2, 3), "label": np.arange(8)}
+    placed = sharding.put_batch(batch, meshes["half"])
+    out["same"] = all(np.array_equal(placed[k], batch[k]) for k in batch)
+    rows = {str(s.device.id): np.asarray(s.data).tolist() for s in placed["label"].addressable_shards}
+    out["rows"] = rows
+    out["bad batch"] = message(sharding.put_batch, {"label": np.arange(6)}, meshes["half"])
+    out["checks"] = [message(sharding.check_batch, n, meshes["half"]) for n in (4, 8, 6, 3, 11)]
+
+    big = jax.device_put(np.ones((256, 1024), np.float32), sharding.state_sharding(meshes["half"], tree)["kernel"])
+    out["shard"] = list(big.addressable_shards[0].data.shape)
+    out["replicated"] = [list(s.data.shape) for s in
+                         jax.device_put(np.ones((4, 2)), sharding.replicated(meshes["half"])).addressable_shards]
+    print("RESULT" + json.dumps(out))
+"""
+
+
+@pytest.fixture(scope="module")
+def four():
+    flags = "--xla_force_host_platform_device_count=4"
+    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    script = textwrap.dedent(FOUR_DEVICES)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.split("RESULT")[1])
+
+
+def test_grids(four):
+    assert four["shapes"] == {
+        "all data": {"data": 4, "fsdp": 1},
+        "half": {"data": 2, "fsdp": 2},
+        "all fsdp": {"data": 1, "fsdp": 4},
+        "given": {"data": 2, "fsdp": 2},
+    }
+    assert four["part"] == {"data": 2, "fsdp": 1}
+
+
+def test_grids_that_do_not_fill_the_devices(four):
+    for message, data, fsdp in zip(four["errors"], (-1, 3, 4, -1), (3, 1, 2, 8), strict=True):
+        assert message.startswith(f"mesh: data {data} x fsdp {fsdp} does not fill 4 devices")
+
+
+def test_state_sharding(four):
+    whole = []
+    assert four["half"] == {
+        "kernel": ["None", "fsdp"],  # the longer axis
+        "wide": ["fsdp"],
+        "odd": ["None", "fsdp"],
+        "qkv": ["None", "None", "None", "fsdp"],
+        "none": whole,  # no axis divides
+        "small": whole,  # below 2^16 values
+        "edge": ["fsdp"],  # 2^16 values; of two equal axes the first
+        "scalar": whole,
+        "cube": ["fsdp"],
+    }
+    assert four["all fsdp"]["odd"] == ["None", "fsdp"]
+    assert all(spec == whole for spec in four["all data"].values())
+    assert four["shard"] == [256, 512]
+    assert four["replicated"] == [[4, 2]] * 4
+
+
+def test_put_batch(four):
+    assert four["same"]
+    assert four["rows"] == {"0": [0, 1], "1": [2, 3], "2": [4, 5], "3": [6, 7]}
+
+
+def test_batches_that_the_devices_cannot_share(four):
+    assert four["bad batch"] == "batch_size 6 is not a multiple of the 4 devices; use 4"
+    assert four["checks"] == [
+        None,
+        None,
+        "batch_size 6 is not a multiple of the 4 devices; use 4",
+        "batch_size 3 is not a multiple of the 4 devices; use 4",
+        "batch_size 11 is not a multiple of the 4 devices; use 8",
+    ]
+
+
+def test_one_device():
+    one = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
+    assert dict(one.shape) == {"data": 1, "fsdp": 1} and one.axis_names == ("data", "fsdp")
+    assert one.axis_types == (AxisType.Auto, AxisType.Auto)
+    specs = sharding.state_sharding(one, {"a": jnp.zeros((512, 512))})
+    assert specs["a"].spec == PartitionSpec()
+    assert sharding.batch_sharding(one).spec == PartitionSpec(("data", "fsdp"))
+    batch = {"x": np.arange(3), "y": np.ones((3, 2))}
+    placed = sharding.put_batch(batch, one)
+    assert set(placed) == {"x", "y"} and placed["y"].sharding.spec == PartitionSpec(("data", "fsdp"))
+    np.testing.assert_array_equal(placed["x"], batch["x"])
+
+
+def test_one_device_cannot_be_two():
+    with pytest.raises(InputError, match=r"mesh: data 2 x fsdp 1 does not fill 1 devices"):
+        sharding.make_mesh(config.Mesh(data=2), jax.devices()[:1])

@@ -1,0 +1,167 @@
+"""The contract, for every task."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.tasks import stages
+from tests.tasks.stages import MAKE, standard
+from tinymim_jax.experiment import config
+from tinymim_jax.models import flops
+from tinymim_jax.objectives.metrics import Mean
+from tinymim_jax.tasks import TASKS
+from tinymim_jax.tasks.contract import STREAMS, Aux, Outputs, Task
+
+TASK = pytest.mark.parametrize("kind", MAKE)
+
+
+def test_no_task_is_untested():
+    assert MAKE.keys() == TASKS.keys()
+    for kind, make in MAKE.items():
+        assert type(make()) is TASKS[kind]
+
+
+def test_streams():
+    assert STREAMS == ("mask", "augment", "drop_path")  # their order is part of a run's random numbers
+
+
+@TASK
+def test_contract(kind):
+    task = MAKE[kind]()
+    for name in ("init", "loss", "predict", "flops_per_image"):
+        assert callable(getattr(task, name)) and hasattr(Task, name)
+    assert isinstance(task.untrained, tuple) and all(isinstance(p, str) for p in task.untrained)
+    assert isinstance(task.flops_per_image(), float) and task.flops_per_image() > 0
+    variables, frozen = jax.eval_shape(task.init, jax.random.key(0), stages.batch(1))
+    assert set(variables) == {"params"}
+    assert bool(jax.tree.leaves(frozen)) == (kind == "distill")
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+
+
+@TASK
+@pytest.mark.parametrize("train", [False, True])
+def test_loss_and_its_metrics(kind, train):
+    loss, aux = standard(kind).loss(stages.batch(is_valid=[1, 1, 0, 1]), train=train)
+    assert loss.shape == () and loss.dtype == jnp.float32 and np.isfinite(loss)
+    assert isinstance(aux, Aux) and aux.model_state == {}
+    assert all(isinstance(m, Mean) and m.sum.shape == m.count.shape == () for m in aux.metrics.values())
+    np.testing.assert_allclose(aux.metrics["loss"].value(), loss, rtol=1e-6)
+    assert {float(m.count) for key, m in aux.metrics.items() if key != "labels_beyond_head"} == {3}
+
+
+@TASK
+def test_model_state_is_handed_on(kind):
+    task, (params, frozen) = MAKE[kind](), stages.weights(MAKE[kind]())
+    state = {"batch_stats": {"mean": np.ones(3)}}
+    _, aux = jax.eval_shape(
+        functools.partial(task.loss, train=True), params, state, frozen, stages.batch(), stages.rngs()
+    )
+    assert jax.tree.structure(aux.model_state) == jax.tree.structure(state)
+
+
+@TASK
+def test_a_step_is_a_function_of_its_keys(kind):
+    task = standard(kind)
+    first, again, other = (task.loss(stages.batch(), seed)[0] for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert first != other
+
+
+@TASK
+def test_evaluation_draws_nothing_but_the_mask(kind):
+    task = standard(kind)
+    losses = [float(task.loss(stages.batch(), seed, train=False)[0]) for seed in (0, 1)]
+    assert (losses[0] == losses[1]) == (kind != "mae")
+    outputs = [task.predict(stages.batch()) for _ in range(2)]
+    jax.tree.map(np.testing.assert_array_equal, *outputs)
+
+
+@TASK
+@pytest.mark.parametrize("train", [False, True])
+def test_an_invalid_image_counts_for_nothing(kind, train):
+    task = standard(kind)
+    batch, other = (stages.batch(is_valid=[1, 0, 1, 1]) for _ in range(2))
+    other["image"][1] = np.random.default_rng(9).integers(0, 256, other["image"][1].shape)
+    other["label"][1] = -7
+    for (name, a), b in zip(
+        task.loss(batch, train=train)[1].metrics.items(), task.loss(other, train=train)[1].metrics.values(), strict=True
+    ):
+        np.testing.assert_array_equal(a.sum, b.sum, err_msg=name)
+    # The valid rows weigh as much as if they were alone: the sum of four is that of the three and the fourth.
+    every = task.loss(stages.batch(), train=train)[1].metrics["loss"]
+    fourth = task.loss(stages.batch(is_valid=[0, 1, 0, 0]), train=train)[1].metrics["loss"]
+    three = task.loss(batch, train=train)[1].metrics["loss"]
+    np.testing.assert_allclose(every.sum, fourth.sum + three.sum, rtol=1e-5)
+    assert (every.count, fourth.count, three.count) == (4, 1, 3)
+
+
+@TASK
+def test_an_invalid_image_has_no_gradient(kind):
+    task = standard(kind)
+    batch, other = (stages.batch(is_valid=[1, 0, 1, 1]) for _ in range(2))
+    other["image"][1] = 0  # constant patches too
+    grads = [task.gradients(data) for data in (batch, other)]
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+    jax.tree.map(np.testing.assert_array_equal, *grads)
+
+
+def test_a_masked_nan_does_not_leak():
+    values = jnp.array([1.0, jnp.nan, 3.0])
+    mean = Mean.of(values, jnp.array([True, False, True]))
+    assert (mean.sum, mean.count, mean.value()) == (4, 2, 2)
+    assert np.isnan(Mean.of(values).value())
+
+
+@TASK
+def test_predict(kind):
+    out = standard(kind).predict(stages.batch())
+    assert isinstance(out, Outputs)
+    assert out.features.shape == (4, 12 if kind == "distill" else 16)
+    assert (out.logits is None) == (kind != "classify")
+
+
+@TASK
+def test_untrained_names_parameters(kind):
+    params = stages.weights(MAKE[kind]())[0]
+    names = set(stages.flax.traverse_util.flatten_dict(params, sep="/"))
+    assert stages.declared(MAKE[kind](), names) < names
+
+
+WIDE = {"width": 256, "depth": 2, "num_heads": 4, "image_size": 64, "patch_size": 8}
+
+
+@pytest.mark.parametrize(
+    ("task", "extra"),
+    [
+        (config.Mae(decoder=config.Decoder(192, 2, 4)), {}),
+        (config.Classify(mixup=0.0, cutmix=0.0), {"num_classes": 100, "pool": "mean"}),
+    ],
+    ids=lambda value: getattr(value, "kind", ""),
+)
+def test_flops_against_xla(task, extra):
+    """The cost of a gradient, element-wise work included, is at most 5 % above the matmuls counted by hand."""
+    model = config.ViT(**WIDE, **extra)
+    data = config.Data("digits", image_size=64)
+    stage = config.Stage(task, model, data, config.Optim(lr=1.0), config.Run(batch_size=4, steps=1))
+    ratio = flops_ratio(TASKS[task.kind](stage), 4)
+    assert 0.95 < ratio < 1.05
+    assert flops.num_tokens(model) == 65
+
+
+def flops_ratio(task, batch_size):
+    """XLA's FLOPs of the gradient over the task's own count."""
+    batch = {
+        "image": jax.ShapeDtypeStruct((batch_size, 64, 64, 3), "uint8"),
+        "label": jax.ShapeDtypeStruct((batch_size,), "int32"),
+        "is_valid": jax.ShapeDtypeStruct((batch_size,), "bool"),
+    }
+    variables, frozen = jax.eval_shape(task.init, jax.random.key(0), batch)
+
+    def loss(params, frozen, batch):
+        return task.loss(params, {}, frozen, batch, stages.rngs(), train=True)[0]
+
+    compiled = jax.jit(jax.grad(loss)).lower(variables["params"], frozen, batch).compile()
+    return compiled.cost_analysis()["flops"] / (task.flops_per_image() * batch_size)

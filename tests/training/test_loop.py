@@ -1,0 +1,372 @@
+import errno
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.processes import log
+from tinymim_jax.runtime import metric_log
+from tinymim_jax.runtime.errors import InputError, Unavailable
+from tinymim_jax.runtime.preemption import Interrupted
+from tinymim_jax.training import loop
+from tinymim_jax.training import step as step_lib
+from tinymim_jax.training.loop import run_stage
+from tinymim_jax.weights import checkpoint, handoff
+
+
+def run_chain_of(chain, workdir, mesh, names):
+    return {name: run_stage(chain.stages[name], name, workdir, mesh) for name in names}
+
+
+def assert_same_tree(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_an_interrupted_chain_ends_like_an_uninterrupted_one(chain, mesh, tmp_path, stop_at, step):
+    chain.stages["finetune"].optim.ema = 0.9
+    chain.stages["mae"].run.eval_every = 1
+    names = list(chain.stages)
+    whole = run_chain_of(chain, tmp_path / "whole", mesh, names)
+    for name in names:
+        stop_at(step)
+        with pytest.raises(Interrupted, match=f"step {step} of 4"):
+            run_stage(chain.stages[name], name, tmp_path / "cut", mesh)
+        assert not handoff.finished(tmp_path / "cut" / name)
+        assert checkpoint.steps(tmp_path / "cut" / name)[-1] == step
+        assert run_stage(chain.stages[name], name, tmp_path / "cut", mesh) == whole[name]
+        folders = [tmp_path / side / name for side in ("whole", "cut")]
+        assert_same_tree(*[checkpoint.read_model(folder) for folder in folders])
+        assert len({(folder / "DONE").read_text() for folder in folders}) == 1
+        logs = [log(folder) for folder in folders]
+        assert logs[0] == logs[1]
+
+
+def test_a_stage_writes_what_the_design_says(chain, mesh, tmp_path):
+    results = run_stage(chain.stages["mae"], "mae", tmp_path, mesh)
+    folder = tmp_path / "mae"
+    assert {p.name for p in folder.iterdir()} == {"stage.json", "metrics.jsonl", "tensorboard", "checkpoints", "DONE"}
+    assert json.loads((folder / "DONE").read_text()) == {"step": 4, "metrics": results}
+    assert handoff.read_stage(folder) == chain.stages["mae"]
+    assert handoff.read_untrained(folder) == ["decoder/pos_embed", "encoder/pos_embed"]
+    logged = [line for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "lr" in line]
+    assert [line["step"] for line in logged] == [3, 4]
+    assert {"loss", "lr", "epoch", "grad_norm", "images_per_s", "data_wait"} <= set(logged[0])
+    assert checkpoint.steps(folder) == [2, 4]
+
+
+def test_own_checkpoint_comes_before_init_and_scratch_needs_no_init(chain, mesh, tmp_path, capsys, stop_at):
+    run_chain_of(chain, tmp_path, mesh, ["mae", "distill"])
+    capsys.readouterr()
+    stop_at(2)
+    with pytest.raises(Interrupted):
+        run_stage(chain.stages["finetune"], "finetune", tmp_path, mesh)
+    assert "init from" in capsys.readouterr().out
+    run_stage(chain.stages["finetune"], "finetune", tmp_path, mesh)
+    out = capsys.readouterr().out
+    assert "resumed at step 2 of 4" in out and "init from" not in out
+
+
+def test_a_missing_source_is_an_error_not_scratch(chain, mesh, tmp_path):
+    with pytest.raises(InputError, match="distill has no finished stage: run that stage first"):
+        run_stage(chain.stages["finetune"], "finetune", tmp_path, mesh)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_teacher_is_rebuilt_from_its_own_folder_and_not_saved(chain, mesh, tmp_path):
+    run_chain_of(chain, tmp_path, mesh, ["mae", "distill"])
+    runner = loop.Runner(chain.stages["distill"], "distill", tmp_path, mesh)
+    teacher = handoff.read_params(tmp_path / "mae")["encoder"]
+    assert set(runner.frozen["encoder"]) == {"block1", "block2", "cls_token", "pos_embed", "patch_embed"}
+    assert_same_tree(runner.frozen["encoder"], {key: teacher[key] for key in runner.frozen["encoder"]})
+    saved = checkpoint.read_model(tmp_path / "distill")["params"]["encoder"]
+    assert saved["patch_embed"]["kernel"].shape[-1] == 12  # the student's
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(chain, mesh, tmp_path, stop_at):
+    stage = chain.stages["mae"]
+    stop_at(2)
+    with pytest.raises(Interrupted):
+        run_stage(stage, "mae", tmp_path, mesh)
+    good = checkpoint.read_model(tmp_path / "mae")
+    stage.run.checkpoint_every = 1
+    stage.optim.lr = 1e38
+    with pytest.raises(
+        InputError, match=r"stage mae: the \w+ is not finite at step 3 .*; what was saved before is kept"
+    ):
+        run_stage(stage, "mae", tmp_path, mesh)
+    assert checkpoint.steps(tmp_path / "mae") == [2]
+    assert_same_tree(checkpoint.read_model(tmp_path / "mae"), good)
+    assert not handoff.finished(tmp_path / "mae")
+    (line,) = map(json.loads, (tmp_path / "mae" / "bad_steps.jsonl").read_text().splitlines())
+    assert (line["step"], len(line["records"])) == (3, 8) and line["records"][0].startswith("image ")
+
+
+def poison(monkeypatch, at):
+    """The loss of the steps `at` is not a number."""
+    from tinymim_jax.tasks.mae import Mae
+
+    loss = Mae.loss
+
+    def poisoned(self, params, model_state, frozen, batch, rngs, *, train):
+        value, aux = loss(self, params, model_state, frozen, batch, rngs, train=train)
+        factor = jnp.where(jnp.isin(batch["index"][0], at), jnp.nan, 1.0)
+        metrics = {name: m.replace(sum=m.sum * factor) for name, m in aux.metrics.items()}
+        return value * factor, aux.replace(metrics=metrics)
+
+    monkeypatch.setattr(Mae, "loss", poisoned)
+
+
+def test_an_update_that_is_not_finite_is_left_out(chain, mesh, tmp_path, monkeypatch, capfd):
+    stage = chain.stages["mae"]
+    runner = loop.Runner(stage, "mae", tmp_path, mesh)
+    bad = int(runner.rows.numbers(1)[1][0])  # the first image of step 2
+    start = runner.start()[0]
+    poison(monkeypatch, jnp.array([bad]))
+    stage.run.on_nan, stage.run.checkpoint_every, stage.run.keep = "skip", 1, 4
+    results = run_stage(stage, "mae", tmp_path, mesh)
+    assert results["skipped"] == 1 and np.isfinite(results["loss"])
+    assert "the loss is not finite at step 2 (its images: " in capfd.readouterr().err
+    line = json.loads((tmp_path / "mae" / "bad_steps.jsonl").read_text())
+    assert line["not_finite"] == "loss" and line["records"][0] == runner.source.describe(bad)
+
+    def params(step):
+        shapes = jax.eval_shape(lambda: start)
+        items, _ = checkpoint.restore(tmp_path / "mae", step, step_lib.to_items(shapes))
+        assert int(items["optim"]["step"]) == step
+        return items["model"]["params"]
+
+    assert_same_tree(params(1), params(2))
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), params(2), params(3))
+    assert any(jax.tree.leaves(changed))
+
+
+def test_updates_are_left_out_up_to_a_bound(chain, mesh, tmp_path, monkeypatch):
+    stage = chain.stages["mae"]
+    poison(monkeypatch, jnp.arange(40))
+    stage.run.on_nan, stage.run.max_skipped = "skip", 2
+    with pytest.raises(InputError, match=r"at step 3 .*, after 2 such updates were left out \(run\.max_skipped\)"):
+        run_stage(stage, "mae", tmp_path, mesh)
+    assert not handoff.finished(tmp_path / "mae")
+
+
+@pytest.mark.parametrize("is_resident", [False, True])
+def test_steps_in_one_call_are_those_one_by_one(chain, mesh, tmp_path, stop_at, is_resident):
+    """Stopped between calls, and with a last call that is short."""
+    stage = chain.stages["mae"]
+    stage.data.resident = is_resident
+    stage.run.steps, stage.run.log_every, stage.run.eval_every = 5, 2, 2
+    one = run_stage(stage, "mae", tmp_path / "one", mesh)
+    stage.run.steps_per_call = 2
+    whole = run_stage(stage, "mae", tmp_path / "whole", mesh)
+    assert whole == {key: pytest.approx(value, rel=1e-4) for key, value in one.items()}
+    stop_at(2)
+    with pytest.raises(Interrupted, match="step 2 of 5"):
+        run_stage(stage, "mae", tmp_path / "cut", mesh)
+    assert run_stage(stage, "mae", tmp_path / "cut", mesh) == whole
+    logs = [log(tmp_path / side / "mae") for side in ("one", "whole", "cut")]
+    assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]] and logs[1] == logs[2]
+
+
+def damage(folder, step, item="model"):
+    """One bit of the largest file of a checkpoint."""
+    path = max((folder / checkpoint.FOLDER / str(step) / item).rglob("*"), key=lambda p: p.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_damaged_checkpoint_is_named_and_passed_over(chain, mesh, tmp_path, stop_at, capsys):
+    stage = chain.stages["mae"]
+    whole = run_stage(stage, "mae", tmp_path / "whole", mesh)
+    stop_at(3)
+    with pytest.raises(Interrupted):
+        run_stage(stage, "mae", tmp_path / "cut", mesh)
+    folder = tmp_path / "cut" / "mae"
+    assert checkpoint.steps(folder) == [2, 3]
+    damage(folder, 3)
+    assert run_stage(stage, "mae", tmp_path / "cut", mesh) == whole
+    out = capsys.readouterr().out
+    assert "the checkpoint of step 3 is damaged" in out and "resumed at step 2 of 4" in out
+    assert_same_tree(*[checkpoint.read_model(tmp_path / side / "mae") for side in ("whole", "cut")])
+
+    damage(folder, 4)  # of a finished stage: whoever reads it says so
+    with pytest.raises(InputError, match="mae: the checkpoint of step 4 is damaged"):
+        run_stage(chain.stages["distill"], "distill", tmp_path / "cut", mesh)
+
+
+def test_a_store_that_fails_is_no_damage(chain, mesh, tmp_path, stop_at, monkeypatch):
+    stop_at(3)
+    with pytest.raises(Interrupted):
+        run_stage(chain.stages["mae"], "mae", tmp_path, mesh)
+    before = checkpoint.steps(tmp_path / "mae")
+
+    def restore(*_, **__):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(checkpoint.ocp.StandardCheckpointHandler, "restore", restore)
+    with pytest.raises(Unavailable, match=r"step 3 could not be read \(Stale file handle\); mend the storage"):
+        run_stage(chain.stages["mae"], "mae", tmp_path, mesh)
+    assert checkpoint.steps(tmp_path / "mae") == before
+
+
+def test_without_a_whole_checkpoint_the_user_decides(chain, mesh, tmp_path, stop_at):
+    stop_at(1)
+    with pytest.raises(Interrupted):
+        run_stage(chain.stages["mae"], "mae", tmp_path, mesh)
+    damage(tmp_path / "mae", 1)
+    with pytest.raises(InputError, match="step 1 is damaged .* there is no older one; delete .*mae to run the stage"):
+        run_stage(chain.stages["mae"], "mae", tmp_path, mesh)
+    assert checkpoint.steps(tmp_path / "mae") == [1]
+
+
+def test_labels_beyond_the_head_stop_the_run(chain, mesh, tmp_path):
+    stage = chain.stages["finetune"]
+    stage.init, stage.model.num_classes = None, 4
+    with pytest.raises(InputError, match=r"step 1 has labels that model\.num_classes leaves no output for"):
+        run_stage(stage, "finetune", tmp_path, mesh)
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(chain, mesh, tmp_path):
+    first = run_stage(chain.stages["mae"], "mae", tmp_path / "a", mesh)
+    assert run_stage(chain.stages["mae"], "mae", tmp_path / "b", mesh) == first
+    chain.stages["mae"].run.seed = 1
+    assert run_stage(chain.stages["mae"], "mae", tmp_path / "c", mesh)["loss"] != first["loss"]
+
+
+def test_zero_steps_evaluate_the_initial_weights(chain, mesh, tmp_path):
+    stage = chain.stages["mae"]
+    stage.run.steps = 0
+    results = run_stage(stage, "mae", tmp_path, mesh)
+    assert set(results) == {"knn/top1_k3"}
+    assert handoff.read_params(tmp_path / "mae")["encoder"]["cls_token"].shape == (1, 1, 24)
+
+
+def test_evaluation_during_training(chain, mesh, tmp_path):
+    stage = chain.stages["mae"]
+    stage.run.eval_every = 2
+    run_stage(stage, "mae", tmp_path, mesh)
+    lines = [json.loads(line) for line in (tmp_path / "mae" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "knn/top1_k3" in line] == [2, 4]
+
+
+def test_what_a_finished_stage_has_measured_is_in_its_log_before_it_is_done(chain, mesh, tmp_path, monkeypatch):
+    seen = []
+
+    def write_json(path, value):
+        if path.name == "DONE":
+            seen.extend(log(tmp_path / "mae"))
+        metric_log.write_json(path, value)
+
+    monkeypatch.setattr(loop, "write_json", write_json)
+    results = run_stage(chain.stages["mae"], "mae", tmp_path, mesh)
+    evaluated = {key: value for key, value in results.items() if "/" in key}
+    assert evaluated and {"step": 4, **evaluated} in seen
+
+
+@pytest.mark.parametrize("name", ["mae", "finetune"])
+def test_a_resident_data_set_resumes_like_the_uninterrupted_run(chain, mesh, tmp_path, stop_at, name):
+    stage = chain.stages[name]
+    stage.init, stage.data.resident = None, True
+    run_stage(stage, name, tmp_path / "whole", mesh)
+    for step in (1, 3):
+        stop_at(step)
+        with pytest.raises(Interrupted, match=f"step {step} of 4"):
+            run_stage(stage, name, tmp_path / "cut", mesh)
+    run_stage(stage, name, tmp_path / "cut", mesh)
+    folders = [tmp_path / side / name for side in ("whole", "cut")]
+    assert_same_tree(*[checkpoint.read_model(folder) for folder in folders])
+    assert log(folders[0]) == log(folders[1])
+
+
+def test_an_evaluation_that_was_due_when_the_run_was_killed_is_made_up_for(chain, mesh, tmp_path, monkeypatch):
+    """Killed right after the checkpoint of a step that is evaluated."""
+    stage = chain.stages["mae"]
+    stage.run.eval_every = 2
+    run_stage(stage, "mae", tmp_path / "whole", mesh)
+
+    def killed(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(loop.Online, "start", killed)
+        run_stage(stage, "mae", tmp_path / "cut", mesh)
+    assert checkpoint.steps(tmp_path / "cut" / "mae") == [2]
+    run_stage(stage, "mae", tmp_path / "cut", mesh)
+    assert [line["step"] for line in log(tmp_path / "cut" / "mae")] == [2, 3, 4, 4]
+    logs = [log(tmp_path / side / "mae") for side in ("whole", "cut")]
+    assert logs[0] == logs[1]
+
+
+def test_an_evaluation_under_way_when_a_run_stops_is_made_again(chain, mesh, tmp_path, stop_at, capsys):
+    """The weights being evaluated are no longer those of the state."""
+    stage = chain.stages["mae"]
+    stage.run.eval_every, stage.run.keep = 2, 1
+    run_stage(stage, "mae", tmp_path / "whole", mesh)
+    stop_at(3)
+    with pytest.raises(Interrupted, match="step 3 of 4"):
+        run_stage(stage, "mae", tmp_path / "cut", mesh)
+    assert checkpoint.steps(tmp_path / "cut" / "mae") == [3]
+    assert not any("/" in name for line in log(tmp_path / "cut" / "mae") for name in line)
+    shutil.copytree(tmp_path / "cut", tmp_path / "damaged")
+    run_stage(stage, "mae", tmp_path / "cut", mesh)
+    logs = [log(tmp_path / side / "mae") for side in ("whole", "cut")]
+    assert logs[0] == logs[1] and [line["step"] for line in logs[0] if "knn/top1_k3" in line] == [2, 4]
+
+    damage(tmp_path / "damaged" / "mae", 3, "evaluated")
+    capsys.readouterr()
+    run_stage(stage, "mae", tmp_path / "damaged", mesh)
+    assert "step 3 is damaged" in (out := capsys.readouterr().out) and "evaluation of step 2 is left out" in out
+    assert log(tmp_path / "damaged" / "mae") == [line for line in logs[0] if line["step"] != 2 or "loss" in line]
+
+
+def test_there_is_one_loop_and_one_place_that_takes_gradients():
+    package = Path(loop.__file__).parent
+    files = [p for p in sorted(package.rglob("*.py")) if p.parent.name != "bench"]
+    found = {
+        word: [p.name for p in files if re.search(word, p.read_text())]
+        for word in (r"StepTraceAnnotation", r"jax\.(value_and_)?grad\(")
+    }
+    assert found == {r"StepTraceAnnotation": ["train.py"], r"jax\.(value_and_)?grad\(": ["step.py"]}
+
+
+FOUR_DEVICES = """
+import sys
+from pathlib import Path
+import jax
+from tests.conftest import tiny_distill, tiny_mae
+from tinymim_jax import config, mesh as mesh_lib
+from tinymim_jax.train import Runner, run_stage
+
+mesh_lib.FSDP_MIN_SIZE = 64
+mesh = mesh_lib.make_mesh(config.Mesh(data=-1, fsdp=2))
+assert mesh.shape == {"data": 2, "fsdp": 2}
+stages = {"mae": tiny_mae(), "distill": tiny_distill()}
+for name, stage in stages.items():
+    stage.optim.accum_steps = 2
+    run_stage(stage, name, Path(sys.argv[1]), mesh)
+runner = Runner(stages["distill"], "distill", Path(sys.argv[1]), mesh)
+state, _ = runner.start()
+for tree in (state.params, state.opt_state, runner.frozen):
+    assert any(not x.is_fully_replicated for x in jax.tree.leaves(tree))
+"""
+
+
+def test_four_devices_with_split_parameters_train_like_one(chain, mesh, tmp_path):
+    for name in ("mae", "distill"):
+        chain.stages[name].optim.accum_steps = 2
+        run_stage(chain.stages[name], name, tmp_path / "one", mesh)
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    subprocess.run([sys.executable, "-c", FOUR_DEVICES, str(tmp_path / "four")], env=env, check=True)
+    for name in ("mae", "distill"):
+        one, four = [log(tmp_path / side / name) for side in ("one", "four")]
+        for a, b in zip(one, four, strict=True):
+            assert {key: pytest.approx(value, rel=1e-3) for key, value in a.items()} == b

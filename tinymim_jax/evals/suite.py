@@ -1,0 +1,204 @@
+"""One finished model on everything: accuracy, robustness, probes of its features; one JSON file and one table."""
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+from etils.epath import Path
+
+from tinymim_jax.bridge import card
+from tinymim_jax.data.device_augment import normalize, to_float
+from tinymim_jax.data.sources import open_source
+from tinymim_jax.evals import make_evaluator, subsets
+from tinymim_jax.evals.contract import Predict, measure
+from tinymim_jax.experiment import config
+from tinymim_jax.experiment.config import Classification, Corruptions, Data, Eval, Knn, Logistic
+from tinymim_jax.planning.preflight import check_same_classes, check_writable
+from tinymim_jax.runtime import codec, storage
+from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.runtime.metric_log import write_json
+from tinymim_jax.runtime.sharding import replicated
+from tinymim_jax.tasks.contract import Outputs, encode
+from tinymim_jax.weights import handoff
+
+SUITES = ("imagenet", "robust", "probe", "all")
+# TinyMIM, Tables 3 and 4: top-1; ImageNet-A and -R top-1; ImageNet-C, which is a plain mean of errors.
+PAPER = {
+    192: {"imagenet/top1": 75.8, "imagenet_a/top1": 11.0, "imagenet_r/top1": 39.8, "corruptions/mean_error": 50.1},
+    384: {"imagenet/top1": 83.0, "imagenet_a/top1": 27.5, "imagenet_r/top1": 48.8, "corruptions/mean_error": 35.8},
+    768: {"imagenet/top1": 85.0, "imagenet_a/top1": 43.0, "imagenet_r/top1": 54.6, "corruptions/mean_error": 32.7},
+}
+
+
+@dataclasses.dataclass
+class Sets:
+    """What is measured on: ImageFolder trees, if not what the model's own stage had."""
+
+    data: str = ""  # holds train/ and val/ (or test/)
+    imagenet_a: str = ""
+    imagenet_r: str = ""
+    imagenet_c: str = ""  # holds <corruption>/<severity>/
+    per_class: int | None = None  # measure on so many images of each class only
+    bank_per_class: int | None = None  # and let the probes learn from so many
+
+
+def evaluate(folder: Path, suite: str, sets: Sets, mesh: jax.sharding.Mesh, out: Path) -> dict[str, Any]:
+    """Runs `suite` on the finished stage or converted checkpoint in `folder`; writes into `out` after each measure.
+
+    Returns {"checkpoint", "model", "results": {"<eval>/<metric>": value}, "paper": TinyMIM's values, if any}.
+    Raises InputError if data is missing, or the model has no head where one is needed.
+    """
+    model = handoff.read_model(folder)
+    variables = jax.device_put(handoff.read_variables(folder), replicated(mesh))
+    clean, bank = data_sets(folder, model, sets)
+    chosen = evals(suite, model, clean, bank, sets)
+    evaluators = {name: make_evaluator(cfg, mesh) for name, cfg in chosen.items()}  # what is missing is said first
+    check_writable(out)
+    check_names(chosen, model)
+    predict = make_predict(folder, model, clean, mesh)
+    paper = PAPER.get(model.width, {}) if model.num_classes == 1000 else {}
+    if not sets.imagenet_c:  # corruptions made here are not the stored ones
+        paper = {name: value for name, value in paper.items() if not name.startswith("corruptions/")}
+    report = {"checkpoint": str(folder), "model": codec.to_dict(model), "results": {}, "paper": paper}
+    for name, evaluator in evaluators.items():
+        report["results"] |= measure({name: evaluator}, predict, variables, {}, title=name)
+        write(report, out)
+        print(f"{name}: done", flush=True)
+    return report
+
+
+def data_sets(folder: Path, model: config.ViT, sets: Sets) -> tuple[Data, Data]:
+    """The clean evaluation set and the training images, both for evaluation."""
+    converted = handoff.read_converted(folder)
+    if converted is None:
+        stage = handoff.read_stage(folder)
+        train = dataclasses.replace(stage.data, transform="eval", rand_augment="", repeats=1)
+        own = [e.data for e in stage.evals.values() if _is_clean(e)]
+        clean = own[0] if own else _held_out(train)
+    else:
+        pixels = {k: tuple(v) if isinstance(v, list) else v for k, v in converted["preprocessing"].items()}
+        train = Data("folder", transform="eval", image_size=model.image_size, **pixels)
+        clean = dataclasses.replace(train, split="val")
+        if not sets.data and not (sets.imagenet_c or sets.imagenet_a or sets.imagenet_r):
+            raise InputError(f"{folder} was converted and names no data: give --data=PATH, a tree with train/ and val/")
+    if sets.data:
+        train, clean = _in_tree(train, sets.data, ("train",)), _in_tree(clean, sets.data, ("val", "test", "validation"))
+    if sets.per_class is not None:
+        clean = dataclasses.replace(clean, per_class=sets.per_class, num_examples=None)
+    if sets.bank_per_class is not None:
+        train = dataclasses.replace(train, per_class=sets.bank_per_class, num_examples=None)
+    return clean, dataclasses.replace(train, crop_pct=clean.crop_pct)
+
+
+def _is_clean(cfg: Eval) -> bool:
+    """Whether an eval of a stage reads the plain evaluation set."""
+    is_other = (isinstance(cfg, Classification) and cfg.subset) or (isinstance(cfg, Corruptions) and cfg.stored)
+    return not is_other and not cfg.data.corruption
+
+
+def _held_out(train: Data) -> Data:
+    """The evaluation set beside the training set of a stage that has no evals."""
+    splits = {"digits": "test", "tfds": "validation" if train.name == "imagenet2012" else "test"}
+    data = dataclasses.replace(train, num_examples=None, per_class=None)
+    if train.source == "folder":
+        return _in_tree(data, train.path, ("val", "test", "validation"))
+    return dataclasses.replace(data, split=splits.get(train.source, "val"))
+
+
+def _in_tree(data: Data, path: str, splits: tuple[str, ...]) -> Data:
+    """`data` from the first of the folders `splits` that the tree at `path` has; raises InputError if it has none."""
+    root = storage.path(path)
+    storage.check(root)
+    found = next((split for split in splits if (root / split).is_dir()), None)
+    if found is None:
+        raise InputError(f"{root} has no folder {' or '.join(f'{split}/' for split in splits)}; give the tree that has")
+    fields = {"source": "folder", "path": path, "split": found, "num_examples": None, "per_class": None}
+    return dataclasses.replace(data, **fields)
+
+
+def check_names(chosen: dict[str, Eval], model: config.ViT) -> None:
+    """Raises InputError if classes are not those of the head, or of the probes' other set, as far as names tell."""
+    for cfg in chosen.values():
+        if isinstance(cfg, (Knn, Logistic)):
+            check_same_classes(cfg.bank, cfg.data)
+        elif isinstance(cfg, Classification) and not cfg.subset:
+            names = open_source(cfg.data).classes or ()
+            is_imagenet = len(names) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in names)
+            if (names and len(names) != model.num_classes) or (is_imagenet and list(names) != subsets.imagenet_wnids()):
+                raise InputError(
+                    f"{cfg.data.path}/{cfg.data.split} has {len(names)} classes that are not the model's"
+                    f" {model.num_classes}; give --data=PATH, a tree with the classes that it was trained on"
+                )
+
+
+def evals(suite: str, model: config.ViT, clean: Data, bank: Data, sets: Sets) -> dict[str, Eval]:
+    """What `suite` measures; raises InputError if it needs a head that is not there."""
+    if suite not in SUITES:
+        raise InputError(f"--suite={suite}: unknown; choose one of {', '.join(SUITES)}")
+    if not model.num_classes and suite in ("imagenet", "robust"):
+        raise InputError(
+            f"--suite={suite} needs a model with a head, and this one has none: fine-tune it, or use probe"
+        )
+    for name in ("imagenet_a", "imagenet_r", "imagenet_c"):
+        if path := getattr(sets, name):
+            if suite not in ("robust", "all"):
+                raise InputError(f"--{name} is measured by --suite=robust or all, not {suite}; choose one")
+            storage.check(storage.path(path))
+            if not storage.path(path).is_dir():
+                raise InputError(f"--{name}={path}: no such folder")
+            if model.num_classes != 1000:
+                raise InputError(f"--{name} needs a model of ImageNet's 1000 classes; this one has {model.num_classes}")
+    chosen: dict[str, Eval] = {}
+    if suite in ("imagenet", "all") and model.num_classes:
+        chosen["imagenet"] = Classification(clean)
+    if suite in ("robust", "all") and model.num_classes:
+        for name in ("imagenet_a", "imagenet_r"):
+            if path := getattr(sets, name):
+                root = Path(path)
+                chosen[name] = Classification(_folder(clean, str(root.parent), root.name), subset=name)
+        stored = bool(sets.imagenet_c)
+        only_others = clean.source == "folder" and not clean.path and not stored  # --imagenet_a or --imagenet_r alone
+        if not only_others:
+            chosen["corruptions"] = Corruptions(_folder(clean, sets.imagenet_c, "") if stored else clean, stored=stored)
+    if suite in ("probe", "all"):
+        k = tuple(k for k in Knn(clean, bank).k if k <= len(open_source(bank))) or (1,)
+        chosen |= {"knn": Knn(clean, bank, k=k), "logistic": Logistic(clean, bank)}
+    return chosen
+
+
+def _folder(data: Data, path: str, split: str) -> Data:
+    return dataclasses.replace(data, source="folder", path=path, split=split, num_examples=None)
+
+
+def make_predict(folder: Path, model: config.ViT, data: Data, mesh: jax.sharding.Mesh) -> Predict:
+    """Logits and features; the latter from before the block that distillation left half trained, if there is one."""
+    half = card.half_trained(model, handoff.read_untrained(folder))
+    block = None if half is None else max(half - 1, 1)
+
+    def predict(variables: Any, _: Any, batch: Any) -> Outputs:
+        return encode(model, variables, normalize(to_float(batch["image"]), data.mean, data.std), block)
+
+    return jax.jit(predict, out_shardings=replicated(mesh))
+
+
+def table(report: dict[str, Any]) -> str:
+    """A Markdown table of the results, the paper's numbers beside them where it has any."""
+    lines = [f"# {report['checkpoint']}", "", "| measure | here | TinyMIM (paper) |", "|---|---|---|"]
+    for name, value in report["results"].items():
+        if name.endswith("/images") or name[-2:] in [f"_{s}" for s in range(1, 6)]:
+            continue
+        published = report["paper"].get(name)
+        lines.append(f"| {name} | {value:.2f} | {'' if published is None else published} |")
+    notes = [
+        "Percent. corruptions/*: top-1 error, a mean over severities; mean_error: their plain mean, which the paper",
+        "calls mCE; mce: each error over AlexNet's on ImageNet.",
+    ]
+    return "\n".join([*lines, "", *notes, ""])
+
+
+def write(report: dict[str, Any], folder: Path) -> list[Path]:
+    """Writes eval.json and eval.md into `folder`; returns them."""
+    write_json(folder / "eval.json", report)
+    (folder / "eval.md").write_text(table(report))
+    return [folder / "eval.json", folder / "eval.md"]

@@ -1,0 +1,239 @@
+"""What a chain would do, worked out from shapes alone, and what keeps it from that."""
+
+import json
+import math
+
+import jax
+from etils.epath import Path
+
+from tinymim_jax.data import sources
+from tinymim_jax.experiment import config
+from tinymim_jax.experiment.config import Config, Stage
+from tinymim_jax.models import vit
+from tinymim_jax.planning.preflight import data_sets, foreign, read_foreign
+from tinymim_jax.runtime import codec
+from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.runtime.metric_log import read_done
+from tinymim_jax.runtime.sharding import make_mesh
+from tinymim_jax.training import optim
+from tinymim_jax.training.setup import StageSetup, make_setup, teacher_init
+from tinymim_jax.weights import checkpoint, handoff
+
+# What an unfinished stage may be given anew: the ways out that error messages name.
+MENDABLE_FIELDS = (
+    "optim.lr",
+    "optim.clip_norm",
+    "data.on_bad_image",
+    "model.remat",
+    "model.attention",
+    "run.eval_every",
+    "run.on_nan",
+    "run.max_skipped",
+    "run.steps_per_call",
+)
+
+
+def describe_chain(cfg: Config, workdir: Path, only: str | None = None) -> str:
+    """What `run_chain` would do, worked out from shapes alone; reads no data but its size, writes nothing."""
+    check_stage_name(cfg, only)
+    check_owner(cfg, workdir)
+    plans: dict[str, StageSetup] = {}
+    text, missing = [_devices(cfg)], {}
+    for name in cfg.stages if only is None else needed(cfg, only):
+        try:
+            check_unedited(cfg.stages[name], workdir / name)
+            plans[name], lines = _describe_stage(cfg, name, workdir, plans)
+        except InputError as error:
+            raise InputError(f"stage {name}: {error}") from None
+        if only in (None, name):
+            text += [f"{name}: {lines[0]}", *(f"  {line}" for line in lines[1:])]
+            missing |= {error: name for error in _data(cfg.stages[name]).values() if error and error not in missing}
+    text += [f"before stage {name} can run: {error}" for error, name in missing.items()]
+    return "\n".join(text)
+
+
+def check_owner(cfg: Config, workdir: Path) -> None:
+    """Raises InputError if `workdir` is another experiment's."""
+    file = workdir / "chain.json"
+    try:
+        owner = json.loads(file.read_text())["name"] if file.is_file() else cfg.name
+    except (ValueError, KeyError, TypeError):
+        raise InputError(
+            f"{file} is damaged: it does not say whose folder this is; delete it if that is {cfg.name!r}, or choose"
+            " another --workdir"
+        ) from None
+    if owner != cfg.name:
+        raise InputError(
+            f"{workdir} belongs to the experiment {owner!r}, and this is {cfg.name!r}; choose another --workdir"
+        )
+
+
+def check_stage_name(cfg: Config, name: str | None) -> None:
+    """Raises InputError if `name` is given and is not a stage."""
+    if name is not None and name not in cfg.stages:
+        raise InputError(f"--stage={name}: no such stage; choose one of {', '.join(cfg.stages)}")
+
+
+def needed(cfg: Config, name: str) -> list[str]:
+    """Stage `name` and the stages that its weights come from, directly or not, in the chain's order."""
+    names = {name}
+    for other in reversed(cfg.stages):
+        if other in names:
+            names |= {init.stage for init in config.sources(cfg.stages[other]) if init.stage is not None}
+    return [other for other in cfg.stages if other in names]
+
+
+def check_unedited(stage: Stage, folder: Path) -> None:
+    """Raises InputError with the differences if `folder` holds this stage with another config.
+
+    A stage without a checkpoint may be edited freely, one with a checkpoint but unfinished in `MENDABLE_FIELDS`.
+    """
+    if not (handoff.finished(folder) or checkpoint.steps(folder)):
+        return
+    if not (folder / "stage.json").exists():
+        raise InputError(
+            f"{folder} has lost its stage.json, without which nobody knows what its checkpoints are of; put it back, or"
+            f" delete {folder} to run the stage again"
+        )
+    changes = codec.differences(codec.to_dict(handoff.read_stage(folder)), codec.to_dict(stage))
+    mendable = not handoff.finished(folder) and all(c.split(":")[0] in MENDABLE_FIELDS for c in changes)
+    if changes and not mendable:
+        raise InputError(
+            f"{folder} was run with another config ({'; '.join(changes)}); repeat the same --config overrides,"
+            f" undo the edit, choose another --workdir, or delete {folder} to run it again"
+        )
+
+
+def _describe_stage(
+    cfg: Config, name: str, workdir: Path, plans: dict[str, StageSetup]
+) -> tuple[StageSetup, list[str]]:
+    stage = cfg.stages[name]
+    init, teacher = teacher_init(stage), teacher_model(cfg, name, workdir)
+    plan = make_setup(stage, teacher, stage.data.num_examples or len(sources.open_source(stage.data)))
+    lines = [_length(plan), _model(plan), _optimizer(plan), *_data(stage), *_evals(stage)]
+    if init:
+        spec, frozen = stage.task.teacher, handoff.shapes(plan.frozen)
+        report = handoff.match(frozen, _source(init, workdir, plans)[0], handoff.for_teacher(init))
+        if isinstance(spec, config.Teacher):
+            heads = vit.heads_of(plan.task.teacher_cfg, spec.block)
+            what = f"block {spec.block} of {teacher.depth}, {heads} heads"
+        else:
+            what = f"{spec.labels} labels, weight {spec.weight:g}"
+        lines.append(f"teacher {init.stage or init.path}: {what}")
+        lines += [*(f"  {line}" for line in report.lines()), *_foreign_lines(stage, init, workdir)]
+    if stage.init:
+        source, untrained = _source(stage.init, workdir, plans)
+        report = handoff.match(handoff.shapes(plan.params), source, stage.init, untrained)
+        lines += [f"init from {stage.init.stage or stage.init.path}", *(f"  {line}" for line in report.lines())]
+        lines += _foreign_lines(stage, stage.init, workdir)
+    else:
+        lines.append("init: scratch")
+    return plan, [*lines, *plan.untrained_line(), _status(workdir / name)]
+
+
+def teacher_model(cfg: Config, name: str, workdir: Path) -> config.ViT | None:
+    """The model that stage `name` learns from, as it was (or is to be) trained; None if it has no teacher."""
+    init = teacher_init(cfg.stages[name])
+    if init is None:
+        return None
+    folder = handoff.source_folder(init, workdir)
+    if init.stage is not None and not (folder / "stage.json").exists():
+        return cfg.stages[init.stage].model
+    if path := foreign(init, workdir):
+        return read_foreign(path).layout.model
+    return handoff.read_model(folder)
+
+
+def _source(init: config.Init, workdir: Path, plans: dict[str, StageSetup]) -> tuple[handoff.Shapes, list[str]]:
+    """Shapes of what `init` loads, and which of it was not trained."""
+    if init.stage is not None:
+        return handoff.shapes(plans[init.stage].params), plans[init.stage].untrained()
+    if path := foreign(init, workdir):
+        converted = read_foreign(path)
+        return handoff.shapes(converted.params), converted.untrained
+    folder = handoff.source_folder(init, workdir)
+    untrained = handoff.read_untrained(folder)  # says best what is wrong with the folder
+    if not handoff.finished(folder):
+        raise InputError(f"{folder} has no finished stage: run that stage to its end first")
+    return handoff.shapes(checkpoint.model_shapes(folder)["params"]), untrained
+
+
+def _foreign_lines(stage: Stage, init: config.Init, workdir: Path) -> list[str]:
+    """What conversion of the foreign checkpoint that `init` names would say, if it is still to be converted."""
+    path = foreign(init, workdir)
+    if path is None:
+        return []
+    found, folder = read_foreign(path).layout, handoff.source_folder(init, workdir)
+    lines = [f"would be converted into {folder}: {found.kind}", f"licence: {found.licence}"]
+    pixels = [list(getattr(stage.data, field)) for field in ("mean", "std")]
+    if pixels != [found.preprocessing[field] for field in ("mean", "std")]:
+        lines.append("note: this stage's data.mean and data.std are not those that it is taken to have seen")
+    return [f"  {line}" for line in [*lines, *(f"note: {note}" for note in found.notes)]]
+
+
+def _length(plan: StageSetup) -> str:
+    run, task = plan.stage.run, plan.stage.task.kind
+    epochs = f"{run.epochs:g} epochs x {plan.steps_per_epoch} steps = " if run.epochs is not None else ""
+    accum = plan.stage.optim.accum_steps
+    parts = f" in {accum} micro-batches" if accum > 1 else ""
+    return f"{task}, {epochs}{plan.total_steps} steps of {run.batch_size} images{parts}"
+
+
+def _devices(cfg: Config) -> str:
+    try:
+        shape = make_mesh(cfg.mesh).shape
+    except InputError as error:
+        return f"devices: not these: {error}"
+    return (
+        f"devices: {jax.device_count()} x {jax.devices()[0].device_kind}, data {shape['data']} x fsdp {shape['fsdp']}"
+    )
+
+
+def _data(stage: Stage) -> dict[str, str]:
+    """For each set of records that the stage reads, a line and, if it is not at hand, why."""
+    lines = {}
+    for data in data_sets(stage):
+        what = f"data: {data.source} {data.path or data.name}".rstrip() + f", split {data.split}"
+        try:
+            lines[f"{what}: {len(sources.open_source(data)):,} images"] = ""
+        except InputError as error:
+            lines[f"{what}: not at hand, the end says why"] = str(error)
+    return lines
+
+
+def _evals(stage: Stage) -> list[str]:
+    """What is measured, and when."""
+    kinds = ", ".join(f"{name} ({cfg.kind})" for name, cfg in stage.evals.items())
+    when = f"every {stage.run.eval_every} steps and at the end" if stage.run.eval_every else "at the end"
+    return [f"evals, {when}: {kinds}"] if kinds else []
+
+
+def _model(plan: StageSetup) -> str:
+    m = plan.stage.model
+    sizes = {key: math.prod(leaf.shape) for key, leaf in handoff.flatten(plan.params).items()}
+    trained = sum(sizes.values()) - sum(sizes[key] for key in plan.untrained())
+    heads = f"{m.num_heads} heads" + (f" ({m.last_block_heads} in the last block)" if m.last_block_heads else "")
+    return (
+        f"model: width {m.width}, {m.depth} blocks, {heads}, {m.image_size} px in patches of {m.patch_size}, {m.dtype};"
+        f" {sum(sizes.values()):,} parameters, {trained:,} trained"
+    )
+
+
+def _optimizer(plan: StageSetup) -> str:
+    o, batch = plan.stage.optim, plan.stage.run.batch_size
+    scaling = f" ({o.lr:g} x {batch} / {o.lr_batch})" if o.lr_batch else ""
+    layers = f", layer decay {o.layer_decay:g}" if o.layer_decay != 1 else ""
+    own = f"betas {o.b1:g} {o.b2:g}" if o.name == "adamw" else f"momentum {o.momentum:g}"
+    return (
+        f"optimiser: {o.name}, lr {optim.peak_lr(o, batch):g}{scaling}, warm-up {o.warmup_epochs:g} epochs,"
+        f" min lr {o.min_lr:g},"
+        f" weight decay {o.weight_decay:g}, {own}{layers}"
+    )
+
+
+def _status(folder: Path) -> str:
+    if handoff.finished(folder):
+        read_done(folder / "DONE")  # of one that is damaged later stages would not learn
+        return "status: finished, would be skipped"
+    steps = checkpoint.steps(folder)
+    return f"status: would go on from step {max(steps)}" if steps else "status: would start"

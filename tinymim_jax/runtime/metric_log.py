@@ -1,0 +1,143 @@
+"""Scalars to `metrics.jsonl` and TensorBoard."""
+
+import contextlib
+import json
+import threading
+from typing import Any
+
+import jax
+from etils.epath import Path
+from tensorboardX import SummaryWriter
+from tensorboardX.record_writer import register_writer_factory
+
+from tinymim_jax.runtime import storage
+from tinymim_jax.runtime.errors import InputError
+
+EVERY = 2.0  # seconds between two writes of metrics.jsonl: a bucket takes a file as a whole, and one a second
+
+
+class MetricLog:
+    """Adds scalars under `folder`; lines after step `start` are dropped first, so a resumed run has no repeats."""
+
+    def __init__(self, folder: Path, start: int = 0, *, active: bool = True):
+        """`active` False, on all processes but one: writes nothing."""
+        self.path, self.active = folder / "metrics.jsonl", active
+        if not active:
+            return
+        self.kept = [line for line in read(self.path) if line["step"] <= start]
+        storage.make(folder)
+        self.lines, self.written = [json.dumps(line) + "\n" for line in self.kept], -1
+        self.lock, self.closed = threading.Lock(), threading.Event()
+        self.flush()
+        threading.Thread(target=self._follow, daemon=True).start()  # training does not wait for a bucket
+        for scheme in (*storage.EXTRAS, "file"):
+            register_writer_factory(scheme, EventFile)
+        storage.make(folder / "tensorboard")
+        url = storage.files(folder).unstrip_protocol(str(folder / "tensorboard"))
+        self.board = SummaryWriter(url, purge_step=start + 1)
+
+    def has(self, step: int, part: str) -> bool:
+        """Whether a line of `step` with a name that contains `part` was there when this writer, active, was made."""
+        return any(line["step"] == step and any(part in name for name in line) for line in self.kept)
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """One line {"step": step, name: value, ...}; in the file after `EVERY` seconds, or `flush`."""
+        line = {"step": step, **scalars}
+        if not self.active or line in self.kept:  # the latter: an evaluation done again after a crash
+            return
+        self.lines.append(json.dumps(line) + "\n")
+        for name, value in scalars.items():
+            self.board.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        """Returns when all lines are in the file; a checkpoint must not know more than that."""
+        if self.active:
+            with self.lock:
+                lines = list(self.lines)
+                if len(lines) != self.written:
+                    write_whole(self.path, "".join(lines))
+                    self.written = len(lines)
+
+    def _follow(self) -> None:
+        while not self.closed.wait(EVERY):
+            with contextlib.suppress(Exception):  # raised by whoever waits for the lines
+                self.flush()
+
+    def __enter__(self) -> "MetricLog":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if self.active:
+            self.closed.set()
+            self.board.close()
+            with contextlib.suppress(Exception) if kind else contextlib.nullcontext():  # the first error is the cause
+                self.flush()
+
+
+class EventFile:
+    """What TensorBoard reads: written as a whole, and again at the next flush if that fails.
+
+    tensorboardX' own ends its thread when a disk is full or a bucket fails, and then blocks whoever writes.
+    """
+
+    def __init__(self, path: str):
+        self.path, self.content = path, bytearray()
+
+    def write(self, data: bytes) -> None:
+        """Adds to the file."""
+        self.content += data
+
+    def flush(self) -> None:
+        """Tries to write the file."""
+        with contextlib.suppress(Exception):
+            storage.files(self.path).pipe_file(self.path, bytes(self.content))
+
+    close = flush
+
+    @classmethod
+    def open(cls, path: str) -> "EventFile":
+        """A new file, as tensorboardX asks for it."""
+        return cls(path)
+
+    @staticmethod
+    def directory_check(path: str) -> None:
+        """Nothing: `MetricLog` has made the folder."""
+
+
+def read(path: Path) -> list[dict[str, float]]:
+    """The lines of a `metrics.jsonl`, up to one that is damaged; [] if there is no file."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_bytes().splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            break
+        if not isinstance(line, dict) or "step" not in line:
+            break
+        lines.append(line)
+    return lines
+
+
+def read_done(path: Path) -> dict[str, float]:
+    """The final metrics in a stage's `DONE`; raises InputError if it is damaged."""
+    try:
+        return dict(json.loads(path.read_text())["metrics"])
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path} is damaged; delete it, and the stage goes on from its newest checkpoint") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` to `path`, which never holds half of it; in process 0 alone."""
+    if jax.process_index() == 0:
+        storage.make(path.parent)
+        write_whole(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes `text` to `path`, which never holds half of it."""
+    files, partial = storage.files(path), f"{path}.partial"
+    with storage.writing(path):
+        files.pipe_file(partial, text.encode())
+        files.mv(partial, str(path))

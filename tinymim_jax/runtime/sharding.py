@@ -1,0 +1,87 @@
+"""Devices as a (data, fsdp) grid, and where each array lives on it."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from tinymim_jax.experiment import config
+from tinymim_jax.runtime.errors import InputError
+
+FSDP_MIN_SIZE = 2**16  # smaller arrays are cheaper to keep whole than to gather
+
+
+def make_mesh(cfg: config.Mesh, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """A mesh with axes data and fsdp over `devices` (default: all); raises InputError if they do not fill it."""
+    devices = jax.devices() if devices is None else devices
+    data = len(devices) // cfg.fsdp if cfg.data == -1 else cfg.data
+    if data * cfg.fsdp != len(devices):
+        raise InputError(
+            f"mesh: data {cfg.data} x fsdp {cfg.fsdp} does not fill {len(devices)} devices;"
+            " set mesh.data=-1 and an fsdp that divides their number"
+        )
+    return jax.make_mesh((data, cfg.fsdp), ("data", "fsdp"), (AxisType.Auto, AxisType.Auto), devices=devices)
+
+
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: jax.sharding.Mesh, axis: int = 0) -> NamedSharding:
+    """`axis` is split over all devices."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, ("data", "fsdp")))
+
+
+def state_sharding(mesh: jax.sharding.Mesh, tree: Any) -> Any:
+    """Per leaf: large arrays are split over fsdp along their longest divisible axis, the others are whole.
+
+    The rule reads shapes only, so optimiser moments land beside their parameters.
+    """
+    fsdp = mesh.shape["fsdp"]
+
+    def rule(leaf: Any) -> NamedSharding:
+        axes = [i for i, n in enumerate(leaf.shape) if n % fsdp == 0]
+        if fsdp == 1 or not axes or np.prod(leaf.shape) < FSDP_MIN_SIZE:
+            return replicated(mesh)
+        axis = max(axes, key=lambda i: leaf.shape[i])
+        return NamedSharding(mesh, PartitionSpec(*[None] * axis, "fsdp"))
+
+    return jax.tree.map(rule, tree)
+
+
+def put_tree(tree: Any, shardings: Any) -> Any:
+    """Arrays that every process holds whole -> global arrays; each device gets its part."""
+
+    def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+        return jax.make_array_from_callback(np.shape(leaf), sharding, lambda index: np.asarray(leaf)[index])
+
+    return jax.tree.map(put, tree, shardings)
+
+
+def get_tree(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Global arrays -> numpy, whole in every process."""
+    return jax.device_get(jax.jit(lambda arrays: arrays, out_shardings=replicated(mesh))(tree))
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh, axis: int = 0) -> dict[str, jax.Array]:
+    """This process's rows of a batch, or of several stacked in front of `axis` -> global arrays.
+
+    Raises InputError if the devices do not divide it.
+    """
+    sharding = batch_sharding(mesh, axis)
+    rows = {v.shape[axis] for v in batch.values()}.pop()
+    check_batch(rows * jax.process_count(), mesh)
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+
+def check_batch(batch_size: int, mesh: jax.sharding.Mesh, accum_steps: int = 1) -> None:
+    """Raises InputError unless the devices of `mesh` share `batch_size` images equally, in each micro-batch."""
+    shares = mesh.size * accum_steps
+    if batch_size % shares:
+        times = f" times accum_steps {accum_steps}" if accum_steps > 1 else ""
+        raise InputError(
+            f"batch_size {batch_size} is not a multiple of the {mesh.size} devices{times};"
+            f" use {max(1, batch_size // shares) * shares}"
+        )

@@ -1,0 +1,212 @@
+"""Where files lie: disks, and buckets that fsspec reaches; what is wrong with them, in one line."""
+
+import contextlib
+import errno
+import functools
+import logging
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import fsspec
+from etils.epath import Path
+
+from tinymim_jax.runtime.errors import InputError, Unavailable
+
+EXTRAS = {"gs": "gcs", "s3": "s3"}  # of setup.py
+LOGINS = {"gs": "log in: gcloud auth application-default login", "s3": "log in: aws configure"}
+WRITTEN_BY_ORBAX = ("", "gs")
+LIBRARIES = {"aiohttp", "botocore", "gcsfs", "google", "requests", "s3fs"}  # whose errors are the storage's fault
+CRASHING = ((3, 12, 0), (3, 12, 1))  # Pythons that crash as they collect gcsfs' uploads (CPython's issue 111049)
+# Errors that are the fault of a disk, of a mount or of what is behind it.
+DISK = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENOTCONN,
+    errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ECONNRESET,
+)  # fmt: skip
+WRAPPED = DISK[:6]  # what is known by its words alone: those of a network may be of another process
+RIGHTS = (errno.EACCES, errno.EPERM)
+APPEARS = 90.0  # seconds until a network's file system shows every host a new file; NFS' caches keep 60
+SAID = 5.0  # seconds of waiting, after which the user is told
+LENGTH = 160  # of a library's error, in letters
+PATIENCE = 20.0  # seconds for a bucket's first answer; the libraries themselves go on for half a minute
+
+
+@functools.cache
+def prepare() -> None:
+    """Sets the libraries that reach buckets, once in a process: no old listings, no talk."""
+    for scheme in EXTRAS:  # listings would lack what orbax, tensorstore and other processes write
+        fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
+    # Else gcsfs asks over gRPC what kind of bucket each is, and warns at every file if it may not know.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    for name in ("gcsfs", "google.auth", "asyncio"):  # they log with tracebacks what we say in a line
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    talk = sys.unraisablehook
+    sys.unraisablehook = lambda it: None if _is_left_over(it) else talk(it)
+
+
+def _is_left_over(unraisable: Any) -> bool:
+    """Whether it is of the other reads and writes of a checkpoint, one of which has failed and was heard.
+
+    orbax has closed its event loop, which tensorstore still calls, and drops its coroutines with their own errors.
+    """
+    code = getattr(unraisable.object, "cr_code", None)
+    is_of_orbax = "/orbax/checkpoint/" in getattr(code, "co_filename", "")
+    return is_of_orbax or str(unraisable.exc_value) == "Event loop is closed"
+
+
+def files(path: str | Path) -> fsspec.AbstractFileSystem:
+    """The file system of `path`, for what paths cannot do; raises InputError if its package is missing."""
+    scheme = _scheme(path)
+    try:
+        return fsspec.filesystem(scheme or "file", use_listings_cache=False)
+    except ImportError as error:
+        extra = f": pip install 'tinymim_jax[{EXTRAS[scheme]}]'" if scheme in EXTRAS else ""
+        raise InputError(f"{path}: {error}{extra}") from None
+
+
+def path(text: str | Path) -> Path:
+    """What a user names; raises InputError if it is in storage of an unknown kind."""
+    if re.match(r"[a-z][a-z0-9+.-]*:/", str(text)) and _scheme(text) not in EXTRAS:  # with one slash, a slip
+        raise InputError(f"{text}: no such kind of storage; give a folder, gs://BUCKET/... or s3://BUCKET/...")
+    return Path(text).expanduser()
+
+
+def absolute(path: Path) -> Path:
+    """What orbax and JAX ask for; unlike `Path.absolute` and `Path.resolve`, it leaves a bucket's path alone."""
+    return path if _scheme(path) else Path(os.path.abspath(path))
+
+
+def make(folder: Path) -> None:
+    """Makes a folder and those above it, as far as they lack."""
+    if not folder.exists():  # gcsfs would make the bucket anew, too
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def wait_for(path: Path, is_seen: Callable[[], bool] | None = None) -> None:
+    """Returns once `path`, which the first process has written, is seen here, or `is_seen` says so of its content.
+
+    Raises InputError if it does not appear.
+    """
+    begin, is_said = time.monotonic(), False
+    while not (is_seen or path.exists)():
+        waited = time.monotonic() - begin
+        if waited > SAID and not is_said:
+            is_said = True
+            print(f"waiting for up to {APPEARS:.0f} s until {path} is seen here", file=sys.stderr, flush=True)
+        if waited > APPEARS:
+            raise InputError(
+                f"{path}, which the first process has written, is not seen here within {APPEARS:.0f} s; all processes"
+                " need one shared --workdir"
+            )
+        time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Names `path`, if it is on a disk, in the error of a write, where the system leaves that out."""
+    try:
+        yield
+    except OSError as error:
+        if not _scheme(path) and error.errno is not None and not error.filename:
+            error.filename = str(path)
+        raise
+
+
+def remove(folder: Path) -> None:
+    """Removes a folder and all that is in it, if it is there."""
+    Path(folder).rmtree(missing_ok=True)
+
+
+def check(path: Path, is_written: bool = False) -> None:
+    """Raises InputError if `path` is in a bucket that is not there, does not let us in, or cannot be written to."""
+    if scheme := _scheme(path):
+        if is_written and scheme == "gs" and sys.version_info[:3] in CRASHING:
+            version = ".".join(map(str, sys.version_info[:3]))
+            raise InputError(f"{path}: Python {version} may crash on writing there; take 3.11, or 3.12.2 or newer")
+        _check_bucket(scheme, "/".join(str(path).split("/")[:3]))
+
+
+@functools.cache
+def _check_bucket(scheme: str, bucket: str) -> None:
+    try:
+        is_there = files(Path(bucket)).exists(bucket, timeout=PATIENCE)
+    except InputError:
+        raise
+    except TimeoutError:
+        raise Unavailable(f"{bucket} does not answer within {PATIENCE:.0f} s; check the network and proxies") from None
+    except Exception as error:  # each library has its own
+        raise InputError(f"{bucket} cannot be reached ({reason(error)}); {LOGINS[scheme]}") from None
+    if not is_there:
+        raise InputError(f"there is no bucket {bucket} that you may see; make it, or {LOGINS[scheme]}")
+
+
+def check_checkpoints(folder: Path) -> None:
+    """Raises InputError if checkpoints cannot be written under `folder`."""
+    if _scheme(folder) not in WRITTEN_BY_ORBAX:
+        raise InputError(
+            f"{folder}: checkpoints can be written to disks and gs:// only; mount the bucket (mount-s3 mounts those of"
+            " s3://) and give that folder"
+        )
+
+
+def check_on_disk(path: Path, what: str) -> None:
+    """Raises InputError if `path` is in a bucket, which what is done with `what` does not reach."""
+    if _scheme(path):
+        raise InputError(f"{path}: {what} must be on a disk; copy it, or mount the bucket (gcsfuse, mount-s3)")
+
+
+def blame(error: Exception) -> InputError | None:
+    """`error` as a fault of the input, of a disk or of a bucket; None if it is something else."""
+    if isinstance(error, InputError):
+        return error
+    if isinstance(error, OSError) and error.errno in RIGHTS and error.filename:
+        return InputError(f"{error.filename}: {error.strerror}; mend its rights, or choose another place")
+    if (what := _fault(error)) is None:
+        return None
+    return Unavailable(f"{what}; make room or mend the storage, and run the same command again: what was saved is kept")
+
+
+def _fault(error: Exception) -> str | None:
+    if isinstance(error, OSError) and error.errno in DISK:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if _said(error):
+        return _said(error)
+    passed = {frame.f_globals.get("__name__", "").split(".")[0] for frame, _ in traceback.walk_tb(error.__traceback__)}
+    if type(error).__module__.split(".")[0] in LIBRARIES or (isinstance(error, OSError) and passed & LIBRARIES):
+        return f"the bucket failed ({reason(error)})"
+    return None
+
+
+def unreadable(name: str, error: Exception) -> InputError:
+    """What to say of a record, "NAME: cannot be read ...": Unavailable if that is not its own fault."""
+    kind = Unavailable if isinstance(blame(error), Unavailable) else InputError
+    return kind(f"{name}: cannot be read ({reason(error)}); mend it")
+
+
+def reason(error: BaseException) -> str:
+    """An error in a line; what the disk said, if a library has only wrapped that."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if said := _said(error):
+        return said
+    if type(error) is Exception and error.__cause__ is not None:  # as orbax raises
+        return reason(error.__cause__)
+    text = " ".join(str(error).split())
+    cut = text if len(text) <= LENGTH else f"{text[:LENGTH]} ..."
+    return f"{type(error).__name__}: {cut}" if text else type(error).__name__
+
+
+def _said(error: BaseException) -> str:
+    """What a disk has said, in an error that a library (orbax, tensorstore) has made of that; "" if nothing."""
+    texts = [str(one) for one in (error, error.__cause__) if one is not None]
+    return next((words for words in map(os.strerror, WRAPPED) if any(words in text for text in texts)), "")
+
+
+def _scheme(path: Any) -> str:
+    """Of gs://..., "gs"; of a path on a disk, ""."""
+    before, found, _ = str(path).partition("://")
+    return before if found else ""

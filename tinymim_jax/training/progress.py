@@ -1,0 +1,183 @@
+"""What a running stage shows: a bar, averages, the first bad loss, and a wish to stop."""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+
+from tinymim_jax.experiment.config import Run
+from tinymim_jax.objectives import metrics
+from tinymim_jax.objectives.metrics import Mean
+from tinymim_jax.runtime.errors import InputError, Unavailable
+from tinymim_jax.runtime.metric_log import MetricLog
+from tinymim_jax.runtime.preemption import StopRequest
+
+BAD_IMAGES = "bad_images"  # of a step: how many could not be read; written as a total
+SKIPPED = "skipped"  # updates left out because they were not finite; a total
+ASKED = "asked"  # of a step: rows whose process was asked to stop
+FAILED = "failed"  # and rows whose process has failed
+TOLD = (ASKED, FAILED)
+FINITE = ("loss", "grad_norm", "param_norm")  # what an update must be to be made
+STEPS_AHEAD = 3  # dispatched and unfinished: enough to keep a device busy, few enough to hold few batches
+
+
+class Progress:
+    """Collects each step's metrics without waiting for it, and averages them between log lines.
+
+    `state()` goes into the checkpoint, so that averages do not depend on where a run was interrupted.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        writer: MetricLog,
+        *,
+        start: int,
+        total: int,
+        run: Run,
+        saved: dict | None,
+        stop: StopRequest,
+        note: Callable[[int, str], str] = lambda step, what: "",
+        begin: float | None = None,
+    ):
+        """Goes on after step `start` of `total`, with what was `saved` there.
+
+        `stop` is what this process was asked for; `note` writes down what a step that is not finite was given, and
+        returns where; `begin`, as `time.perf_counter` gave it, is the stage's, from which its first step is timed.
+        """
+        saved = saved or {"window": {}, "averages": {}, "totals": {}}
+        self.totals = {BAD_IMAGES: 0, **saved["totals"]}
+        self.run, self.note, self.stop, self.has_heard = run, note, stop, False
+        self.window = {key: Mean(*sum_count) for key, sum_count in saved["window"].items()}
+        self.averages: dict[str, float] = saved["averages"]
+        self.name, self.writer, self.batch_size = name, writer, run.batch_size
+        self.pending: list[tuple[int, dict[str, Mean]]] = []
+        self.waited, self.since, self.images = 0.0, time.perf_counter(), 0
+        self.begin, self.first_step = begin, None
+        self.bar = tqdm.tqdm(
+            desc=name,
+            initial=start * run.batch_size,
+            total=total * run.batch_size,
+            unit="img",
+            unit_scale=True,
+            mininterval=0.1 if sys.stderr.isatty() else 10,
+            disable=not writer.active,
+        )
+
+    def next_batch(self, batches: Iterator[Any]) -> Any:
+        """next(batches), with the wait counted."""
+        begin = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - begin
+        return batch
+
+    def add(self, step: int, step_metrics: dict[str, Mean]) -> None:
+        """Takes the metrics, still on the device, of step `step`, or stacked of the steps up to it."""
+        self.pending.append((step, step_metrics))
+        if len(self.pending) > STEPS_AHEAD:
+            finished = jax.block_until_ready(self.pending[-1 - STEPS_AHEAD][1])
+            self._note_first()
+            if jax.process_count() > 1:
+                self._hear(finished)
+        images = self.batch_size * _count(step_metrics)
+        self.images += images
+        self.bar.update(images)
+
+    def _note_first(self) -> None:
+        if self.begin is not None:
+            self.first_step, self.begin = time.perf_counter() - self.begin, None
+
+    def _hear(self, values: dict[str, Mean]) -> None:
+        """Learns whether any process had been asked to stop, or had failed, when it read this step's batch."""
+        self.has_heard = self.has_heard or bool(ASKED in values and np.any(values[ASKED].sum))
+        if FAILED in values and np.any(values[FAILED].sum):
+            self.stop.raise_failure()
+            raise Unavailable(f"stage {self.name}: another process has failed; its log says why")
+
+    def is_asked(self) -> bool:
+        """Whether to stop after this step, alike in every process."""
+        return self.has_heard if jax.process_count() > 1 else self.stop.asked
+
+    def collect(self) -> None:
+        """Fetches what is pending; raises InputError at a loss, gradient or weights that are not finite.
+
+        Where `run.on_nan` is skip, the step has left out that update, and it is only counted, up to `run.max_skipped`.
+        """
+        pending = jax.device_get(self.pending)
+        if pending:
+            self._note_first()
+        for step, values in ((step, values) for last, stack in pending for step, values in _unstacked(last, stack)):
+            self._hear(values)
+            floats = {key: Mean(float(m.sum), float(m.count)) for key, m in values.items() if key not in TOLD}
+            self.totals[BAD_IMAGES] += int(floats.pop(BAD_IMAGES, Mean(0, 1)).sum)
+            if beyond := floats.get("labels_beyond_head"):
+                self._check_labels(step, beyond)
+            bad = [k for k in FINITE if k in floats and not math.isfinite(floats[k].sum)]
+            if bad:
+                self._skip(step, bad[0])
+            else:
+                self.window = metrics.merge([self.window, floats])
+        self.pending.clear()
+
+    def _check_labels(self, step: int, beyond: Mean) -> None:
+        if beyond.sum:
+            raise InputError(
+                f"stage {self.name}: step {step} has labels that model.num_classes leaves no output for;"
+                " set it to the number of classes of the data"
+            )
+
+    def _skip(self, step: int, what: str) -> None:
+        where = self.note(step, what)
+        told = f"stage {self.name}: the {what} is not finite at step {step}{where}"
+        if self.run.on_nan == "stop":
+            raise InputError(
+                f"{told}; what was saved before is kept: lower optim.lr, set optim.clip_norm, or leave such updates"
+                " out with run.on_nan=skip, and run again"
+            )
+        self.totals[SKIPPED] = self.totals.get(SKIPPED, 0) + 1
+        if self.totals[SKIPPED] > self.run.max_skipped:
+            raise InputError(
+                f"{told}, after {self.run.max_skipped} such updates were left out (run.max_skipped); the last good"
+                " checkpoint is kept: lower optim.lr or set optim.clip_norm, and run again"
+            )
+        self.bar.write(f"{told}; its update is left out", file=sys.stderr)
+
+    def log(self, step: int, extra: dict[str, float]) -> None:
+        """Writes the averages since the last call, `extra`, images/s and the share of time spent waiting for data.
+
+        The first line has first_step_s, seconds from the stage's begin to the end of its first steps, too.
+        """
+        self.collect()
+        seconds = time.perf_counter() - self.since
+        self.averages = {**metrics.to_floats(self.window), **extra, **self.totals}
+        speed = {"images_per_s": self.images / seconds, "data_wait": self.waited / seconds}
+        if self.first_step is not None:
+            speed["first_step_s"], self.first_step = self.first_step, None
+        self.writer.write(step, {**self.averages, **speed})
+        if "loss" in self.averages:  # not if every update was left out
+            self.bar.set_postfix(loss=f"{self.averages['loss']:.4g}", refresh=False)
+        self.window = {}
+        self.waited, self.since, self.images = 0.0, time.perf_counter(), 0
+
+    def state(self) -> dict[str, Any]:
+        """The unfinished averages, as JSON types."""
+        window = {key: [m.sum, m.count] for key, m in self.window.items()}
+        return {"window": window, "averages": self.averages, "totals": self.totals}
+
+
+def _count(stack: dict[str, Mean]) -> int:
+    """Of how many steps metrics are."""
+    return next(iter(stack.values())).sum.size
+
+
+def _unstacked(last: int, stack: dict[str, Mean]) -> Iterator[tuple[int, dict[str, Mean]]]:
+    """Each step of which `last` is the last, with its metrics."""
+    count = _count(stack)
+    flat = jax.tree.map(np.ravel, stack)
+    for i in range(count):
+        yield last - count + 1 + i, jax.tree.map(lambda x, i=i: x[i], flat)

@@ -1,0 +1,138 @@
+"""The training step: one, for every task."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from tinymim_jax.data import resident
+from tinymim_jax.objectives.metrics import Mean
+from tinymim_jax.runtime import preemption
+from tinymim_jax.runtime import sharding as mesh_lib
+from tinymim_jax.tasks.contract import STREAMS, Batch, Frozen
+from tinymim_jax.training import optim
+from tinymim_jax.training.progress import ASKED, BAD_IMAGES, FAILED, FINITE
+from tinymim_jax.training.setup import StageSetup, example_batch
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a step changes. `ema` is {} where no average is kept."""
+
+    step: jax.Array
+    params: Any
+    model_state: Any
+    opt_state: Any
+    ema: Any
+
+
+TrainStep = Callable[[TrainState, Frozen, Batch, jax.Array], tuple[TrainState, dict[str, Mean]]]
+
+
+def create_state(plan: StageSetup, rng: jax.Array) -> TrainState:
+    """Fresh parameters and optimiser state."""
+    variables = dict(plan.task.init(rng, example_batch(plan.stage))[0])
+    params = variables.pop("params")
+    ema = params if plan.stage.optim.ema else {}
+    return TrainState(jnp.zeros((), jnp.int32), params, variables, plan.tx.init(params), ema)
+
+
+def make_train_step(plan: StageSetup) -> TrainStep:
+    """step(state, frozen, batch, rng) -> (state, metrics); pure, for `jit`.
+
+    `rng` is the stage's key: every random number is a function of it, the step and the stream's name.
+    """
+    task, tx, cfg = plan.task, plan.tx, plan.stage.optim
+
+    def gradients(state: TrainState, frozen: Frozen, batch: Batch, rng: jax.Array) -> tuple[Any, Any]:
+        rngs = {name: jax.random.fold_in(rng, i) for i, name in enumerate(STREAMS)}
+
+        def loss(params: Any) -> tuple[jax.Array, Any]:
+            params = optim.stop_frozen(params, plan.labels)
+            return task.loss(params, state.model_state, frozen, batch, rngs, train=True)
+
+        grads, aux = jax.grad(loss, has_aux=True)(state.params)
+        return grads, aux
+
+    def step(state: TrainState, frozen: Frozen, batch: Batch, rng: jax.Array) -> tuple[TrainState, dict[str, Mean]]:
+        if "held" in batch:
+            batch = resident.make_batch(plan.stage.data, batch)
+        rng = jax.random.fold_in(rng, state.step)
+        grads, aux = accumulate(gradients, cfg.accum_steps, state, frozen, batch, rng)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = optax.incremental_update(params, state.ema, 1 - cfg.ema) if cfg.ema else {}
+        norms = {"grad_norm": Mean.of(optax.global_norm(grads)), "param_norm": Mean.of(optax.global_norm(params))}
+        rows = {
+            BAD_IMAGES: ~batch["is_valid"],
+            ASKED: batch["stop"] == preemption.STOP,
+            FAILED: batch["stop"] == preemption.FAILED,
+        }
+        counts = {name: Mean.of(jnp.sum(is_one)) for name, is_one in rows.items()}
+        new = TrainState(state.step + 1, params, aux.model_state, opt_state, ema)
+        step_metrics = {**aux.metrics, **norms, **counts}
+        if plan.stage.run.on_nan == "skip":
+            new = keep_if_bad(state, new, step_metrics)
+        return new, step_metrics
+
+    return step
+
+
+def keep_if_bad(old: TrainState, new: TrainState, step_metrics: dict[str, Mean]) -> TrainState:
+    """`new`, or where it is not finite `old` a step later (the optimiser's own count stays as well)."""
+    is_good = jnp.all(jnp.isfinite(jnp.stack([step_metrics[name].sum for name in FINITE])))
+    kept = jax.tree.map(lambda n, o: jnp.where(is_good, n, o), new, old)
+    return kept.replace(step=new.step)
+
+
+def accumulate(
+    gradients: Callable, steps: int, state: TrainState, frozen: Frozen, batch: Batch, rng: jax.Array
+) -> tuple[Any, Any]:
+    """Gradients of the mean over all valid images, and summed metrics, from `steps` micro-batches over all devices."""
+    if steps == 1:
+        return gradients(state, frozen, batch, rng)
+    # Row i goes to micro-batch i % steps, so that no row moves to another device.
+    micro = jax.tree.map(lambda x: x.reshape(-1, steps, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def body(total: Any, item: tuple[Batch, jax.Array]) -> tuple[Any, Any]:
+        rows, i = item
+        grads, aux = gradients(state, frozen, rows, jax.random.fold_in(rng, i))
+        return jax.tree.map(lambda t, g: t + g * aux.metrics["loss"].count, total, grads), aux
+
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    grads, aux = jax.lax.scan(body, zeros, (micro, jnp.arange(steps)))
+    summed = jax.tree.map(lambda x: x.sum(axis=0), aux.metrics)
+    averaged = jax.tree.map(lambda x: x.mean(axis=0), aux.model_state)
+    return jax.tree.map(lambda g: g / summed["loss"].count, grads), aux.replace(metrics=summed, model_state=averaged)
+
+
+def in_turn(step: TrainStep) -> TrainStep:
+    """`step` on one after the other of batches stacked [K, B, ...]; the metrics come stacked [K]."""
+
+    def steps(state: TrainState, frozen: Frozen, batch: Batch, rng: jax.Array) -> tuple[TrainState, dict[str, Mean]]:
+        held = {name: batch[name] for name in batch if name == "held"}  # the same for all
+        rows = {name: batch[name] for name in batch if name != "held"}
+        return jax.lax.scan(lambda state, rows: step(state, frozen, {**held, **rows}, rng), state, rows)
+
+    return steps
+
+
+def jit_step(plan: StageSetup, mesh: jax.sharding.Mesh, shardings: TrainState, per_call: int = 1) -> TrainStep:
+    """The train step, compiled, or up to `per_call` of them `in_turn`: the state is donated and nothing else is."""
+    step = make_train_step(plan) if per_call == 1 else in_turn(make_train_step(plan))
+    out = (shardings, mesh_lib.replicated(mesh))
+    return jax.jit(step, donate_argnums=0, out_shardings=out)
+
+
+def to_items(state: TrainState) -> dict[str, Any]:
+    """The array items of a checkpoint: `model`, which later stages read, and the rest."""
+    model = {"params": state.params, "model_state": state.model_state, "ema": state.ema}
+    return {"model": model, "optim": {"opt_state": state.opt_state, "step": state.step}}
+
+
+def from_items(items: Mapping[str, Any]) -> TrainState:
+    """The inverse of `to_items`."""
+    return TrainState(**items["model"], **items["optim"])

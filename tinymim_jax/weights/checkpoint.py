@@ -1,0 +1,221 @@
+"""Whole training states on disk, written asynchronously by orbax.
+
+A checkpoint has the items `model` (params, model_state, ema), which later stages read, `optim`
+(opt_state, step), and `log` (averages not yet written); `evaluated`, too, if weights were being evaluated
+that are not those of its step. The step is also the position in the data and, with the stage's seed, the
+source of every random number.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils.epath import Path
+
+from tinymim_jax.runtime import multihost, storage
+from tinymim_jax.runtime.errors import InputError, Unavailable
+from tinymim_jax.runtime.storage import reason
+
+FOLDER = "checkpoints"
+DAMAGED = ".damaged"  # what a checkpoint's name ends in once it could not be read
+SUMS = "sums"  # of the items, beside the log
+
+
+class Checkpoints:
+    """The checkpoints of one stage's folder."""
+
+    def __init__(self, folder: Path, keep: int):
+        # One process lists the folder: a network's file system may show others an older one.
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=True, single_host_load_and_broadcast=True
+        )
+        self.folder = folder
+        self.manager = ocp.CheckpointManager(storage.absolute(folder / FOLDER), options=options)
+
+    def save(self, step: int, items: Mapping[str, Any], log: dict[str, Any]) -> None:
+        """Starts writing; does nothing if `step` is there already. Raises InputError if an earlier one failed.
+
+        `items` are trees of arrays by name, `log` JSON types.
+        """
+        sums = {name: jax.device_get(_device_sums(item)) for name, item in items.items()}
+        log = {**log, SUMS: {name: [int(value) for value in values] for name, values in sums.items()}}
+        args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+        with self._writing():
+            self.manager.save(step, args=ocp.args.Composite(**args, log=ocp.args.JsonSave(log)))
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        # Of two errors the first is the cause.
+        with contextlib.suppress(InputError) if kind else contextlib.nullcontext(), self._writing():
+            try:
+                self.manager.wait_until_finished()
+            finally:
+                self.manager.close()  # which raises, too
+
+    def wait(self) -> None:
+        """Returns when everything is written; raises InputError if something could not be."""
+        with self._writing():
+            self.manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except jax.errors.JaxRuntimeError:
+            raise  # no fault of the storage
+        except Exception as error:  # tensorstore and orbax raise ValueError, OSError, RuntimeError and their own
+            whole = steps(self.folder)
+            kept = f"that of step {whole[-1]} is kept" if whole else "there is none before it"
+            raise Unavailable(
+                f"{self.folder}: a checkpoint could not be written ({reason(error)}); {kept}: make room or mend the"
+                " storage, and run the same command again"
+            ) from error
+
+
+def wait_for(folder: Path, step: int) -> None:
+    """Returns once this process sees the checkpoint of `step`; raises InputError if it does not come to."""
+    storage.wait_for(folder / FOLDER / str(step))
+
+
+def restore(folder: Path, step: int, targets: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The items `targets` and the log of the checkpoint of `step` under stage folder `folder`.
+
+    Items come in the shapes and shardings of the given trees of `jax.ShapeDtypeStruct`. All processes must call it;
+    raises InputError in all if it is damaged, or one cannot read it.
+    """
+    path = storage.absolute(folder / FOLDER) / str(step)
+
+    def read() -> tuple[dict[str, Any], dict[str, Any]]:
+        with reading(folder, step), contextlib.closing(ocp.StandardCheckpointHandler()) as reader:
+            return {
+                name: reader.restore(path / name, args=ocp.args.StandardRestore(target))
+                for name, target in targets.items()
+            }, _read_log(path)
+
+    items, log = multihost.raise_everywhere(read)  # orbax' own would leave the others waiting
+    saved = log.pop(SUMS, {})
+    found = {name: jax.device_get(_device_sums(item)) for name, item in items.items() if name in saved}
+
+    def compare() -> None:
+        with reading(folder, step):
+            for name in found:
+                _compare(found[name], saved[name])
+
+    multihost.raise_everywhere(compare)  # of what each holds whole, each has read its own
+    return items, log
+
+
+def _read_log(path: Path) -> dict[str, Any]:
+    with contextlib.closing(ocp.JsonCheckpointHandler()) as reader:
+        return reader.restore(path / "log", args=ocp.args.JsonRestore())
+
+
+@contextlib.contextmanager
+def reading(folder: Path, step: int) -> Iterator[None]:
+    """Turns whatever reading the checkpoint of `step` raises into one InputError: Unavailable if it may be whole."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError):
+        raise  # no fault of the file
+    except Exception as error:  # any, as in writing
+        if storage.blame(error) is None:
+            raise InputError(f"{folder}: the checkpoint of step {step} is damaged ({reason(error)})") from None
+        raise Unavailable(
+            f"{folder}: the checkpoint of step {step} could not be read ({reason(error)}); mend the storage, and run"
+            " the same command again"
+        ) from None
+
+
+def set_aside(folder: Path, step: int) -> None:
+    """Renames the checkpoint of `step`, so that it is neither read nor in the way."""
+    path = folder / FOLDER / str(step)
+    target = path.with_name(f"{step}{DAMAGED}")
+    storage.remove(target)
+    path.rename(target)
+
+
+def sums(tree: Any, xp: Any = np) -> list[Any]:
+    """For each leaf, the sum of its values' bits as whole numbers, mod 2^32: the same however it is split."""
+
+    def one(leaf: Any) -> Any:
+        leaf = xp.asarray(leaf)
+        kind = xp.dtype(f"uint{8 * leaf.dtype.itemsize}") if leaf.dtype != bool else None
+        bits = leaf.astype(xp.uint32) if kind is None else leaf.view(kind)
+        return xp.sum(bits, dtype=xp.uint32)
+
+    return [one(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+@jax.jit
+def _device_sums(tree: Any) -> list[jax.Array]:
+    return sums(tree, jnp)
+
+
+def _compare(found: list[Any], saved: list[int]) -> None:
+    if [int(value) for value in found] != saved:
+        raise ValueError("its values are not those that were saved")
+
+
+def save_model(folder: Path, params: Any) -> None:
+    """Writes `params` alone as the checkpoint of step 0 under `folder`."""
+    model = {"params": params, "model_state": {}, "ema": {}}
+    alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="convert")
+    options = ocp.CheckpointManagerOptions(
+        enable_async_checkpointing=False, multiprocessing_options=alone, create=False
+    )
+    # A file for each array: orbax's database of all of them takes twice their size in memory while it is written.
+    handlers = {"model": ocp.StandardCheckpointHandler(use_ocdbt=False)}
+    path = storage.absolute(folder / FOLDER)
+    storage.make(path)
+    with contextlib.closing(ocp.CheckpointManager(path, options=options, item_handlers=handlers)) as manager:
+        manager.save(0, args=ocp.args.Composite(model=ocp.args.StandardSave(model)))
+
+
+def model_shapes(folder: Path) -> dict[str, Any]:
+    """The newest checkpoint's `model` item under stage folder `folder`, as shapes; raises InputError if none."""
+    with contextlib.closing(ocp.StandardCheckpointHandler()) as reader:
+        arrays = reader.metadata(_newest(folder) / "model").tree
+    return jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), arrays)
+
+
+def read_model(folder: Path) -> dict[str, Any]:
+    """The newest checkpoint's `model` item under stage folder `folder`, as numpy arrays; InputError if damaged."""
+    path = _newest(folder)
+    with _without_another(folder), reading(folder, int(path.name)):
+        # Restoring into numpy asks nothing of the devices it was written on.
+        target = jax.tree.map(lambda s: np.empty(s.shape, s.dtype), model_shapes(folder))
+        with contextlib.closing(ocp.StandardCheckpointHandler()) as reader:
+            model = reader.restore(path / "model", args=ocp.args.StandardRestore(target))
+        log = _read_log(path) if (path / "log").exists() else {}  # a converted checkpoint has none
+        if (saved := log.get(SUMS, {}).get("model")) is not None:
+            _compare(sums(model), saved)
+    return model
+
+
+@contextlib.contextmanager
+def _without_another(folder: Path) -> Iterator[None]:
+    """Says the way out of a damaged checkpoint where only the newest will do."""
+    try:
+        yield
+    except Unavailable:
+        raise
+    except InputError as error:
+        raise InputError(f"{error}; delete {folder / 'DONE'}, and its stage goes on from an older one") from None
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps that stage folder `folder` has whole checkpoints of."""
+    return sorted(ocp.utils.checkpoint_steps(folder / FOLDER)) if (folder / FOLDER).is_dir() else []
+
+
+def _newest(folder: Path) -> Path:
+    found = steps(folder)
+    if not found:
+        raise InputError(f"{folder} has no checkpoint; point at the folder of a stage that was trained")
+    return storage.absolute(folder / FOLDER) / str(max(found))
