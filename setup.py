@@ -11,7 +11,7 @@ ONNX = ["onnxruntime", "onnxscript", "transformers>=5"]
 
 setup(
     name="tinymim_jax",
-    version="0.1.0",
+    version="0.2.0",
     description="TinyMIM in JAX: distil a large masked-image-modelling ViT into a small one",
     long_description=Path(__file__).with_name("README.md").read_text(),
     long_description_content_type="text/markdown",

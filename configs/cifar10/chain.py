@@ -15,7 +15,7 @@ Expected: no published number at these sizes.
 import dataclasses
 
 from tinymim_jax.experiment import recipes
-from tinymim_jax.experiment.config import Classify, Compare, Config, Data, Decoder, Init, Knn, Stage, Teacher, ViT
+from tinymim_jax.experiment.config import Classify, Compare, Config, Data, Decoder, Init, Knn, Stage, ViT
 
 SIZES = {"l": (384, 12, 12), "b": (288, 12, 6), "s": (192, 12, 6), "t": (96, 12, 3)}  # width, blocks, heads
 SHORT_SIZES = {"l": (96, 6, 8), "b": (72, 6, 6), "s": (64, 6, 4), "t": (48, 6, 3)}
@@ -66,7 +66,7 @@ def get_config(arg: str = "") -> Config:
 
     def distill(size: str, source: str, block: int, heads: int) -> Stage:
         model = vit(size, short, last_block_heads=heads, drop_path=0.0 if short else 0.1)
-        return pretrained(recipes.distill(model, Teacher(Init(source), block), train), distill_epochs)
+        return pretrained(recipes.distill(model, Init(source), train, block=block), distill_epochs)
 
     def finetune(size: str, source: str | None, seed: int = 0, layer_decay: float = 0.8) -> Stage:
         model = vit(size, short, pool="mean", num_classes=10, posembed="trainable")

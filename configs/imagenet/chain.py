@@ -22,9 +22,8 @@ def get_config(arg: str = "") -> config.Config:
     stages = {} if o["teacher"] else {"mae_l": recipes.mae(recipes.vit("large", dtype="bfloat16"), train)}
     for teacher_size, source, size in LINKS:
         init = config.Init(path=o["teacher"]) if o["teacher"] and source == "mae_l" else config.Init(stage=source)
-        teacher = recipes.teacher_from(teacher_size, init, size)
-        student = recipes.student(size, code=o["code"])
-        stages[f"distill_{size[0]}"] = recipes.distill(student, teacher, train, code=o["code"])
+        student, target = recipes.student(size, code=o["code"]), recipes.target(teacher_size, size)
+        stages[f"distill_{size[0]}"] = recipes.distill(student, init, train, **target, code=o["code"])
     for *_, size in LINKS:
         init = config.Init(stage=f"distill_{size[0]}")
         stages[f"finetune_{size[0]}"] = recipes.finetune_imagenet(size, init, o["data"], code=o["code"])

@@ -12,7 +12,7 @@ from tinymim_jax.experiment import config, recipes
 
 def get_config(arg: str = "") -> config.Config:
     o = recipes.options(arg, teacher="runs/tinymim_s/distill_s", data="", short=False, code=False)
-    teacher = recipes.teacher_from("small", config.Init(path=o["teacher"]), "tiny")
+    teacher, target = config.Init(path=o["teacher"]), recipes.target("small", "tiny")
     model, data = recipes.student("tiny", code=o["code"]), recipes.imagenet(True, o["data"])
-    stage = recipes.distill(model, teacher, data, epochs=100 if o["short"] else 300, code=o["code"])
+    stage = recipes.distill(model, teacher, data, **target, epochs=100 if o["short"] else 300, code=o["code"])
     return config.Config("tinymim_t", {"distill_t": stage})

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from tinymim_jax.bench.step import conditions, prepared
-from tinymim_jax.experiment.config import Config
-from tinymim_jax.models import flops, vit
+from tinymim_jax.experiment.config import Config, Relation
 from tinymim_jax.objectives.relation_kl import Pair, relation_kl, with_kernel
 from tinymim_jax.objectives.relations import relation_logits
+from tinymim_jax.runtime.codec import walk
 from tinymim_jax.runtime.errors import InputError
 
 CALLS = 10  # of a measurement: a GPU needs less for one than it takes to ask for it
@@ -39,17 +39,19 @@ def relation(cfg: Config, name: str, rounds: int, tokens: list[str], rows: int |
     its arguments, and time_ratio, ours over the plain one's: the median over rounds. The plain one is left out where
     it does not fit.
     """
-    if cfg.stages[name].task.kind != "distill":
+    targets = [target for _, target in walk(cfg.stages[name].task, Relation)]
+    if not targets:
         raise InputError(f"--stage={name} matches no relations; choose a stage whose task is distill")
-    stage, plan, _ = prepared(cfg, name)
-    heads = vit.heads_of(stage.model, stage.task.student_block)
-    widths = [model.width // heads for model in (plan.task.teacher_cfg, stage.model)]
-    sizes = [_positive(text) for text in tokens] or [flops.num_tokens(stage.model)]
-    ours = functools.partial(relation_kl, rows=rows, kernel=stage.task.relation_kernel)
+    target, (stage, setup, _) = targets[0], prepared(cfg, name)
+    heads = stage.model.heads_of(target.student_block)
+    blocks = (setup.task.teacher_cfg, target.teacher_block), (stage.model, target.student_block)
+    widths = [model.width_of(block) // heads for model, block in blocks]
+    sizes = [_positive(text) for text in tokens] or [stage.model.grid**2 + stage.model.num_prefix]
+    ours = functools.partial(relation_kl, rows=rows, kernel=target.kernel)
     found = {}
     for n in sizes:
         teacher, student = _operands(stage.run.batch_size, n, heads, widths, stage.model.dtype)
-        platforms = with_kernel(stage.task.relation_kernel, teacher[0].swapaxes(1, 2), student[0].swapaxes(1, 2))
+        platforms = with_kernel(target.kernel, teacher[0].swapaxes(1, 2), student[0].swapaxes(1, 2))
         is_ours = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend()) in platforms
         found[n] = {"kernel": "pallas" if is_ours else "xla", **_measure(ours, teacher, student, rounds)}
         beside = f"{found[n]['time_ratio']:.2f} of the plain one's" if "plain_s" in found[n] else "plain does not fit"

@@ -19,12 +19,13 @@ from etils.epath import Path
 from tinymim_jax.bench import torch_baseline
 from tinymim_jax.data.pipeline import stacked
 from tinymim_jax.experiment.config import Config, Stage
-from tinymim_jax.planning import dry_run
-from tinymim_jax.runtime import hlo_stats
+from tinymim_jax.models.contract import Encoder
+from tinymim_jax.runtime import codec, hlo_stats, keys
 from tinymim_jax.runtime import sharding as mesh_lib
 from tinymim_jax.runtime.errors import InputError
-from tinymim_jax.training.setup import StageSetup, example_batch, make_setup
-from tinymim_jax.training.step import create_state, jit_step
+from tinymim_jax.training.setup import StageSetup, example_batch, make_setup, step_batch
+from tinymim_jax.training.start import source_model
+from tinymim_jax.training.step import create_state, host_keys, jit_step, stage_keys
 
 MATMUL_SIZES = {"cpu": 2048, "gpu": 8192, "tpu": 8192}
 CALLS = 10  # of a measurement of a peak: a GPU takes less for one than Python for asking
@@ -41,16 +42,16 @@ def step(cfg: Config, name: str, rounds: int, vs: str | None = None) -> dict[str
       large array is read and written), peak_memory_bytes. With `vs`, torch_matmul_flops_per_s, and for each of
       `torch_baseline.VARIANTS` its images_per_s and ratio, ours over theirs: the median over rounds.
     """
-    stage, plan, mesh = prepared(cfg, name)
+    stage, setup, mesh = prepared(cfg, name)
     if vs:
         torch_baseline.check(name, stage, jax.default_backend(), mesh.size)
-    compiled, arguments = compile_step(plan, mesh)
+    compiled, arguments = compile_step(setup, mesh)
     arguments, _ = timed_step(compiled, arguments)
     memory = peak_memory(compiled)  # before anything else takes some
     peaks = {"matmul_flops_per_s": matmul(stage.model.dtype), "memory_bytes_per_s": copying()}
     if vs:
         peaks["torch_matmul_flops_per_s"] = torch_baseline.matmul(stage.model.dtype, matmul_size(), CALLS)
-    others = torch_baseline.steps(stage, dry_run.teacher_model(cfg, name, Path(f"runs/{cfg.name}"))) if vs else {}
+    others = torch_baseline.steps(stage, sources_of(cfg, name)) if vs else {}
 
     def ours() -> float:
         nonlocal arguments
@@ -60,7 +61,7 @@ def step(cfg: Config, name: str, rounds: int, vs: str | None = None) -> dict[str
     steps, theirs, reached = _in_turn(rounds, ours, others, peaks)
     seconds = statistics.median(steps[1:])
     measured = {name: statistics.median(one[name] for one in reached[1:]) * mesh.size for name in peaks}
-    model_flops = plan.task.flops_per_image() * stage.run.batch_size
+    model_flops = setup.task.flops_per_image() * stage.run.batch_size
     return {
         "benchmark": "step",
         "stage": name,
@@ -82,11 +83,10 @@ def step(cfg: Config, name: str, rounds: int, vs: str | None = None) -> dict[str
 
 
 def _asked(stage: Stage) -> dict[str, Any]:
-    kernel = {"relation_kernel": stage.task.relation_kernel} if stage.task.kind == "distill" else {}
     return {
+        "task": codec.to_dict(stage.task),
         "dtype": stage.model.dtype,
-        "attention": stage.model.attention,
-        **kernel,
+        "attention": getattr(stage.model, "attention", "xla"),
         "batch_size": stage.run.batch_size,
         "steps_per_call": stage.run.steps_per_call,
     }
@@ -154,10 +154,10 @@ def augment(cfg: Config, name: str, rounds: int) -> dict[str, Any]:
     Returns step_s and plain_step_s (medians), and share, how much of the step these augmentations take: the median
     over rounds, each a pair of steps.
     """
-    if cfg.stages[name].task.kind != "classify":
+    if not all(hasattr(cfg.stages[name].task, field) for field in ("mixup", "cutmix", "erasing")):
         raise InputError(f"--stage={name} does not mix or erase images; choose a stage whose task is classify")
-    stage, plan, mesh = prepared(cfg, name)
-    full, per_call = compile_step(plan, mesh), stage.run.steps_per_call
+    stage, setup, mesh = prepared(cfg, name)
+    full, per_call = compile_step(setup, mesh), stage.run.steps_per_call
     stage.task.mixup = stage.task.cutmix = stage.task.erasing = 0.0
     plain = compile_step(prepared(cfg, name)[1], mesh)
     seconds: list[tuple[float, float]] = []
@@ -179,31 +179,40 @@ def augment(cfg: Config, name: str, rounds: int) -> dict[str, Any]:
 
 
 def prepared(cfg: Config, name: str) -> tuple[Stage, StageSetup, jax.sharding.Mesh]:
-    """Stage `name`, its plan for any data, and the mesh."""
+    """Stage `name`, its setup for any data, and the mesh."""
     stage = cfg.stages[name]
-    teacher = dry_run.teacher_model(cfg, name, Path(f"runs/{cfg.name}"))
-    return stage, make_setup(stage, teacher, num_examples=1000 * stage.run.batch_size), mesh_lib.make_mesh(cfg.mesh)
+    setup = make_setup(stage, name, sources_of(cfg, name), num_examples=1000 * stage.run.batch_size)
+    return stage, setup, mesh_lib.make_mesh(cfg.mesh.data, cfg.mesh.fsdp)
 
 
-def compile_step(plan: StageSetup, mesh: jax.sharding.Mesh) -> tuple[Any, tuple]:
-    """The compiled train step of `plan` and arguments for it: fresh weights, a random teacher, random images.
+def sources_of(cfg: Config, name: str) -> dict[str, Encoder]:
+    """The models that the task of stage `name` reads, by field; no weights are needed."""
+    workdir = Path(f"runs/{cfg.name}")
+    return {field: source_model(cfg, init, workdir) for field, init in cfg.stages[name].task_inits().items()}
+
+
+def compile_step(setup: StageSetup, mesh: jax.sharding.Mesh) -> tuple[Any, tuple]:
+    """The compiled train step of `setup` and arguments for it: fresh weights, random frozen networks, random images.
 
     Images are cropped already, also where the stage's data is resident.
     """
-    stage: Stage = plan.stage
+    stage: Stage = setup.stage
     mesh_lib.check_batch(stage.run.batch_size, mesh, stage.optim.accum_steps)
-    batch = example_batch(stage, stage.run.batch_size)
+    batch = step_batch(setup)
     batch["image"] = np.random.default_rng(0).integers(0, 256, batch["image"].shape, np.uint8)
     per_call = stage.run.steps_per_call
-    batch = mesh_lib.put_batch(stacked([batch] * per_call, per_call), mesh, axis=int(per_call > 1))
-    key = jax.random.key(0)
-    state_shapes = jax.eval_shape(lambda: create_state(plan, key))
-    shardings = mesh_lib.state_sharding(mesh, (state_shapes, plan.frozen))
+    axis = int(per_call > 1) + (not setup.shares_batches)
+    batch = mesh_lib.put_batch(stacked([batch] * per_call, per_call), mesh, axis=axis)
+    key = host_keys(setup, keys.INIT)
+    state_shapes = jax.eval_shape(lambda: create_state(setup, key))
+    shardings = mesh_lib.state_sharding(mesh, (state_shapes, setup.frozen))
+    one = jax.random.key(0)
     state, frozen = jax.jit(
-        lambda: (create_state(plan, key), plan.task.init(key, example_batch(stage))[1]), out_shardings=shardings
+        lambda: (create_state(setup, key), setup.task.init(one, example_batch(setup.task, stage))[1]),
+        out_shardings=shardings,
     )()
-    arguments = (state, frozen, batch, jax.device_put(key, mesh_lib.replicated(mesh)))
-    return jit_step(plan, mesh, shardings[0], per_call).lower(*arguments).compile(), arguments
+    arguments = (state, frozen, batch, stage_keys(setup, keys.STEPS, mesh))
+    return jit_step(setup, mesh, shardings[0], per_call).lower(*arguments).compile(), arguments
 
 
 def timed_step(compiled: Any, arguments: tuple, per_call: int = 1) -> tuple[tuple, float]:

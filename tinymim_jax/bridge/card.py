@@ -4,10 +4,11 @@ from typing import Any
 
 from etils.epath import Path
 
-from tinymim_jax.experiment import config
+from tinymim_jax.experiment import config, stage_file
 from tinymim_jax.runtime import storage
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.weights import handoff
+from tinymim_jax.weights.parameters import fold, shapes_of
 
 GONE = "not at hand any more"
 
@@ -16,7 +17,7 @@ def provenance(folder: Path, depth: int = 0) -> list[str]:
     """One line for the checkpoint in `folder`, then those of what it was trained from, indented."""
     folder, indent = storage.absolute(folder), "  " * depth
     try:
-        if converted := handoff.read_converted(folder):
+        if converted := stage_file.read_converted(folder):
             source = converted["source"]
             own = [f"{indent}  {line}" for line in source["made_from"]]
             return [
@@ -24,7 +25,7 @@ def provenance(folder: Path, depth: int = 0) -> list[str]:
                 f" sha256 {source['sha256']}; licence: {source['licence']}",
                 *own,
             ]
-        stage = handoff.read_stage(folder)
+        stage = stage_file.read_stage(folder)
     except InputError:
         return [f"{indent}- {folder.name}: {GONE}"]
     lines = [f"{indent}- {folder.name}: {_task(stage)}"]
@@ -78,23 +79,23 @@ def last_block(model: config.ViT, untrained: list[str]) -> str:
 
 def lines(folder: Path) -> list[str]:
     """A stage or converted checkpoint in `folder`, for `inspect`; raises InputError if it is neither."""
-    model, untrained = handoff.read_model(folder), handoff.read_untrained(folder)
-    converted = handoff.read_converted(folder)
-    kind = f"converted checkpoint, {converted['source']['kind']}" if converted else _task(handoff.read_stage(folder))
-    decoder = converted["decoder"] if converted else handoff.read_stage(folder).task.kind == "mae"
+    model, untrained = stage_file.read_model(folder), stage_file.read_untrained(folder)
+    converted = stage_file.read_converted(folder)
+    kind = f"converted checkpoint, {converted['source']['kind']}" if converted else _task(stage_file.read_stage(folder))
+    decoder = converted["decoder"] if converted else stage_file.read_stage(folder).task.kind == "mae"
     state = "finished" if handoff.finished(folder) else "not finished"
-    shapes = handoff.shapes(handoff.read_params(folder)) if state == "finished" else {}
+    shapes = shapes_of(handoff.read_params(folder)) if state == "finished" else {}
     text = [f"{folder}: {kind}, {state}", f"model: {sizes(model)}"]
     text.append("with a decoder" if decoder else "no decoder: it cannot reconstruct")
     if untrained:
-        text.append(f"not trained: {handoff.fold(untrained, shapes or untrained)}")
+        text.append(f"not trained: {fold(untrained, shapes or untrained)}")
     return [*text, last_block(model, untrained), "made from:", *(f"  {line}" for line in provenance(folder))]
 
 
 def text(weights: Any, usage: str) -> str:
     """README.md of an exported folder; `usage` is code that loads it."""
     model, pixels = weights.model, weights.pixels
-    untrained = handoff.read_untrained(weights.folder)
+    untrained = stage_file.read_untrained(weights.folder)
     heads = ""
     if weights.regrouped:
         was, now = model.last_block_heads, model.num_heads

@@ -19,12 +19,11 @@ from etils.epath import Path
 
 from tinymim_jax.bridge import files, formats, layout
 from tinymim_jax.bridge.layout import Layout, Told
-from tinymim_jax.experiment import config
-from tinymim_jax.models import mae, vit
+from tinymim_jax.experiment import config, stage_file
 from tinymim_jax.runtime import codec, storage
 from tinymim_jax.runtime.errors import InputError
-from tinymim_jax.training.optim import matches
 from tinymim_jax.weights import checkpoint, handoff
+from tinymim_jax.weights.parameters import flatten, matches
 
 
 @dataclasses.dataclass
@@ -38,7 +37,7 @@ class Converted:
     @property
     def untrained(self) -> list[str]:
         """The parameters that the source's own training left as they were."""
-        return [key for key in handoff.flatten(self.params) if matches(self.layout.untrained, key)]
+        return [key for key in flatten(self.params) if matches(self.layout.untrained, key)]
 
     def lines(self) -> list[str]:
         """The report: what it is, what was inferred, and where each tensor went."""
@@ -79,7 +78,7 @@ def _to_ours(found: Layout) -> dict[str, Any]:
     """Our tree; raises InputError unless its keys and the tensors' are the same and fit."""
     left = dict(found.arrays)
     params = {}
-    for key, leaf in handoff.flatten(shapes(found.model, found.decoder)).items():
+    for key, leaf in flatten(shapes(found.model, found.decoder)).items():
         name = formats.mae_name(key)
         if name not in left:
             raise InputError(f"there is no {name}, which a {found.kind} checkpoint has")
@@ -101,9 +100,9 @@ def shapes(model: config.ViT, decoder: config.Decoder | None) -> dict[str, Any]:
     images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.float32)
     key = jax.random.key(0)
     if decoder is None:
-        return {"encoder": jax.eval_shape(vit.build(model).init, key, images)["params"]}
+        return {"encoder": jax.eval_shape(model.build().init, key, images)["params"]}
     noise = jax.ShapeDtypeStruct((1, (model.image_size // model.patch_size) ** 2), jnp.float32)
-    return jax.eval_shape(mae.build(model, config.Mae(decoder=decoder)).init, key, images, noise)["params"]
+    return jax.eval_shape(model, config.Mae(decoder=decoder).build().init, key, images, noise)["params"]
 
 
 @contextlib.contextmanager
@@ -155,7 +154,7 @@ def finish(folder: Path) -> None:
 def check_same(path: Path, folder: Path) -> None:
     """Raises InputError if `folder` was converted from another file than `path` is now; if it is gone, that is fine."""
     weights = path / "model.safetensors" if path.is_dir() else path
-    recorded = handoff.read_converted(folder)
+    recorded = stage_file.read_converted(folder)
     if not recorded or not weights.is_file():
         return
     source, stat = recorded["source"], os.stat(weights)

@@ -14,11 +14,11 @@ from etils.epath import Path
 from tinymim_jax.bridge import card, formats
 from tinymim_jax.bridge.convert import new_folder
 from tinymim_jax.bridge.layout import IMAGENET
-from tinymim_jax.experiment import config
-from tinymim_jax.models import vit
+from tinymim_jax.experiment import config, stage_file
 from tinymim_jax.runtime import codec, storage
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.weights import handoff
+from tinymim_jax.weights.parameters import flatten
 
 TIMM = {(192, 16): "vit_tiny_patch16_224", (384, 16): "vit_small_patch16_224", (768, 16): "vit_base_patch16_224",
         (1024, 16): "vit_large_patch16_224", (1280, 14): "vit_huge_patch14_224"}  # fmt: skip
@@ -31,16 +31,16 @@ class Weights:
     def __init__(self, folder: Path, regroup_heads: bool = False):
         """Raises InputError if `folder` is no finished stage."""
         folder = storage.absolute(folder)  # what it was made from lies beside it
-        self.folder, self.model = folder, handoff.read_model(folder)
-        params = handoff.flatten(handoff.read_params(folder))
+        self.folder, self.model = folder, stage_file.read_model(folder)
+        params = flatten(handoff.read_params(folder))
         self.arrays = {formats.mae_name(key): np.ascontiguousarray(formats.to_mae(key, a)) for key, a in params.items()}
-        converted = handoff.read_converted(folder)
+        converted = stage_file.read_converted(folder)
         if converted:
             self.decoder, self.norm_pix = converted["decoder"], converted["norm_pix_loss"]
             self.pixels = {"interpolation": "bicubic", "crop_pct": 0.875, **converted["preprocessing"]}
             self.mask_ratio = 0.75  # MAE's
         else:
-            stage = handoff.read_stage(folder)
+            stage = stage_file.read_stage(folder)
             is_mae = isinstance(stage.task, config.Mae)
             self.decoder = codec.to_dict(stage.task.decoder) if is_mae else None
             self.norm_pix = stage.task.norm_pix_loss if is_mae else None
@@ -199,7 +199,7 @@ def to_mae(weights: Weights, folder: Path) -> str:
         "decoder": weights.decoder,
         "norm_pix_loss": weights.norm_pix,
         "preprocessing": weights.pixels,
-        "untrained": handoff.read_untrained(weights.folder),
+        "untrained": stage_file.read_untrained(weights.folder),
         "made_from": card.provenance(weights.folder),
     }
     state = {name: torch.from_numpy(array) for name, array in weights.arrays.items()}
@@ -255,10 +255,10 @@ def to_onnx(weights: Weights, folder: Path) -> str:
 def _check_onnx(weights: Weights, images: np.ndarray, theirs: np.ndarray) -> None:
     model = dataclasses.replace(weights.model, last_block_heads=None, dtype="float32")
     tree = handoff.read_params(weights.folder)["encoder"]
-    target = jax.eval_shape(vit.build(model).init, jax.random.key(0), images.transpose(0, 2, 3, 1))["params"]
+    target = jax.eval_shape(model.build().init, jax.random.key(0), images.transpose(0, 2, 3, 1))["params"]
     params = jax.tree.map(lambda a, s: a.reshape(s.shape), tree, target)  # heads regrouped
     with jax.default_matmul_precision("highest"):
-        out = vit.build(model).apply({"params": params}, images.transpose(0, 2, 3, 1))
+        out = model.build().apply({"params": params}, images.transpose(0, 2, 3, 1))
     ours = np.asarray(out.tokens if out.logits is None else out.logits)
     relative = np.max(np.abs(ours - theirs)) / np.max(np.abs(ours))
     if not relative <= ONNX_LIMIT:

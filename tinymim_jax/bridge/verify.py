@@ -14,7 +14,6 @@ import numpy as np
 from tinymim_jax.bridge.convert import Converted
 from tinymim_jax.bridge.files import one_line
 from tinymim_jax.experiment import config
-from tinymim_jax.models import mae, vit
 from tinymim_jax.runtime.errors import InputError
 
 PARTS = ("tokens", "q", "k", "v")  # of a block; tokens are its output
@@ -96,14 +95,14 @@ def _ours(converted: Converted, images: np.ndarray, noise: np.ndarray) -> Tensor
     blocks = tuple(range(1, found.model.depth + 1))
     params = jax.tree.map(jnp.asarray, converted.params)
     with jax.default_matmul_precision("highest"):
-        encode = jax.jit(lambda p, x: vit.build(found.model).apply({"params": p}, x, capture=blocks))
+        encode = jax.jit(lambda p, x: found.model.build().apply({"params": p}, x, capture=blocks))
         out = encode(params["encoder"], images)
         tensors = {f"block {i} {part}": getattr(out.trace[i], TRACE[part]) for i in blocks for part in PARTS}
         tensors["tokens"] = out.tokens
         if out.logits is not None:
             tensors["logits"] = out.logits
         if found.decoder is not None:
-            module = mae.build(found.model, config.Mae(decoder=found.decoder))
+            module = found.model, config.Mae(decoder=found.decoder).build()
             tensors["reconstruction"] = jax.jit(module.apply)({"params": params}, images, noise).pred
     return {name: np.asarray(value) for name, value in tensors.items()}
 

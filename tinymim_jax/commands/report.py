@@ -29,11 +29,11 @@ def main(argv: list[str]) -> None:
         )
         raise InputError(f"{workdir} has no results.json: {why if workdir.is_dir() else 'there is no such folder'}")
 
-    from tinymim_jax.report import figures
+    from tinymim_jax.report import figures, tables
 
     try:
         results = json.loads((workdir / "results.json").read_text())
-        table, stages = figures.table(results), list(results["stages"])
+        table, stages = tables.text(results), list(results["stages"])
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{workdir / 'results.json'} is damaged; the run command makes it anew") from None
     print(table)

@@ -1,6 +1,8 @@
 """`run`: a chain, or one stage of it."""
 
+import contextlib
 import os
+from typing import Any
 
 from absl import flags
 from etils.epath import Path
@@ -11,6 +13,7 @@ from tinymim_jax.runtime import storage
 from tinymim_jax.runtime.codec import to_dict
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.runtime.preemption import StopRequest
+from tinymim_jax.runtime.workdir_lock import WorkdirLock
 
 USAGE = """python -m tinymim_jax run --config=FILE[:options] [--workdir=DIR] [--stage=NAME] [--dry_run]
 
@@ -49,18 +52,46 @@ def run(cfg: Config, workdir: Path, only: str | None, stop: StopRequest) -> None
     """Runs the chain, prints its tables and draws its pictures."""
     import jax
 
-    from tinymim_jax.report import figures
-    from tinymim_jax.training import chain
+    from tinymim_jax.report import figures, tables
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         # Stages that differ in seed or weights only then compile once.
         jax.config.update("jax_compilation_cache_dir", str(storage.absolute(workdir / "jax_cache")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    results = chain.run_chain(cfg, workdir, only, stop)
+    results = run_chain(cfg, workdir, only, stop)
     if jax.process_index() == 0:
-        print(figures.table(results))
+        print(tables.text(results))
         for picture in figures.write(workdir, list(results["stages"])):
             print(f"wrote {picture}")
+
+
+def run_chain(cfg: Config, workdir: Path, only: str | None = None, stop: StopRequest | None = None) -> dict[str, Any]:
+    """Runs the stages that are not finished (or just `only`) and returns WORKDIR/results.json.
+
+    Raises InputError for bad input, a finished stage whose config was edited among it, before any stage runs, and
+    Interrupted when `stop` asks for it.
+    """
+    from tinymim_jax.planning import dry_run, preflight
+    from tinymim_jax.runtime import multihost, sharding
+    from tinymim_jax.training import chain
+    from tinymim_jax.weights import handoff
+
+    with contextlib.ExitStack() as stack:
+        stop = stop or stack.enter_context(StopRequest())
+        mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp)
+        # What is wrong with a later stage is said now.
+        multihost.raise_everywhere(lambda: dry_run.describe_chain(cfg, workdir, only))
+        multihost.check_stop(stop, "before anything ran")
+        names = list(cfg.stages) if only is None else [only]
+        to_run = multihost.run_on_primary(lambda: [name for name in names if not handoff.finished(workdir / name)])
+        multihost.raise_everywhere(lambda: preflight.check_ready(cfg, to_run, workdir, mesh))
+        multihost.run_on_primary(lambda: preflight.check_workdir(cfg, workdir))
+        lock = WorkdirLock(workdir)
+        token = multihost.run_on_primary(lambda: stack.enter_context(lock).token)
+        multihost.raise_everywhere(lambda: lock.see(token))
+        multihost.check_stop(stop, "before anything ran")
+        multihost.run_on_primary(lambda: preflight.convert_sources(cfg, to_run, workdir))
+        return chain.run_stages(cfg, names, to_run, workdir, mesh, stop, lock.check)
 
 
 def check_workdir(workdir: Path) -> None:

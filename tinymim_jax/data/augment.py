@@ -6,9 +6,9 @@ import numpy as np
 from PIL import Image
 
 from tinymim_jax.data import corruptions, fast_jpeg, randaugment
+from tinymim_jax.data.config import Data
 from tinymim_jax.data.decode import decode
 from tinymim_jax.data.fast_jpeg import RESAMPLE
-from tinymim_jax.experiment.config import Data
 from tinymim_jax.runtime.errors import InputError
 
 CROP_ATTEMPTS = 10  # as torchvision

@@ -1,11 +1,10 @@
 """Augmentation on the device: pure functions of a key and a batch of images, float32 [B, H, W, 3]."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-
-from tinymim_jax.experiment.config import Classify
 
 GREY = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL's mode L
 ERASE_AREA = (0.02, 1 / 3)  # of the image
@@ -52,7 +51,7 @@ def jitter_in_order(images: jax.Array, factors: jax.Array, order: jax.Array) -> 
     return images
 
 
-def mix(key: jax.Array, images: jax.Array, soft_labels: jax.Array, cfg: Classify) -> tuple[jax.Array, jax.Array]:
+def mix(key: jax.Array, images: jax.Array, soft_labels: jax.Array, cfg: Any) -> tuple[jax.Array, jax.Array]:
     """Mixup or cutmix of each image with its `partner`; one draw a batch; labels [B, C].
 
     The semantics are those of timm's Mixup in batch mode, but for who is whose partner.
@@ -86,7 +85,7 @@ def partner(rows: jax.Array) -> jax.Array:
 
 def own_share(
     switch_key: jax.Array, mixup_key: jax.Array, cutmix_key: jax.Array, box_key: jax.Array, height: int, width: int,
-    cfg: Classify,
+    cfg: Any,
 ) -> jax.Array:  # fmt: skip
     """[H, W]: how much of each pixel stays the image's own, by mixup (everywhere the same) or cutmix (0 in a box)."""
     if cfg.mixup == 0 or cfg.cutmix == 0:

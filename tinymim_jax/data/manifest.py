@@ -12,8 +12,8 @@ from typing import Any
 import tqdm
 from etils.epath import Path
 
+from tinymim_jax.data.config import Data
 from tinymim_jax.data.sources import IDENTITY, Source
-from tinymim_jax.experiment.config import Data
 from tinymim_jax.runtime.codec import differences, to_dict
 from tinymim_jax.runtime.errors import InputError
 

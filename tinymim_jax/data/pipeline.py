@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import chex
 import grain
@@ -18,9 +19,9 @@ import jax
 import numpy as np
 from absl import flags
 
-from tinymim_jax.data.augment import load
+from tinymim_jax.data.config import Data
+from tinymim_jax.data.fields import IMAGE_LABEL, Example, Fields
 from tinymim_jax.data.sources import Source
-from tinymim_jax.experiment.config import Data
 from tinymim_jax.runtime import multihost
 from tinymim_jax.runtime import sharding as mesh_lib
 from tinymim_jax.runtime.errors import InputError, Unavailable
@@ -34,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 def train_batches(
-    rows: "TrainRows",
+    rows: "TrainRows | ReplicaRows",
     start: int,
     stop: int,
     mesh: jax.sharding.Mesh,
@@ -43,11 +44,11 @@ def train_batches(
 ) -> Iterator[dict[str, jax.Array]]:
     """The batches of steps start to stop - 1, each epoch in its own order, its last incomplete batch dropped.
 
-    A batch is image uint8 [B, S, S, 3], label int32 [B], is_valid bool [B] (False: could not be read), index
-    int32 [B] (the record's number in the source) and stop uint8 [B] (the wish of the process that read the row, so that
-    all learn of it at the same step). Raises InputError, also while iterating; of several processes, one that cannot
-    read notes that in its `request` and goes on with empty rows. With `per_call` above 1, those of each of `calls`
-    come stacked, [K, B, ...].
+    A batch has the task's fields (e.g. image uint8 [B, S, S, 3], label int32 [B]), is_valid bool [B] (False: could not
+    be read), index int32 [B] (the record's number in the source) and stop uint8 [B] (the wish of the process that read
+    the row, so that all learn of it at the same step). Raises InputError, also while iterating; of several processes,
+    one that cannot read notes that in its `request` and goes on with empty rows. With `per_call` above 1, those of each
+    of `calls` come stacked, [K, B, ...]; those of `ReplicaRows` have an axis of replicas, [R, B, ...].
     """
     return _batches(rows, start, stop, mesh, request or StopRequest(), per_call)
 
@@ -62,22 +63,18 @@ def calls(start: int, stop: int, per_call: int) -> Iterator[range]:
 
 def stacked(batches: list[dict[str, np.ndarray]], per_call: int) -> dict[str, np.ndarray]:
     """What one dispatch of up to `per_call` steps is given."""
-    if per_call == 1:
-        return batches[0]
-    return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
+    return batches[0] if per_call == 1 else _stack_examples(batches)
 
 
-def train_rows(data: Data, source: Source, batch_size: int, seed: int) -> "TrainRows":
+def train_rows(data: Data, source: Source, batch_size: int, seed: int, fields: Fields = IMAGE_LABEL) -> "TrainRows":
     """This process's part of the batches; raises InputError."""
     if batch_size > len(source):
         raise InputError(f"batch_size {batch_size} is more than the {len(source)} images; use at most that")
-    if seed < 0:
-        raise InputError(f"run.seed is {seed}; it must not be negative")
-    return TrainRows(data, source, batch_size, jax.process_index(), jax.process_count(), seed)
+    return TrainRows(data, source, batch_size, jax.process_index(), jax.process_count(), fields, seed)
 
 
 def eval_batches(
-    data: Data, source: Source, *, batch_size: int, mesh: jax.sharding.Mesh
+    data: Data, source: Source, *, batch_size: int, mesh: jax.sharding.Mesh, fields: Fields = IMAGE_LABEL
 ) -> Iterator[dict[str, jax.Array]]:
     """Every record once, in order, as `train_batches`; the last batch is filled up with is_valid False, index -1.
 
@@ -85,7 +82,7 @@ def eval_batches(
     """
     if data.transform != "eval":
         raise InputError(f"data.transform is {data.transform!r}, which is random; set it to 'eval' to evaluate")
-    rows = EvalRows(data, source, batch_size, jax.process_index(), jax.process_count())
+    rows = EvalRows(data, source, batch_size, jax.process_index(), jax.process_count(), fields)
     return _batches(rows, 0, -(-len(source) // batch_size), mesh)
 
 
@@ -101,6 +98,9 @@ class EvalRows:
     batch_size: int  # over all processes
     process: int
     num_processes: int
+    fields: Fields
+
+    replicas = 0  # in front of the rows; 0: no such axis
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
         epoch, index, repeat = self.numbers(step)
@@ -109,8 +109,8 @@ class EvalRows:
         batch["index"][:] = index[own]
         for row in np.flatnonzero(batch["index"] >= 0):
             try:
-                record = self._read(epoch, int(index[own][row]), int(repeat[own][row]))
-                batch["image"][row], batch["label"][row] = record
+                for name, value in self._read(epoch, int(index[own][row]), int(repeat[own][row])).items():
+                    batch[name][row] = value
                 batch["is_valid"][row] = True
             except Unavailable:
                 raise  # no fault of this image
@@ -120,15 +120,9 @@ class EvalRows:
                 log.warning("skipped: %s", error)
         return batch
 
-    def empty(self) -> dict[str, np.ndarray]:
+    def empty(self) -> Example:
         """This process's rows without a record."""
-        n, size = self.batch_size // self.num_processes, self.data.image_size
-        return {
-            "image": np.zeros((n, size, size, 3), np.uint8),
-            "label": np.zeros(n, np.int32),
-            "is_valid": np.zeros(n, bool),
-            "index": np.full(n, -1, np.int32),
-        }
+        return self.fields.batch(self.data, self.batch_size // self.num_processes)
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -145,10 +139,9 @@ class EvalRows:
         """The generator of one image; in evaluation only corruptions draw from it."""
         return image_rng(0, epoch, index, repeat)
 
-    def _read(self, epoch: int, index: int, repeat: int) -> tuple[np.ndarray, int]:
-        record = self.source[index]
+    def _read(self, epoch: int, index: int, repeat: int) -> Example:
         rng = self.rng(epoch, index, repeat)
-        return load(record["image"], self.source.describe(index), self.data, rng), record["label"]
+        return self.fields.read(self.source[index], self.source.describe(index), self.data, rng)
 
 
 @functools.cache
@@ -182,7 +175,41 @@ class TrainRows(EvalRows):
         return image_rng(self.seed, epoch, index, repeat)
 
 
-@functools.lru_cache(maxsize=2)
+@dataclasses.dataclass(frozen=True)
+class ReplicaRows:
+    """Rows of several replicas, each with its own order and perhaps its own records: batches [R, B, ...]."""
+
+    each: tuple[TrainRows, ...]
+
+    def __post_init__(self) -> None:
+        sizes = {len(rows.source) for rows in self.each}
+        if len(sizes) > 1:
+            raise InputError(f"replicas read {sorted(sizes)} images, which must be as many; set data.subset_seed")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "each":
+            raise AttributeError(name)
+        return getattr(self.each[0], name)  # what all share
+
+    @property
+    def replicas(self) -> int:
+        return len(self.each)
+
+    def __call__(self, step: int) -> Example:
+        return _stack_examples([rows(step) for rows in self.each])
+
+    def empty(self) -> Example:
+        return _stack_examples([rows.empty() for rows in self.each])
+
+
+Rows = EvalRows | ReplicaRows
+
+
+def _stack_examples(examples: list[Example]) -> Example:
+    return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+
+
+@functools.lru_cache(maxsize=16)
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     """A permutation of 0..n-1, int64 [n], read-only."""
     order = np.random.default_rng((ORDER_STREAM, epoch, seed)).permutation(n)
@@ -196,7 +223,7 @@ def image_rng(seed: int, epoch: int, index: int, repeat: int = 0) -> np.random.G
 
 
 def _batches(
-    rows: EvalRows,
+    rows: Rows,
     start: int,
     stop: int,
     mesh: jax.sharding.Mesh,
@@ -211,7 +238,12 @@ def _batches(
 
 
 def _to_devices(
-    rows: EvalRows, start: int, stop: int, mesh: jax.sharding.Mesh, request: StopRequest | None, per_call: int
+    rows: Rows,
+    start: int,
+    stop: int,
+    mesh: jax.sharding.Mesh,
+    request: StopRequest | None,
+    per_call: int,
 ) -> Iterator[dict[str, jax.Array]]:
     if start >= stop:
         return
@@ -223,7 +255,7 @@ def _to_devices(
             batch = stacked(list(itertools.islice(host, len(steps))), per_call)
             if request is not None:
                 batch = {**batch, "stop": np.full(batch["index"].shape, request.wish(), np.uint8)}
-            ready.append(_checked(mesh_lib.put_batch(batch, mesh, axis=int(per_call > 1)), rows))
+            ready.append(_checked(mesh_lib.put_batch(batch, mesh, axis=int(per_call > 1) + bool(rows.replicas)), rows))
             if len(ready) == DEVICE_BATCHES:
                 yield ready.popleft()
         yield from ready
@@ -234,7 +266,9 @@ def _to_devices(
         multihost.raise_everywhere(own.raise_failure)
 
 
-def _in_step(rows: EvalRows, start: int, stop: int, request: StopRequest) -> Iterator[dict[str, np.ndarray]]:
+def _in_step(
+    rows: EvalRows | ReplicaRows, start: int, stop: int, request: StopRequest
+) -> Iterator[dict[str, np.ndarray]]:
     """`host_batches`; but one of several processes that cannot read must not leave the others waiting for its rows."""
     try:
         yield from host_batches(rows, start, stop)
@@ -246,7 +280,7 @@ def _in_step(rows: EvalRows, start: int, stop: int, request: StopRequest) -> Ite
             yield rows.empty()
 
 
-def host_batches(rows: EvalRows, start: int, stop: int) -> Iterator[dict[str, np.ndarray]]:
+def host_batches(rows: Rows, start: int, stop: int) -> Iterator[dict[str, np.ndarray]]:
     """`rows` of steps start to stop - 1 in order, made by `data.threads` and `data.workers`; raises InputError."""
     host = iter(_host_dataset(rows, start, stop))
     try:
@@ -260,7 +294,7 @@ def host_batches(rows: EvalRows, start: int, stop: int) -> Iterator[dict[str, np
             gc.collect()  # grain's iterators are cycles that keep the last batches in shared memory
 
 
-def _host_dataset(rows: EvalRows, start: int, stop: int) -> grain.IterDataset:
+def _host_dataset(rows: Rows, start: int, stop: int) -> grain.IterDataset:
     data = rows.data
     workers = min(data.workers, stop - start)
     kept = -(-data.prefetch // max(1, workers))  # by each worker
@@ -273,9 +307,9 @@ def _host_dataset(rows: EvalRows, start: int, stop: int) -> grain.IterDataset:
     return dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
 
 
-def _checked(batch: dict[str, jax.Array], rows: EvalRows) -> dict[str, jax.Array]:
-    size = rows.data.image_size
-    chex.assert_shape(batch["image"], (..., rows.batch_size, size, size, 3))
-    chex.assert_shape([batch[k] for k in ("label", "is_valid", "index")], batch["image"].shape[:-3])
-    chex.assert_type([batch[k] for k in ("image", "label", "is_valid", "index")], [np.uint8, np.int32, bool, np.int32])
+def _checked(batch: dict[str, jax.Array], rows: Rows) -> dict[str, jax.Array]:
+    """Raises AssertionError if a field is not what it is said to be."""
+    for name, value in rows.fields.batch(rows.data, 1).items():
+        chex.assert_type(batch[name], value.dtype)
+        chex.assert_shape(batch[name], (..., rows.batch_size, *value.shape[1:]))
     return batch

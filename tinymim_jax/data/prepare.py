@@ -20,12 +20,12 @@ from etils.epath import Path
 from PIL import Image
 
 from tinymim_jax.data import manifest
+from tinymim_jax.data.config import Data
 from tinymim_jax.data.decode import decode
 from tinymim_jax.data.manifest import Manifest, Settings, Shard
 from tinymim_jax.data.pipeline import follow_parent
 from tinymim_jax.data.shards import encode_record
 from tinymim_jax.data.sources import Source, open_source
-from tinymim_jax.experiment.config import Data
 from tinymim_jax.runtime import storage
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.runtime.workdir_lock import WorkdirLock

@@ -12,10 +12,12 @@ import tqdm
 
 from tinymim_jax.data import sources
 from tinymim_jax.data.augment import CROP_ATTEMPTS
+from tinymim_jax.data.config import Data
 from tinymim_jax.data.decode import decode
-from tinymim_jax.data.pipeline import TrainRows, calls, stacked
+from tinymim_jax.data.fields import IMAGE_LABEL
+from tinymim_jax.data.pipeline import ReplicaRows, TrainRows, calls, stacked
 from tinymim_jax.data.sources import IDENTITY, Source
-from tinymim_jax.experiment.config import Data
+from tinymim_jax.runtime import keys
 from tinymim_jax.runtime import sharding as mesh_lib
 from tinymim_jax.runtime.errors import InputError, Unavailable
 from tinymim_jax.runtime.preemption import StopRequest
@@ -26,7 +28,7 @@ Batch = dict[str, Any]
 
 
 def train_batches(
-    rows: TrainRows,
+    rows: TrainRows | ReplicaRows,
     start: int,
     stop: int,
     mesh: jax.sharding.Mesh,
@@ -36,30 +38,47 @@ def train_batches(
     """What `make_batch` makes the batches of steps start to stop - 1 from, inside the train step; stacked likewise.
 
     Its draws are its own, likewise a function of (seed, epoch, index, repeat). Raises InputError, here, if images
-    differ in size, take too much memory, or cannot be read.
+    differ in size, take too much memory, or cannot be read, or the task wants more than images and labels.
     """
     mesh_lib.check_batch(rows.batch_size, mesh)
-    identity = tuple(getattr(rows.data, field) for field in IDENTITY)
-    key = np.asarray(jax.random.key_data(jax.random.key(rows.seed)))
-    held = {**_read(identity, rows.data.on_bad_image), "key": key}
+    if rows.fields is not IMAGE_LABEL:
+        raise InputError("data.resident holds images and labels, and this task wants more; set data.resident=False")
+    each = rows.each if rows.replicas else (rows,)
+    held = [{**_read(_identity(one.data), one.data.on_bad_image), "key": crop_key(one.seed)} for one in each]
+    held = {name: np.stack([one[name] for one in held]) for name in held[0]} if rows.replicas else held[0]
     held = {name: mesh_lib.put_tree(array, mesh_lib.replicated(mesh)) for name, array in held.items()}
-    return _batches(rows, calls(start, stop, per_call), mesh, request or StopRequest(), per_call, held)
+    return _batches(each, calls(start, stop, per_call), mesh, request or StopRequest(), per_call, held)
+
+
+def _identity(data: Data) -> tuple:
+    return tuple(getattr(data, field) for field in IDENTITY)
+
+
+def crop_key(seed: int) -> np.ndarray:
+    """The data of the key that crops and flips are folded from; training steps fold from another."""
+    return np.asarray(jax.random.key_data(keys.key(seed, keys.CROPS)))
 
 
 def _batches(
-    rows: TrainRows, each: Iterator[range], mesh: jax.sharding.Mesh, request: StopRequest, per_call: int, held: Batch
-) -> Iterator[Batch]:
-    per_process = rows.batch_size // rows.num_processes
-    own = slice(rows.process * per_process, (rows.process + 1) * per_process)
+    each: tuple[TrainRows, ...], dispatches: Iterator[range], mesh: jax.sharding.Mesh, request: StopRequest,
+    per_call: int, held: Batch,
+) -> Iterator[Batch]:  # fmt: skip
+    is_stacked = held["label"].ndim > 1
+    per_process = each[0].batch_size // each[0].num_processes
+    own = slice(each[0].process * per_process, (each[0].process + 1) * per_process)
 
-    def numbers(step: int) -> dict[str, np.ndarray]:
+    def numbers(rows: TrainRows, step: int) -> np.ndarray:
         epoch, index, repeat = rows.numbers(step)
         columns = [np.full_like(index, epoch), index, repeat, np.full_like(index, request.wish())]
-        return {"numbers": np.stack(columns, axis=1)[own].astype(np.int32)}
+        return np.stack(columns, axis=1)[own].astype(np.int32)
 
-    for steps in each:
-        batch = stacked([numbers(step) for step in steps], per_call)
-        yield {"held": held, **mesh_lib.put_batch(batch, mesh, axis=int(per_call > 1))}
+    def batch(step: int) -> dict[str, np.ndarray]:
+        found = [numbers(rows, step) for rows in each]
+        return {"numbers": np.stack(found) if is_stacked else found[0]}
+
+    for steps in dispatches:
+        stack = stacked([batch(step) for step in steps], per_call)
+        yield {"held": held, **mesh_lib.put_batch(stack, mesh, axis=int(per_call > 1) + is_stacked)}
 
 
 @functools.lru_cache(maxsize=2)  # stages of a chain share their data

@@ -12,7 +12,7 @@ import msgpack
 import numpy as np
 from etils.epath import Path
 
-from tinymim_jax.experiment.config import Data
+from tinymim_jax.data.config import Data
 from tinymim_jax.runtime import storage
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.runtime.storage import reason

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from tinymim_jax.data.config import Data
 from tinymim_jax.data.shards import ArrayRecord
-from tinymim_jax.experiment.config import Data
 from tinymim_jax.runtime import storage
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.runtime.storage import reason
@@ -53,7 +53,7 @@ def _open(*identity: Any) -> Source:
         raise InputError(f"data.source: unknown choice {data.source!r}; choose one of {', '.join(openers)}")
     source: Source = openers[data.source](data)
     if data.per_class is not None:
-        source = Subset(source, data.per_class, data.subset_seed)
+        source = Subset(source, data.per_class, data.subset_seed or 0)
     if len(source) == 0:
         raise InputError(f"data: split {data.split!r} of {data.source} holds no images; choose another data.split")
     if data.num_examples is not None and len(source) != data.num_examples:
@@ -62,6 +62,14 @@ def _open(*identity: Any) -> Source:
             f" {len(source)} images; correct it (none: count them) or complete the data"
         )
     return source
+
+
+def check_same_classes(*pair: Data) -> None:
+    """Raises InputError if two sets differ in the names of their classes, as far as they have any."""
+    first, second = (open_source(data).classes for data in pair)
+    if first is not None and second is not None and (odd := sorted(set(first) ^ set(second))):
+        where = " and ".join(f"{data.path}/{data.split}" for data in pair)
+        raise InputError(f"data: {where} differ in their classes ({odd[0]}); both need the same")
 
 
 class Subset:

@@ -1,65 +1,90 @@
 """Top-1 and top-5 accuracy with exact counts."""
 
-from collections.abc import Generator
+import dataclasses
+from collections.abc import Hashable, Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from tinymim_jax.data import corruptions
+from tinymim_jax.data.config import Data
 from tinymim_jax.evals import subsets
-from tinymim_jax.evals.contract import Batches, Fetched, Finish, Predict
-from tinymim_jax.experiment import config
+from tinymim_jax.evals.contract import Batches, Context, Eval, Result, Variables, needs_head
+from tinymim_jax.models.contract import Encoder
 from tinymim_jax.objectives import metrics
 from tinymim_jax.objectives.metrics import Mean
+from tinymim_jax.runtime.codec import ranged
 from tinymim_jax.runtime.errors import InputError
-from tinymim_jax.tasks.contract import Frozen, Variables
 
 
-class Classification:
+@dataclasses.dataclass
+class Classification(Eval):
+    """Top-1 and top-5 accuracy, in percent."""
+
+    data: Data
+    subset: Literal["", "imagenet_a", "imagenet_r"] = ""  # of ImageNet's 1000 classes, the 200 that may be predicted
+    kind: Literal["classification"] = "classification"
+    batch_size: int = ranged(256, at_least=1)
+
+    def build(self, context: Context) -> "Accuracy":
+        return Accuracy(self, context)
+
+    def check(self, where: str, model: Encoder, training: Data) -> None:
+        super().check(where, model, training)
+        needs_head(where, self.kind, model)
+        if self.subset and model.num_classes != 1000:
+            raise InputError(f"{where}: subset {self.subset!r} needs a head of ImageNet's 1000 classes")
+
+    def metrics(self) -> list[str]:
+        return ["top1", "top5", "images"]
+
+    def same_classes(self, training: Data | None) -> list[tuple[Data, Data]]:
+        return [] if training is None or self.subset else [(training, self.data)]
+
+
+class Accuracy:
     """{"top1", "top5"} in percent and {"images"}, the number counted."""
 
-    def __init__(self, cfg: config.Classification, mesh: jax.sharding.Mesh):
+    def __init__(self, cfg: Classification, context: Context):
         if cfg.data.corruption:
             corruptions.check(cfg.data.corruption)
-        self.batches = Batches(cfg.data, cfg.batch_size, mesh)
+        self.predict = context.predict
+        batches = Batches(cfg.data, cfg.batch_size, context.mesh)
+        self.passes = {"data": batches}
+        self.classes = batches.source.classes
         self.subset = None  # all classes, labelled by column
         if cfg.subset:
-            self.subset = subsets.columns(cfg.subset), subsets.targets(cfg.subset, self.batches.source.classes)
+            self.subset = subsets.columns(cfg.subset), subsets.targets(cfg.subset, self.classes)
 
-    @property
-    def num_batches(self) -> int:
-        return len(self.batches)
+    def update(self, variables: Variables, frozen: Any, batch: Mapping[str, jax.Array]) -> dict[str, Mean]:
+        """Raises InputError if the model has no head, or other classes than the data."""
+        logits = self.predict(variables, frozen, batch).logits
+        if logits is None:
+            raise InputError("a classification eval needs a model with a head; set model.num_classes")
+        self._check_classes(logits.shape[-1])
+        return count_correct(logits, batch["label"], batch["is_valid"], self.subset)
 
-    def __call__(self, predict: Predict, variables: Variables, frozen: Frozen) -> Generator[None, None, Finish]:
-        """Raises InputError if the model has no head, or fewer outputs than there are labels."""
-        counts, outputs = Fetched(), 0
-        for batch in self.batches:
-            logits = predict(variables, frozen, batch).logits
-            if logits is None:
-                raise InputError("a classification eval needs a model with a head; set model.num_classes")
-            outputs = logits.shape[-1]
-            self._check_classes(outputs)
-            counts.add(count_correct(logits, batch["label"], batch["is_valid"], self.subset))
-            yield
-        return lambda: scores(counts.all(), outputs)
+    def finish(self, found: Mapping[Hashable, list[dict[str, Mean]]]) -> Result:
+        return Result(scores(found["data"]))
 
     def _check_classes(self, outputs: int) -> None:
         """Labels of a folder are positions in it: with other classes they would mean something else."""
-        source, data = self.batches.source, self.batches.data
-        if self.subset is None and source.classes is not None and len(source.classes) != outputs:
+        if self.subset is None and self.classes is not None and len(self.classes) != outputs:
+            data = self.passes["data"].data
             raise InputError(
-                f"{data.path or data.source}, split {data.split!r}, has {len(source.classes)} classes and the model"
+                f"{data.path or data.source}, split {data.split!r}, has {len(self.classes)} classes and the model"
                 f" {outputs}; use data with the classes that it was trained on"
             )
 
 
-def scores(counts: list[dict[str, Mean]], outputs: int) -> dict[str, float]:
-    """Percent of all that was counted; raises InputError if a label was beyond the `outputs` of the model."""
+def scores(counts: list[dict[str, Mean]]) -> dict[str, float]:
+    """Percent of all that was counted; raises InputError if a label was beyond the outputs of the model."""
     total = metrics.merge(counts)
     if not total["top1"].count:
         raise InputError("no image of the evaluation set could be read; mend the data")
     if total["beyond"].sum:
-        raise InputError(f"the data has labels that the model's {outputs} outputs leave no place for")
+        raise InputError("the data has labels that the model's outputs leave no place for")
     percent = {name: 100 * value for name, value in metrics.to_floats(total).items() if name != "beyond"}
     return {**percent, "images": float(total["top1"].count)}
 
@@ -70,7 +95,6 @@ def restrict(logits: jax.Array, columns: jax.Array) -> jax.Array:
     return jnp.where(allowed, logits, -jnp.inf)
 
 
-@jax.jit
 def count_correct(
     logits: jax.Array, labels: jax.Array, is_valid: jax.Array, subset: tuple[jax.Array, jax.Array] | None = None
 ) -> dict[str, Mean]:
@@ -80,7 +104,7 @@ def count_correct(
     """
     is_unknown = (labels < 0) | (labels >= logits.shape[-1])
     if subset is not None:
-        logits, labels = restrict(logits, subset[0]), subset[1][labels]
+        logits, labels = restrict(logits, subset[0]), jnp.asarray(subset[1])[labels]
     best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]
     hits = best == labels[:, None]
     beyond = Mean.of(is_unknown, is_valid)

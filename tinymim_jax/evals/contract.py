@@ -1,59 +1,176 @@
-"""The contract of evaluators, and the pass over a data set that they share."""
+"""The contract of evaluators, and the pass over data sets that they share."""
 
+import abc
 import collections
 import contextlib
-import functools
+import dataclasses
 import sys
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 import tqdm
 
 from tinymim_jax.data import pipeline, sources
-from tinymim_jax.experiment.config import Data
-from tinymim_jax.runtime import sharding as mesh_lib
+from tinymim_jax.data.config import Data
+from tinymim_jax.data.fields import IMAGE_LABEL, Fields
+from tinymim_jax.models.contract import Encoder, Outputs
+from tinymim_jax.runtime import sharding
 from tinymim_jax.runtime.errors import InputError
-from tinymim_jax.tasks.contract import Batch, Frozen, Outputs, Task, Variables
 
 BATCHES_AHEAD = 3  # dispatched before the oldest result is fetched
 
-Predict = Callable[[Variables, Frozen, Batch], Outputs]
-Finish = Callable[[], dict[str, float]]
+Variables = Mapping[str, Any]
+Predict = Callable[[Variables, Any, Mapping[str, jax.Array]], Outputs]  # (variables, frozen, batch), as a task's
+
+
+@dataclasses.dataclass
+class Result:
+    """What an evaluator has found: named scalars, and arrays that are stored beside them."""
+
+    scalars: dict[str, float]
+    arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 class Evaluator(Protocol):
-    """Measures a model; results are named scalars."""
+    """Measures a model: `update` on each batch of each of `passes`, then `finish`."""
 
-    num_batches: int
-    """How often it yields."""
+    passes: Mapping[Hashable, "Batches"]
+    """The data sets to go over, by name."""
 
-    def __call__(self, predict: Predict, variables: Variables, frozen: Frozen) -> Generator[None, None, Finish]:
-        """Gives the devices a batch at a time, yielding after each; returns what is left to do on the host alone."""
+    def update(self, variables: Variables, frozen: Any, batch: Mapping[str, jax.Array]) -> Any:
+        """Runs inside jit: a tree of small arrays, reduced over the batch where that can be."""
 
-
-def make_predict(task: Task, mesh: jax.sharding.Mesh) -> Predict:
-    """`task.predict`, jitted, with outputs that every process can read."""
-    return jax.jit(task.predict, out_shardings=mesh_lib.replicated(mesh))
+    def finish(self, found: Mapping[Hashable, list[Any]]) -> Result:
+        """Runs on the host alone, perhaps in a thread: for each pass, what `update` gave for its batches, as numpy."""
 
 
-def together(
-    evaluators: Mapping[str, Evaluator], predict: Predict, variables: Variables, frozen: Frozen
-) -> Generator[None, None, Finish]:
-    """The evaluators one after the other, as one; results are named "<eval>/<metric>"."""
-    finish = {}
-    for name, evaluator in evaluators.items():
-        with _named(name):
-            finish[name] = yield from evaluator(predict, variables, frozen)
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What an evaluator is made for. `models` are checkpoints that its config names by `Init`: (model, variables)."""
 
-    def finish_all() -> dict[str, float]:
-        found = {}
-        for name, one in finish.items():
-            with _named(name):
-                found |= {f"{name}/{metric}": value for metric, value in one().items()}
-        return found
+    mesh: jax.sharding.Mesh
+    predict: Predict
+    models: Mapping[str, tuple[Encoder, Variables]] = dataclasses.field(default_factory=dict)
 
-    return finish_all
+
+class Eval(abc.ABC):
+    """The config of an evaluator, a dataclass with a `kind` that `evals.EVALS` lists."""
+
+    kind: str
+    data: Data
+    batch_size: int
+
+    @abc.abstractmethod
+    def build(self, context: Context) -> Evaluator:
+        """The evaluator, its data opened; raises InputError if that is missing."""
+
+    def check(self, where: str, model: Encoder, training: Data) -> None:
+        """Raises InputError on what would otherwise be found only after the training on `training`."""
+        for name, data in self.sets().items():
+            data.check(f"{where}.{name}")
+            if data.transform != "eval":
+                raise InputError(f"{where}: {name}.transform is 'train', which is random; set it to 'eval'")
+            for field in ("image_size", "mean", "std"):
+                if getattr(data, field) != getattr(training, field):
+                    raise InputError(f"{where}: {name}.{field} differs from the stage's, {getattr(training, field)}")
+
+    def sets(self) -> dict[str, Data]:
+        """The data sets that it reads, by field."""
+        return {"data": self.data}
+
+    def opened(self) -> list[Data]:
+        """Those that can be opened as they stand."""
+        return list(self.sets().values())
+
+    def metrics(self) -> list[str] | None:
+        """The names of what it measures; None if they are many."""
+        return None
+
+    def same_classes(self, training: Data | None) -> list[tuple[Data, Data]]:
+        """Pairs of data sets whose labels are compared; `training` has those of the model's head, if it has one."""
+        return []
+
+
+def needs_head(where: str, kind: str, model: Encoder) -> None:
+    """Raises InputError if `model` has no logits."""
+    if not model.num_classes:
+        raise InputError(f"{where}: {kind} needs a model with a head; set model.num_classes, or use knn")
+
+
+class Batches:
+    """Batches of a whole data set, each example once; iterable again and again."""
+
+    def __init__(self, data: Data, batch_size: int, mesh: jax.sharding.Mesh, fields: Fields = IMAGE_LABEL):
+        batch_size = -(-batch_size // mesh.size) * mesh.size  # padding is masked, so rounding up is free of effect
+        self.args: dict[str, Any] = {"batch_size": batch_size, "mesh": mesh, "fields": fields}
+        self.data, self.source, self.mesh = data, sources.open_source(data), mesh
+
+    def __len__(self) -> int:
+        return -(-len(self.source) // self.args["batch_size"])
+
+    def __iter__(self) -> Iterator[Mapping[str, jax.Array]]:
+        return pipeline.eval_batches(self.data, self.source, **self.args)
+
+
+class Measurement:
+    """Several evaluators as one: first what needs the devices, then what the host does with it."""
+
+    def __init__(self, evaluators: Mapping[str, Evaluator]):
+        self.evaluators = evaluators
+        self.updates = {}
+        for name, evaluator in evaluators.items():
+            mesh = next(iter(evaluator.passes.values())).mesh
+            self.updates[name] = jax.jit(evaluator.update, out_shardings=sharding.replicated(mesh))
+
+    def __bool__(self) -> bool:
+        return bool(self.evaluators)
+
+    def run(
+        self, variables: Variables, frozen: Any, title: str, check: Callable[[], None] = lambda: None
+    ) -> Callable[[], dict[str, Result]]:
+        """Goes over all data, with a bar named `title`; `check` is called after each batch and may raise.
+
+        What it returns finishes on the host alone: {eval: its result}.
+        """
+        total = sum(len(batches) for e in self.evaluators.values() for batches in e.passes.values())
+        interval = 0.1 if sys.stderr.isatty() else 10
+        found: dict[str, dict[Hashable, list[Any]]] = {}
+        with tqdm.tqdm(desc=title, total=total, unit="batch", leave=False, delay=1, mininterval=interval) as bar:
+            for name, evaluator in self.evaluators.items():
+                with _named(name):
+                    found[name] = {
+                        key: _fetched(self.updates[name], variables, frozen, batches, lambda: (bar.update(), check()))
+                        for key, batches in evaluator.passes.items()
+                    }
+
+        def finish() -> dict[str, Result]:
+            results = {}
+            for name, one in found.items():
+                with _named(name):
+                    results[name] = self.evaluators[name].finish(one)
+            return results
+
+        return finish
+
+
+def scalars(results: Mapping[str, Result]) -> dict[str, float]:
+    """{"<eval>/<metric>": value} of all that was found."""
+    return {f"{name}/{key}": value for name, result in results.items() for key, value in result.scalars.items()}
+
+
+def _fetched(
+    update: Callable, variables: Variables, frozen: Any, batches: Batches, after_each: Callable[[], Any]
+) -> list[Any]:
+    """What `update` gives for each batch, on the host, which stays a few behind the devices so that nothing waits."""
+    ahead, host = collections.deque(), []
+    for batch in batches:
+        ahead.append(update(variables, frozen, batch))
+        if len(ahead) > BATCHES_AHEAD:
+            host.append(jax.device_get(ahead.popleft()))
+        after_each()
+    return [*host, *jax.device_get(list(ahead))]
 
 
 @contextlib.contextmanager
@@ -63,63 +180,3 @@ def _named(name: str) -> Iterator[None]:
         yield
     except InputError as error:
         raise type(error)(f"eval {name}: {error}") from error
-
-
-def measure(
-    evaluators: Mapping[str, Evaluator],
-    predict: Predict,
-    variables: Variables,
-    frozen: Frozen,
-    title: str,
-    check: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
-    """All that the evaluators find, with a bar named `title`; `check` is called after each batch and may raise."""
-    running = together(evaluators, predict, variables, frozen)
-    total = sum(evaluator.num_batches for evaluator in evaluators.values())
-    interval = 0.1 if sys.stderr.isatty() else 10
-    with tqdm.tqdm(desc=title, total=total, unit="batch", leave=False, delay=1, mininterval=interval) as bar:
-        while True:
-            try:
-                next(running)
-            except StopIteration as end:
-                return end.value()
-            bar.update()
-            check()
-
-
-class Fetched:
-    """Results of the devices, copied to the host in order, a few behind the newest so that nothing waits for it."""
-
-    def __init__(self) -> None:
-        self.ahead: collections.deque[Any] = collections.deque()
-        self.host: list[Any] = []
-
-    def add(self, result: Any) -> None:
-        """Takes a tree of arrays that may not be computed yet."""
-        self.ahead.append(result)
-        if len(self.ahead) > BATCHES_AHEAD:
-            self.host.append(jax.device_get(self.ahead.popleft()))
-
-    def all(self) -> list[Any]:
-        """Every result, as numpy arrays."""
-        return [*self.host, *jax.device_get(list(self.ahead))]
-
-
-class Batches:
-    """Batches of a whole data set, each example once; iterable again and again."""
-
-    def __init__(self, data: Data, batch_size: int, mesh: jax.sharding.Mesh):
-        batch_size = -(-batch_size // mesh.size) * mesh.size  # padding is masked, so rounding up is free of effect
-        self.args: dict[str, Any] = {"batch_size": batch_size, "mesh": mesh}
-        self.data, self.source = data, sources.open_source(data)
-
-    @functools.cached_property
-    def whole(self) -> Callable[[Any], Any]:
-        """Makes arrays that are split over processes readable by each."""
-        return jax.jit(lambda arrays: arrays, out_shardings=mesh_lib.replicated(self.args["mesh"]))
-
-    def __len__(self) -> int:
-        return -(-len(self.source) // self.args["batch_size"])
-
-    def __iter__(self) -> Iterator[Batch]:
-        return pipeline.eval_batches(self.data, self.source, **self.args)

@@ -1,51 +1,98 @@
 """Probes of frozen features."""
 
 import abc
-from collections.abc import Generator
+import dataclasses
+from collections.abc import Hashable, Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinymim_jax.evals.contract import Batches, Fetched, Finish, Predict
-from tinymim_jax.experiment import config
+from tinymim_jax.data.config import Data
+from tinymim_jax.evals.contract import Batches, Context, Eval, Result, Variables
+from tinymim_jax.runtime.codec import ranged
 from tinymim_jax.runtime.errors import InputError
-from tinymim_jax.tasks.contract import Frozen, Variables
 
 QUERIES_AT_ONCE = 1024
 Labelled = tuple[np.ndarray, np.ndarray]  # unit features [n, D], labels [n]
 
 
-class Probe(abc.ABC):
-    """Features of two labelled sets, one to learn from and one to score on; `score` says how."""
+class Probe(Eval):
+    """An eval that learns from one labelled set and is scored on another."""
 
-    def __init__(self, cfg: config.Knn | config.Logistic, mesh: jax.sharding.Mesh):
-        self.cfg = cfg
-        self.bank = Batches(cfg.bank, cfg.batch_size, mesh)
-        self.queries = Batches(cfg.data, cfg.batch_size, mesh)
+    bank: Data
 
-    @property
-    def num_batches(self) -> int:
-        return len(self.bank) + len(self.queries)
+    def sets(self) -> dict[str, Data]:
+        return {"data": self.data, "bank": self.bank}
 
-    def __call__(self, predict: Predict, variables: Variables, frozen: Frozen) -> Generator[None, None, Finish]:
-        """Extracts both sets' features; what is left is `score`."""
-        bank = yield from extract(self.bank, predict, variables, frozen)
-        queries = yield from extract(self.queries, predict, variables, frozen)
-        return lambda: self.score(stack(bank), stack(queries))
+    def same_classes(self, training: Data | None) -> list[tuple[Data, Data]]:
+        return [(self.bank, self.data)]
+
+
+@dataclasses.dataclass
+class Knn(Probe):
+    """Weighted k-nearest-neighbour accuracy of frozen features, in percent."""
+
+    data: Data  # the queries
+    bank: Data  # the labelled neighbours
+    kind: Literal["knn"] = "knn"
+    k: tuple[int, ...] = ranged((10, 20, 100, 200), at_least=1)
+    temperature: float = ranged(0.07, above=0)
+    batch_size: int = ranged(256, at_least=1)
+
+    def build(self, context: Context) -> "Neighbours":
+        return Neighbours(self, context)
+
+    def metrics(self) -> list[str]:
+        return [f"top1_k{k}" for k in self.k]
+
+
+@dataclasses.dataclass
+class Logistic(Probe):
+    """Accuracy of a logistic regression on frozen features, in percent."""
+
+    data: Data  # the queries
+    bank: Data  # what it is fitted on
+    kind: Literal["logistic"] = "logistic"
+    c: float = ranged(1.0, above=0)  # inverse of the L2 regularisation
+    max_iter: int = ranged(1000, at_least=1)
+    batch_size: int = ranged(256, at_least=1)
+
+    def build(self, context: Context) -> "Regression":
+        return Regression(self, context)
+
+    def metrics(self) -> list[str]:
+        return ["top1"]
+
+
+class FeatureEvaluator(abc.ABC):
+    """Features of both sets; `score` says what is made of them."""
+
+    def __init__(self, cfg: Any, context: Context):
+        self.cfg, self.predict = cfg, context.predict
+        self.passes = {name: Batches(data, cfg.batch_size, context.mesh) for name, data in cfg.sets().items()}
+
+    def update(self, variables: Variables, frozen: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
+        """Features, labels and validity of each image."""
+        return self.predict(variables, frozen, batch).features, batch["label"], batch["is_valid"]
+
+    def finish(self, found: Mapping[Hashable, list[Any]]) -> Result:
+        return Result(self.score(stack(found["bank"]), stack(found["data"])))
 
     @abc.abstractmethod
     def score(self, bank: Labelled, queries: Labelled) -> dict[str, float]:
         """Results of one probe, in percent."""
 
 
-class Knn(Probe):
+class Neighbours(FeatureEvaluator):
     """{"top1_k<k>"} in percent: weighted k-nearest-neighbour votes (DINO, eval_knn.py)."""
 
-    def __init__(self, cfg: config.Knn, mesh: jax.sharding.Mesh):
-        super().__init__(cfg, mesh)
-        if max(cfg.k) > len(self.bank.source):
-            raise InputError(f"knn: k {max(cfg.k)} is more than the {len(self.bank.source)} images of the bank")
+    def __init__(self, cfg: Knn, context: Context):
+        super().__init__(cfg, context)
+        images = len(self.passes["bank"].source)
+        if not cfg.k or max(cfg.k) > images:
+            raise InputError(f"knn: k {max(cfg.k, default='()')} is not among the {images} images of the bank")
 
     def score(self, bank: Labelled, queries: Labelled) -> dict[str, float]:
         num_classes = int(max(bank[1].max(), queries[1].max())) + 1
@@ -58,7 +105,7 @@ class Knn(Probe):
         return {f"top1_k{k}": 100 * count / len(queries[1]) for k, count in hits.items()}
 
 
-class Logistic(Probe):
+class Regression(FeatureEvaluator):
     """{"top1"} in percent: scikit-learn's multinomial logistic regression on standardised features."""
 
     def score(self, bank: Labelled, queries: Labelled) -> dict[str, float]:
@@ -72,19 +119,9 @@ class Logistic(Probe):
         return {"top1": 100 * float(np.mean(classifier.fit(*bank).predict(queries[0]) == queries[1]))}
 
 
-def extract(batches: Batches, predict: Predict, variables: Variables, frozen: Frozen) -> Generator[None, None, Fetched]:
-    """Features, labels and validity of each batch, for `stack`."""
-    found = Fetched()
-    for batch in batches:
-        features = predict(variables, frozen, batch).features
-        found.add((features, *batches.whole((batch["label"], batch["is_valid"]))))
-        yield
-    return found
-
-
-def stack(found: Fetched) -> Labelled:
+def stack(found: list[tuple[np.ndarray, ...]]) -> Labelled:
     """Features [n, D] of unit length and labels [n] of the valid examples."""
-    features, labels, is_valid = (np.concatenate(parts) for parts in zip(*found.all(), strict=True))
+    features, labels, is_valid = (np.concatenate(parts) for parts in zip(*found, strict=True))
     features = features[is_valid].astype(np.float32)
     return features / np.linalg.norm(features, axis=1, keepdims=True), labels[is_valid]
 

@@ -1,50 +1,75 @@
 """ImageNet-C: error under each corruption and severity, its plain mean, and AlexNet-normalised mCE."""
 
 import dataclasses
-from collections.abc import Generator
+from collections.abc import Hashable, Mapping
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from tinymim_jax.data import corruptions
+from tinymim_jax.data.config import Data
 from tinymim_jax.data.corruptions import ALEXNET_ERROR
-from tinymim_jax.evals.classification import Classification
-from tinymim_jax.evals.contract import Finish, Predict
-from tinymim_jax.experiment import config
-from tinymim_jax.experiment.config import Data
+from tinymim_jax.evals.classification import Accuracy, Classification, scores
+from tinymim_jax.evals.contract import Context, Eval, Result, Variables, needs_head
+from tinymim_jax.models.contract import Encoder
+from tinymim_jax.objectives.metrics import Mean
 from tinymim_jax.runtime import storage
+from tinymim_jax.runtime.codec import ranged
 from tinymim_jax.runtime.errors import InputError
-from tinymim_jax.tasks.contract import Frozen, Variables
 
 
-class Corruptions:
+@dataclasses.dataclass
+class Corruptions(Eval):
+    """ImageNet-C: error over corruptions and severities, plain and as mCE, in percent."""
+
+    data: Data  # clean images to corrupt, or where the stored ones are (`stored`)
+    kind: Literal["corruptions"] = "corruptions"
+    stored: bool = False  # folder: data.path/<corruption>/<severity>/<class>/*; tfds: data.name/<corruption>_<severity>
+    severities: tuple[int, ...] = ranged((1, 2, 3, 4, 5), at_least=1, at_most=5)
+    batch_size: int = ranged(256, at_least=1)
+
+    def build(self, context: Context) -> "CorruptionErrors":
+        return CorruptionErrors(self, context)
+
+    def check(self, where: str, model: Encoder, training: Data) -> None:
+        super().check(where, model, training)
+        needs_head(where, self.kind, model)
+        if not self.severities:
+            raise InputError(f"{where}: severities are empty; name some of 1 to 5")
+
+    def opened(self) -> list[Data]:
+        return [] if self.stored else [self.data]
+
+    def same_classes(self, training: Data | None) -> list[tuple[Data, Data]]:
+        return [] if training is None or self.stored else [(training, self.data)]
+
+
+class CorruptionErrors:
     """{"<corruption>" and "<corruption>_<severity>": top-1 error, "mean_error", "mce"}, in percent."""
 
-    def __init__(self, cfg: config.Corruptions, mesh: jax.sharding.Mesh):
+    def __init__(self, cfg: Corruptions, context: Context):
         """Raises InputError if stored corruptions are missing, or the library that makes them is."""
-        self.evaluators = {}
         if cfg.stored:
             check_stored(cfg)
-        for name in ALEXNET_ERROR:
-            for severity in cfg.severities:
-                data = corrupted(cfg, name, severity)
-                self.evaluators[name, severity] = Classification(
-                    config.Classification(data, batch_size=cfg.batch_size), mesh
-                )
+        each = {
+            (name, severity): Accuracy(
+                Classification(corrupted(cfg, name, severity), batch_size=cfg.batch_size), context
+            )
+            for name in ALEXNET_ERROR
+            for severity in cfg.severities
+        }
+        self.passes = {key: accuracy.passes["data"] for key, accuracy in each.items()}
+        self.accuracy = next(iter(each.values()))  # of one kind for all
 
-    @property
-    def num_batches(self) -> int:
-        return sum(evaluator.num_batches for evaluator in self.evaluators.values())
+    def update(self, variables: Variables, frozen: Any, batch: Mapping[str, jax.Array]) -> dict[str, Mean]:
+        return self.accuracy.update(variables, frozen, batch)
 
-    def __call__(self, predict: Predict, variables: Variables, frozen: Frozen) -> Generator[None, None, Finish]:
-        """One pass over the data for each corruption and severity."""
-        finish = {}
-        for key, evaluator in self.evaluators.items():
-            finish[key] = yield from evaluator(predict, variables, frozen)
-        return lambda: summarise({key: 100 - finish[key]()["top1"] for key in finish})
+    def finish(self, found: Mapping[Hashable, list[dict[str, Mean]]]) -> Result:
+        return Result(summarise({key: 100 - scores(counts)["top1"] for key, counts in found.items()}))
 
 
-def corrupted(cfg: config.Corruptions, name: str, severity: int) -> Data:
+def corrupted(cfg: Corruptions, name: str, severity: int) -> Data:
     """The data of one corruption and severity: stored, or made from the clean images."""
     if not cfg.stored:
         corruptions.check(name)
@@ -55,7 +80,7 @@ def corrupted(cfg: config.Corruptions, name: str, severity: int) -> Data:
     return dataclasses.replace(cfg.data, path=f"{cfg.data.path}/{name}", split=str(severity), crop_pct=1.0)
 
 
-def check_stored(cfg: config.Corruptions) -> None:
+def check_stored(cfg: Corruptions) -> None:
     """Raises InputError naming the folders that are missing."""
     if cfg.data.source != "folder":
         return

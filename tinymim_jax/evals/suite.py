@@ -7,20 +7,17 @@ from typing import Any
 import jax
 from etils.epath import Path
 
-from tinymim_jax.bridge import card
+from tinymim_jax.data.config import Data
 from tinymim_jax.data.device_augment import normalize, to_float
-from tinymim_jax.data.sources import open_source
-from tinymim_jax.evals import make_evaluator, subsets
-from tinymim_jax.evals.contract import Predict, measure
-from tinymim_jax.experiment import config
-from tinymim_jax.experiment.config import Classification, Corruptions, Data, Eval, Knn, Logistic
-from tinymim_jax.planning.preflight import check_same_classes, check_writable
+from tinymim_jax.data.sources import check_same_classes, open_source
+from tinymim_jax.evals import Classification, Corruptions, Knn, Logistic, subsets
+from tinymim_jax.evals.contract import Context, Eval, Measurement, Predict, Variables, scalars
+from tinymim_jax.models.contract import Encoder, Outputs
 from tinymim_jax.runtime import codec, storage
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.runtime.metric_log import write_json
 from tinymim_jax.runtime.sharding import replicated
-from tinymim_jax.tasks.contract import Outputs, encode
-from tinymim_jax.weights import handoff
+from tinymim_jax.weights.parameters import flatten
 
 SUITES = ("imagenet", "robust", "probe", "all")
 # TinyMIM, Tables 3 and 4: top-1; ImageNet-A and -R top-1; ImageNet-C, which is a plain mean of errors.
@@ -43,45 +40,58 @@ class Sets:
     bank_per_class: int | None = None  # and let the probes learn from so many
 
 
-def evaluate(folder: Path, suite: str, sets: Sets, mesh: jax.sharding.Mesh, out: Path) -> dict[str, Any]:
-    """Runs `suite` on the finished stage or converted checkpoint in `folder`; writes into `out` after each measure.
+@dataclasses.dataclass
+class Subject:
+    """A finished model, as its folder says. Its own `training` data and `evals`, or of a converted one its pixels."""
+
+    name: str
+    model: Encoder
+    variables: Variables
+    untrained: list[str]
+    training: Data | None
+    evals: dict[str, Eval]
+    preprocessing: dict[str, Any]
+
+
+def evaluate(subject: Subject, suite: str, sets: Sets, mesh: jax.sharding.Mesh, out: Path) -> dict[str, Any]:
+    """Runs `suite` on a finished model; writes into `out` after each measure.
 
     Returns {"checkpoint", "model", "results": {"<eval>/<metric>": value}, "paper": TinyMIM's values, if any}.
     Raises InputError if data is missing, or the model has no head where one is needed.
     """
-    model = handoff.read_model(folder)
-    variables = jax.device_put(handoff.read_variables(folder), replicated(mesh))
-    clean, bank = data_sets(folder, model, sets)
+    model = subject.model
+    variables = jax.device_put(subject.variables, replicated(mesh))
+    clean, bank = data_sets(subject, sets)
     chosen = evals(suite, model, clean, bank, sets)
-    evaluators = {name: make_evaluator(cfg, mesh) for name, cfg in chosen.items()}  # what is missing is said first
-    check_writable(out)
+    context = Context(mesh, predict_of(subject, clean))
+    evaluators = {name: cfg.build(context) for name, cfg in chosen.items()}  # what is missing is said first
+    storage.check_writable(out)
     check_names(chosen, model)
-    predict = make_predict(folder, model, clean, mesh)
-    paper = PAPER.get(model.width, {}) if model.num_classes == 1000 else {}
+    paper = PAPER.get(model.width_of(model.depth), {}) if model.num_classes == 1000 else {}
     if not sets.imagenet_c:  # corruptions made here are not the stored ones
         paper = {name: value for name, value in paper.items() if not name.startswith("corruptions/")}
-    report = {"checkpoint": str(folder), "model": codec.to_dict(model), "results": {}, "paper": paper}
+    report = {"checkpoint": subject.name, "model": codec.to_dict(model), "results": {}, "paper": paper}
     for name, evaluator in evaluators.items():
-        report["results"] |= measure({name: evaluator}, predict, variables, {}, title=name)
+        report["results"] |= scalars(Measurement({name: evaluator}).run(variables, {}, title=name)())
         write(report, out)
         print(f"{name}: done", flush=True)
     return report
 
 
-def data_sets(folder: Path, model: config.ViT, sets: Sets) -> tuple[Data, Data]:
+def data_sets(subject: Subject, sets: Sets) -> tuple[Data, Data]:
     """The clean evaluation set and the training images, both for evaluation."""
-    converted = handoff.read_converted(folder)
-    if converted is None:
-        stage = handoff.read_stage(folder)
-        train = dataclasses.replace(stage.data, transform="eval", rand_augment="", repeats=1)
-        own = [e.data for e in stage.evals.values() if _is_clean(e)]
+    if subject.training is not None:
+        train = dataclasses.replace(subject.training, transform="eval", rand_augment="", repeats=1)
+        own = [e.data for e in subject.evals.values() if _is_clean(e)]
         clean = own[0] if own else _held_out(train)
     else:
-        pixels = {k: tuple(v) if isinstance(v, list) else v for k, v in converted["preprocessing"].items()}
-        train = Data("folder", transform="eval", image_size=model.image_size, **pixels)
+        pixels = {k: tuple(v) if isinstance(v, list) else v for k, v in subject.preprocessing.items()}
+        train = Data("folder", transform="eval", image_size=subject.model.image_size, **pixels)
         clean = dataclasses.replace(train, split="val")
         if not sets.data and not (sets.imagenet_c or sets.imagenet_a or sets.imagenet_r):
-            raise InputError(f"{folder} was converted and names no data: give --data=PATH, a tree with train/ and val/")
+            raise InputError(
+                f"{subject.name} was converted and names no data: give --data=PATH, a tree with train/ and val/"
+            )
     if sets.data:
         train, clean = _in_tree(train, sets.data, ("train",)), _in_tree(clean, sets.data, ("val", "test", "validation"))
     if sets.per_class is not None:
@@ -117,7 +127,7 @@ def _in_tree(data: Data, path: str, splits: tuple[str, ...]) -> Data:
     return dataclasses.replace(data, **fields)
 
 
-def check_names(chosen: dict[str, Eval], model: config.ViT) -> None:
+def check_names(chosen: dict[str, Eval], model: Encoder) -> None:
     """Raises InputError if classes are not those of the head, or of the probes' other set, as far as names tell."""
     for cfg in chosen.values():
         if isinstance(cfg, (Knn, Logistic)):
@@ -132,7 +142,7 @@ def check_names(chosen: dict[str, Eval], model: config.ViT) -> None:
                 )
 
 
-def evals(suite: str, model: config.ViT, clean: Data, bank: Data, sets: Sets) -> dict[str, Eval]:
+def evals(suite: str, model: Encoder, clean: Data, bank: Data, sets: Sets) -> dict[str, Eval]:
     """What `suite` measures; raises InputError if it needs a head that is not there."""
     if suite not in SUITES:
         raise InputError(f"--suite={suite}: unknown; choose one of {', '.join(SUITES)}")
@@ -171,15 +181,15 @@ def _folder(data: Data, path: str, split: str) -> Data:
     return dataclasses.replace(data, source="folder", path=path, split=split, num_examples=None)
 
 
-def make_predict(folder: Path, model: config.ViT, data: Data, mesh: jax.sharding.Mesh) -> Predict:
+def predict_of(subject: Subject, data: Data) -> Predict:
     """Logits and features; the latter from before the block that distillation left half trained, if there is one."""
-    half = card.half_trained(model, handoff.read_untrained(folder))
+    half = subject.model.half_trained(flatten(subject.variables["params"]), subject.untrained)
     block = None if half is None else max(half - 1, 1)
 
-    def predict(variables: Any, _: Any, batch: Any) -> Outputs:
-        return encode(model, variables, normalize(to_float(batch["image"]), data.mean, data.std), block)
+    def predict(variables: Variables, _: Any, batch: Any) -> Outputs:
+        return subject.model.outputs(variables, normalize(to_float(batch["image"]), data.mean, data.std), block)
 
-    return jax.jit(predict, out_shardings=replicated(mesh))
+    return predict
 
 
 def table(report: dict[str, Any]) -> str:

@@ -16,9 +16,9 @@ from tinymim_jax.experiment.config import (
     LabelTeacher,
     Mae,
     Optim,
+    Relation,
     Run,
     Stage,
-    Teacher,
     ViT,
 )
 from tinymim_jax.runtime.errors import InputError
@@ -32,10 +32,8 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 LAST_BLOCK_HEADS = {"tiny": 12, "small": 12, "base": 16}  # of the student: those of its teacher's target block
 TEACHER_BLOCK = {"large": 18, "base": 12, "small": 12}  # target block (Table 10)
-FINETUNE_SKIP = ("encoder/norm/.*", "decoder/.*")  # of the source: a mean-pooling classifier has neither
-FINETUNE_FRESH = ("encoder/(fc_norm|head)/.*",)  # of the classifier: new in fine-tuning
-# A source that was fine-tuned on other classes: its head goes, whether it would fit or not.
-OLD_HEAD = {"rename": {"encoder/(fc_norm|head|head_dist)/": r"old/\1/"}, "skip": "encoder/(fc_norm|head|head_dist)/.*"}
+FINETUNE_SKIP = ("encoder/norm/.*",)  # of the source: a mean-pooling classifier has none
+FINETUNE_FRESH = ("encoder/(fc_norm|head|head_dist)/.*",)  # new in fine-tuning, whatever the source was trained to tell
 
 
 def options(arg: str, **defaults: bool | str) -> dict[str, Any]:
@@ -131,11 +129,17 @@ def student(size: str, *, code: bool = False) -> ViT:
     return vit(size, last_block_heads=choose(LAST_BLOCK_HEADS, size), drop_path=0.1, dtype="bfloat16", **heads)
 
 
-def distill(model: ViT, teacher: Teacher, data: Data, *, epochs: float = 300, code: bool = False) -> Stage:
-    """TinyMIM pre-training (supplement, Table 1), 300 or 100 epochs; code: min lr 0 for 1e-5 (main_pretrain.py)."""
+def distill(
+    model: ViT, teacher: Init, data: Data, *, block: int, heads: int | None = None, epochs: float = 300,
+    code: bool = False,
+) -> Stage:  # fmt: skip
+    """TinyMIM pre-training (supplement, Table 1), 300 or 100 epochs; code: min lr 0 for 1e-5 (main_pretrain.py).
+
+    The relations of the last block match those of the teacher's `block`, whose q, k and v are split into `heads`.
+    """
     min_lr = 0.0 if code else 1e-5
     return Stage(
-        task=Distill(teacher=teacher, student_block=model.depth, relations=("qk", "vv"), color_jitter=0.4),
+        task=Distill(teacher, {"relation": Relation(block, model.depth, ("qk", "vv"), heads)}, color_jitter=0.4),
         model=model,
         data=data,
         optim=Optim(lr=1.5e-4, min_lr=min_lr, warmup_epochs=epochs / 20, b1=0.9, b2=0.95, weight_decay=0.05),
@@ -143,15 +147,14 @@ def distill(model: ViT, teacher: Teacher, data: Data, *, epochs: float = 300, co
     )
 
 
-def teacher_from(size: str, init: Init, student: str) -> Teacher:
-    """A teacher of a named size at its target block, read with the heads of `student`'s last block.
+def target(teacher: str, student: str) -> dict[str, int | None]:
+    """`block` and `heads` of `distill` for a teacher of a named size, read with the heads of `student`'s last block.
 
     TinyMIM-B's block 12 was trained with 16 heads and teaches S with 12, as in the released code. TinyMIM-S's has
     the 12 that T needs; the released code reads it with 6 and stops there with an error.
     """
-    regroup = size == "base"
-    heads = choose(LAST_BLOCK_HEADS, student) if regroup else None
-    return Teacher(dataclasses.replace(init, regroup_heads=regroup), choose(TEACHER_BLOCK, size), heads)
+    heads = choose(LAST_BLOCK_HEADS, student) if teacher == "base" else None
+    return {"block": choose(TEACHER_BLOCK, teacher), "heads": heads}
 
 
 def classifier(size: str, num_classes: int = 1000) -> ViT:
@@ -197,7 +200,7 @@ def finetune(model: ViT, init: Init | None, train: Data, val: Data, *, code: boo
 
 def deit(model: ViT, train: Data, val: Data) -> Stage:
     """Supervised training from scratch (DeiT, main.py): 300 epochs, batch 1024, lr 1e-3, EMA, repeated augmentation."""
-    stage = finetune(model, None, train, val)
+    stage = finetune(dataclasses.replace(model, weight_init="deit"), None, train, val)
     stage.data.repeats = 3
     stage.optim = dataclasses.replace(
         stage.optim, lr=5e-4, lr_batch=512, min_lr=1e-5, b2=0.999, layer_decay=1.0, ema=0.99996
@@ -213,18 +216,10 @@ def tinymim_star(init: Init, teacher: Init, train: Data, val: Data) -> Stage:
     """
     model = dataclasses.replace(classifier("tiny"), num_heads=12, dist_token=True, neck=1280)
     stage = finetune(model, init, train, val)
-    stage.init.fresh = (*FINETUNE_FRESH, "encoder/(dist_token|pos_embed|neck.*|head_dist/.*)")
-    stage.init.skip = (*FINETUNE_SKIP, "encoder/pos_embed")
+    stage.init.fresh = (*FINETUNE_FRESH, "encoder/(dist_token|pos_embed|neck.*)")
     stage.task.teacher = LabelTeacher(teacher, labels="hard", weight=0.5)
     stage.run.epochs = 1000
     return stage
-
-
-def without_head(init: Init | None) -> Init | None:
-    """`init`, but for a head that the source may have."""
-    if init is None:
-        return None
-    return dataclasses.replace(init, rename={**init.rename, **OLD_HEAD["rename"]}, skip=(*init.skip, OLD_HEAD["skip"]))
 
 
 def finetune_small(model: ViT, init: Init | None, train: Data, val: Data) -> Stage:
@@ -233,7 +228,6 @@ def finetune_small(model: ViT, init: Init | None, train: Data, val: Data) -> Sta
     The values are this project's, for want of published ones.
     """
     stage = finetune(model, init, train, val)
-    stage.init = without_head(stage.init)
     stage.optim = dataclasses.replace(stage.optim, lr=1e-3, lr_batch=512, layer_decay=0.75)
     stage.run = Run(batch_size=512, epochs=100)
     return stage
@@ -242,7 +236,6 @@ def finetune_small(model: ViT, init: Init | None, train: Data, val: Data) -> Sta
 def transfer(model: ViT, init: Init, train: Data, val: Data) -> Stage:
     """Fine-tuning on a small data set with SGD (MAE-Lite, transfer.sh): 50 epochs, batch 512, lr 0.1."""
     stage = finetune(model, init, train, val)
-    stage.init = without_head(stage.init)
     stage.task = Classify(label_smoothing=0.1, mixup=0.0, cutmix=0.0, erasing=0.0)
     stage.data.rand_augment = ""
     stage.optim = dataclasses.replace(
@@ -261,8 +254,7 @@ def linear_probe(model: ViT, init: Init, train: Data, val: Data) -> Stage:
     """
     model = dataclasses.replace(model, pool="cls", num_classes=model.num_classes or 1000, head_norm=True, drop_path=0.0)
     stage = finetune(model, init, train, val)
-    init = dataclasses.replace(init, skip=("decoder/.*",), fresh=("encoder/head/.*",), regroup_heads=True)
-    stage.init = without_head(init)
+    stage.init = dataclasses.replace(init, fresh=("encoder/(head|head_dist|fc_norm)/.*",), regroup_heads=True)
     stage.task = Classify(label_smoothing=0.0, mixup=0.0, cutmix=0.0, erasing=0.0)
     stage.data.rand_augment = ""
     frozen = ("encoder/(block.*|norm/.*|patch_embed/.*|cls_token|pos_embed)",)

@@ -1,0 +1,5 @@
+"""Encoders, by the `kind` of their configs; `contract.Encoder` says what each answers."""
+
+from tinymim_jax.models.vit import ViT
+
+MODELS = {"vit": ViT}

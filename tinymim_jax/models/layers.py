@@ -3,24 +3,16 @@
 Shapes: B batch, N tokens incl. CLS, L patch tokens, D width, H heads, E head width, C classes, P values per patch.
 """
 
+from collections.abc import Iterable
+
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 
+from tinymim_jax.models.contract import BlockTrace
+from tinymim_jax.runtime.errors import InputError
+
 xavier = nn.initializers.xavier_uniform()
-
-
-@flax.struct.dataclass
-class BlockTrace:
-    """What one block computed. attn_out and mlp_out are taken before their shortcut is added."""
-
-    q: jax.Array  # [B, N, H, E]
-    k: jax.Array  # [B, N, H, E]
-    v: jax.Array  # [B, N, H, E]
-    attn_out: jax.Array  # [B, N, D]
-    mlp_out: jax.Array  # [B, N, D]
-    out: jax.Array  # [B, N, D]
 
 
 def patchify(images: jax.Array, patch_size: int) -> jax.Array:
@@ -29,6 +21,13 @@ def patchify(images: jax.Array, patch_size: int) -> jax.Array:
     p = patch_size
     x = images.reshape(b, h // p, p, w // p, p, c).swapaxes(2, 3)
     return x.reshape(b, (h // p) * (w // p), p * p * c)
+
+
+def unpatchify(patches: jax.Array, patch_size: int) -> jax.Array:
+    """The inverse of `patchify`, for square images."""
+    b, num_patches, _ = patches.shape
+    side, p = round(num_patches**0.5), patch_size
+    return patches.reshape(b, side, side, p, p, -1).swapaxes(2, 3).reshape(b, side * p, side * p, -1)
 
 
 def layer_norm(dtype: jnp.dtype, name: str | None = None) -> nn.LayerNorm:
@@ -120,12 +119,33 @@ def _by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 ATTENTIONS = {"xla": attention, "cudnn": cudnn_attention}
 
 
+def check_attention(where: str, kind: str, dtype: str, width: int, heads: Iterable[int]) -> None:
+    """Raises InputError if cuDNN is to do what it does not do on every GPU since Ampere."""
+    if kind != "cudnn":
+        return
+    if dtype == "float32":
+        raise InputError(f"{where}: attention 'cudnn' does not compute in float32; set model.dtype=bfloat16")
+    for count in heads:
+        if width // count % 8 or width // count > 128:
+            raise InputError(
+                f"{where}: attention 'cudnn' takes heads of a width that is a multiple of 8 and at most 128, and"
+                f" {count} heads are {width // count} wide; set model.attention=xla"
+            )
+
+
+def torch_uniform(fan_in: int) -> nn.initializers.Initializer:
+    """U(-b, b) with b = fan_in^-1/2, torch's default for kernels and biases."""
+    bound = fan_in**-0.5
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with one fused qkv kernel [D, 3, H, E]; `kind` is one of `ATTENTIONS`."""
 
     num_heads: int
     dtype: jnp.dtype
     kind: str
+    kernel_init: nn.initializers.Initializer = xavier
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
@@ -133,12 +153,12 @@ class Attention(nn.Module):
         b, n, d = x.shape
         heads = (3, self.num_heads, d // self.num_heads)
         # Tokens flattened: the gradient of a plain [B*N, D] matmul is the fast one.
-        qkv = nn.DenseGeneral(heads, kernel_init=xavier, dtype=self.dtype, name="qkv")(x.reshape(b * n, d))
+        qkv = nn.DenseGeneral(heads, kernel_init=self.kernel_init, dtype=self.dtype, name="qkv")(x.reshape(b * n, d))
         # Split, not indexed: the gradient of that is one concatenation.
         parts = jax.lax.split(qkv.reshape(b, n, *heads), (1, 1, 1), axis=2)
         q, k, v = (part.squeeze(2).swapaxes(1, 2) for part in parts)  # each [B, H, N, E]
         out = ATTENTIONS[self.kind](q, k, v).swapaxes(1, 2).reshape(b * n, d)
-        out = nn.Dense(d, kernel_init=xavier, dtype=self.dtype, name="proj")(out).reshape(b, n, d)
+        out = nn.Dense(d, kernel_init=self.kernel_init, dtype=self.dtype, name="proj")(out).reshape(b, n, d)
         return out, (q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2))
 
 
@@ -147,13 +167,14 @@ class Mlp(nn.Module):
 
     hidden: int
     dtype: jnp.dtype
+    kernel_init: nn.initializers.Initializer = xavier
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, N, D] -> [B, N, D]."""
         b, n, d = x.shape
-        h = nn.Dense(self.hidden, kernel_init=xavier, dtype=self.dtype, name="fc1")(x.reshape(b * n, d))
-        return nn.Dense(d, kernel_init=xavier, dtype=self.dtype, name="fc2")(gelu(h)).reshape(b, n, d)
+        h = nn.Dense(self.hidden, kernel_init=self.kernel_init, dtype=self.dtype, name="fc1")(x.reshape(b * n, d))
+        return nn.Dense(d, kernel_init=self.kernel_init, dtype=self.dtype, name="fc2")(gelu(h)).reshape(b, n, d)
 
 
 class Block(nn.Module):
@@ -164,14 +185,16 @@ class Block(nn.Module):
     drop_path: float
     dtype: jnp.dtype
     attention: str
+    kernel_init: nn.initializers.Initializer = xavier
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, BlockTrace]:
         """[B, N, D] -> output [B, N, D] and everything on the way."""
         drop = nn.Dropout(self.drop_path, broadcast_dims=(1, 2), rng_collection="drop_path", deterministic=not train)
-        attend = Attention(self.num_heads, self.dtype, self.attention, name="attn")
-        attn_out, (q, k, v) = attend(layer_norm(self.dtype, "norm1")(x))
-        x = x + drop(attn_out)
-        mlp_out = Mlp(self.hidden, self.dtype, name="mlp")(layer_norm(self.dtype, "norm2")(x))
-        x = x + drop(mlp_out)
-        return x, BlockTrace(q, k, v, attn_out, mlp_out, x)
+        attend = Attention(self.num_heads, self.dtype, self.attention, self.kernel_init, name="attn")
+        norm1 = layer_norm(self.dtype, "norm1")(x)
+        attn_out, (q, k, v) = attend(norm1)
+        mid = x + drop(attn_out)
+        mlp_out = Mlp(self.hidden, self.dtype, self.kernel_init, name="mlp")(layer_norm(self.dtype, "norm2")(mid))
+        out = mid + drop(mlp_out)
+        return out, BlockTrace(norm1, q, k, v, attn_out, mid, mlp_out, out)

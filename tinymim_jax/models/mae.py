@@ -1,69 +1,81 @@
-"""The masked auto-encoder: a ViT on the visible patches and a small decoder (He et al. 2022, models_mae.py)."""
+"""What a masked auto-encoder has beside its encoder: masks and a small decoder (He et al. 2022, models_mae.py)."""
+
+import dataclasses
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 
-from tinymim_jax.experiment import config
-from tinymim_jax.models import layers, posembed, vit
+from tinymim_jax.models import layers, posembed
+from tinymim_jax.models.contract import Encoder
+from tinymim_jax.runtime.codec import ranged
+from tinymim_jax.runtime.errors import InputError
 
 
-@flax.struct.dataclass
-class MAEOutput:
-    """pred [B, L, P] for every patch; is_masked [B, L] bool, True where the encoder did not look."""
+@dataclasses.dataclass
+class Decoder:
+    """The MAE decoder."""
 
-    pred: jax.Array
-    is_masked: jax.Array
-    encoded: vit.ViTOutput
+    width: int = ranged(512, at_least=1)
+    depth: int = ranged(8, at_least=1)
+    num_heads: int = ranged(16, at_least=1)
+
+    def build(self, encoder: Encoder) -> "PixelDecoder":
+        """The module behind `encoder`, whose dtype and attention it shares."""
+        attention = getattr(encoder, "attention", "xla")
+        sizes = (self.width, self.depth, self.num_heads)
+        return PixelDecoder(*sizes, 3 * encoder.patch_size**2, encoder.num_prefix, encoder.dtype, attention)
+
+    def check(self, where: str, encoder: Encoder) -> None:
+        """Raises InputError if it cannot be built."""
+        if self.width % 4 or self.width % self.num_heads:
+            raise InputError(f"{where}: width {self.width} must be a multiple of 4 and of its num_heads")
+        layers.check_attention(where, getattr(encoder, "attention", "xla"), encoder.dtype, self.width, {self.num_heads})
+
+    def flops(self, encoder: Encoder, visible: int) -> float:
+        """Matmul FLOPs of one image's forward pass, of which the encoder has seen `visible` patches."""
+        patches, d = encoder.grid**2, self.width
+        n = patches + encoder.num_prefix
+        ends = (visible + encoder.num_prefix) * encoder.width_of(encoder.depth) + patches * 3 * encoder.patch_size**2
+        return self.depth * (24.0 * n * d * d + 4.0 * n * n * d) + 2.0 * d * ends
 
 
-class Decoder(nn.Module):
+class PixelDecoder(nn.Module):
     """Mask tokens put back in place, a few narrow blocks, one linear layer to pixels."""
 
     width: int
     depth: int
     num_heads: int
     patch_values: int
+    num_prefix: int
     dtype: str
     attention: str
 
     @nn.compact
     def __call__(self, tokens: jax.Array, restore: jax.Array) -> jax.Array:
-        """Visible tokens [B, 1 + K, D] and restore [B, L] -> pixels [B, L, P], float32."""
-        dtype = jnp.dtype(self.dtype)
+        """Visible tokens [B, prefix + K, D] and restore [B, L] -> pixels [B, L, P], float32."""
+        dtype, front = jnp.dtype(self.dtype), self.num_prefix
         b, num_patches = restore.shape
         grid = round(num_patches**0.5)
-        pos = self.param("pos_embed", lambda _: jnp.asarray(posembed.sincos(grid, self.width))).astype(dtype)
+        pos = self.param("pos_embed", lambda _: jnp.asarray(posembed.sincos(grid, self.width, front))).astype(dtype)
         mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width)).astype(dtype)
         x = nn.Dense(self.width, kernel_init=layers.xavier, dtype=dtype, name="embed")(tokens)
-        masks = jnp.broadcast_to(mask_token, (b, num_patches - (x.shape[1] - 1), self.width))
-        patches = permute(jnp.concatenate([x[:, 1:], masks], axis=1), restore)
-        x = jnp.concatenate([x[:, :1], patches], axis=1) + pos
+        masks = jnp.broadcast_to(mask_token, (b, num_patches - (x.shape[1] - front), self.width))
+        patches = permute(jnp.concatenate([x[:, front:], masks], axis=1), restore)
+        x = jnp.concatenate([x[:, :front], patches], axis=1) + pos
         for i in range(1, self.depth + 1):
             block = layers.Block(self.num_heads, 4 * self.width, 0.0, dtype, self.attention, name=f"block{i}")
             x, _ = block(x, False)
-        x = layers.layer_norm(dtype, "norm")(x[:, 1:])
+        x = layers.layer_norm(dtype, "norm")(x[:, front:])
         pred = nn.Dense(self.patch_values, kernel_init=layers.xavier, dtype=dtype, name="pred")(x)
         return pred.astype(jnp.float32)
 
 
-class MAE(nn.Module):
-    """Encoder and decoder; parameters under `encoder` and `decoder`."""
-
-    encoder: vit.VisionTransformer
-    decoder: Decoder
-    mask_ratio: float
-
-    def __call__(self, images: jax.Array, noise: jax.Array, *, train: bool = False) -> MAEOutput:
-        """Normalised images [B, S, S, 3]; noise [B, L], uniform: the patches with the smallest are kept."""
-        keep, restore, is_masked = mask_by_noise(noise, self.mask_ratio)
-        encoded = self.encoder(images, keep=keep, train=train)
-        return MAEOutput(self.decoder(encoded.tokens, restore), is_masked, encoded)
-
-
 def mask_by_noise(noise: jax.Array, mask_ratio: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """noise [B, L] -> keep [B, K] (K = int(L (1 - ratio))), restore [B, L], is_masked [B, L] bool."""
+    """noise [B, L] -> keep [B, K] (K = int(L (1 - ratio))), restore [B, L], is_masked [B, L] bool.
+
+    The patches with the smallest noise are kept.
+    """
     num_keep = int(noise.shape[1] * (1 - mask_ratio))
     shuffle = jnp.argsort(noise, axis=1)
     restore = jnp.argsort(shuffle, axis=1)
@@ -83,10 +95,3 @@ permute.defvjp(
     lambda x, order: (permute(x, order), order),
     lambda order, grad: (permute(grad, jnp.argsort(order, axis=1)), None),
 )
-
-
-def build(cfg: config.ViT, task: config.Mae) -> MAE:
-    """The module that a stage's model and task describe."""
-    dec = task.decoder
-    decoder = Decoder(dec.width, dec.depth, dec.num_heads, 3 * cfg.patch_size**2, cfg.dtype, cfg.attention)
-    return MAE(vit.build(cfg), decoder, task.mask_ratio)

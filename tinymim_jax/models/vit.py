@@ -1,59 +1,153 @@
-"""One vision transformer for teacher, student, fine-tuning and features."""
+"""One plain vision transformer for teacher, student, fine-tuning and features."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
+from typing import Literal
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.lax import optimization_barrier
 
-from tinymim_jax.experiment import config
 from tinymim_jax.models import layers, posembed
-from tinymim_jax.models.layers import Block, BlockTrace, patchify
+from tinymim_jax.models.contract import Encoder, EncoderOutput
+from tinymim_jax.models.layers import Block, patchify
+from tinymim_jax.runtime.codec import ranged
 from tinymim_jax.runtime.errors import InputError
 
 
-@flax.struct.dataclass
-class ViTOutput:
-    """tokens [B, N, D]: the last block's output, normed if pool is "cls". logits [B, C] if there is a head.
+@dataclasses.dataclass(unsafe_hash=True)
+class ViT(Encoder):
+    """A plain vision transformer."""
 
-    With a distillation token, logits are the mean of its head's and the other's, which `heads` has apart.
-    """
+    width: int  # D
+    depth: int = ranged(at_least=1)  # number of blocks
+    num_heads: int = ranged(at_least=1)  # H of every block but the last
+    last_block_heads: int | None = ranged(None, at_least=1)  # H of the last block; None: num_heads
+    mlp_ratio: float = ranged(4.0, above=0)  # hidden width of the MLP over D
+    image_size: int = ranged(224, at_least=1)  # pixels a side
+    patch_size: int = ranged(16, at_least=1)  # pixels a side
+    posembed: Literal["fixed", "trainable"] = "fixed"  # sin-cos table, frozen or a starting point
+    pool: Literal["cls", "mean"] = "cls"  # norm then CLS | mean of patch tokens then fc_norm
+    num_classes: int = ranged(0, at_least=0)  # 0: no head
+    dist_token: bool = False  # DeiT's distillation token behind CLS, with a head of its own; logits are their mean
+    neck: int = ranged(0, at_least=0)  # width of a norm, linear and GELU before the heads (TinyMIM*-T); 0: none
+    head_norm: bool = False  # BatchNorm without affine before the head (linear probing)
+    drop_path: float = ranged(0.0, at_least=0, below=1)  # stochastic depth, per sample, per residual branch
+    drop_path_shape: Literal["constant", "linear"] = "constant"  # constant: none in the last block
+    weight_init: Literal["mae", "deit"] = "mae"  # xavier, head 2e-5 | truncated normal 0.02 everywhere, biases 0
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters are float32
+    remat: bool = False  # recompute each block in the backward pass
+    attention: Literal["xla", "cudnn"] = "xla"  # cudnn: fused on Nvidia GPUs, in bfloat16; not measured yet
+    kind: Literal["vit"] = "vit"
 
-    tokens: jax.Array
-    trace: Mapping[int, BlockTrace]
-    logits: jax.Array | None = None
-    heads: tuple[jax.Array, ...] = ()  # [B, C] each: of the pooled or CLS token, of the distillation token
+    @property
+    def num_prefix(self) -> int:
+        return 2 if self.dist_token else 1
+
+    @property
+    def mask_unit(self) -> int:
+        return self.patch_size
+
+    @property
+    def label_heads(self) -> int:
+        return (1 + self.dist_token) * bool(self.num_classes)
+
+    @property
+    def has_state(self) -> bool:
+        return self.head_norm
+
+    def check_masked(self, where: str) -> None:
+        if self.pool != "cls" or self.num_classes or self.dist_token:
+            raise InputError(
+                f"{where}: mae needs model.pool 'cls', whose norm feeds the decoder, no num_classes and no dist_token"
+            )
+
+    @property
+    def fixed(self) -> tuple[str, ...]:
+        return ("encoder/pos_embed",) if self.posembed == "fixed" else ()
+
+    @property
+    def features_on_cls(self) -> bool:
+        return bool(self.num_classes) and self.pool == "cls"
+
+    def build(self) -> "VisionTransformer":
+        return VisionTransformer(self)
+
+    def check(self, where: str) -> None:
+        if self.image_size % self.patch_size:
+            raise InputError(f"{where}: image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.width % 4:
+            raise InputError(f"{where}: width {self.width} is not a multiple of 4, which sin-cos positions need")
+        for field in ("num_heads", "last_block_heads"):
+            if self.width % (getattr(self, field) or 1):
+                raise InputError(f"{where}: width {self.width} is not a multiple of {field} {getattr(self, field)}")
+        if self.neck and (not self.num_classes or self.pool != "mean"):
+            raise InputError(f"{where}: neck {self.neck} needs pool 'mean' and num_classes; set them, or neck=0")
+        layers.check_attention(
+            where, self.attention, self.dtype, self.width, {self.num_heads, self.heads_of(self.depth)}
+        )
+
+    def summary(self) -> str:
+        last = f" ({self.last_block_heads} in the last block)" if self.last_block_heads else ""
+        head = f"{self.num_classes} classes on the {'mean patch' if self.pool == 'mean' else 'CLS'} token"
+        return (
+            f"ViT, width {self.width}, {self.depth} blocks, {self.num_heads} heads{last}, {self.image_size} px in"
+            f" patches of {self.patch_size}, {head if self.num_classes else 'no head'}"
+        )
+
+    def width_of(self, block: int) -> int:
+        return self.width
+
+    def heads_of(self, block: int) -> int:
+        return self.last_block_heads if block == self.depth and self.last_block_heads else self.num_heads
+
+    def layer_id(self, name: str) -> int:
+        if re.fullmatch(r"encoder/(cls_token|pos_embed|patch_embed/.*)", name):
+            return 0
+        if block := re.match(r"encoder/block(\d+)/", name):
+            return int(block[1])
+        if re.fullmatch(r"encoder/(dist_token|(norm|neck_norm|neck|fc_norm|head|head_dist|head_norm)/.*)", name):
+            return self.depth + 1
+        raise InputError(f"a ViT has no parameter {name}, so no layer for it")
+
+    def is_behind_qkv(self, name: str) -> bool:
+        return bool(re.match(r"encoder/block\d+/(attn/proj|norm2|mlp)/", name))
+
+    def trunk(self, block: int) -> "ViT":
+        bare = {"pool": "mean", "num_classes": 0, "neck": 0, "head_norm": False}
+        return dataclasses.replace(self, depth=block, last_block_heads=self.heads_of(block), **bare)
+
+    def computing_like(self, other: Encoder) -> "ViT":
+        attention = getattr(other, "attention", "xla")
+        sizes = {"image_size": other.image_size, "dtype": other.dtype}
+        like = dataclasses.replace(self, **sizes, attention=attention, remat=False)
+        like.check("the teacher")
+        return like
+
+    def embed_flops(self, patches: int) -> float:
+        return 2.0 * patches * 3 * self.patch_size**2 * self.width
+
+    def block_flops(self, block: int, patches: int, *, qkv_only: bool = False) -> float:
+        n, d = patches + self.num_prefix, self.width
+        whole = 8.0 * n * d * d + 4.0 * n * n * d + 4.0 * n * d * int(d * self.mlp_ratio)
+        return 6.0 * n * d * d if qkv_only else whole
+
+    def head_flops(self, patches: int) -> float:
+        neck = 2.0 * (patches + self.num_prefix) * self.width * self.neck
+        return neck + 2.0 * (self.neck or self.width) * self.num_classes * (1 + self.dist_token)
 
 
 class VisionTransformer(nn.Module):
-    """A plain ViT; the fields are those of `config.ViT`. Blocks are numbered from 1, as in the paper."""
+    """What a `ViT` describes. Blocks are numbered from 1, as in the paper."""
 
-    width: int
-    depth: int
-    num_heads: int
-    last_block_heads: int | None = None
-    mlp_ratio: float = 4.0
-    image_size: int = 224
-    patch_size: int = 16
-    posembed: str = "fixed"
-    pool: str = "cls"
-    num_classes: int = 0
-    dist_token: bool = False
-    neck: int = 0
-    head_norm: bool = False
-    drop_path: float = 0.0
-    drop_path_shape: str = "constant"
-    dtype: str = "float32"
-    remat: bool = False
-    attention: str = "xla"
+    cfg: ViT
 
     @nn.compact
     def __call__(
         self, images: jax.Array, *, capture: Sequence[int] = (), train: bool = False, keep: jax.Array | None = None
-    ) -> ViTOutput:
+    ) -> EncoderOutput:
         """Encodes normalised images.
 
         Args:
@@ -62,95 +156,86 @@ class VisionTransformer(nn.Module):
           train: drop path on (needs the rng "drop_path").
           keep: [B, K] indices of the patches to see; None: all.
         """
+        cfg = self.cfg
         self._check_input(images, capture)
-        dtype = jnp.dtype(self.dtype)
+        dtype = jnp.dtype(cfg.dtype)
         x = self._embed(images.astype(dtype), keep)
-        block_class = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
-        hidden, trace = int(self.width * self.mlp_ratio), {}
-        for i in range(1, self.depth + 1):
-            sizes = (heads_of(self, i), hidden, self._drop_path(i))
-            x, block_trace = block_class(*sizes, dtype, self.attention, name=f"block{i}")(x, train)
+        block_class = nn.remat(Block, static_argnums=(2,)) if cfg.remat else Block
+        hidden, trace = int(cfg.width * cfg.mlp_ratio), {}
+        for i in range(1, cfg.depth + 1):
+            sizes = (cfg.heads_of(i), hidden, self._drop_path(i))
+            block = block_class(*sizes, dtype, cfg.attention, self._kernel_init(), name=f"block{i}")
+            x, block_trace = block(x, train)
             if i in capture:
                 trace[i] = block_trace
-        if self.pool == "cls":
+        if cfg.pool == "cls":
             x = layers.layer_norm(dtype, "norm")(x)
-        if not self.num_classes:
-            return ViTOutput(x, trace)
+        if not cfg.num_classes:
+            return EncoderOutput(x, trace)
         heads = self._heads(x, train)
-        return ViTOutput(x, trace, sum(heads) / len(heads), heads)
+        return EncoderOutput(x, trace, (), sum(heads) / len(heads), heads)
 
     def _check_input(self, images: jax.Array, capture: Sequence[int]) -> None:
-        size = self.image_size
+        size = self.cfg.image_size
         if images.shape[1:] != (size, size, 3):
             raise InputError(f"images are {list(images.shape)}, the model wants [B, {size}, {size}, 3]")
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise InputError(f"images are {images.dtype}, the model wants floats, normalised by data.mean, data.std")
         if not isinstance(capture, Sequence):
             raise InputError(f"capture is {capture!r}; it is a sequence of blocks, e.g. ({capture},)")
-        beyond = [i for i in capture if not 1 <= i <= self.depth]
+        beyond = [i for i in capture if not 1 <= i <= self.cfg.depth]
         if beyond:
-            raise InputError(f"block {beyond[0]} is beyond the model's {self.depth} blocks")
+            raise InputError(f"block {beyond[0]} is beyond the model's {self.cfg.depth} blocks")
+
+    def _kernel_init(self) -> nn.initializers.Initializer:
+        # torch's trunc_normal_ cuts at 2, which is 100 standard deviations away: nothing is cut.
+        return nn.initializers.normal(0.02) if self.cfg.weight_init == "deit" else layers.xavier
 
     def _embed(self, images: jax.Array, keep: jax.Array | None) -> jax.Array:
         """Patch embedding plus positions, CLS (and the distillation token) in front: [B, N, D]."""
-        grid, extra = self.image_size // self.patch_size, num_extra(self)
-        table = posembed.sincos(grid, self.width, extra)
-        pos = self.param("pos_embed", lambda _: jnp.asarray(table)).astype(images.dtype)
+        cfg, extra = self.cfg, self.cfg.num_prefix
+        table = posembed.sincos(cfg.grid, cfg.width, extra)
+        is_random = cfg.weight_init == "deit" and cfg.posembed == "trainable"
+        start = nn.initializers.normal(0.02) if is_random else lambda *_: jnp.asarray(table)
+        pos = self.param("pos_embed", start, table.shape).astype(images.dtype)
         names = ("cls_token", "dist_token")[:extra]
-        tokens = [self.param(name, nn.initializers.normal(0.02), (1, 1, self.width)) for name in names]
+        tokens = [self.param(name, nn.initializers.normal(0.02), (1, 1, cfg.width)) for name in names]
         front = jnp.concatenate(tokens, axis=1).astype(images.dtype) + pos[:, :extra]
-        patches, patch_pos = patchify(images, self.patch_size), pos[:, extra:]
+        patches, patch_pos = patchify(images, cfg.patch_size), pos[:, extra:]
         if keep is not None:
             patches = jnp.take_along_axis(patches, keep[..., None], axis=1)
             patch_pos = patch_pos[0][keep]
         values = patches.shape[-1]
-        # torch's default for a convolution's bias, which MAE and TinyMIM keep.
-        bias_init = nn.initializers.uniform(2 * values**-0.5)
-        embed = nn.Dense(
-            self.width,
-            kernel_init=layers.xavier,
-            bias_init=lambda *a: bias_init(*a) - values**-0.5,
-            dtype=images.dtype,
-            name="patch_embed",
-        )
+        # torch's default for a convolution, which MAE and TinyMIM keep for its bias, and DeiT for its kernel, too.
+        uniform = layers.torch_uniform(values)
+        kernel_init = uniform if cfg.weight_init == "deit" else layers.xavier
+        embed = nn.Dense(cfg.width, kernel_init=kernel_init, bias_init=uniform, dtype=images.dtype, name="patch_embed")
         # Made once: else XLA on the CPU makes each pixel anew, augmentation included, in the gradient of the kernel.
         patches = optimization_barrier(patches.reshape(-1, values))
-        x = embed(patches).reshape(len(images), -1, self.width) + patch_pos
-        return jnp.concatenate([jnp.broadcast_to(front, (len(x), extra, self.width)), x], axis=1)
+        x = embed(patches).reshape(len(images), -1, cfg.width) + patch_pos
+        return jnp.concatenate([jnp.broadcast_to(front, (len(x), extra, cfg.width)), x], axis=1)
 
     def _drop_path(self, block: int) -> float:
-        if self.drop_path_shape == "linear":
-            return self.drop_path * (block - 1) / max(self.depth - 1, 1)
-        return self.drop_path if block < self.depth else 0.0
+        if self.cfg.drop_path_shape == "linear":
+            return self.cfg.drop_path * (block - 1) / max(self.cfg.depth - 1, 1)
+        return self.cfg.drop_path if block < self.cfg.depth else 0.0
 
     def _heads(self, x: jax.Array, train: bool) -> tuple[jax.Array, ...]:
         """[B, N, D] -> logits [B, C] of each head, float32."""
-        if self.neck:
+        cfg = self.cfg
+        if cfg.neck:
             x = nn.LayerNorm(epsilon=1e-5, dtype=x.dtype, use_fast_variance=False, name="neck_norm")(x)
-            x = layers.gelu(nn.Dense(self.neck, kernel_init=layers.xavier, dtype=x.dtype, name="neck")(x))
+            x = layers.gelu(nn.Dense(cfg.neck, kernel_init=layers.xavier, dtype=x.dtype, name="neck")(x))
         x = x.astype(jnp.float32)
-        if self.pool == "mean":
-            pooled = layers.layer_norm(jnp.float32, "fc_norm")(x[:, num_extra(self) :].mean(axis=1))
+        if cfg.pool == "mean":
+            pooled = layers.layer_norm(jnp.float32, "fc_norm")(x[:, cfg.num_prefix :].mean(axis=1))
         else:
             pooled = x[:, 0]
-        if self.head_norm:  # MAE's main_linprobe.py; torch's momentum 0.1
+        if cfg.head_norm:  # MAE's main_linprobe.py; torch's momentum 0.1
             norm = {"use_running_average": not train, "momentum": 0.9, "epsilon": 1e-6, "name": "head_norm"}
             pooled = nn.BatchNorm(use_bias=False, use_scale=False, **norm)(pooled)
-        inputs = {"head": pooled, "head_dist": x[:, 1]} if self.dist_token else {"head": pooled}
-        init = nn.initializers.truncated_normal(0.01) if self.head_norm else nn.initializers.normal(2e-5)
-        return tuple(nn.Dense(self.num_classes, kernel_init=init, name=k)(v) for k, v in inputs.items())
-
-
-def build(cfg: config.ViT) -> VisionTransformer:
-    """The module that `cfg` describes."""
-    return VisionTransformer(**dataclasses.asdict(cfg))
-
-
-def heads_of(cfg: "config.ViT | VisionTransformer", block: int) -> int:
-    """The number of heads of `block` (from 1)."""
-    return cfg.last_block_heads if block == cfg.depth and cfg.last_block_heads else cfg.num_heads
-
-
-def num_extra(cfg: "config.ViT | VisionTransformer") -> int:
-    """The number of tokens in front of the patches."""
-    return 2 if cfg.dist_token else 1
+        inputs = {"head": pooled, "head_dist": x[:, 1]} if cfg.dist_token else {"head": pooled}
+        init = nn.initializers.truncated_normal(0.01) if cfg.head_norm else nn.initializers.normal(2e-5)
+        if cfg.weight_init == "deit":
+            init = self._kernel_init()
+        return tuple(nn.Dense(cfg.num_classes, kernel_init=init, name=k)(v) for k, v in inputs.items())

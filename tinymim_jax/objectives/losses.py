@@ -42,3 +42,11 @@ def soft_distillation(logits: jax.Array, teacher: jax.Array, temperature: float)
     chex.assert_equal_shape([logits, teacher])
     log_p, log_q = (jax.nn.log_softmax(x.astype(jnp.float32) / temperature) for x in (logits, teacher))
     return temperature**2 * jnp.mean(jnp.exp(log_q) * (log_q - log_p), axis=-1)
+
+
+def smooth_l1(pred: jax.Array, target: jax.Array, beta: float) -> jax.Array:
+    """Squared within beta of the target, linear beyond: two [B, ...] -> their means [B], float32 (TinyMIM Eq. 8)."""
+    chex.assert_equal_shape([pred, target])
+    error = jnp.abs(pred.astype(jnp.float32) - target)
+    values = jnp.where(error <= beta, 0.5 * error**2 / beta, error - 0.5 * beta)
+    return values.mean(axis=tuple(range(1, values.ndim)))

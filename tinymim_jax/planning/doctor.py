@@ -22,7 +22,6 @@ from tinymim_jax.data.decode import decode
 from tinymim_jax.experiment.config import Config
 from tinymim_jax.planning import dry_run
 from tinymim_jax.planning.estimate import plans
-from tinymim_jax.planning.preflight import data_sets
 from tinymim_jax.runtime import distributed, multihost
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.runtime.sharding import make_mesh
@@ -160,7 +159,7 @@ def _size(count: float) -> str:
 def mesh(cfg: Config) -> Finding:
     """Whether the devices fill the grid and share each batch."""
     try:
-        grid = make_mesh(cfg.mesh)
+        grid = make_mesh(cfg.mesh.data, cfg.mesh.fsdp)
         for name, stage in cfg.stages.items():
             if stage.run.batch_size // stage.optim.accum_steps % grid.size:
                 return Finding(
@@ -176,7 +175,7 @@ def data(cfg: Config) -> Iterator[Finding]:
     """Each data set: is it there, can its images be decoded, how fast by one thread."""
     seen = set()
     for stage in cfg.stages.values():
-        for one in data_sets(stage):
+        for one in stage.data_sets():
             what = f"{one.source} {one.path or one.name}".rstrip() + f", split {one.split}"
             if what in seen:
                 continue

@@ -2,22 +2,25 @@
 
 import json
 import math
+from typing import Any
 
 import jax
 from etils.epath import Path
 
 from tinymim_jax.data import sources
-from tinymim_jax.experiment import config
+from tinymim_jax.experiment import stage_file
 from tinymim_jax.experiment.config import Config, Stage
-from tinymim_jax.models import vit
-from tinymim_jax.planning.preflight import data_sets, foreign, read_foreign
+from tinymim_jax.models.contract import Encoder
+from tinymim_jax.planning.preflight import foreign, read_foreign, source_models
 from tinymim_jax.runtime import codec
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.runtime.metric_log import read_done
 from tinymim_jax.runtime.sharding import make_mesh
 from tinymim_jax.training import optim
-from tinymim_jax.training.setup import StageSetup, make_setup, teacher_init
+from tinymim_jax.training.setup import StageSetup, make_setup
 from tinymim_jax.weights import checkpoint, handoff
+from tinymim_jax.weights.handoff import Init
+from tinymim_jax.weights.parameters import flatten, shapes_of
 
 # What an unfinished stage may be given anew: the ways out that error messages name.
 MENDABLE_FIELDS = (
@@ -37,12 +40,12 @@ def describe_chain(cfg: Config, workdir: Path, only: str | None = None) -> str:
     """What `run_chain` would do, worked out from shapes alone; reads no data but its size, writes nothing."""
     check_stage_name(cfg, only)
     check_owner(cfg, workdir)
-    plans: dict[str, StageSetup] = {}
+    setups: dict[str, StageSetup] = {}
     text, missing = [_devices(cfg)], {}
     for name in cfg.stages if only is None else needed(cfg, only):
         try:
             check_unedited(cfg.stages[name], workdir / name)
-            plans[name], lines = _describe_stage(cfg, name, workdir, plans)
+            setups[name], lines = _describe_stage(cfg, name, workdir, setups)
         except InputError as error:
             raise InputError(f"stage {name}: {error}") from None
         if only in (None, name):
@@ -79,7 +82,7 @@ def needed(cfg: Config, name: str) -> list[str]:
     names = {name}
     for other in reversed(cfg.stages):
         if other in names:
-            names |= {init.stage for init in config.sources(cfg.stages[other]) if init.stage is not None}
+            names |= {init.stage for _, init in cfg.stages[other].inits() if init.stage is not None}
     return [other for other in cfg.stages if other in names]
 
 
@@ -95,7 +98,9 @@ def check_unedited(stage: Stage, folder: Path) -> None:
             f"{folder} has lost its stage.json, without which nobody knows what its checkpoints are of; put it back, or"
             f" delete {folder} to run the stage again"
         )
-    changes = codec.differences(codec.to_dict(handoff.read_stage(folder)), codec.to_dict(stage))
+    if not handoff.finished(folder):
+        stage_file.check_resumable(folder)
+    changes = codec.differences(codec.to_dict(stage_file.read_stage(folder)), codec.to_dict(stage))
     mendable = not handoff.finished(folder) and all(c.split(":")[0] in MENDABLE_FIELDS for c in changes)
     if changes and not mendable:
         raise InputError(
@@ -105,60 +110,44 @@ def check_unedited(stage: Stage, folder: Path) -> None:
 
 
 def _describe_stage(
-    cfg: Config, name: str, workdir: Path, plans: dict[str, StageSetup]
+    cfg: Config, name: str, workdir: Path, setups: dict[str, StageSetup]
 ) -> tuple[StageSetup, list[str]]:
-    stage = cfg.stages[name]
-    init, teacher = teacher_init(stage), teacher_model(cfg, name, workdir)
-    plan = make_setup(stage, teacher, stage.data.num_examples or len(sources.open_source(stage.data)))
-    lines = [_length(plan), _model(plan), _optimizer(plan), *_data(stage), *_evals(stage)]
-    if init:
-        spec, frozen = stage.task.teacher, handoff.shapes(plan.frozen)
-        report = handoff.match(frozen, _source(init, workdir, plans)[0], handoff.for_teacher(init))
-        if isinstance(spec, config.Teacher):
-            heads = vit.heads_of(plan.task.teacher_cfg, spec.block)
-            what = f"block {spec.block} of {teacher.depth}, {heads} heads"
-        else:
-            what = f"{spec.labels} labels, weight {spec.weight:g}"
-        lines.append(f"teacher {init.stage or init.path}: {what}")
+    stage, models = cfg.stages[name], source_models(cfg, name, workdir)
+    setup = make_setup(stage, name, models, stage.data.num_examples or len(sources.open_source(stage.data)))
+    lines = [_length(setup), _model(setup), _optimizer(setup), *_data(stage), *_evals(stage)]
+    for field, init in stage.task_inits().items():
+        report = _match(setup.frozen[field], handoff.for_teacher(init), models[field], workdir, setups)
+        lines.append(f"{field} {init.stage or init.path}: {setup.task.describe_source(field)}")
         lines += [*(f"  {line}" for line in report.lines()), *_foreign_lines(stage, init, workdir)]
     if stage.init:
-        source, untrained = _source(stage.init, workdir, plans)
-        report = handoff.match(handoff.shapes(plan.params), source, stage.init, untrained)
+        report = _match(setup.params, stage.init, stage.model, workdir, setups)
         lines += [f"init from {stage.init.stage or stage.init.path}", *(f"  {line}" for line in report.lines())]
         lines += _foreign_lines(stage, stage.init, workdir)
     else:
         lines.append("init: scratch")
-    return plan, [*lines, *plan.untrained_line(), _status(workdir / name)]
+    return setup, [*lines, *setup.untrained_line(), _status(workdir / name)]
 
 
-def teacher_model(cfg: Config, name: str, workdir: Path) -> config.ViT | None:
-    """The model that stage `name` learns from, as it was (or is to be) trained; None if it has no teacher."""
-    init = teacher_init(cfg.stages[name])
-    if init is None:
-        return None
-    folder = handoff.source_folder(init, workdir)
-    if init.stage is not None and not (folder / "stage.json").exists():
-        return cfg.stages[init.stage].model
-    if path := foreign(init, workdir):
-        return read_foreign(path).layout.model
-    return handoff.read_model(folder)
+def _match(target: Any, init: Init, model: Encoder, workdir: Path, setups: dict[str, StageSetup]) -> handoff.Report:
+    source, untrained = _source(init, workdir, setups)
+    return handoff.match(shapes_of(target), source, init, untrained, model.layer_id)
 
 
-def _source(init: config.Init, workdir: Path, plans: dict[str, StageSetup]) -> tuple[handoff.Shapes, list[str]]:
+def _source(init: Init, workdir: Path, setups: dict[str, StageSetup]) -> tuple[handoff.Shapes, list[str]]:
     """Shapes of what `init` loads, and which of it was not trained."""
     if init.stage is not None:
-        return handoff.shapes(plans[init.stage].params), plans[init.stage].untrained()
+        return shapes_of(setups[init.stage].params), setups[init.stage].untrained()
     if path := foreign(init, workdir):
         converted = read_foreign(path)
-        return handoff.shapes(converted.params), converted.untrained
+        return shapes_of(converted.params), converted.untrained
     folder = handoff.source_folder(init, workdir)
-    untrained = handoff.read_untrained(folder)  # says best what is wrong with the folder
+    untrained = stage_file.read_untrained(folder)  # says best what is wrong with the folder
     if not handoff.finished(folder):
         raise InputError(f"{folder} has no finished stage: run that stage to its end first")
-    return handoff.shapes(checkpoint.model_shapes(folder)["params"]), untrained
+    return handoff.read_shapes(folder), untrained
 
 
-def _foreign_lines(stage: Stage, init: config.Init, workdir: Path) -> list[str]:
+def _foreign_lines(stage: Stage, init: Init, workdir: Path) -> list[str]:
     """What conversion of the foreign checkpoint that `init` names would say, if it is still to be converted."""
     path = foreign(init, workdir)
     if path is None:
@@ -171,17 +160,18 @@ def _foreign_lines(stage: Stage, init: config.Init, workdir: Path) -> list[str]:
     return [f"  {line}" for line in [*lines, *(f"note: {note}" for note in found.notes)]]
 
 
-def _length(plan: StageSetup) -> str:
-    run, task = plan.stage.run, plan.stage.task.kind
-    epochs = f"{run.epochs:g} epochs x {plan.steps_per_epoch} steps = " if run.epochs is not None else ""
-    accum = plan.stage.optim.accum_steps
+def _length(setup: StageSetup) -> str:
+    run, task = setup.stage.run, setup.stage.task.kind
+    epochs = f"{run.epochs:g} epochs x {setup.steps_per_epoch} steps = " if run.epochs is not None else ""
+    accum = setup.stage.optim.accum_steps
     parts = f" in {accum} micro-batches" if accum > 1 else ""
-    return f"{task}, {epochs}{plan.total_steps} steps of {run.batch_size} images{parts}"
+    seeds = f", {run.replicas} replicas (seeds {run.seed} to {run.seed + run.replicas - 1})" if run.replicas > 1 else ""
+    return f"{task}, {epochs}{setup.total_steps} steps of {run.batch_size} images{parts}{seeds}"
 
 
 def _devices(cfg: Config) -> str:
     try:
-        shape = make_mesh(cfg.mesh).shape
+        shape = make_mesh(cfg.mesh.data, cfg.mesh.fsdp).shape
     except InputError as error:
         return f"devices: not these: {error}"
     return (
@@ -192,7 +182,7 @@ def _devices(cfg: Config) -> str:
 def _data(stage: Stage) -> dict[str, str]:
     """For each set of records that the stage reads, a line and, if it is not at hand, why."""
     lines = {}
-    for data in data_sets(stage):
+    for data in stage.data_sets():
         what = f"data: {data.source} {data.path or data.name}".rstrip() + f", split {data.split}"
         try:
             lines[f"{what}: {len(sources.open_source(data)):,} images"] = ""
@@ -208,19 +198,15 @@ def _evals(stage: Stage) -> list[str]:
     return [f"evals, {when}: {kinds}"] if kinds else []
 
 
-def _model(plan: StageSetup) -> str:
-    m = plan.stage.model
-    sizes = {key: math.prod(leaf.shape) for key, leaf in handoff.flatten(plan.params).items()}
-    trained = sum(sizes.values()) - sum(sizes[key] for key in plan.untrained())
-    heads = f"{m.num_heads} heads" + (f" ({m.last_block_heads} in the last block)" if m.last_block_heads else "")
-    return (
-        f"model: width {m.width}, {m.depth} blocks, {heads}, {m.image_size} px in patches of {m.patch_size}, {m.dtype};"
-        f" {sum(sizes.values()):,} parameters, {trained:,} trained"
-    )
+def _model(setup: StageSetup) -> str:
+    model = setup.stage.model
+    sizes = {key: math.prod(leaf.shape) for key, leaf in flatten(setup.params).items()}
+    trained = sum(sizes.values()) - sum(sizes[key] for key in setup.untrained())
+    return f"model: {model.summary()}, {model.dtype}; {sum(sizes.values()):,} parameters, {trained:,} trained"
 
 
-def _optimizer(plan: StageSetup) -> str:
-    o, batch = plan.stage.optim, plan.stage.run.batch_size
+def _optimizer(setup: StageSetup) -> str:
+    o, batch = setup.stage.optim, setup.stage.run.batch_size
     scaling = f" ({o.lr:g} x {batch} / {o.lr_batch})" if o.lr_batch else ""
     layers = f", layer decay {o.layer_decay:g}" if o.layer_decay != 1 else ""
     own = f"betas {o.b1:g} {o.b2:g}" if o.name == "adamw" else f"momentum {o.momentum:g}"

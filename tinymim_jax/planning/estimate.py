@@ -14,11 +14,12 @@ from tinymim_jax.data import resident, sources
 from tinymim_jax.experiment import config
 from tinymim_jax.experiment.config import Config
 from tinymim_jax.planning import dry_run
-from tinymim_jax.runtime import hlo_stats
+from tinymim_jax.planning.preflight import source_models
+from tinymim_jax.runtime import hlo_stats, keys
 from tinymim_jax.runtime import sharding as mesh_lib
 from tinymim_jax.runtime.errors import InputError
-from tinymim_jax.training.setup import StageSetup, example_batch, make_setup
-from tinymim_jax.training.step import create_state, jit_step
+from tinymim_jax.training.setup import StageSetup, make_setup, step_batch
+from tinymim_jax.training.step import create_state, host_keys, jit_step
 
 TOPOLOGY = re.compile(r"(v\d+[ep]?):([1-9]\d*(?:x[1-9]\d*)*)")  # libtpu divides by the numbers
 
@@ -91,7 +92,7 @@ def plans(cfg: Config, workdir: Path, only: str | None = None) -> Iterator[tuple
     """Every stage of a chain (or just `only`), worked out without data."""
     for name in [only] if only else cfg.stages:
         stage = cfg.stages[name]
-        yield name, make_setup(stage, dry_run.teacher_model(cfg, name, workdir), _size(stage))
+        yield name, make_setup(stage, name, source_models(cfg, name, workdir), _size(stage))
 
 
 def _size(stage: config.Stage) -> int:
@@ -102,15 +103,16 @@ def _size(stage: config.Stage) -> int:
         return 1000 * stage.run.batch_size
 
 
-def compile_for(plan: StageSetup, mesh: jax.sharding.Mesh) -> Any:
-    """The compiled train step of `plan` on `mesh`, whose devices need not exist."""
-    mesh_lib.check_batch(plan.stage.run.batch_size, mesh, plan.stage.optim.accum_steps)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    state = jax.eval_shape(lambda: create_state(plan, jax.random.key(0)))
+def compile_for(setup: StageSetup, mesh: jax.sharding.Mesh) -> Any:
+    """The compiled train step of `setup` on `mesh`, whose devices need not exist."""
+    stage = setup.stage
+    mesh_lib.check_batch(stage.run.batch_size, mesh, stage.optim.accum_steps)
+    key = jax.eval_shape(lambda: host_keys(setup, keys.STEPS))
+    state = jax.eval_shape(lambda: create_state(setup, host_keys(setup, keys.INIT)))
     shardings = mesh_lib.state_sharding(mesh, state)
-    data, rows = plan.stage.data, plan.stage.run.batch_size
-    batch = resident.example_batch(data, rows) if data.resident else example_batch(plan.stage, rows)
-    where = {name: mesh_lib.replicated(mesh) if name == "held" else mesh_lib.batch_sharding(mesh) for name in batch}
+    batch = resident.example_batch(stage.data, stage.run.batch_size) if stage.data.resident else step_batch(setup)
+    split = mesh_lib.batch_sharding(mesh, axis=int(not setup.shares_batches))
+    where = {name: mesh_lib.replicated(mesh) if name == "held" else split for name in batch}
 
     def placed(tree: Any, where: Any) -> Any:
         where = jax.tree.broadcast(where, tree)
@@ -118,11 +120,11 @@ def compile_for(plan: StageSetup, mesh: jax.sharding.Mesh) -> Any:
 
     arguments = (
         placed(state, shardings),
-        placed(plan.frozen, mesh_lib.state_sharding(mesh, plan.frozen)),
+        placed(setup.frozen, mesh_lib.state_sharding(mesh, setup.frozen)),
         placed(batch, where),
         placed(key, mesh_lib.replicated(mesh)),
     )
-    return jit_step(plan, mesh, shardings).lower(*arguments).compile()
+    return jit_step(setup, mesh, shardings).lower(*arguments).compile()
 
 
 def forecast(plan: StageSetup, mesh: jax.sharding.Mesh) -> dict[str, Any]:

@@ -1,23 +1,24 @@
 """What a stage needs before it can start: devices, data, weights; said before anything runs."""
 
 import functools
-import uuid
-from collections.abc import Iterator
+import json
+from typing import Any
 
 import jax
 from etils.epath import Path
 
 from tinymim_jax.bridge import convert
 from tinymim_jax.data import sources
-from tinymim_jax.evals import make_evaluator
-from tinymim_jax.experiment import config
+from tinymim_jax.evals.contract import Context
+from tinymim_jax.experiment import stage_file
 from tinymim_jax.experiment.config import Config, Stage
+from tinymim_jax.models.contract import Encoder
 from tinymim_jax.runtime import storage
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.runtime.sharding import check_batch
+from tinymim_jax.training import start
 from tinymim_jax.weights import handoff
-
-PROBES = (config.Knn, config.Logistic)  # evals that compare the labels of two sets
+from tinymim_jax.weights.handoff import Init
 
 
 def check_ready(cfg: Config, to_run: list[str], workdir: Path, mesh: jax.sharding.Mesh) -> None:
@@ -31,25 +32,30 @@ def check_ready(cfg: Config, to_run: list[str], workdir: Path, mesh: jax.shardin
 
 def _check_stage(stage: Stage, to_run: list[str], workdir: Path, mesh: jax.sharding.Mesh) -> None:
     check_batch(stage.run.batch_size, mesh, stage.optim.accum_steps)
-    for init in config.sources(stage):
+    for where, init in stage.inits():
         folder = handoff.source_folder(init, workdir)
         if init.stage not in to_run and not handoff.finished(folder) and not foreign(init, workdir):
             raise InputError(f"takes weights from {folder}, which has no finished stage: run that stage first")
-        check_pixels(stage, init, workdir)
+        if not where.startswith("evals."):
+            check_pixels(stage, init, workdir)
     sources.open_source(stage.data)
-    for cfg_eval in stage.evals.values():
-        make_evaluator(cfg_eval, mesh)
+    for cfg in stage.evals.values():
+        cfg.build(Context(mesh, _no_model))
     check_classes(stage)
 
 
-def check_pixels(stage: Stage, init: config.Init, workdir: Path) -> None:
+def _no_model(*_: Any) -> Any:
+    raise AssertionError("an evaluator that is only looked at does not predict")
+
+
+def check_pixels(stage: Stage, init: Init, workdir: Path) -> None:
     """Raises InputError if `init` is a foreign checkpoint that says it saw pixels normalised in another way."""
     if path := foreign(init, workdir):
         found = read_foreign(path).layout
         stated, pixels = found.is_stated, found.preprocessing
     else:
         folder = handoff.source_folder(init, workdir)
-        converted = handoff.read_converted(folder) if handoff.finished(folder) else None
+        converted = stage_file.read_converted(folder) if handoff.finished(folder) else None
         stated, pixels = (converted or {}).get("preprocessing_is_stated"), (converted or {}).get("preprocessing")
     for field in ("mean", "std") if stated else ():
         if list(getattr(stage.data, field)) != pixels[field]:
@@ -61,48 +67,26 @@ def check_pixels(stage: Stage, init: config.Init, workdir: Path) -> None:
 
 def check_classes(stage: Stage) -> None:
     """Raises InputError if data whose labels are compared differ in their classes, as far as these have names."""
-    pairs = [(cfg.bank, cfg.data) for cfg in stage.evals.values() if isinstance(cfg, PROBES)]
-    if isinstance(stage.task, config.Classify):
-        pairs += [(stage.data, cfg.data) for cfg in stage.evals.values() if _has_the_same_classes(cfg)]
-        names = sources.open_source(stage.data).classes or ()
-        if names and len(names) != stage.model.num_classes:
-            raise InputError(f"data has {len(names)} classes; set model.num_classes, now {stage.model.num_classes}")
-    for pair in pairs:
-        check_same_classes(*pair)
+    labelled = stage.data if stage.task.has_labels() else None
+    for cfg in stage.evals.values():
+        for pair in cfg.same_classes(labelled):
+            sources.check_same_classes(*pair)
+    names = sources.open_source(stage.data).classes or ()
+    if labelled is not None and names and len(names) != stage.model.num_classes:
+        raise InputError(f"data has {len(names)} classes; set model.num_classes, now {stage.model.num_classes}")
 
 
-def check_same_classes(*pair: config.Data) -> None:
-    """Raises InputError if two sets differ in the names of their classes, as far as they have any."""
-    first, second = (sources.open_source(data).classes for data in pair)
-    if first is not None and second is not None and (odd := sorted(set(first) ^ set(second))):
-        where = " and ".join(f"{data.path}/{data.split}" for data in pair)
-        raise InputError(f"data: {where} differ in their classes ({odd[0]}); both need the same")
-
-
-def _has_the_same_classes(cfg: config.Eval) -> bool:
-    """Whether an eval's labels are those of the training data."""
-    if isinstance(cfg, config.Classification):
-        return not cfg.subset
-    return isinstance(cfg, config.Corruptions) and not cfg.stored
-
-
-def check_writable(workdir: Path) -> None:
-    """Makes the folder; raises InputError if nothing can be written to it."""
-    storage.check(workdir, is_written=True)
-    try:
+def check_workdir(cfg: Config, workdir: Path) -> None:
+    """Makes the folder and notes whose it is; raises InputError if it is read-only."""
+    storage.check_writable(workdir)
+    if not (workdir / "chain.json").is_file():
         storage.make(workdir)
-        probe = workdir / f"writable.{uuid.uuid4().hex}"
-        probe.touch()
-        probe.unlink()
-    except Exception as error:  # each bucket's library has its own
-        if isinstance(error, OSError) and error.errno in storage.DISK:
-            raise storage.blame(error) from None
-        raise InputError(f"{workdir} cannot be written to ({storage.reason(error)}); choose another folder") from None
+        (workdir / "chain.json").write_text(json.dumps({"name": cfg.name}, indent=2) + "\n")
 
 
 def convert_sources(cfg: Config, to_run: list[str], workdir: Path) -> None:
     """Converts the foreign checkpoints that the stages `to_run` start from, each once, into WORKDIR/converted/."""
-    for init in [init for name in to_run for init in config.sources(cfg.stages[name])]:
+    for init in [init for name in to_run for _, init in cfg.stages[name].inits()]:
         folder = handoff.source_folder(init, workdir)
         if path := foreign(init, workdir):
             converted = read_foreign(path)
@@ -111,7 +95,7 @@ def convert_sources(cfg: Config, to_run: list[str], workdir: Path) -> None:
     read_foreign.cache_clear()  # gigabytes
 
 
-def foreign(init: config.Init, workdir: Path) -> Path | None:
+def foreign(init: Init, workdir: Path) -> Path | None:
     """The foreign checkpoint that `init` names and that is not converted yet; None if there is none.
 
     Raises InputError if another file of that name was converted before.
@@ -131,11 +115,12 @@ def read_foreign(path: Path) -> convert.Converted:
     return convert.read(path)
 
 
-def data_sets(stage: Stage) -> Iterator[config.Data]:
-    """Everything that `stage` reads: its training data, then that of its evals."""
-    yield stage.data
-    for cfg in stage.evals.values():
-        if not isinstance(cfg, config.Corruptions) or not cfg.stored:  # which is no tree, and checked by its evaluator
-            yield cfg.data
-        if isinstance(cfg, PROBES):
-            yield cfg.bank
+def source_model(cfg: Config, init: Init, workdir: Path) -> Encoder:
+    """The model that `init` names, as it was (or is to be) trained; a foreign checkpoint is read for it."""
+    path = foreign(init, workdir)
+    return read_foreign(path).layout.model if path else start.source_model(cfg, init, workdir)
+
+
+def source_models(cfg: Config, name: str, workdir: Path) -> dict[str, Encoder]:
+    """The models that the task of stage `name` reads, by field."""
+    return {field: source_model(cfg, init, workdir) for field, init in cfg.stages[name].task_inits().items()}

@@ -2,14 +2,32 @@
 
 import dataclasses
 import json
+import math
 import types
 import typing
+from collections.abc import Iterator
 from typing import Any, Literal, Union
 
 from tinymim_jax.runtime.errors import InputError
 
 # Fields that change the speed or the bookkeeping of a stage, never its weights.
 RUNTIME_FIELDS = ("threads", "workers", "prefetch", "log_every", "checkpoint_every", "keep", "num_examples")
+
+
+def ranged(default: Any = dataclasses.MISSING, **bounds: float) -> Any:
+    """A dataclass field of numbers that `from_dict` keeps within `bounds`: at_least, above, at_most, below.
+
+    Of a tuple, each number is; None, where the field may hold it, is not looked at.
+    """
+    return dataclasses.field(default=default, metadata={"bounds": bounds})
+
+
+def _check_bounds(where: str, value: Any, bounds: dict[str, float]) -> None:
+    tests = {"at_least": float.__ge__, "above": float.__gt__, "at_most": float.__le__, "below": float.__lt__}
+    for number in value if isinstance(value, tuple) else (value,):
+        if number is not None and not all(tests[name](float(number), float(bound)) for name, bound in bounds.items()):
+            must = " and ".join(f"{name.replace('_', ' ')} {bound}" for name, bound in bounds.items())
+            raise InputError(f"{where} is {value}; it must be {must}")
 
 
 def to_dict(value: Any) -> Any:
@@ -47,6 +65,8 @@ def from_dict(kind: Any, value: Any, where: str = "config") -> Any:
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise InputError(f"{where}: expected {kind.__name__}, got {value!r}")
+    if kind is float and not math.isfinite(value):
+        raise InputError(f"{where} is {value}; it must be finite")
     return value
 
 
@@ -61,7 +81,11 @@ def _dataclass_from_dict(kind: type, value: Any, where: str) -> Any:
     missing = [name for name in required if name not in value]
     if missing:
         raise InputError(f"{where}.{missing[0]}: {kind.__name__} needs this field")
-    return kind(**{k: from_dict(hints[k], v, f"{where}.{k}") for k, v in value.items()})
+    fields = {k: from_dict(hints[k], v, f"{where}.{k}") for k, v in value.items()}
+    for field in dataclasses.fields(kind):
+        if field.name in fields:
+            _check_bounds(f"{where}.{field.name}", fields[field.name], field.metadata.get("bounds", {}))
+    return kind(**fields)
 
 
 def _union_from_dict(options: tuple, value: Any, where: str) -> Any:
@@ -75,6 +99,17 @@ def _union_from_dict(options: tuple, value: Any, where: str) -> Any:
     if not isinstance(name, str) or name not in kinds:
         raise InputError(f"{where}.kind: unknown choice {name!r}; choose one of {', '.join(map(repr, kinds))}")
     return from_dict(kinds[name], value, where)
+
+
+def walk(value: Any, kind: type, where: str = "") -> Iterator[tuple[str, Any]]:
+    """Every instance of `kind` in a config, in the order of its fields, with its path "field.key.field"."""
+    if isinstance(value, kind):
+        yield where, value
+    elif dataclasses.is_dataclass(value) or isinstance(value, dict):
+        names = value if isinstance(value, dict) else [field.name for field in dataclasses.fields(value)]
+        for name in names:
+            inner = value[name] if isinstance(value, dict) else getattr(value, name)
+            yield from walk(inner, kind, f"{where}.{name}" if where else name)
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:

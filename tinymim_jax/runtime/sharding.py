@@ -6,22 +6,21 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from tinymim_jax.experiment import config
 from tinymim_jax.runtime.errors import InputError
 
 FSDP_MIN_SIZE = 2**16  # smaller arrays are cheaper to keep whole than to gather
 
 
-def make_mesh(cfg: config.Mesh, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
+def make_mesh(data: int = -1, fsdp: int = 1, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
     """A mesh with axes data and fsdp over `devices` (default: all); raises InputError if they do not fill it."""
     devices = jax.devices() if devices is None else devices
-    data = len(devices) // cfg.fsdp if cfg.data == -1 else cfg.data
-    if data * cfg.fsdp != len(devices):
+    asked, data = data, len(devices) // fsdp if data == -1 else data
+    if data * fsdp != len(devices):
         raise InputError(
-            f"mesh: data {cfg.data} x fsdp {cfg.fsdp} does not fill {len(devices)} devices;"
+            f"mesh: data {asked} x fsdp {fsdp} does not fill {len(devices)} devices;"
             " set mesh.data=-1 and an fsdp that divides their number"
         )
-    return jax.make_mesh((data, cfg.fsdp), ("data", "fsdp"), (AxisType.Auto, AxisType.Auto), devices=devices)
+    return jax.make_mesh((data, fsdp), ("data", "fsdp"), (AxisType.Auto, AxisType.Auto), devices=devices)
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:

@@ -9,6 +9,7 @@ import re
 import sys
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -142,6 +143,20 @@ def _check_bucket(scheme: str, bucket: str) -> None:
         raise InputError(f"{bucket} cannot be reached ({reason(error)}); {LOGINS[scheme]}") from None
     if not is_there:
         raise InputError(f"there is no bucket {bucket} that you may see; make it, or {LOGINS[scheme]}")
+
+
+def check_writable(workdir: Path) -> None:
+    """Makes the folder; raises InputError if nothing can be written to it."""
+    check(workdir, is_written=True)
+    try:
+        make(workdir)
+        probe = workdir / f"writable.{uuid.uuid4().hex}"
+        probe.touch()
+        probe.unlink()
+    except Exception as error:  # each bucket's library has its own
+        if isinstance(error, OSError) and error.errno in DISK:
+            raise blame(error) from None
+        raise InputError(f"{workdir} cannot be written to ({reason(error)}); choose another folder") from None
 
 
 def check_checkpoints(folder: Path) -> None:

@@ -2,42 +2,80 @@
 
 import dataclasses
 import itertools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from tinymim_jax.data.device_augment import mix, normalize, partner, random_erasing, to_float
-from tinymim_jax.experiment import config
-from tinymim_jax.experiment.validate import check_attention
-from tinymim_jax.models import flops, vit
+from tinymim_jax.data.device_augment import mix, partner, random_erasing
+from tinymim_jax.models.contract import Encoder
 from tinymim_jax.objectives import losses
 from tinymim_jax.objectives.metrics import Mean
+from tinymim_jax.runtime.codec import ranged
 from tinymim_jax.runtime.errors import InputError
-from tinymim_jax.tasks.contract import Aux, Batch, Frozen, Outputs, Params, Rngs, Variables, encode
-from tinymim_jax.training.optim import matches
+from tinymim_jax.tasks.contract import Aux, BaseTask, Batch, Context, Frozen, Params, Rngs, TaskConfig, Variables
+from tinymim_jax.weights.handoff import Init
+from tinymim_jax.weights.parameters import flatten, matches
 
 
-class Classify:
-    """Parameters: `encoder`, a ViT with a head; frozen, if labels are distilled, a second one."""
+@dataclasses.dataclass
+class LabelTeacher:
+    """A classifier whose labels a distillation token learns (DeiT); it sees the same mixed images."""
 
-    def __init__(self, stage: config.Stage, teacher: config.ViT | None = None):
-        """`teacher` is the classifier of `stage.task.teacher`, as it was trained."""
-        self.cfg, self.task, self.data = stage.model, stage.task, stage.data
-        self.model = vit.build(stage.model)
-        self.teacher_cfg = check_teacher(stage.model, teacher) if self.task.teacher else None
-        self.untrained = ("encoder/pos_embed",) if stage.model.posembed == "fixed" else ()
-        kernels = [f"encoder/block{i}/attn/qkv/kernel" for i in range(1, stage.model.depth + 1)]
-        self.frozen_blocks = len(list(itertools.takewhile(lambda key: matches(stage.optim.freeze, key), kernels)))
+    init: Init
+    labels: Literal["hard", "soft"] = "hard"  # its best class, or its probabilities
+    weight: float = ranged(0.5, at_least=0, at_most=1)  # of the teacher's loss; 1 - weight of the labels'
+    temperature: float = ranged(1.0, above=0)  # soft: of both
+
+
+@dataclasses.dataclass
+class Classify(TaskConfig):
+    """Supervised training or fine-tuning."""
+
+    kind: Literal["classify"] = "classify"
+    teacher: LabelTeacher | None = None  # needs model.dist_token
+    label_smoothing: float = ranged(0.1, at_least=0, at_most=1)
+    mixup: float = ranged(0.8, at_least=0)  # alpha of Beta; 0: off
+    cutmix: float = ranged(1.0, at_least=0)  # alpha of Beta; 0: off
+    mix_prob: float = ranged(1.0, at_least=0, at_most=1)  # probability that a batch is mixed
+    switch_prob: float = ranged(0.5, at_least=0, at_most=1)  # probability of cutmix where both are on
+    erasing: float = ranged(0.25, at_least=0, at_most=1)  # probability of random erasing, per image
+
+    def build(self, context: Context) -> "ClassifyTask":
+        return ClassifyTask(self, context)
+
+    def summary(self) -> str:
+        return "supervised training"
+
+    def check(self, where: str, model: Encoder) -> None:
+        if model.num_classes < 2:
+            raise InputError(f"{where}: classify needs model.num_classes of at least 2, got {model.num_classes}")
+        if self.teacher is not None and model.label_heads < 2:
+            raise InputError(f"{where}.teacher labels a distillation token: set model.dist_token=True")
+
+    def has_labels(self) -> bool:
+        return True
+
+
+class ClassifyTask(BaseTask):
+    """Parameters: `encoder`, which has a head; frozen, if labels are distilled, a second one."""
+
+    def __init__(self, cfg: Classify, context: Context):
+        super().__init__(context)
+        self.task = cfg
+        self.teacher_cfg = check_teacher(self.cfg, context.sources["teacher"]) if cfg.teacher else None
+        self.frozen_blocks = frozen_blocks(self.cfg, context.freeze) if context.freeze else 0
+
+    def is_untrained(self, name: str) -> bool:
+        return matches(self.cfg.fixed, name)
 
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Variables, Frozen]:
-        images = self._clean(batch)
-        variables = self.model.init(rng, images)
-        frozen = {"encoder": vit.build(self.teacher_cfg).init(rng, images)["params"]} if self.teacher_cfg else {}
+        images = self.images(batch)
+        rng, teacher_rng = jax.random.split(rng)
+        variables, frozen = self.model.init(rng, images), {}
+        if self.teacher_cfg:
+            frozen = {"teacher": {"encoder": self.teacher_cfg.build().init(teacher_rng, images)["params"]}}
         return {**variables, "params": {"encoder": variables["params"]}}, frozen
-
-    def _clean(self, batch: Batch) -> jax.Array:
-        return normalize(to_float(batch["image"]), self.data.mean, self.data.std)
 
     def _augmented(self, batch: Batch, rng: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Images erased, then mixed, with their soft labels [B, C]; one whose partner is unreadable keeps its label."""
@@ -45,7 +83,7 @@ class Classify:
         # Unreadable images reach others by mixing and by batch statistics.
         batch = {**batch, **{key: replace_by_partner(batch[key], batch["is_valid"]) for key in ("image", "label")}}
         targets = losses.smooth_one_hot(batch["label"], self.cfg.num_classes, self.task.label_smoothing)
-        images = random_erasing(erase_rng, self._clean(batch), self.task.erasing)
+        images = random_erasing(erase_rng, self.images(batch), self.task.erasing)
         return mix(mix_rng, images, targets, self.task)
 
     def loss(
@@ -54,7 +92,7 @@ class Classify:
         if train:
             images, targets = self._augmented(batch, rngs["augment"])
         else:
-            images, targets = self._clean(batch), jax.nn.one_hot(batch["label"], self.cfg.num_classes)
+            images, targets = self.images(batch), jax.nn.one_hot(batch["label"], self.cfg.num_classes)
         variables, rngs = {"params": params["encoder"], **model_state}, {"drop_path": rngs["drop_path"]}
         out, new = self.model.apply(variables, images, train=train, rngs=rngs, mutable=list(model_state))
         values = losses.soft_cross_entropy(out.heads[0] if self.task.teacher else out.logits, targets)
@@ -71,36 +109,42 @@ class Classify:
 
     def _distilled(self, frozen: Frozen, images: jax.Array, logits: jax.Array) -> jax.Array:
         """The distillation token's loss [B] against the teacher's labels."""
-        teacher = vit.build(self.teacher_cfg).apply({"params": frozen["encoder"]}, images).logits
+        teacher = self.teacher_cfg.build().apply({"params": frozen["teacher"]["encoder"]}, images).logits
         if self.task.teacher.labels == "hard":
             best = jax.nn.one_hot(jnp.argmax(teacher, axis=-1), self.cfg.num_classes)
             return losses.soft_cross_entropy(logits, best)
         return losses.soft_distillation(logits, teacher, self.task.teacher.temperature)
 
-    def predict(self, variables: Variables, frozen: Frozen, batch: Batch) -> Outputs:
-        return encode(self.cfg, variables, self._clean(batch))
-
     def flops_per_image(self) -> float:
-        teacher = flops.forward(self.teacher_cfg) if self.teacher_cfg else 0.0
-        return flops.forward_backward(self.cfg, frozen_blocks=self.frozen_blocks) + teacher
+        teacher = self.teacher_cfg.forward_flops() if self.teacher_cfg else 0.0
+        return self.cfg.train_flops(frozen_blocks=self.frozen_blocks) + teacher
+
+    def describe_source(self, source: str) -> str:
+        return f"{self.task.teacher.labels} labels, weight {self.task.teacher.weight:g}"
 
 
-def check_teacher(student: config.ViT, teacher: config.ViT) -> config.ViT:
+def frozen_blocks(model: Encoder, freeze: tuple[str, ...]) -> int:
+    """How many blocks from the first on `freeze` leaves untrained."""
+    images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.float32)
+    names = [
+        f"encoder/{key}" for key in flatten(jax.eval_shape(model.build().init, jax.random.key(0), images)["params"])
+    ]
+    trained = {model.block_of(name) for name in names if not matches(freeze, name)}
+    return len(list(itertools.takewhile(lambda block: block not in trained, range(1, model.depth + 1))))
+
+
+def check_teacher(student: Encoder, teacher: Encoder) -> Encoder:
     """`teacher`, computing as the student does; raises InputError if it cannot label the student's images."""
-    if not student.dist_token:
-        raise InputError("task.teacher labels a distillation token: set model.dist_token=True")
     if teacher.num_classes != student.num_classes:
         raise InputError(
             f"the teacher has {teacher.num_classes} classes and model.num_classes is {student.num_classes}; it must be"
             " a classifier of the same classes"
         )
-    if teacher.head_norm:
+    if teacher.has_state:
         raise InputError("the teacher has a BatchNorm before its head (a linear probe): fine-tune it, or take another")
     if teacher.image_size != student.image_size:
         raise InputError(f"the teacher sees {teacher.image_size} px, the student {student.image_size}; make them equal")
-    teacher = dataclasses.replace(teacher, dtype=student.dtype, attention=student.attention, remat=False)
-    check_attention("the teacher", teacher)
-    return teacher
+    return teacher.computing_like(student)
 
 
 def is_beyond(labels: jax.Array, num_classes: int) -> jax.Array:

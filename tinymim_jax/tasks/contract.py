@@ -1,21 +1,24 @@
 """The contract between a task and the one loop."""
 
+import abc
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import flax.struct
 import jax
-import jax.numpy as jnp
+import numpy as np
 
-from tinymim_jax.experiment import config
-from tinymim_jax.models import vit
+from tinymim_jax.data.config import Data
+from tinymim_jax.data.device_augment import normalize, to_float
+from tinymim_jax.data.fields import IMAGE_LABEL, Fields
+from tinymim_jax.models.contract import Encoder, Outputs
 from tinymim_jax.objectives.metrics import Mean
 
-Params = Any  # nested dict of arrays
+Params = Any  # nested dict of arrays: encoder/..., which later stages read, and pretext/..., which none does
 Variables = Mapping[str, Any]  # {"params": Params, other collections}
-Frozen = Any  # arrays the loss reads and nothing trains: the teacher
-# image uint8 [B, S, S, 3], label int32 [B], is_valid bool [B], index int32 [B]; to train, stop bool [B]
-Batch = Mapping[str, jax.Array]
+Frozen = Any  # arrays the loss reads and nothing trains: {source: {"encoder": ...}}
+Batch = Mapping[str, jax.Array]  # the fields that the task names, is_valid bool [B], index [B]; to train, stop [B]
 Rngs = Mapping[str, jax.Array]  # one key per name in STREAMS
 
 STREAMS = ("mask", "augment", "drop_path")
@@ -29,19 +32,36 @@ class Aux:
     model_state: Any  # the collections other than params, updated
 
 
-@flax.struct.dataclass
-class Outputs:
-    """What evaluators read: features [B, D] of frozen-feature probes, logits [B, C] if there is a head."""
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a task is told of its stage."""
 
-    features: jax.Array
-    logits: jax.Array | None = None
+    model: Encoder
+    data: Data
+    freeze: tuple[str, ...] = ()  # regexes of parameters that the optimiser leaves alone
+    sources: Mapping[str, Encoder] = dataclasses.field(default_factory=dict)
+    """The models of the checkpoints that the task's config names by `Init`, as they were trained, by field."""
+
+
+@dataclasses.dataclass
+class Panels:
+    """A picture of what a task does: rows of images, float [H, W, 3] in [0, 1] or maps [h, w], each with a label."""
+
+    title: str
+    rows: list[list[np.ndarray]]
+    row_labels: list[str] = dataclasses.field(default_factory=list)
+    column_labels: list[str] = dataclasses.field(default_factory=list)
+    box: tuple[int, int, int] | None = None  # left, top and side in pixels, drawn on the first image of each row
 
 
 class Task(Protocol):
     """All that differs between pre-training, distillation and fine-tuning."""
 
-    untrained: tuple[str, ...]
-    """Regexes of fixed positions and of the parameters that the loss does not read: kept as they are, undecayed."""
+    fields: Fields
+    """What it reads of a record."""
+
+    def is_untrained(self, name: str) -> bool:
+        """Whether the loss does not read parameter `name`, or it is fixed: kept as it is, undecayed."""
 
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Variables, Frozen]:
         """Fresh variables and frozen arrays."""
@@ -55,18 +75,62 @@ class Task(Protocol):
         """Features and logits, without augmentation."""
 
     def flops_per_image(self) -> float:
-        """Matmul FLOPs of one training step, for one image (`models.flops`)."""
+        """Matmul FLOPs of one training step, for one image."""
+
+    def describe_source(self, source: str) -> str:
+        """What is taken from one of the context's sources, in a few words."""
+
+    def panels(self, variables: Variables, frozen: Frozen, batch: Batch, rngs: Rngs) -> Panels | None:
+        """A picture of the trained task on a few images, if there is one."""
 
 
-def encode(cfg: config.ViT, variables: Variables, images: jax.Array, block: int | None = None) -> Outputs:
-    """What evaluators read of the ViT `encoder` in `variables`, for normalised images [B, S, S, 3].
+class TaskConfig(abc.ABC):
+    """The config of a task, a dataclass with a `kind` that `tasks.TASKS` lists."""
 
-    Features are the mean patch token, or CLS for a classifier on CLS: of the last block (normed if pool is "cls"), or
-    as they leave `block`, and then there are no logits.
-    """
-    encoder = {**variables, "params": variables["params"]["encoder"]}
-    out = vit.build(cfg).apply(encoder, images, capture=() if block is None else (block,))
-    tokens = (out.tokens if block is None else out.trace[block].out).astype(jnp.float32)
-    is_on_cls = cfg.num_classes and cfg.pool == "cls"
-    features = tokens[:, 0] if is_on_cls else tokens[:, vit.num_extra(cfg) :].mean(axis=1)
-    return Outputs(features, out.logits if block is None else None)
+    kind: str
+
+    @abc.abstractmethod
+    def build(self, context: Context) -> Task:
+        """The task; raises InputError on what does not fit together."""
+
+    @abc.abstractmethod
+    def summary(self) -> str:
+        """What is done, in a few words for people."""
+
+    @abc.abstractmethod
+    def check(self, where: str, model: Encoder) -> None:
+        """Raises InputError, naming fields by `where`, on what cannot be done with `model`."""
+
+    def has_labels(self) -> bool:
+        """Whether the labels of the data are learnt."""
+        return False
+
+    def pixel_decoder(self) -> Any:
+        """The config of a decoder to pixels that is trained under pretext/decoder, for the bridge; None: none."""
+        return None
+
+
+class BaseTask:
+    """What most tasks share: images that are normalised on the device, and an encoder."""
+
+    fields = IMAGE_LABEL
+
+    def __init__(self, context: Context):
+        self.context, self.data, self.cfg = context, context.data, context.model
+        self.model = context.model.build()
+
+    def images(self, batch: Batch) -> jax.Array:
+        """Normalised images [B, S, S, 3]."""
+        return normalize(to_float(batch["image"]), self.data.mean, self.data.std)
+
+    def predict(self, variables: Variables, frozen: Frozen, batch: Batch) -> Outputs:
+        """Features and logits, without augmentation."""
+        return self.cfg.outputs(variables, self.images(batch))
+
+    def describe_source(self, source: str) -> str:
+        """What is taken from one of the context's sources, in a few words."""
+        return self.context.sources[source].summary()
+
+    def panels(self, variables: Variables, frozen: Frozen, batch: Batch, rngs: Rngs) -> Panels | None:
+        """A picture of the trained task on a few images, if there is one."""
+        return None

@@ -1,130 +1,174 @@
-"""TinyMIM: the student's token relations match those of a frozen teacher (section 3.1.2, Eq. 5 and 9)."""
+"""Distillation: a frozen teacher's pass, a student's pass, and weighted targets between them (TinyMIM)."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal, Union
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from tinymim_jax.data.device_augment import color_jitter, normalize, to_float
-from tinymim_jax.experiment import config
-from tinymim_jax.experiment.validate import check_attention
-from tinymim_jax.models import flops, vit
-from tinymim_jax.models.layers import BlockTrace
+from tinymim_jax.models.contract import Encoder, Outputs
 from tinymim_jax.objectives import relations
 from tinymim_jax.objectives.metrics import Mean
-from tinymim_jax.objectives.relation_kl import relation_kl
+from tinymim_jax.runtime.codec import ranged
 from tinymim_jax.runtime.errors import InputError
-from tinymim_jax.tasks.contract import Aux, Batch, Frozen, Outputs, Params, Rngs, Variables, encode
+from tinymim_jax.tasks.contract import (
+    Aux,
+    BaseTask,
+    Batch,
+    Context,
+    Frozen,
+    Panels,
+    Params,
+    Rngs,
+    TaskConfig,
+    Variables,
+)
+from tinymim_jax.tasks.targets import TARGETS, Relation
+from tinymim_jax.tasks.targets.contract import Captures, Trace
+from tinymim_jax.weights.handoff import Init
+from tinymim_jax.weights.parameters import matches
+
+AnyTarget = Union[tuple(TARGETS.values())]  # noqa: UP007
 
 
-class Distill:
-    """Parameters and frozen arrays: `encoder`, a ViT each."""
+@dataclasses.dataclass
+class Distill(TaskConfig):
+    """Distillation from a frozen teacher, whose sizes come from its own `stage.json`."""
 
-    def __init__(self, stage: config.Stage, teacher: config.ViT):
-        """`teacher` is the model as it was trained; it is cut off after its target block."""
-        self.task, self.data = stage.task, stage.data
-        self.student_cfg, self.teacher_cfg = stage.model, cut_teacher(stage, teacher)
-        self.student, self.teacher = vit.build(self.student_cfg), vit.build(self.teacher_cfg)
-        self.untrained = untrained(stage.model, stage.task.student_block)
+    teacher: Init
+    targets: dict[str, AnyTarget]
+    color_jitter: float = ranged(0.4, at_least=0)  # brightness, contrast, saturation of the student's view
+    kind: Literal["distill"] = "distill"
+
+    def build(self, context: Context) -> "DistillTask":
+        return DistillTask(self, context)
+
+    def summary(self) -> str:
+        blocks = dict.fromkeys(b for target in self.targets.values() for b in target.captures()[1].blocks)
+        return f"{', '.join(self.targets)} distillation (TinyMIM), student block {', '.join(map(str, blocks))}"
+
+    def check(self, where: str, model: Encoder) -> None:
+        if not self.targets:
+            raise InputError(f"{where}.targets is empty: name what the student is to match")
+        for name, target in self.targets.items():
+            for block in target.captures()[1].blocks:
+                if block > model.depth:
+                    raise InputError(
+                        f"{where}.targets.{name}: student_block {block} is beyond the student's {model.depth} blocks"
+                    )
+
+
+def merged(captures: list[Captures]) -> Captures:
+    """All blocks that are read; `qkv_only` if that holds of the last one."""
+    blocks = tuple(sorted({block for one in captures for block in one.blocks}))
+    return Captures(blocks, all(one.qkv_only for one in captures if blocks[-1] in one.blocks))
+
+
+class DistillTask(BaseTask):
+    """Parameters: `encoder`, and under `pretext` those of the targets; frozen: the teacher's encoder."""
+
+    def __init__(self, cfg: Distill, context: Context):
+        super().__init__(context)
+        self.task, teacher = cfg, context.sources["teacher"]
+        self.of_teacher, self.of_student = (
+            merged([target.captures()[side] for target in cfg.targets.values()]) for side in (0, 1)
+        )
+        if self.of_teacher.blocks[-1] > teacher.depth:
+            raise InputError(
+                f"teacher_block {self.of_teacher.blocks[-1]} is beyond the teacher's {teacher.depth} blocks"
+            )
+        self.teacher_cfg = teacher.trunk(self.of_teacher.blocks[-1]).computing_like(context.model)
+        self.teacher = self.teacher_cfg.build()
+        self.targets = {
+            name: target.build(f"task.targets.{name}", self.teacher_cfg, context.model)
+            for name, target in cfg.targets.items()
+        }
+
+    def is_untrained(self, name: str) -> bool:
+        if not name.startswith("encoder/"):
+            return False
+        is_read = self.cfg.reads(name, self.of_student.blocks[-1], qkv_only=self.of_student.qkv_only)
+        return not is_read or matches(self.cfg.fixed, name)
 
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Variables, Frozen]:
-        images = self._views(batch, None)[0]
-        params = self.student.init(rng, images)["params"]
-        return {"params": {"encoder": params}}, {"encoder": self.teacher.init(rng, images)["params"]}
+        images = self.images(batch)
+        encoder_rng, teacher_rng, *keys = jax.random.split(rng, 2 + len(self.targets))
+        own = {name: target.init(key) for (name, target), key in zip(self.targets.items(), keys, strict=True)}
+        pretext = {name: params for name, params in own.items() if params}
+        params = {
+            "encoder": self.model.init(encoder_rng, images)["params"],
+            **({"pretext": pretext} if pretext else {}),
+        }
+        return {"params": params}, {"teacher": {"encoder": self.teacher.init(teacher_rng, images)["params"]}}
 
     def _views(self, batch: Batch, jitter_rng: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """One crop, two views: the teacher's clean, the student's with colour jitter."""
-        images, (mean, std) = to_float(batch["image"]), (self.data.mean, self.data.std)
-        clean = normalize(images, mean, std)
+        clean = self.images(batch)
         if jitter_rng is None or not self.task.color_jitter:
             return clean, clean
-        return clean, normalize(color_jitter(jitter_rng, images, self.task.color_jitter), mean, std)
+        jittered = color_jitter(jitter_rng, to_float(batch["image"]), self.task.color_jitter)
+        return clean, normalize(jittered, self.data.mean, self.data.std)
 
-    def traces(
-        self, params: Params, frozen: Frozen, batch: Batch, rngs: Rngs, *, train: bool
-    ) -> tuple[BlockTrace, BlockTrace]:
-        """The teacher's and the student's target block."""
+    def traces(self, params: Params, frozen: Frozen, batch: Batch, rngs: Rngs, *, train: bool) -> tuple[Trace, Trace]:
+        """The captured blocks of the teacher and of the student."""
         clean, jittered = self._views(batch, rngs["augment"] if train else None)
-        t, s = self.task.teacher.block, self.task.student_block
-        teacher = self.teacher.apply({"params": frozen["encoder"]}, clean, capture=(t,))
-        student = self.student.apply(
+        teacher = self.teacher.apply({"params": frozen["teacher"]["encoder"]}, clean, capture=self.of_teacher.blocks)
+        student = self.model.apply(
             {"params": params["encoder"]},
             jittered,
-            capture=(s,),
+            capture=self.of_student.blocks,
             train=train,
             rngs={"drop_path": rngs["drop_path"]},
         )
-        return teacher.trace[t], student.trace[s]
+        return teacher.trace, student.trace
 
     def loss(
         self, params: Params, model_state: Any, frozen: Frozen, batch: Batch, rngs: Rngs, *, train: bool
     ) -> tuple[jax.Array, Aux]:
-        teacher, student = self.traces(params, frozen, batch, rngs, train=train)
-        pairs = {r: [relations.pair(trace, r) for trace in (teacher, student)] for r in self.task.relations}
-        kl = {r: relation_kl(*pair, kernel=self.task.relation_kernel) for r, pair in pairs.items()}
-        loss = Mean.of(sum(kl.values()), batch["is_valid"])
-        terms = {f"kl_{r}": Mean.of(values, batch["is_valid"]) for r, values in kl.items()}
+        traces = self.traces(params, frozen, batch, rngs, train=train)
+        total, terms = jnp.zeros(()), {}
+        for name, target in self.targets.items():
+            own = target.loss(params.get("pretext", {}).get(name, {}), *traces)
+            total = total + self.task.targets[name].weight * sum(own.values())
+            prefix = f"{name}_" if len(self.targets) > 1 else ""
+            terms |= {f"{prefix}{term}": Mean.of(values, batch["is_valid"]) for term, values in own.items()}
+        loss = Mean.of(total, batch["is_valid"])
         return loss.value(), Aux({"loss": loss, **terms}, model_state)
 
     def predict(self, variables: Variables, frozen: Frozen, batch: Batch) -> Outputs:
-        """Features: those that enter the student's target block (of block 1: that leave it)."""
-        block = max(self.task.student_block - 1, 1)
-        return encode(self.student_cfg, variables, self._views(batch, None)[0], block)
+        """Features: those of the last block that is trained whole (of block 1, if none is: as they leave it)."""
+        block = self.of_student.blocks[-1]
+        return self.cfg.outputs(variables, self.images(batch), max(block - self.of_student.qkv_only, 1))
 
     def flops_per_image(self) -> float:
-        return (
-            flops.forward(self.teacher_cfg, target_block=self.task.teacher.block)
-            + flops.forward_backward(self.student_cfg, target_block=self.task.student_block)
-            + flops.relations(self.teacher_cfg, self.student_cfg, len(self.task.relations))
+        teacher, student = (
+            {"block": captures.blocks[-1], "qkv_only": captures.qkv_only}
+            for captures in (self.of_teacher, self.of_student)
         )
+        passes = self.teacher_cfg.forward_flops(**teacher) + self.cfg.train_flops(**student)
+        return passes + sum(target.flops() for target in self.targets.values())
 
+    def describe_source(self, source: str) -> str:
+        teacher = self.context.sources[source]
+        return "; ".join(target.summary(teacher) for target in self.task.targets.values())
 
-def cut_teacher(stage: config.Stage, teacher: config.ViT) -> config.ViT:
-    """The teacher up to its target block, with that block's heads; raises InputError if it cannot teach `stage`."""
-    spec, student = stage.task.teacher, stage.model
-    if teacher.dist_token or student.dist_token:
-        raise InputError("relations are between CLS and patches; a model with a distillation token has no part in them")
-    if not 1 <= spec.block <= teacher.depth:
-        raise InputError(f"task.teacher.block {spec.block} is beyond the teacher's {teacher.depth} blocks")
-    trained = vit.heads_of(teacher, spec.block)
-    heads = spec.heads or trained
-    if heads != trained and (teacher.width % heads or not spec.init.regroup_heads):
-        raise InputError(
-            f"the teacher's block {spec.block} (width {teacher.width}) was trained with {trained} heads, not"
-            f" task.teacher.heads={heads}; leave it None, or set task.teacher.init.regroup_heads=True and a divisor of"
-            " the width"
-        )
-    own = vit.heads_of(student, stage.task.student_block)
-    if own != heads:
-        field = "last_block_heads" if stage.task.student_block == student.depth else "num_heads"
-        raise InputError(
-            f"the student's block {stage.task.student_block} has {own} heads, the teacher's block {spec.block} has"
-            f" {heads}; set model.{field}={heads}, or task.teacher.heads={own} with"
-            " task.teacher.init.regroup_heads=True"
-        )
-    if teacher.patch_size != student.patch_size:
-        raise InputError(
-            f"teacher and student must see the same patches: patch_size {teacher.patch_size} and {student.patch_size}"
-        )
-    cut = dataclasses.replace(
-        teacher,
-        depth=spec.block,
-        last_block_heads=heads,
-        image_size=student.image_size,
-        dtype=student.dtype,
-        attention=student.attention,
-        pool="mean",  # without a head: nothing after the last block
-        num_classes=0,
-        neck=0,
-        remat=False,
-    )
-    check_attention("the teacher", cut)
-    return cut
-
-
-def untrained(model: config.ViT, block: int) -> tuple[str, ...]:
-    """Regexes of what lies behind q, k, v of `block`, and of positions that are fixed."""
-    later = [f"encoder/block{i}/.*" for i in range(block + 1, model.depth + 1)]
-    fixed = ["encoder/pos_embed"] if model.posembed == "fixed" else []
-    head = ["encoder/(fc_norm|head)/.*"] if model.num_classes else []
-    return (f"encoder/block{block}/(attn/proj|norm2|mlp)/.*", *later, "encoder/norm/.*", *head, *fixed)
+    def panels(self, variables: Variables, frozen: Frozen, batch: Batch, rngs: Rngs) -> Panels | None:
+        """What one patch (boxed) relates to, in the teacher and in the student, mean over heads."""
+        found = next((name for name, target in self.task.targets.items() if isinstance(target, Relation)), None)
+        if found is None:
+            return None
+        names, front = self.task.targets[found].relations, self.cfg.num_prefix
+        traces = self.targets[found].read(*self.traces(variables["params"], frozen, batch, rngs, train=False))
+        side, patch = self.cfg.grid, self.cfg.patch_size
+        query = (side // 2) * side + side // 2
+        columns = {}
+        for name in names:
+            for who, trace in zip(("teacher", "student"), traces, strict=True):
+                maps = relations.relation(*relations.pair(trace, name)).mean(axis=1)[:, front + query, front:]
+                columns[f"{name.upper()} {who}"] = np.asarray(maps).reshape(-1, side, side)
+        images = np.asarray(to_float(batch["image"]))
+        rows = [[image, *maps] for image, *maps in zip(images, *columns.values(), strict=True)]
+        corner = (side // 2) * patch
+        return Panels("relations of the boxed patch", rows, [], ["", *columns], (corner, corner, patch))

@@ -1,60 +1,113 @@
-"""Masked auto-encoding: reconstruct the patches that the encoder did not see."""
+"""Masked auto-encoding: reconstruct the patches that the encoder did not see (He et al. 2022)."""
 
-from typing import Any
+import dataclasses
+from typing import Any, Literal
 
 import jax
+import numpy as np
 
-from tinymim_jax.data.device_augment import normalize, to_float
-from tinymim_jax.experiment import config
-from tinymim_jax.models import flops, mae
-from tinymim_jax.models.layers import patchify
+from tinymim_jax.data.device_augment import to_float
+from tinymim_jax.models.contract import Encoder
+from tinymim_jax.models.layers import patchify, unpatchify
+from tinymim_jax.models.mae import Decoder, mask_by_noise
 from tinymim_jax.objectives import losses
 from tinymim_jax.objectives.metrics import Mean
-from tinymim_jax.tasks.contract import Aux, Batch, Frozen, Outputs, Params, Rngs, Variables, encode
+from tinymim_jax.runtime.codec import ranged
+from tinymim_jax.tasks.contract import (
+    Aux,
+    BaseTask,
+    Batch,
+    Context,
+    Frozen,
+    Panels,
+    Params,
+    Rngs,
+    TaskConfig,
+    Variables,
+)
+from tinymim_jax.weights.parameters import matches
+
+GREY = 0.5  # of masked patches in a picture
 
 
-class Mae:
-    """Parameters: `encoder` (a ViT) and `decoder`."""
+@dataclasses.dataclass
+class Mae(TaskConfig):
+    """Masked auto-encoding (He et al. 2022)."""
 
-    untrained = ("decoder/pos_embed",)
+    decoder: Decoder = dataclasses.field(default_factory=Decoder)
+    mask_ratio: float = ranged(0.75, above=0, below=1)
+    norm_pix_loss: bool = True  # the target is each patch, normalised
+    kind: Literal["mae"] = "mae"
 
-    def __init__(self, stage: config.Stage):
-        self.cfg, self.task, self.data = stage.model, stage.task, stage.data
-        self.model = mae.build(stage.model, stage.task)
-        if stage.model.posembed == "fixed":
-            self.untrained = ("(encoder|decoder)/pos_embed",)
+    def build(self, context: Context) -> "MaeTask":
+        return MaeTask(self, context)
 
-    def _images(self, batch: Batch) -> jax.Array:
-        return normalize(to_float(batch["image"]), self.data.mean, self.data.std)
+    def summary(self) -> str:
+        return "MAE pre-training"
+
+    def check(self, where: str, model: Encoder) -> None:
+        model.check_masked(where)
+        self.decoder.check(f"{where}.decoder", model)
+
+    def pixel_decoder(self) -> Decoder:
+        return self.decoder
+
+
+class MaeTask(BaseTask):
+    """Parameters: `encoder` and, for this task alone, `pretext/decoder`."""
+
+    def __init__(self, cfg: Mae, context: Context):
+        super().__init__(context)
+        self.task, self.decoder = cfg, cfg.decoder.build(context.model)
+
+    def is_untrained(self, name: str) -> bool:
+        return matches((*self.cfg.fixed, "pretext/decoder/pos_embed"), name)
 
     def _noise(self, rng: jax.Array, batch: Batch) -> jax.Array:
-        return jax.random.uniform(rng, (len(batch["image"]), flops.num_tokens(self.cfg) - 1))
+        return jax.random.uniform(rng, (len(batch["image"]), self.cfg.grid**2))
 
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Variables, Frozen]:
-        return self.model.init(rng, self._images(batch), self._noise(rng, batch)), {}
+        encoder_rng, decoder_rng = jax.random.split(rng)
+        images = self.images(batch)
+        keep, restore, _ = mask_by_noise(self._noise(rng, batch), self.task.mask_ratio)
+        out, encoder = self.model.init_with_output(encoder_rng, images, keep=keep)
+        decoder = self.decoder.init(decoder_rng, out.tokens, restore)
+        return {"params": {"encoder": encoder["params"], "pretext": {"decoder": decoder["params"]}}}, {}
 
-    def reconstruct(self, params: Params, batch: Batch, rngs: Rngs, *, train: bool) -> tuple[mae.MAEOutput, jax.Array]:
-        """The model's output and its target [B, L, P]."""
-        images = self._images(batch)
-        noise = self._noise(rngs["mask"], batch)
-        out = self.model.apply({"params": params}, images, noise, train=train, rngs={"drop_path": rngs["drop_path"]})
-        target = patchify(images, self.cfg.patch_size)
-        return out, losses.normalize_patches(target) if self.task.norm_pix_loss else target
+    def reconstruct(
+        self, params: Params, images: jax.Array, noise: jax.Array, **train: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """Normalised images and noise [B, L] -> pred [B, L, P] of every patch; is_masked [B, L], True where hidden."""
+        keep, restore, is_masked = mask_by_noise(noise, self.task.mask_ratio)
+        tokens = self.model.apply({"params": params["encoder"]}, images, keep=keep, **train).tokens
+        return self.decoder.apply({"params": params["pretext"]["decoder"]}, tokens, restore), is_masked
 
     def loss(
         self, params: Params, model_state: Any, frozen: Frozen, batch: Batch, rngs: Rngs, *, train: bool
     ) -> tuple[jax.Array, Aux]:
-        out, target = self.reconstruct(params, batch, rngs, train=train)
-        loss = Mean.of(losses.masked_mse(out.pred, target, out.is_masked), batch["is_valid"])
+        images, drop = self.images(batch), {"drop_path": rngs["drop_path"]}
+        pred, is_masked = self.reconstruct(params, images, self._noise(rngs["mask"], batch), train=train, rngs=drop)
+        target = patchify(images, self.cfg.patch_size)
+        target = losses.normalize_patches(target) if self.task.norm_pix_loss else target
+        loss = Mean.of(losses.masked_mse(pred, target, is_masked), batch["is_valid"])
         return loss.value(), Aux({"loss": loss}, model_state)
 
-    def predict(self, variables: Variables, frozen: Frozen, batch: Batch) -> Outputs:
-        return encode(self.cfg, variables, self._images(batch))
-
     def flops_per_image(self) -> float:
-        patches, dec = flops.num_tokens(self.cfg) - 1, self.task.decoder
-        visible = int(patches * (1 - self.task.mask_ratio)) + 1
-        decoder = config.ViT(dec.width, dec.depth, dec.num_heads)
-        blocks = flops.forward(decoder, tokens=patches + 1) - flops.embed(decoder, patches + 1)
-        ends = 2.0 * dec.width * (visible * self.cfg.width + patches * 3 * self.cfg.patch_size**2)
-        return flops.forward_backward(self.cfg, tokens=visible) + 3 * (blocks + ends)
+        visible = int(self.cfg.grid**2 * (1 - self.task.mask_ratio))
+        return self.cfg.train_flops(visible) + 3 * self.task.decoder.flops(self.cfg, visible)
+
+    def panels(self, variables: Variables, frozen: Frozen, batch: Batch, rngs: Rngs) -> Panels:
+        """Original, masked and reconstructed images, a row each."""
+        patch, images = self.cfg.patch_size, np.asarray(to_float(batch["image"]))
+        pixels = np.asarray(patchify(images, patch))
+        noise = self._noise(rngs["mask"], batch)
+        pred, is_masked = map(np.asarray, self.reconstruct(variables["params"], self.images(batch), noise))
+        if self.task.norm_pix_loss:  # back to each patch's own mean and contrast, which the model was not asked for
+            pred = pred * pixels.std(axis=-1, ddof=1, keepdims=True) + pixels.mean(axis=-1, keepdims=True)
+        else:
+            pred = pred * np.tile(self.data.std, patch**2) + np.tile(self.data.mean, patch**2)
+        hidden = is_masked[..., None]
+        rows = [pixels, np.where(hidden, GREY, pixels), np.where(hidden, pred, pixels)]
+        images = [list(np.asarray(unpatchify(row, patch)).clip(0, 1)) for row in rows]
+        title = f"{self.task.mask_ratio:.0%} of the patches masked"
+        return Panels(title, images, ["original", "masked", "reconstructed"])

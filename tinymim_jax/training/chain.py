@@ -1,61 +1,39 @@
-"""A chain: its stages in order, each fed by earlier ones."""
+"""A chain: its stages in order, each fed by earlier ones, and what comes out of them."""
 
-import contextlib
 import math
 import statistics
+from collections.abc import Callable
 from typing import Any
 
+import jax
 from etils.epath import Path
 
 from tinymim_jax.experiment.config import Config
-from tinymim_jax.planning.dry_run import describe_chain
-from tinymim_jax.planning.preflight import check_ready, check_writable, convert_sources
-from tinymim_jax.runtime import multihost
 from tinymim_jax.runtime.metric_log import read_done, write_json
 from tinymim_jax.runtime.preemption import StopRequest
-from tinymim_jax.runtime.sharding import make_mesh
-from tinymim_jax.runtime.workdir_lock import WorkdirLock
 from tinymim_jax.training.loop import run_stage
+from tinymim_jax.training.progress import replica_metric
 from tinymim_jax.weights import handoff
 
 
-def run_chain(cfg: Config, workdir: Path, only: str | None = None, stop: StopRequest | None = None) -> dict[str, Any]:
-    """Runs the stages that are not finished (or just `only`) and writes WORKDIR/results.json, which it returns.
-
-    Raises InputError for bad input, a finished stage whose config was edited among it, before any stage runs, and
-    Interrupted when `stop` asks for it.
-    """
-    with contextlib.ExitStack() as stack:
-        stop = stop or stack.enter_context(StopRequest())
-        mesh = make_mesh(cfg.mesh)
-        multihost.raise_everywhere(
-            lambda: describe_chain(cfg, workdir, only)
-        )  # what is wrong with a later stage is said now
-        multihost.check_stop(stop, "before anything ran")
-        names = list(cfg.stages) if only is None else [only]
-        to_run = multihost.run_on_primary(lambda: [name for name in names if not handoff.finished(workdir / name)])
-        multihost.raise_everywhere(lambda: check_ready(cfg, to_run, workdir, mesh))
-        multihost.run_on_primary(lambda: check_workdir(cfg, workdir))
-        lock = WorkdirLock(workdir)
-        token = multihost.run_on_primary(lambda: stack.enter_context(lock).token)
-        multihost.raise_everywhere(lambda: lock.see(token))
-        multihost.check_stop(stop, "before anything ran")
-        multihost.run_on_primary(lambda: convert_sources(cfg, to_run, workdir))
-        for name in names:
-            if name in to_run:
-                run_stage(cfg.stages[name], name, workdir, mesh, stop, lock.check)
-            else:
-                print(f"{name}: finished, skipped", flush=True)
+def run_stages(
+    cfg: Config,
+    names: list[str],
+    to_run: list[str],
+    workdir: Path,
+    mesh: jax.sharding.Mesh,
+    stop: StopRequest,
+    guard: Callable[[], object] = lambda: None,
+) -> dict[str, Any]:
+    """Runs those of the stages `names` that are `to_run` and writes WORKDIR/results.json, which it returns."""
+    for name in names:
+        if name in to_run:
+            run_stage(cfg.stages[name], name, workdir, mesh, stop, guard)
+        else:
+            print(f"{name}: finished, skipped", flush=True)
     results = collect(cfg, workdir)
     write_json(workdir / "results.json", results)
     return results
-
-
-def check_workdir(cfg: Config, workdir: Path) -> None:
-    """Makes the folder and notes whose it is; raises InputError if it is read-only."""
-    check_writable(workdir)
-    if not (workdir / "chain.json").is_file():
-        write_json(workdir / "chain.json", {"name": cfg.name})
 
 
 def collect(cfg: Config, workdir: Path) -> dict[str, Any]:
@@ -68,10 +46,21 @@ def collect(cfg: Config, workdir: Path) -> dict[str, Any]:
     }
     tables = {}
     for title, table in cfg.compare.items():
+        rows = {
+            label: [value for name in row for value in values_of(stages.get(name, {}), table.metric)]
+            for label, row in table.rows.items()
+        }
         if all(table.metric in stages.get(name, {}) for row in table.rows.values() for name in row):
-            rows = {label: summary([stages[name][table.metric] for name in row]) for label, row in table.rows.items()}
-            tables[title] = {"metric": table.metric, "rows": rows}
+            tables[title] = {"metric": table.metric, "rows": {label: summary(row) for label, row in rows.items()}}
     return {"config": cfg.name, "stages": stages, "compare": tables}
+
+
+def values_of(metrics: dict[str, float], metric: str) -> list[float]:
+    """One value of a stage, or of several replicas that of each."""
+    own = []
+    while (name := replica_metric(len(own), metric)) in metrics:
+        own.append(metrics[name])
+    return own or [value for name, value in metrics.items() if name == metric]
 
 
 def summary(values: list[float]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """AdamW, its schedule, and the rules that say how each parameter is treated."""
 
-import re
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,24 +9,11 @@ import jax.numpy as jnp
 import optax
 
 from tinymim_jax.experiment.config import Optim
+from tinymim_jax.models.contract import Encoder
 from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.weights.parameters import matches, paths
 
 Schedule = Callable[[jax.Array | int], jax.Array]
-
-
-def paths(tree: Any) -> Any:
-    """A tree like `tree` whose leaves are their own paths, "encoder/block1/norm1/scale"."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path), tree)
-
-
-def path_name(path: tuple) -> str:
-    """A key path joined by "/"."""
-    return "/".join(str(getattr(k, "key", getattr(k, "name", k))) for k in path)
-
-
-def matches(patterns: tuple[str, ...], name: str) -> bool:
-    """Whether any regex matches the whole of `name`."""
-    return any(re.fullmatch(p, name) for p in patterns)
 
 
 def peak_lr(cfg: Optim, batch_size: int) -> float:
@@ -35,28 +22,45 @@ def peak_lr(cfg: Optim, batch_size: int) -> float:
 
 
 def make_schedule(cfg: Optim, batch_size: int, steps_per_epoch: int, total_steps: int) -> Schedule:
-    """Learning rate of each step: linear warm-up from 0, then half a cosine to min_lr (MAE util/lr_sched.py)."""
-    peak, warmup = peak_lr(cfg, batch_size), cfg.warmup_epochs * steps_per_epoch
+    """Learning rate of each step: linear warm-up from 0, then what `cfg.schedule` names.
+
+    The cosine is MAE's (util/lr_sched.py), poly is (1 - progress)^power, both down to min_lr.
+    """
+    peak, warmup = peak_lr(cfg, batch_size), cfg.warmup_epochs * steps_per_epoch + cfg.warmup_steps
     if total_steps and warmup >= total_steps:
         raise InputError(
             f"warmup_epochs {cfg.warmup_epochs:g} is {warmup:.0f} steps, and the run has only {total_steps}; lower"
-            " optim.warmup_epochs, or train longer"
+            " optim.warmup_epochs (or warmup_steps), or train longer"
         )
+    shapes: dict[str, Schedule] = {  # the share of the peak that is left at `progress`, from 0 to 1
+        "cosine": lambda progress: 0.5 * (1 + jnp.cos(jnp.pi * progress)),
+        "poly": lambda progress: (1 - progress) ** cfg.power,
+        "step": lambda progress: cfg.drop_factor ** sum(jnp.where(progress >= drop, 1.0, 0.0) for drop in cfg.drops),
+        "constant": lambda progress: jnp.ones_like(progress),
+    }
+    end = cfg.min_lr if cfg.schedule in ("cosine", "poly") else 0.0
 
     def schedule(step: jax.Array | int) -> jax.Array:
         rising = peak * step / max(warmup, 1)
         progress = jnp.clip((step - warmup) / max(total_steps - warmup, 1), 0.0, 1.0)
-        falling = cfg.min_lr + (peak - cfg.min_lr) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
-        return jnp.where(step < warmup, rising, falling)
+        return jnp.where(step < warmup, rising, end + (peak - end) * shapes[cfg.schedule](progress))
 
     return schedule
 
 
-def rules(params: Any, cfg: Optim, untrained: tuple[str, ...] = ()) -> Any:
+def current_lr(schedule: Schedule, opt_state: Any) -> jax.Array:
+    """The rate of the next update: updates that are left out do not count."""
+    count = optax.tree_utils.tree_get(
+        opt_state, "count", filtering=lambda path, _: getattr(path[-1], "tuple_name", "") == "ScaleByScheduleState"
+    )
+    return schedule(count)
+
+
+def rules(params: Any, cfg: Optim, is_untrained: Callable[[str], bool] = lambda _: False) -> Any:
     """A tree of "freeze" | "decay" | "no_decay"; raises InputError unless one rule covers each parameter."""
 
     def rule(name: str) -> str:
-        if matches(cfg.freeze + untrained, name):
+        if matches(cfg.freeze, name) or is_untrained(name):
             return "freeze"
         found = [label for label in ("decay", "no_decay") if matches(getattr(cfg, label), name)]
         if len(found) != 1:
@@ -67,30 +71,27 @@ def rules(params: Any, cfg: Optim, untrained: tuple[str, ...] = ()) -> Any:
         return found[0]
 
     names = paths(params)
-    for pattern in cfg.freeze:
-        if not any(matches((pattern,), name) for name in jax.tree.leaves(names)):
-            raise InputError(f"optim.freeze: {pattern!r} matches no parameter")
+    for field in ("freeze", "lr_scale"):
+        for pattern in getattr(cfg, field):
+            if not any(matches((pattern,), name) for name in jax.tree.leaves(names)):
+                raise InputError(f"optim.{field}: {pattern!r} matches no parameter")
     return jax.tree.map(rule, names)
 
 
-def lr_scales(params: Any, layer_decay: float, depth: int) -> Any:
-    """A tree of factors on the learning rate: layer_decay^(depth + 1 - id) (MAE util/lr_decay.py).
+def lr_scales(params: Any, cfg: Optim, model: Encoder) -> Any:
+    """A tree of factors on the learning rate: layer_decay^(depth + 1 - id) (MAE util/lr_decay.py) times `lr_scale`.
 
-    Ids: 0 for embeddings, i for block i, depth + 1 for what follows. Raises InputError on an unknown parameter.
+    Ids are the encoder's `layer_id`; what lies under pretext/ comes after all layers. Raises InputError on an unknown
+    parameter.
     """
 
-    def layer_id(name: str) -> int:
-        if re.fullmatch(r"encoder/(cls_token|pos_embed|patch_embed/.*)", name):
-            return 0
-        if block := re.match(r"encoder/block(\d+)/", name):
-            return int(block[1])
-        if re.fullmatch(r"encoder/(dist_token|(norm|neck_norm|neck|fc_norm|head|head_dist)/.*)", name):
-            return depth + 1
-        raise InputError(f"optim.layer_decay knows no layer for parameter {name}; set it to 1.0")
+    def factor(name: str) -> float:
+        scale = math.prod(value for pattern, value in cfg.lr_scale.items() if matches((pattern,), name))
+        if cfg.layer_decay == 1.0 or not name.startswith("encoder/"):
+            return scale
+        return scale * cfg.layer_decay ** (model.depth + 1 - model.layer_id(name))
 
-    if layer_decay == 1.0:
-        return jax.tree.map(lambda _: 1.0, params)
-    return jax.tree.map(lambda name: layer_decay ** (depth + 1 - layer_id(name)), paths(params))
+    return jax.tree.map(factor, paths(params))
 
 
 def make_optimizer(cfg: Optim, schedule: Schedule, labels: Any, scales: Any) -> optax.GradientTransformation:

@@ -22,6 +22,7 @@ SKIPPED = "skipped"  # updates left out because they were not finite; a total
 ASKED = "asked"  # of a step: rows whose process was asked to stop
 FAILED = "failed"  # and rows whose process has failed
 TOLD = (ASKED, FAILED)
+LR = "lr"  # of a step; what is logged is the last one, no average
 FINITE = ("loss", "grad_norm", "param_norm")  # what an update must be to be made
 STEPS_AHEAD = 3  # dispatched and unfinished: enough to keep a device busy, few enough to hold few batches
 
@@ -55,7 +56,7 @@ class Progress:
         self.run, self.note, self.stop, self.has_heard = run, note, stop, False
         self.window = {key: Mean(*sum_count) for key, sum_count in saved["window"].items()}
         self.averages: dict[str, float] = saved["averages"]
-        self.name, self.writer, self.batch_size = name, writer, run.batch_size
+        self.name, self.writer, self.batch_size, self.replicas = name, writer, run.batch_size, run.replicas
         self.pending: list[tuple[int, dict[str, Mean]]] = []
         self.waited, self.since, self.images = 0.0, time.perf_counter(), 0
         self.begin, self.first_step = begin, None
@@ -84,7 +85,7 @@ class Progress:
             self._note_first()
             if jax.process_count() > 1:
                 self._hear(finished)
-        images = self.batch_size * _count(step_metrics)
+        images = self.batch_size * (next(iter(step_metrics.values())).sum.size // self.replicas)
         self.images += images
         self.bar.update(images)
 
@@ -111,25 +112,39 @@ class Progress:
         pending = jax.device_get(self.pending)
         if pending:
             self._note_first()
-        for step, values in ((step, values) for last, stack in pending for step, values in _unstacked(last, stack)):
+        for step, values in (one for last, stack in pending for one in self._unstacked(last, stack)):
             self._hear(values)
-            floats = {key: Mean(float(m.sum), float(m.count)) for key, m in values.items() if key not in TOLD}
-            self.totals[BAD_IMAGES] += int(floats.pop(BAD_IMAGES, Mean(0, 1)).sum)
-            if beyond := floats.get("labels_beyond_head"):
-                self._check_labels(step, beyond)
-            bad = [k for k in FINITE if k in floats and not math.isfinite(floats[k].sum)]
-            if bad:
-                self._skip(step, bad[0])
-            else:
-                self.window = metrics.merge([self.window, floats])
+            self.totals[BAD_IMAGES] += int(np.sum(values[BAD_IMAGES].sum)) if BAD_IMAGES in values else 0
+            for replica in range(self.replicas):
+                self._take(step, replica, {key: Mean(m.sum[replica], m.count[replica]) for key, m in values.items()})
         self.pending.clear()
 
-    def _check_labels(self, step: int, beyond: Mean) -> None:
-        if beyond.sum:
+    def _take(self, step: int, replica: int, values: dict[str, Mean]) -> None:
+        """Adds what one replica has measured at a step to the window."""
+        floats = {key: Mean(float(m.sum), float(m.count)) for key, m in values.items()}
+        for key in (*TOLD, BAD_IMAGES):
+            floats.pop(key, None)
+        if (beyond := floats.get("labels_beyond_head")) and beyond.sum:
             raise InputError(
                 f"stage {self.name}: step {step} has labels that model.num_classes leaves no output for;"
                 " set it to the number of classes of the data"
             )
+        bad = [k for k in FINITE if k in floats and not math.isfinite(floats[k].sum)]
+        if bad:
+            self._skip(step, bad[0])
+            return
+        self.window.pop(LR, None)
+        self.window = metrics.merge([self.window, floats])
+        if self.replicas > 1:
+            own = {f"{replica_metric(replica, key)}": value for key, value in floats.items() if key != LR}
+            self.window = metrics.merge([self.window, own])
+
+    def _unstacked(self, last: int, stack: dict[str, Mean]) -> Iterator[tuple[int, dict[str, Mean]]]:
+        """Each step of which `last` is the last, with its metrics [R]."""
+        flat = jax.tree.map(lambda x: np.reshape(x, (-1, self.replicas)), stack)
+        count = len(next(iter(flat.values())).sum)
+        for i in range(count):
+            yield last - count + 1 + i, jax.tree.map(lambda x, i=i: x[i], flat)
 
     def _skip(self, step: int, what: str) -> None:
         where = self.note(step, what)
@@ -170,14 +185,6 @@ class Progress:
         return {"window": window, "averages": self.averages, "totals": self.totals}
 
 
-def _count(stack: dict[str, Mean]) -> int:
-    """Of how many steps metrics are."""
-    return next(iter(stack.values())).sum.size
-
-
-def _unstacked(last: int, stack: dict[str, Mean]) -> Iterator[tuple[int, dict[str, Mean]]]:
-    """Each step of which `last` is the last, with its metrics."""
-    count = _count(stack)
-    flat = jax.tree.map(np.ravel, stack)
-    for i in range(count):
-        yield last - count + 1 + i, jax.tree.map(lambda x, i=i: x[i], flat)
+def replica_metric(replica: int, name: str) -> str:
+    """The name of a metric of one of several replicas."""
+    return f"replica{replica}/{name}"

@@ -10,17 +10,16 @@ import optax
 
 from tinymim_jax.data import resident
 from tinymim_jax.objectives.metrics import Mean
-from tinymim_jax.runtime import preemption
-from tinymim_jax.runtime import sharding as mesh_lib
+from tinymim_jax.runtime import keys, preemption, sharding
 from tinymim_jax.tasks.contract import STREAMS, Batch, Frozen
 from tinymim_jax.training import optim
-from tinymim_jax.training.progress import ASKED, BAD_IMAGES, FAILED, FINITE
+from tinymim_jax.training.progress import ASKED, BAD_IMAGES, FAILED, FINITE, LR
 from tinymim_jax.training.setup import StageSetup, example_batch
 
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a step changes. `ema` is {} where no average is kept."""
+    """All that a step changes. `ema` is {} where no average is kept. Several replicas are stacked, [R, ...]."""
 
     step: jax.Array
     params: Any
@@ -32,26 +31,42 @@ class TrainState:
 TrainStep = Callable[[TrainState, Frozen, Batch, jax.Array], tuple[TrainState, dict[str, Mean]]]
 
 
-def create_state(plan: StageSetup, rng: jax.Array) -> TrainState:
-    """Fresh parameters and optimiser state."""
-    variables = dict(plan.task.init(rng, example_batch(plan.stage))[0])
-    params = variables.pop("params")
-    ema = params if plan.stage.optim.ema else {}
-    return TrainState(jnp.zeros((), jnp.int32), params, variables, plan.tx.init(params), ema)
+def host_keys(setup: StageSetup, stream: int) -> jax.Array:
+    """The key of one of the stage's streams; of several replicas theirs, [R]."""
+    found = [keys.key(seed, stream) for seed in setup.seeds()]
+    return found[0] if len(found) == 1 else jnp.stack(found)
 
 
-def make_train_step(plan: StageSetup) -> TrainStep:
+def stage_keys(setup: StageSetup, stream: int, mesh: jax.sharding.Mesh) -> jax.Array:
+    """`host_keys` on every device of `mesh`, as the step takes them."""
+    data = jax.random.key_data(host_keys(setup, stream))
+    return jax.random.wrap_key_data(sharding.put_tree(data, sharding.replicated(mesh)))
+
+
+def create_state(setup: StageSetup, rng: jax.Array) -> TrainState:
+    """Fresh parameters and optimiser state; rng is of stream INIT, one for each replica."""
+
+    def create(rng: jax.Array) -> TrainState:
+        variables = dict(setup.task.init(rng, example_batch(setup.task, setup.stage))[0])
+        params = variables.pop("params")
+        ema = params if setup.stage.optim.ema else {}
+        return TrainState(jnp.zeros((), jnp.int32), params, variables, setup.tx.init(params), ema)
+
+    return jax.vmap(create)(rng) if rng.ndim else create(rng)
+
+
+def make_train_step(setup: StageSetup) -> TrainStep:
     """step(state, frozen, batch, rng) -> (state, metrics); pure, for `jit`.
 
-    `rng` is the stage's key: every random number is a function of it, the step and the stream's name.
+    `rng` is the stage's key of stream STEPS: every random number is a function of it, the step and the stream's name.
     """
-    task, tx, cfg = plan.task, plan.tx, plan.stage.optim
+    task, tx, cfg = setup.task, setup.tx, setup.stage.optim
 
     def gradients(state: TrainState, frozen: Frozen, batch: Batch, rng: jax.Array) -> tuple[Any, Any]:
         rngs = {name: jax.random.fold_in(rng, i) for i, name in enumerate(STREAMS)}
 
         def loss(params: Any) -> tuple[jax.Array, Any]:
-            params = optim.stop_frozen(params, plan.labels)
+            params = optim.stop_frozen(params, setup.labels)
             return task.loss(params, state.model_state, frozen, batch, rngs, train=True)
 
         grads, aux = jax.grad(loss, has_aux=True)(state.params)
@@ -59,22 +74,20 @@ def make_train_step(plan: StageSetup) -> TrainStep:
 
     def step(state: TrainState, frozen: Frozen, batch: Batch, rng: jax.Array) -> tuple[TrainState, dict[str, Mean]]:
         if "held" in batch:
-            batch = resident.make_batch(plan.stage.data, batch)
+            batch = resident.make_batch(setup.stage.data, batch)
         rng = jax.random.fold_in(rng, state.step)
         grads, aux = accumulate(gradients, cfg.accum_steps, state, frozen, batch, rng)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = optax.incremental_update(params, state.ema, 1 - cfg.ema) if cfg.ema else {}
         norms = {"grad_norm": Mean.of(optax.global_norm(grads)), "param_norm": Mean.of(optax.global_norm(params))}
-        rows = {
-            BAD_IMAGES: ~batch["is_valid"],
-            ASKED: batch["stop"] == preemption.STOP,
-            FAILED: batch["stop"] == preemption.FAILED,
-        }
+        wishes = {ASKED: preemption.STOP, FAILED: preemption.FAILED}
+        rows = {BAD_IMAGES: ~batch["is_valid"], **{name: batch["stop"] == wish for name, wish in wishes.items()}}
         counts = {name: Mean.of(jnp.sum(is_one)) for name, is_one in rows.items()}
         new = TrainState(state.step + 1, params, aux.model_state, opt_state, ema)
-        step_metrics = {**aux.metrics, **norms, **counts}
-        if plan.stage.run.on_nan == "skip":
+        rate = {LR: Mean.of(optim.current_lr(setup.schedule, state.opt_state))}
+        step_metrics = {**aux.metrics, **norms, **counts, **rate}
+        if setup.stage.run.on_nan == "skip":
             new = keep_if_bad(state, new, step_metrics)
         return new, step_metrics
 
@@ -109,8 +122,16 @@ def accumulate(
     return jax.tree.map(lambda g: g / summed["loss"].count, grads), aux.replace(metrics=summed, model_state=averaged)
 
 
+def of_replicas(step: TrainStep, shares_batches: bool) -> TrainStep:
+    """`step` of all replicas at once: states, keys and metrics are stacked [R, ...], and batches, if each has its own.
+
+    What does not differ between replicas, such as a teacher's pass over a shared batch, is computed once.
+    """
+    return jax.vmap(step, in_axes=(0, None, None if shares_batches else 0, 0))
+
+
 def in_turn(step: TrainStep) -> TrainStep:
-    """`step` on one after the other of batches stacked [K, B, ...]; the metrics come stacked [K]."""
+    """`step` on one after the other of batches stacked [K, ...]; the metrics come stacked [K, ...]."""
 
     def steps(state: TrainState, frozen: Frozen, batch: Batch, rng: jax.Array) -> tuple[TrainState, dict[str, Mean]]:
         held = {name: batch[name] for name in batch if name == "held"}  # the same for all
@@ -120,11 +141,13 @@ def in_turn(step: TrainStep) -> TrainStep:
     return steps
 
 
-def jit_step(plan: StageSetup, mesh: jax.sharding.Mesh, shardings: TrainState, per_call: int = 1) -> TrainStep:
+def jit_step(setup: StageSetup, mesh: jax.sharding.Mesh, shardings: TrainState, per_call: int = 1) -> TrainStep:
     """The train step, compiled, or up to `per_call` of them `in_turn`: the state is donated and nothing else is."""
-    step = make_train_step(plan) if per_call == 1 else in_turn(make_train_step(plan))
-    out = (shardings, mesh_lib.replicated(mesh))
-    return jax.jit(step, donate_argnums=0, out_shardings=out)
+    step = make_train_step(setup)
+    if setup.stage.run.replicas > 1:
+        step = of_replicas(step, setup.shares_batches)
+    step = step if per_call == 1 else in_turn(step)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
 
 
 def to_items(state: TrainState) -> dict[str, Any]:

@@ -162,9 +162,9 @@ def _compare(found: list[Any], saved: list[int]) -> None:
         raise ValueError("its values are not those that were saved")
 
 
-def save_model(folder: Path, params: Any) -> None:
-    """Writes `params` alone as the checkpoint of step 0 under `folder`."""
-    model = {"params": params, "model_state": {}, "ema": {}}
+def save_model(folder: Path, params: Any, model_state: Any = None, ema: Any = None) -> None:
+    """Writes what later stages read as the checkpoint of step 0 under `folder`; this process alone."""
+    model = {"params": params, "model_state": model_state or {}, "ema": ema or {}}
     alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="convert")
     options = ocp.CheckpointManagerOptions(
         enable_async_checkpointing=False, multiprocessing_options=alone, create=False

@@ -5,27 +5,52 @@
 
 import dataclasses
 import hashlib
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import flax.traverse_util
-import jax
 import numpy as np
 from etils.epath import Path
 
-from tinymim_jax.experiment import config
-from tinymim_jax.experiment.config import Init
-from tinymim_jax.models import posembed, vit
-from tinymim_jax.runtime import codec, storage
+from tinymim_jax.runtime import storage
+from tinymim_jax.runtime.codec import ranged
 from tinymim_jax.runtime.errors import InputError
-from tinymim_jax.training.optim import matches
-from tinymim_jax.weights import checkpoint
+from tinymim_jax.weights import checkpoint, resize
+from tinymim_jax.weights.parameters import flatten, fold, matches, unflatten
 
-FORMAT = 1  # of stage.json and of what stands beside it
 WEIGHTS = (".safetensors", ".pth", ".pt", ".tar", ".bin", ".ckpt")  # how names of weight files end
+PRETEXT = "pretext/"  # parameters that no later stage reads
 Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclasses.dataclass
+class Init:
+    """Where weights come from. Exactly one of `stage` and `path`."""
+
+    stage: str | None = None  # an earlier stage of this chain
+    path: str | None = None  # a stage's folder, of any run
+    replica: int | None = ranged(None, at_least=0)  # of a stage with run.replicas; None: the one of the same number
+    rename: dict[str, str] = dataclasses.field(default_factory=dict)  # regex -> replacement, on the source's keys
+    skip: tuple[str, ...] = ()  # regexes: keys of the source that may be left out
+    fresh: tuple[str, ...] = ()  # regexes: keys that keep their initial values, whatever the source has
+    keep_blocks: int | None = ranged(None, at_least=0)  # take over the embeddings and so many blocks only; None: all
+    regroup_heads: bool = False  # re-read fused qkv channels with another number of heads
+    resize_posembed: bool = False  # bicubic, to this model's grid
+
+    def check(self, where: str) -> None:
+        """Raises InputError, naming fields by `where`, on values that do not fit together."""
+        if (self.stage is None) == (self.path is None):
+            raise InputError(f"{where} needs exactly one of stage and path; set the other to none")
+        for pattern in (*self.skip, *self.fresh, *self.rename):
+            check_regex(where, pattern)
+
+
+def check_regex(where: str, pattern: str) -> None:
+    """Raises InputError if `pattern` is no regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"{where}: {pattern!r} is not a regular expression ({error})") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,49 +78,22 @@ class Report:
         return text + ([f"skipped: {fold(self.skipped, self.source)}"] if self.skipped else [])
 
 
-def fold(keys: Iterable[str], among: Iterable[str]) -> str:
-    """`keys` in a line: a module whose keys `among` are all in is named alone, neighbouring blocks are a range."""
-    keys = list(keys)
-    others = {prefix for key in set(among) - set(keys) for prefix in _prefixes(key)}
-    names = dict.fromkeys(next((p for p in _prefixes(key) if p not in others), key) for key in keys)
-    groups: dict[str, list[int]] = {}
-    for name in names:
-        block = re.search(r"block(\d+)", name)
-        groups.setdefault(re.sub(r"block\d+", "block{}", name), []).extend([int(block[1])] if block else [])
-    return ", ".join(template.replace("{}", _ranges(blocks)) for template, blocks in groups.items())
-
-
-def _prefixes(key: str) -> list[str]:
-    """Every leading part of a path: a, a/b and a/b/c of a/b/c."""
-    parts = key.split("/")
-    return ["/".join(parts[: i + 1]) for i in range(len(parts))]
-
-
-def _ranges(numbers: list[int]) -> str:
-    runs: list[list[int]] = []
-    for n in sorted(numbers):
-        if runs and n == runs[-1][-1] + 1:
-            runs[-1].append(n)
-        else:
-            runs.append([n])
-    return "+".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
-
-
-def flatten(tree: Any) -> dict[str, Any]:
-    """Nested dict -> {"a/b/c": leaf}."""
-    return flax.traverse_util.flatten_dict(tree, sep="/")
-
-
-def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """{"a/b/c": shape} of a nested dict of arrays."""
-    return {key: tuple(leaf.shape) for key, leaf in flatten(tree).items()}
-
-
-def match(target: Shapes, source: Shapes, init: Init, untrained: Sequence[str] = ()) -> Report:
+def match(
+    target: Shapes,
+    source: Shapes,
+    init: Init,
+    untrained: Sequence[str] = (),
+    layer_id: Callable[[str], int] | None = None,
+) -> Report:
     """How `source` fills `target`; raises InputError naming the keys that neither fit nor are excused by `init`.
 
-    `untrained` are the source's keys that its own stage did not train; the report says which were loaded.
+    What lies under pretext/ is neither taken nor missed. `untrained` are the source's keys that its own stage did not
+    train; the report says which were loaded. `layer_id` is the encoder's, which `init.keep_blocks` counts by.
     """
+
+    def is_beyond(key: str) -> bool:
+        return init.keep_blocks is not None and key.startswith("encoder/") and layer_id(key) > init.keep_blocks
+
     renamed: dict[str, str] = {}
     for key in source:
         other = renamed.setdefault(_rename(key, init.rename), key)
@@ -104,9 +102,7 @@ def match(target: Shapes, source: Shapes, init: Init, untrained: Sequence[str] =
     report = Report(target, source, {}, [], [], {}, {}, [])
     problems = []
     for key, shape in target.items():
-        if _is_beyond(key, init.keep_blocks) or (
-            matches(init.fresh, key) and not _fits(key, shape, renamed, report, init)
-        ):
+        if key.startswith(PRETEXT) or is_beyond(key) or matches(init.fresh, key):
             report.fresh.append(key)
             continue
         if key not in renamed:
@@ -121,9 +117,10 @@ def match(target: Shapes, source: Shapes, init: Init, untrained: Sequence[str] =
         raise InputError(
             f"the source lacks {fold(problems, target)}; name what may start from its initial values in init.fresh"
         )
-    unused = [key for new, key in renamed.items() if new not in target]
-    unused += [renamed[key] for key in report.fresh if key in renamed]
-    surplus = [key for key in unused if not matches(init.skip, key) and not _is_beyond(key, init.keep_blocks)]
+    unused = [key for new, key in renamed.items() if new not in report.moves]
+    surplus = [
+        key for key in unused if not matches((*init.skip, *init.fresh, f"{PRETEXT}.*"), key) and not is_beyond(key)
+    ]
     if surplus:
         raise InputError(f"this model has no {fold(surplus, source)}; name what may be left out in init.skip")
     report.skipped.extend(unused)
@@ -140,7 +137,7 @@ def _fit(key: str, old: tuple[int, ...], new: tuple[int, ...], init: Init, repor
                 " or set init.regroup_heads=True to re-read the channels"
             )
     elif key.endswith("pos_embed") and _is_resizing(old, new):
-        there, here = (posembed.side(s[1]) for s in (old, new))
+        there, here = (resize.side(s[1]) for s in (old, new))
         report.resized[key] = (there, here)
         if not init.resize_posembed:
             raise InputError(
@@ -151,26 +148,10 @@ def _fit(key: str, old: tuple[int, ...], new: tuple[int, ...], init: Init, repor
         raise InputError(f"{key} is {old} in the source and {new} here: the two models differ in size")
 
 
-def _fits(key: str, shape: tuple[int, ...], renamed: Mapping[str, str], report: Report, init: Init) -> bool:
-    """Whether the source has a value for `key`; one of another size that may be left out (init.skip) is none."""
-    if key not in renamed:
-        return False
-    old = report.source[renamed[key]]
-    usable = old == shape or _is_regrouping(key, old, shape) or (key.endswith("pos_embed") and _is_resizing(old, shape))
-    return usable or not matches(init.skip, renamed[key])
-
-
 def _rename(key: str, rename: Mapping[str, str]) -> str:
     for pattern, replacement in rename.items():
         key = re.sub(pattern, replacement, key)
     return key
-
-
-def _is_beyond(key: str, keep_blocks: int | None) -> bool:
-    """Whether `key` lies behind the blocks that are taken over."""
-    block = re.match(r"encoder/block(\d+)/", key)
-    behind = int(block[1]) > keep_blocks if block and keep_blocks is not None else False
-    return behind or (keep_blocks is not None and bool(re.match(r"encoder/(norm|fc_norm|head|neck)", key)))
 
 
 def _is_regrouping(key: str, old: tuple[int, ...], new: tuple[int, ...]) -> bool:
@@ -180,7 +161,7 @@ def _is_regrouping(key: str, old: tuple[int, ...], new: tuple[int, ...]) -> bool
 
 def _is_resizing(old: tuple[int, ...], new: tuple[int, ...]) -> bool:
     """Positions of as many channels and as many tokens in front of the patches."""
-    in_front = [shape[1] - posembed.side(shape[1]) ** 2 for shape in (old, new)]
+    in_front = [shape[1] - resize.side(shape[1]) ** 2 for shape in (old, new)]
     return old[-1] == new[-1] and in_front[0] == in_front[1]
 
 
@@ -190,9 +171,9 @@ def transfer(target: Any, source: Any, report: Report) -> Any:
     for key, source_key in report.moves.items():
         array, shape = np.asarray(arrays[source_key]), filled[key].shape
         if key in report.resized:
-            array = posembed.resize(array, report.resized[key][1])
+            array = resize.resize(array, report.resized[key][1])
         filled[key] = array.reshape(shape).astype(filled[key].dtype)
-    return flax.traverse_util.unflatten_dict(filled, sep="/")
+    return unflatten(filled)
 
 
 def for_teacher(init: Init) -> Init:
@@ -200,18 +181,37 @@ def for_teacher(init: Init) -> Init:
     return dataclasses.replace(init, skip=(".*",), fresh=())
 
 
-def source_folder(init: Init, workdir: Path) -> Path:
-    """Where `init` points: a stage of this workdir, any stage's folder, or where a foreign file is converted to."""
+def source_folder(init: Init, workdir: Path, replica: int | None = None) -> Path:
+    """Where `init` points: a stage of this workdir, any stage's folder, or where a foreign file is converted to.
+
+    Replica `replica` of a stage takes, where `init` does not say otherwise, that of its source.
+    """
+    chosen = init.replica if init.replica is not None else replica
     if init.stage is not None:
-        return workdir / init.stage
+        return _replica(workdir / init.stage, chosen)
     path = storage.path(init.path)
     storage.check(path)
     if (path / "stage.json").is_file():
-        return path
+        return _replica(path, chosen)
     # Two files of one name are two checkpoints.
     digest = hashlib.sha256(init.path.encode()).hexdigest()[:6]
     converted = workdir / "converted" / f"{path.stem if path.suffix in WEIGHTS else path.name}-{digest}"
     return converted if is_foreign(path) or finished(converted) else path
+
+
+def _replica(folder: Path, chosen: int | None) -> Path:
+    """`folder`, or of a stage of several replicas that of the one that is `chosen`."""
+    return folder if chosen is None or not replicas(folder) else folder / replica_name(chosen)
+
+
+def replica_name(number: int) -> str:
+    """The folder of a replica, in that of its stage."""
+    return f"replica_{number}"
+
+
+def replicas(folder: Path) -> list[str]:
+    """The folders of the replicas of the finished stage in `folder`; [] if it has none."""
+    return sorted((f.parent.name for f in folder.glob("replica_*/DONE")), key=lambda name: int(name.split("_")[1]))
 
 
 def is_foreign(path: Path) -> bool:
@@ -219,61 +219,6 @@ def is_foreign(path: Path) -> bool:
     if (path / "stage.json").is_file():
         return False
     return path.suffix in WEIGHTS or path.is_file() or (path / "config.json").is_file()
-
-
-def read_stage(folder: Path) -> config.Stage:
-    """The stage that was run in `folder`, from its own `stage.json`; raises InputError if it is not one."""
-    content = _stage_json(folder)
-    if "stage" not in content:
-        raise InputError(f"{folder} is a converted checkpoint, not a stage that was run")
-    return codec.from_dict(config.Stage, content["stage"], str(folder / "stage.json"))
-
-
-def read_model(folder: Path) -> config.ViT:
-    """The model of the stage or converted checkpoint in `folder`; raises InputError if it is neither."""
-    if converted := read_converted(folder):
-        return codec.from_dict(config.ViT, converted["model"], str(folder / "stage.json"))
-    return read_stage(folder).model
-
-
-def read_converted(folder: Path) -> dict[str, Any] | None:
-    """What is known of a converted checkpoint; None if `folder` holds a stage that was run here."""
-    content = _stage_json(folder)
-    return content.get("converted")
-
-
-def read_untrained(folder: Path) -> list[str]:
-    """The parameters that the stage in `folder` did not train; raises InputError if it is not a stage's folder."""
-    return _stage_json(folder)["untrained"]
-
-
-def _stage_json(folder: Path) -> dict[str, Any]:
-    file = folder / "stage.json"
-    if not folder.exists():
-        raise InputError(f"{folder} does not exist; run that stage first, or name the folder of a stage that was run")
-    if is_foreign(folder):
-        raise InputError(
-            f"{folder} is not a stage's folder but another project's checkpoint; convert it first:"
-            f" python -m tinymim_jax convert {folder} DST"
-        )
-    if not file.is_file():
-        stages = sorted(f.parent.name for f in folder.glob("*/stage.json"))
-        advice = f"name one of the stages in it: {', '.join(stages)}" if stages else "it has no stage.json"
-        raise InputError(f"{folder} is not the folder of a stage: {advice}")
-    try:
-        content = json.loads(file.read_text())
-        if content.get("format", FORMAT) > FORMAT:
-            raise InputError(
-                f"{folder} was written by a newer tinymim_jax (format {content['format']}, this one reads {FORMAT});"
-                " update it"
-            )
-        if ("stage" in content or "converted" in content) and isinstance(content["untrained"], list):
-            return content
-    except InputError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass
-    raise InputError(f"{file} is damaged; delete {folder} and make it again, as it was made")
 
 
 def finished(folder: Path) -> bool:
@@ -285,8 +230,10 @@ def read_variables(folder: Path) -> dict[str, Any]:
     """A finished stage's collections as numpy arrays; `params` are the averaged ones if it kept an average."""
     if not finished(folder):
         raise InputError(f"{folder} has no finished stage: run that stage first")
+    if names := replicas(folder):
+        raise InputError(f"{folder} has {len(names)} replicas; choose one, e.g. {folder / names[0]} (init.replica=0)")
     model = checkpoint.read_model(folder)
-    return {"params": model["ema"] or model["params"], **model["model_state"]}
+    return {"params": grouped(model["ema"] or model["params"]), **model["model_state"]}
 
 
 def read_params(folder: Path) -> Any:
@@ -294,10 +241,14 @@ def read_params(folder: Path) -> Any:
     return read_variables(folder)["params"]
 
 
-def load(path: str | Path) -> tuple[vit.VisionTransformer, dict[str, Any]]:
-    """The encoder of the stage in folder `path`: (model, variables); see `tinymim_jax.load`."""
-    folder = storage.path(path)
-    storage.check(folder)
-    model = vit.build(read_model(folder))
-    variables = read_variables(folder)
-    return model, jax.tree.map(jax.numpy.asarray, {**variables, "params": variables["params"]["encoder"]})
+def read_shapes(folder: Path) -> Shapes:
+    """The shapes of a finished stage's parameters, by name."""
+    tree = grouped(checkpoint.model_shapes(folder)["params"])
+    return {key: tuple(leaf.shape) for key, leaf in flatten(tree).items()}
+
+
+def grouped(params: dict[str, Any]) -> dict[str, Any]:
+    """`params` under encoder/ and pretext/; the first format had MAE's decoder beside the encoder."""
+    if "decoder" not in params:
+        return params
+    return {"encoder": params["encoder"], "pretext": {"decoder": params["decoder"]}}

@@ -1,0 +1,43 @@
+"""What a task reads of a record, and how one record becomes that: the fields of a batch."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from tinymim_jax.data.augment import load
+from tinymim_jax.data.config import Data
+
+Record = Mapping[str, Any]  # of a `sources.Source`
+Example = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fields:
+    """A batch has these, and beside them is_valid bool [B] and index int32 [B]; functions of a module, as workers
+    get them by pickle.
+
+    Geometry is drawn once and applied to all fields of a record.
+    """
+
+    empty: Callable[[Data], Example]
+    """An example of zeros: the shapes and dtypes."""
+    read: Callable[[Record, str, Data, np.random.Generator], Example]
+    """A record, its name and a generator -> an example; raises InputError that begins with the name."""
+
+    def batch(self, data: Data, rows: int) -> Example:
+        """A batch without a record in it."""
+        zeros = {name: np.zeros((rows, *np.shape(value)), value.dtype) for name, value in self.empty(data).items()}
+        return {**zeros, "is_valid": np.zeros(rows, bool), "index": np.full(rows, -1, np.int32)}
+
+
+def _empty_image_label(data: Data) -> Example:
+    return {"image": np.zeros((data.image_size, data.image_size, 3), np.uint8), "label": np.zeros((), np.int32)}
+
+
+def _read_image_label(record: Record, name: str, data: Data, rng: np.random.Generator) -> Example:
+    return {"image": load(record["image"], name, data, rng), "label": np.int32(record["label"])}
+
+
+IMAGE_LABEL = Fields(_empty_image_label, _read_image_label)  # image uint8 [B, S, S, 3], label int32 [B]

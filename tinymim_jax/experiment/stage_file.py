@@ -1,0 +1,116 @@
+"""`stage.json`: what a folder of weights says of itself, so that a teacher is rebuilt from its own words."""
+
+import json
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path as LocalPath
+from typing import Any
+
+import flax.linen as nn
+import jax
+from etils.epath import Path
+
+from tinymim_jax.experiment.config import Model, Stage
+from tinymim_jax.models.contract import Encoder
+from tinymim_jax.runtime import codec, storage
+from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.weights import handoff
+
+FORMAT = 2  # of stage.json and of what stands beside it
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint")
+MADE_BY = {1: "tinymim_jax 0.1"}  # older formats, which are read and not gone on with
+
+
+def describe(stage: Stage, untrained: Iterable[str]) -> dict[str, Any]:
+    """The contents of `stage.json`: everything needed to build the stage again, and what it ran on."""
+    versions = {name: version(name) for name in PACKAGES}
+    return {"format": FORMAT, "stage": codec.to_dict(stage), "untrained": list(untrained), "versions": versions}
+
+
+def read_stage(folder: Path) -> Stage:
+    """The stage that was run in `folder`, from its own `stage.json`; raises InputError if it is not one."""
+    content = read(folder)
+    if "stage" not in content:
+        raise InputError(f"{folder} is a converted checkpoint, not a stage that was run")
+    return codec.from_dict(Stage, content["stage"], str(folder / "stage.json"))
+
+
+def read_model(folder: Path) -> Encoder:
+    """The model of the stage or converted checkpoint in `folder`; raises InputError if it is neither."""
+    content = read(folder)
+    model = content["converted"]["model"] if "converted" in content else content["stage"]["model"]
+    return codec.from_dict(Model, model, f"{folder / 'stage.json'}.model")
+
+
+def read_converted(folder: Path) -> dict[str, Any] | None:
+    """What is known of a converted checkpoint; None if `folder` holds a stage that was run here."""
+    return read(folder).get("converted")
+
+
+def read_untrained(folder: Path) -> list[str]:
+    """The parameters that the stage in `folder` did not train; raises InputError if it is not a stage's folder."""
+    return read(folder)["untrained"]
+
+
+def check_resumable(folder: Path) -> None:
+    """Raises InputError if an older version has begun the stage in `folder` and not finished it."""
+    made = json.loads((folder / "stage.json").read_text()).get("format", FORMAT)
+    if made in MADE_BY:
+        raise InputError(
+            f"{folder} was begun by {MADE_BY[made]}, whose checkpoints this version does not go on from; finish it with"
+            f" that, or delete {folder} to run the stage again"
+        )
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The contents of `stage.json` in today's format; raises InputError that says what `folder` is instead."""
+    file = folder / "stage.json"
+    if not folder.exists():
+        raise InputError(f"{folder} does not exist; run that stage first, or name the folder of a stage that was run")
+    if handoff.is_foreign(folder):
+        raise InputError(
+            f"{folder} is not a stage's folder but another project's checkpoint; convert it first:"
+            f" python -m tinymim_jax convert {folder} DST"
+        )
+    if not file.is_file():
+        stages = sorted(f.parent.name for f in folder.glob("*/stage.json"))
+        advice = f"name one of the stages in it: {', '.join(stages)}" if stages else "it has no stage.json"
+        raise InputError(f"{folder} is not the folder of a stage: {advice}")
+    try:
+        content = json.loads(file.read_text())
+        made = content.get("format", 1 if "stage" in content else FORMAT)
+        if made > FORMAT:
+            raise InputError(
+                f"{folder} was written by a newer tinymim_jax (format {made}, this one reads {FORMAT}); update it"
+            )
+        if ("stage" in content or "converted" in content) and isinstance(content["untrained"], list):
+            return _upgraded(content) if made < FORMAT else content
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise InputError(f"{file} is damaged; delete {folder} and make it again, as it was made")
+
+
+def _upgraded(content: dict[str, Any]) -> dict[str, Any]:
+    """Format 1 as format 2: a distillation had one target, and MAE's decoder lay beside the encoder."""
+    task, untrained = content["stage"]["task"], content["untrained"]
+    if task["kind"] == "distill":
+        teacher, kept = task["teacher"], {key: task[key] for key in ("kind", "color_jitter") if key in task}
+        target = {"kind": "relation", "teacher_block": teacher["block"], "heads": teacher.get("heads")}
+        names = {"student_block": "student_block", "relations": "relations", "relation_kernel": "kernel"}
+        target |= {new: task[old] for old, new in names.items() if old in task}
+        task = {**kept, "teacher": teacher["init"], "targets": {"relation": target}}
+    untrained = [
+        name.replace("decoder/", "pretext/decoder/", 1) if name[:8] == "decoder/" else name for name in untrained
+    ]
+    return {**content, "stage": {**content["stage"], "task": task}, "untrained": untrained}
+
+
+def load(path: str | LocalPath) -> tuple[nn.Module, dict[str, Any]]:
+    """The encoder of the stage in folder `path`: (model, variables); see `tinymim_jax.load`."""
+    folder = storage.path(path)
+    storage.check(folder)
+    model = read_model(folder).build()
+    variables = handoff.read_variables(folder)
+    return model, jax.tree.map(jax.numpy.asarray, {**variables, "params": variables["params"]["encoder"]})

@@ -1,0 +1,191 @@
+"""What an encoder's config answers and what the encoder returns, so that nothing else asks which encoder it has.
+
+Shapes: B batch, N tokens, L patch tokens, D width, H heads, E head width, C classes.
+"""
+
+import abc
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from tinymim_jax.runtime.errors import InputError
+
+
+@flax.struct.dataclass
+class BlockTrace:
+    """What one block computed; under jit, what nothing reads is not computed. None: this block has no such thing."""
+
+    norm1: jax.Array | None = None  # [B, N, D], what attention reads
+    q: jax.Array | None = None  # [B, N, H, E]
+    k: jax.Array | None = None  # [B, N, H, E]
+    v: jax.Array | None = None  # [B, N, H, E]
+    attn_out: jax.Array | None = None  # [B, N, D], before the shortcut is added
+    mid: jax.Array | None = None  # [B, N, D], behind it
+    mlp_out: jax.Array | None = None  # [B, N, D], before the shortcut is added
+    out: jax.Array | None = None  # [B, N, D]
+
+
+@flax.struct.dataclass
+class EncoderOutput:
+    """tokens [B, N, D] as the last block leaves them, or its norm; trace of the captured blocks, numbered from 1.
+
+    logits [B, C] if there is a head; `heads` has those of each head apart, where there are several. `stages` are the
+    outputs of a hierarchical encoder's stages.
+    """
+
+    tokens: jax.Array
+    trace: Mapping[int, BlockTrace]
+    stages: tuple[jax.Array, ...] = ()
+    logits: jax.Array | None = None
+    heads: tuple[jax.Array, ...] = ()
+
+
+@flax.struct.dataclass
+class Outputs:
+    """What evaluators read: features [B, D] of frozen-feature probes, logits [B, C] if there is a head."""
+
+    features: jax.Array
+    logits: jax.Array | None = None
+
+
+class Encoder(abc.ABC):
+    """The config of an encoder, a dataclass with a `kind` that `models.MODELS` lists.
+
+    Parameters are named by `layer_id`'s rules; a fused `.../qkv/...` ends in [3, H, E], so that its heads can be
+    regrouped, and a `pos_embed` is [1, prefix + grid^2, D], so that it can be resized.
+    """
+
+    kind: str
+    depth: int  # blocks
+    image_size: int  # pixels a side
+    num_classes: int  # 0: no head
+    dtype: str  # of the computation
+    remat: bool  # recompute each block in the backward pass
+    num_prefix: ClassVar[Any]  # tokens in front of the patches
+    patch_size: Any  # pixels a side of a token's patch
+
+    @abc.abstractmethod
+    def build(self) -> nn.Module:
+        """The module; `apply(variables, images, capture=(), train=False, keep=None) -> EncoderOutput`."""
+
+    @abc.abstractmethod
+    def check(self, where: str) -> None:
+        """Raises InputError, naming fields by `where`, on a combination that cannot be built."""
+
+    @abc.abstractmethod
+    def summary(self) -> str:
+        """The model in a line, for people."""
+
+    @abc.abstractmethod
+    def width_of(self, block: int) -> int:
+        """D of what `block` (from 1) puts out."""
+
+    @abc.abstractmethod
+    def heads_of(self, block: int) -> int:
+        """H of `block`."""
+
+    @abc.abstractmethod
+    def layer_id(self, name: str) -> int:
+        """0 for embeddings, i for block i, depth + 1 for what follows; InputError if there is no such parameter."""
+
+    @abc.abstractmethod
+    def is_behind_qkv(self, name: str) -> bool:
+        """Whether the q, k and v of the block that parameter `name` belongs to do not depend on it."""
+
+    @abc.abstractmethod
+    def trunk(self, block: int) -> "Encoder":
+        """The encoder up to `block`, without norm and head."""
+
+    @abc.abstractmethod
+    def computing_like(self, other: "Encoder") -> "Encoder":
+        """The encoder as it computes on the images of `other`: dtype, image size. InputError if it cannot see them."""
+
+    @abc.abstractmethod
+    def embed_flops(self, patches: int) -> float:
+        """Matmul FLOPs of the patch embedding of one image of which `patches` are seen."""
+
+    @abc.abstractmethod
+    def block_flops(self, block: int, patches: int, *, qkv_only: bool = False) -> float:
+        """Matmul FLOPs of one block's forward pass, or up to its q, k and v."""
+
+    def head_flops(self, patches: int) -> float:
+        """Matmul FLOPs of what stands behind the blocks."""
+        return 2.0 * self.width_of(self.depth) * self.num_classes
+
+    @property
+    def grid(self) -> int:
+        """Patches a side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def mask_unit(self) -> int | None:
+        """Pixels a side of what a mask hides (`keep` takes indices of such units); None: it cannot be masked."""
+        return None
+
+    def check_masked(self, where: str) -> None:
+        """Raises InputError if it cannot be trained on the patches that a mask leaves over."""
+        if self.mask_unit is None:
+            raise InputError(f"{where}: the encoder {self.kind!r} cannot be masked, so it has no masked auto-encoding")
+
+    @property
+    def label_heads(self) -> int:
+        """Heads that learn labels apart: 2 with a distillation token."""
+        return 1 if self.num_classes else 0
+
+    @property
+    def has_state(self) -> bool:
+        """Whether it needs collections beside its parameters."""
+        return False
+
+    @property
+    def fixed(self) -> tuple[str, ...]:
+        """Regexes of parameters that are never trained."""
+        return ()
+
+    @property
+    def features_on_cls(self) -> bool:
+        """Whether probes read the first token and not the mean patch token."""
+        return False
+
+    def reads(self, name: str, block: int, *, qkv_only: bool = False) -> bool:
+        """Whether parameter `name` matters for the output of `block`, or for its q, k and v."""
+        layer = self.layer_id(name)
+        return layer < block or (layer == block and not (qkv_only and self.is_behind_qkv(name)))
+
+    def half_trained(self, names: Iterable[str], untrained: Collection[str]) -> int | None:
+        """The first block of whose parameters, among `names`, some were trained and some were not; None if none is."""
+        blocks: dict[int, set[bool]] = {}
+        for name in names:
+            if name.startswith("encoder/") and (block := self.block_of(name)):
+                blocks.setdefault(block, set()).add(name in untrained)
+        return min((block for block, found in blocks.items() if len(found) > 1), default=None)
+
+    def forward_flops(self, patches: int | None = None, block: int | None = None, *, qkv_only: bool = False) -> float:
+        """Of one image's forward pass, a multiply-add counting as 2; up to `block`, or its q, k, v, if there is one."""
+        seen, last = patches or self.grid**2, block or self.depth
+        blocks = sum(self.block_flops(i, seen, qkv_only=qkv_only and i == last) for i in range(1, last + 1))
+        return self.embed_flops(seen) + blocks + (0.0 if block else self.head_flops(seen))
+
+    def train_flops(
+        self, patches: int | None = None, block: int | None = None, *, qkv_only: bool = False, frozen_blocks: int = 0
+    ) -> float:
+        """Forward and backward; pixels get no gradient, nor does what lies below `frozen_blocks`."""
+        seen = patches or self.grid**2
+        frozen = sum(2 * self.block_flops(i, seen) for i in range(1, frozen_blocks + 1))
+        embed = self.embed_flops(seen) * (2 if frozen_blocks else 1)
+        return 3 * self.forward_flops(patches, block, qkv_only=qkv_only) - embed - frozen
+
+    def outputs(self, variables: Mapping[str, Any], images: jax.Array, block: int | None = None) -> Outputs:
+        """What evaluators read, for normalised images [B, S, S, 3] and `variables` of a whole model (`encoder/...`).
+
+        Features are those of the last block, or as they leave `block`, and then there are no logits.
+        """
+        encoder = {**variables, "params": variables["params"]["encoder"]}
+        out = self.build().apply(encoder, images, capture=() if block is None else (block,))
+        tokens = (out.tokens if block is None else out.trace[block].out).astype(jnp.float32)
+        features = tokens[:, 0] if self.features_on_cls else tokens[:, self.num_prefix :].mean(axis=1)
+        return Outputs(features, out.logits if block is None else None)

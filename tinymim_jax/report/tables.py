@@ -1,0 +1,23 @@
+"""Tables of a workdir's results."""
+
+import io
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def text(results: dict[str, Any]) -> str:
+    """The metrics of each stage, then each comparison, as text for a terminal."""
+    tables = [Table("stage", "loss", "evaluations", title=results["config"])]
+    for name, metrics in results["stages"].items():
+        evals = ", ".join(f"{k} {v:.2f}" for k, v in metrics.items() if "/" in k and not k.endswith("/images"))
+        tables[0].add_row(name, f"{metrics['loss']:.4f}" if "loss" in metrics else "-", evals)
+    for title, compared in results["compare"].items():
+        tables.append(Table("", "mean", "std. error", "runs", title=f"{title} ({compared['metric']})"))
+        for label, row in compared["rows"].items():
+            error = "-" if row["stderr"] is None else f"{row['stderr']:.2f}"
+            tables[-1].add_row(label, f"{row['mean']:.2f}", error, str(len(row["values"])))
+    console = Console(file=io.StringIO(), width=110)
+    console.print(*tables)
+    return console.file.getvalue()

@@ -1,0 +1,6 @@
+"""What a student is made to match, by the `kind` of the targets' configs."""
+
+from tinymim_jax.tasks.targets.feature import Feature
+from tinymim_jax.tasks.targets.relation import Relation
+
+TARGETS = {"relation": Relation, "feature": Feature}

@@ -1,0 +1,93 @@
+"""Token relations of one block: softmaxed products of q, k, v, matched by KL (TinyMIM section 3.1.2, Eq. 5 and 9)."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+
+from tinymim_jax.models.contract import BlockTrace, Encoder
+from tinymim_jax.objectives import relations
+from tinymim_jax.objectives.relation_kl import relation_kl
+from tinymim_jax.runtime.codec import ranged
+from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.tasks.targets.contract import Captures, Target, Trace
+
+
+@dataclasses.dataclass
+class Relation(Target):
+    """Relations of the student's block match those of the teacher's, head by head."""
+
+    teacher_block: int = ranged(at_least=1)  # target block, from 1
+    student_block: int = ranged(12, at_least=1)  # the block whose q, k, v are matched, from 1
+    relations: tuple[Literal["qk", "vv", "qq", "kk"], ...] = ("qk", "vv")
+    heads: int | None = ranged(None, at_least=1)  # that the teacher's q, k, v are split into; None: as it was trained
+    weight: float = ranged(1.0, above=0)
+    kernel: Literal["xla", "pallas"] = "xla"  # of the loss on TPU and GPU; pallas has not been measured yet
+    kind: Literal["relation"] = "relation"
+
+    def captures(self) -> tuple[Captures, Captures]:
+        return Captures((self.teacher_block,), True), Captures((self.student_block,), True)
+
+    def build(self, where: str, teacher: Encoder, student: Encoder) -> "RelationLoss":
+        return RelationLoss(self, where, teacher, student)
+
+    def summary(self, teacher: Encoder) -> str:
+        heads = self.heads or teacher.heads_of(self.teacher_block)
+        return f"{'+'.join(self.relations)} relations of block {self.teacher_block} of {teacher.depth}, {heads} heads"
+
+
+class RelationLoss:
+    """`Relation` between two encoders; no parameters."""
+
+    def __init__(self, cfg: Relation, where: str, teacher: Encoder, student: Encoder):
+        self.cfg, self.teacher, self.student = cfg, teacher, student
+        if not cfg.relations or len(set(cfg.relations)) != len(cfg.relations):
+            raise InputError(f"{where}.relations {cfg.relations} must name at least one relation, each once")
+        tokens = [(model.num_prefix, model.grid) for model in (teacher, student)]
+        if tokens[0] != tokens[1]:
+            raise InputError(
+                f"{where}: relations are between the same tokens, and the teacher has {tokens[0][0]} in front of"
+                f" a grid of side {tokens[0][1]}, the student {tokens[1][0]} and {tokens[1][1]}"
+            )
+        self._check_heads(where)
+
+    def _check_heads(self, where: str) -> None:
+        cfg, trained = self.cfg, self.teacher.heads_of(self.cfg.teacher_block)
+        width, heads = self.teacher.width_of(cfg.teacher_block), cfg.heads or trained
+        if width % heads:
+            raise InputError(
+                f"{where}.heads {heads} does not divide {width}, the width of the teacher's block {cfg.teacher_block},"
+                f" which was trained with {trained} heads"
+            )
+        own = self.student.heads_of(cfg.student_block)
+        if own != heads:
+            raise InputError(
+                f"the student's block {cfg.student_block} has {own} heads, the teacher's block {cfg.teacher_block} has"
+                f" {heads}; give that block of the student {heads} (model.last_block_heads), or set {where}.heads={own}"
+            )
+
+    def init(self, rng: jax.Array) -> dict[str, Any]:
+        return {}
+
+    def read(self, teacher: Trace, student: Trace) -> tuple[BlockTrace, BlockTrace]:
+        """The two blocks, the teacher's q, k and v split into the student's number of heads."""
+        block = teacher[self.cfg.teacher_block]
+        if self.cfg.heads is not None:
+            split = {name: regrouped(getattr(block, name), self.cfg.heads) for name in ("q", "k", "v")}
+            block = block.replace(**split)
+        return block, student[self.cfg.student_block]
+
+    def loss(self, params: Any, teacher: Trace, student: Trace) -> dict[str, jax.Array]:
+        traces = self.read(teacher, student)
+        pairs = {name: [relations.pair(trace, name) for trace in traces] for name in self.cfg.relations}
+        return {f"kl_{name}": relation_kl(*pair, kernel=self.cfg.kernel) for name, pair in pairs.items()}
+
+    def flops(self) -> float:
+        n = self.student.grid**2 + self.student.num_prefix
+        widths = self.teacher.width_of(self.cfg.teacher_block) + 3 * self.student.width_of(self.cfg.student_block)
+        return len(self.cfg.relations) * 2.0 * n * n * widths
+
+
+def regrouped(x: jax.Array, heads: int) -> jax.Array:
+    """[B, N, H, E] -> the same channels as [B, N, heads, H E / heads]."""
+    return x.reshape(*x.shape[:2], heads, -1)
