@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tinymim_jax.weights import checkpoint, handoff
+from tinymim_jax.weights import checkpoint
+from tinymim_jax.weights.parameters import flatten
 
 ROOT = Path(__file__).parent.parent
 
@@ -79,7 +80,7 @@ def difference(one: Path, other: Path) -> float:
 
     Softmax does not see these: their gradient is nothing but rounding, which Adam blows up to the size of its steps.
     """
-    trees = [handoff.flatten(checkpoint.read_model(folder)["params"]) for folder in (one, other)]
+    trees = [flatten(checkpoint.read_model(folder)["params"]) for folder in (one, other)]
     return max(float(np.max(np.abs(_seen(name, a) - _seen(name, trees[1][name])))) for name, a in trees[0].items())
 
 

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tinymim_jax.weights.parameters import flatten
+
 torch = pytest.importorskip("torch", reason="parity is measured against PyTorch; install tinymim_jax[test]")
 
 from tests.reference import files
@@ -22,9 +24,8 @@ from tests.reference import vit as torch_vit
 from tinymim_jax.bridge import convert, formats
 from tinymim_jax.experiment import config
 from tinymim_jax.experiment.config import Decoder, ViT
-from tinymim_jax.models import layers, mae, posembed, vit
+from tinymim_jax.models import layers, posembed
 from tinymim_jax.objectives import losses
-from tinymim_jax.weights import handoff
 
 torch.set_num_threads(1)  # of models this small, threads only wait for each other
 
@@ -53,7 +54,7 @@ def reference_mae(cfg: ViT, task: config.Mae, seed: int = 0) -> torch_mae.MAE:
 
 def in_our_layout(tensors: dict[str, Any], shapes: Any) -> dict[str, np.ndarray]:
     """{our key: array} of PyTorch's weights or gradients, for every key of `shapes`."""
-    flat = handoff.flatten(shapes)
+    flat = flatten(shapes)
     return {
         key: formats.from_mae(key, tensors[formats.mae_name(key)].numpy(), leaf.shape) for key, leaf in flat.items()
     }
@@ -113,7 +114,7 @@ MODELS = {
 def ours_and_theirs(cfg: ViT, model: torch_vit.ViT) -> tuple[dict[str, Any], dict[str, Any]]:
     """Everything that a ViT computes, on both sides."""
     images = pictures()
-    module, params = vit.build(cfg), params_of(model, convert.shapes(cfg, None))
+    module, params = cfg.build(), params_of(model, convert.shapes(cfg, None))
     blocks = tuple(range(1, cfg.depth + 1))
     out = jax.jit(lambda p, x: module.apply({"params": p}, x, capture=blocks))(params["encoder"], images)
     with torch.no_grad():
@@ -149,7 +150,7 @@ def test_small_activations(case):
 
 
 def our_mae(cfg: ViT, decoder: Decoder, params: Any, images: Any, noise: Any, norm_pix: bool) -> dict[str, Any]:
-    out = jax.jit(mae.build(cfg, config.Mae(decoder=decoder)).apply)({"params": params}, images, noise)
+    out = jax.jit(cfg, config.Mae(decoder=decoder).build().apply)({"params": params}, images, noise)
     target = layers.patchify(jnp.asarray(images), cfg.patch_size)
     target = losses.normalize_patches(target) if norm_pix else target
     loss = losses.masked_mse(out.pred, target, out.is_masked).mean()

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tinymim_jax.weights.parameters import flatten
+
 torch = pytest.importorskip("torch", reason="parity is measured against PyTorch; install tinymim_jax[test]")
 
 from tests.conftest import TRAIN
@@ -39,7 +41,6 @@ from tinymim_jax.tasks.contract import STREAMS
 from tinymim_jax.training import optim
 from tinymim_jax.training.setup import StageSetup, make_setup
 from tinymim_jax.training.step import TrainState, make_train_step
-from tinymim_jax.weights import handoff
 
 KINDS = ("mae", "distill", "classify")
 STEPS, BATCH, IMAGES = 50, 8, 80  # ten steps an epoch
@@ -106,7 +107,7 @@ def pair(kind: str) -> Pair:
 @functools.cache
 def batches(count: int) -> list[dict[str, jax.Array]]:
     """Of the embedded digits."""
-    mesh, source = make_mesh(config.Mesh()), sources.open_source(TRAIN)
+    mesh, source = make_mesh(), sources.open_source(TRAIN)
     return list(pipeline.train_batches(pipeline.train_rows(TRAIN, source, BATCH, 0), 0, count, mesh))
 
 
@@ -132,7 +133,7 @@ def test_gradient_of_every_parameter(kind):
         params = optim.stop_frozen(params, both.plan.labels)
         return both.plan.task.loss(params, {}, both.frozen, batch, rngs_at(0), train=True)[0]
 
-    ours = handoff.flatten(jax.jit(jax.grad(loss))(both.params))
+    ours = flatten(jax.jit(jax.grad(loss))(both.params))
     both.model.zero_grad()
     both.reference_loss(both.model, batch, 0).backward()
     grads = {name: p.grad for name, p in both.model.named_parameters()}
@@ -160,7 +161,7 @@ def train_ours(both: Pair) -> Training:
     for batch in batches(STEPS):
         state, metrics = step(state, frozen, batch, RNG)
         losses.append(float(metrics["loss"].value()))
-    return Training(losses, handoff.flatten(state.params))
+    return Training(losses, flatten(state.params))
 
 
 def train_reference(both: Pair) -> Training:
@@ -213,14 +214,14 @@ def test_loss_of_fifty_steps(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_movement_of_every_parameter_in_fifty_steps(kind):
-    start = that_count(handoff.flatten(pair(kind).params), kind)
+    start = that_count(flatten(pair(kind).params), kind)
     moved = [{key: p - start[key] for key, p in that_count(run.params, kind).items()} for run in runs(kind)]
     assert_close(*moved, 2e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_untrained_parameters_stay_in_both(kind):
-    start, untrained = handoff.flatten(pair(kind).params), pair(kind).plan.untrained()
+    start, untrained = flatten(pair(kind).params), pair(kind).plan.untrained()
     for run in runs(kind):
         assert {key for key, p in run.params.items() if np.array_equal(p, start[key])} == set(untrained)
 
@@ -274,15 +275,15 @@ def treatments(kind: str) -> tuple[StageSetup, dict[str, tuple[float, float]]]:
         groups = torch_optim.param_groups(model, 0.05)
     found = {id(p): (g["weight_decay"], g.get("lr_scale", 1.0)) for g in groups for p in g["params"]}
     tensors = {name: found.get(id(p)) for name, p in model.named_parameters()}
-    assert len(tensors) == len(handoff.flatten(plan.params))
-    return plan, {key: tensors[formats.mae_name(key)] for key in handoff.flatten(plan.params)}
+    assert len(tensors) == len(flatten(plan.params))
+    return plan, {key: tensors[formats.mae_name(key)] for key in flatten(plan.params)}
 
 
 @pytest.mark.parametrize("kind", RECIPES)
 def test_weight_decay_of_every_parameter(kind):
     plan, theirs = treatments(kind)
     assert plan.stage.optim.weight_decay == 0.05
-    for key, label in handoff.flatten(plan.labels).items():
+    for key, label in flatten(plan.labels).items():
         if label == "freeze":  # PyTorch's groups hold too what gets no gradient: the fifty steps tell which
             assert theirs[key] is None or kind == "distill"
         else:
@@ -292,7 +293,7 @@ def test_weight_decay_of_every_parameter(kind):
 @pytest.mark.parametrize("kind", RECIPES)
 def test_learning_rate_factor_of_every_parameter(kind):
     plan, theirs = treatments(kind)
-    scales = handoff.flatten(optim.lr_scales(plan.params, plan.stage.optim.layer_decay, plan.stage.model.depth))
+    scales = flatten(optim.lr_scales(plan.params, plan.stage.optim.layer_decay, plan.stage.model.depth))
     ours = {key: scale for key, scale in scales.items() if theirs[key]}
     assert ours == pytest.approx({key: theirs[key][1] for key in ours}, rel=1e-12)
     assert len(set(ours.values())) == (14 if kind.startswith("finetune") else 1)

@@ -11,7 +11,7 @@ from tinymim_jax.bridge.layout import Told
 from tinymim_jax.experiment import config
 from tinymim_jax.models import posembed
 from tinymim_jax.runtime.errors import InputError
-from tinymim_jax.weights import handoff
+from tinymim_jax.weights.parameters import shapes_of
 
 SMALL = {"image_size": 16, "patch_size": 8}
 HF = {"architectures": ["ViTModel"], "num_attention_heads": 3}
@@ -25,7 +25,7 @@ def weights(width=24, depth=2, decoder=None, **model):
 @functools.cache
 def _weights(decoder, **model):
     cfg = config.ViT(**model)
-    shapes = handoff.shapes(convert.shapes(cfg, decoder and config.Decoder(*decoder)))
+    shapes = shapes_of(convert.shapes(cfg, decoder and config.Decoder(*decoder)))
     arrays = {formats.mae_name(key): formats.to_mae(key, np.ones(shape, np.float32)) for key, shape in shapes.items()}
     grid = cfg.image_size // cfg.patch_size
     return arrays | {"pos_embed": posembed.sincos(grid, cfg.width, 1 + cfg.dist_token)}

@@ -5,6 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
+from tinymim_jax.experiment import stage_file
+from tinymim_jax.weights.parameters import flatten
+
 pytest.importorskip("torch", reason="the teacher is a PyTorch file")
 
 import torch
@@ -80,8 +83,8 @@ def test_the_file_is_converted_once(finished, capsys):
     folder = converted(path, workdir)
     assert handoff.finished(folder) and folder.parent == workdir / "converted" and folder.name.startswith("x-")
     expected = convert.read(path)
-    for key, value in handoff.flatten(handoff.read_params(folder)).items():
-        np.testing.assert_array_equal(value, handoff.flatten(expected.params)[key])
+    for key, value in flatten(handoff.read_params(folder)).items():
+        np.testing.assert_array_equal(value, flatten(expected.params)[key])
     assert list(results["stages"]) == ["distill"] and results["stages"]["distill"]["loss"] > 0
     before = snapshot(workdir)
     assert chain_lib.run_chain(config(path), workdir) == results
@@ -149,9 +152,7 @@ def test_a_stage_starts_from_a_file(tmp_path):
     stage = tiny_mae()
     stage.init, stage.evals, stage.run.steps = Init(path=str(path)), {}, 0
     chain_lib.run_chain(check(Config("tiny", {"mae": stage})), tmp_path / "work")
-    ours, theirs = (
-        handoff.flatten(p) for p in (handoff.read_params(tmp_path / "work" / "mae"), convert.read(path).params)
-    )
+    ours, theirs = (flatten(p) for p in (handoff.read_params(tmp_path / "work" / "mae"), convert.read(path).params))
     assert ours.keys() == theirs.keys() and len(ours) == 62
     for key, value in ours.items():
         np.testing.assert_array_equal(value, theirs[key])
@@ -169,7 +170,7 @@ def test_a_folder_is_converted_too_and_may_be_gone_afterwards(tmp_path, capsys):
     assert f"teacher {path}: block 2 of 3, 6 heads" in dry_run.describe_chain(config(path), workdir)
     chain_lib.convert_sources(config(path), ["distill"], workdir)
     assert f"converted into {folder}" in capsys.readouterr().out
-    assert handoff.read_model(folder).num_heads == 6
+    assert stage_file.read_model(folder).num_heads == 6
     shutil.rmtree(path)
     assert converted(path, workdir) == folder
     assert "block 2 of 3, 6 heads" in dry_run.describe_chain(config(path), workdir)

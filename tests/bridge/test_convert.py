@@ -6,6 +6,9 @@ import json
 import numpy as np
 import pytest
 
+from tinymim_jax.experiment import stage_file
+from tinymim_jax.weights.parameters import flatten
+
 pytest.importorskip("torch", reason="the models that are converted are PyTorch's")
 
 import jax
@@ -125,7 +128,7 @@ def test_each_kind_of_file(name, tmp_path):
 def test_every_array_arrives(tmp_path):
     """Against the model's own state, not through the table of names."""
     path, model = written("mae_full", tmp_path)
-    params = handoff.flatten(convert.read(path, KINDS["mae_full"].told).params)
+    params = flatten(convert.read(path, KINDS["mae_full"].told).params)
     state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     assert len(params) == len(state)
     equal = np.testing.assert_array_equal
@@ -343,8 +346,8 @@ def test_a_converted_folder_is_read_like_a_stage(name, tmp_path):
     convert.write(converted, folder)
     assert sorted(p.name for p in folder.iterdir()) == ["DONE", "checkpoints", "stage.json"]
     assert handoff.finished(folder)
-    assert handoff.read_model(folder) == converted.layout.model
-    assert handoff.read_untrained(folder) == converted.untrained
+    assert stage_file.read_model(folder) == converted.layout.model
+    assert stage_file.read_untrained(folder) == converted.untrained
     jax.tree.map(np.testing.assert_array_equal, handoff.read_params(folder), converted.params)
     images = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
     module, variables = tinymim_jax.load(folder)
@@ -365,7 +368,7 @@ def test_stage_json_says_where_it_came_from(tmp_path):
     content = json.loads((tmp_path / "converted" / "stage.json").read_text())
     assert set(content) == {"converted", "untrained", "versions"}
     assert set(content["versions"]) == {"jax", "flax", "orbax-checkpoint"}
-    facts = handoff.read_converted(tmp_path / "converted")
+    facts = stage_file.read_converted(tmp_path / "converted")
     assert facts["source"] == {
         "file": str(path),
         "bytes": path.stat().st_size,
@@ -380,7 +383,7 @@ def test_stage_json_says_where_it_came_from(tmp_path):
     assert "encoder/block2/mlp/fc1/kernel" in content["untrained"]
     assert "encoder/block2/attn/qkv/kernel" not in content["untrained"]
     with pytest.raises(InputError, match="is a converted checkpoint, not a stage that was run"):
-        handoff.read_stage(tmp_path / "converted")
+        stage_file.read_stage(tmp_path / "converted")
 
 
 def test_nothing_is_left_of_a_folder_that_fails(tmp_path):

@@ -9,6 +9,9 @@ import jax
 import numpy as np
 import pytest
 
+from tinymim_jax.experiment import stage_file
+from tinymim_jax.weights.parameters import flatten, shapes_of
+
 pytest.importorskip("torch", reason="the exported weights are run in PyTorch")
 
 import torch
@@ -21,7 +24,6 @@ from tests.test_handoff import write_stage
 from tinymim_jax.bridge import convert
 from tinymim_jax.bridge.export import Weights, export
 from tinymim_jax.experiment import config
-from tinymim_jax.models import mae
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.weights import handoff
 
@@ -113,9 +115,9 @@ def test_there_and_back(name, form, folder, tmp_path):
     found, params = converted.layout, handoff.read_params(folder(name))
     if form == "timm":
         params.pop("decoder", None)
-    assert list(handoff.flatten(converted.params)) and handoff.shapes(converted.params) == handoff.shapes(params)
+    assert list(flatten(converted.params)) and shapes_of(converted.params) == shapes_of(params)
     jax.tree.map(np.testing.assert_array_equal, converted.params, params)
-    model = handoff.read_model(folder(name))
+    model = stage_file.read_model(folder(name))
     # Others' formats do not say how a model was trained.
     assert found.model == (
         model if form == "mae" else dataclasses.replace(model, drop_path=0.0, drop_path_shape="constant")
@@ -174,7 +176,7 @@ def test_regrouped_heads(form, folder, tmp_path):
     path = next((f for f in files if f.suffix == ".pth"), tmp_path / "out")
     converted = convert.read(path)
     assert (converted.layout.model.num_heads, converted.layout.model.last_block_heads) == (3, None)
-    original, regrouped = (handoff.flatten(p) for p in (handoff.read_params(folder("distilled")), converted.params))
+    original, regrouped = (flatten(p) for p in (handoff.read_params(folder("distilled")), converted.params))
     for key, value in regrouped.items():
         np.testing.assert_array_equal(value.ravel(), original[key].ravel())
     assert regrouped["encoder/block2/attn/qkv/kernel"].shape == (24, 3, 3, 8)
@@ -216,7 +218,7 @@ def test_hugging_face_gives_the_same(ours_name, theirs_name, folder, tmp_path):
 
 
 def reconstruction(path):
-    module = mae.build(ENCODER, config.Mae(decoder=DECODER))
+    module = ENCODER, config.Mae(decoder=DECODER).build()
     with jax.default_matmul_precision("highest"):
         return np.asarray(jax.jit(module.apply)({"params": handoff.read_params(path)}, IMAGES, NOISE).pred)
 
@@ -248,7 +250,7 @@ def test_the_processor_of_hugging_face(folder, tmp_path):
 def test_timm_weights_in_the_reference(name, folder, tmp_path):
     files = export(folder(name), tmp_path / "out", "timm")
     assert [f.name for f in files] == ["README.md", "config.json", "model.safetensors"]
-    m = handoff.read_model(folder(name))
+    m = stage_file.read_model(folder(name))
     cfg = reference_vit.Config(24, 2, 3, num_classes=m.num_classes, pool=m.pool, dist_token=m.dist_token, **SIZE)
     model = reference_vit.ViT(cfg)
     model.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"), strict=True)
@@ -261,7 +263,7 @@ def test_timm_gives_the_same(name, folder, tmp_path):
     timm = pytest.importorskip("timm", reason="timm is not installed: pip install timm")
     export(folder(name), tmp_path / "out", "timm")
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
-    output = model(pixels()) if handoff.read_model(folder(name)).num_classes else model.forward_features(pixels())
+    output = model(pixels()) if stage_file.read_model(folder(name)).num_classes else model.forward_features(pixels())
     assert_same(output, ours(folder(name)))
     data = timm.data.resolve_model_data_config(model)
     assert [list(data[key]) for key in ("input_size", "mean", "std")] == [[3, 16, 16], list(MEAN), list(STD)]

@@ -5,7 +5,7 @@ import pytest
 
 from tinymim_jax.bridge import convert, formats
 from tinymim_jax.experiment import config
-from tinymim_jax.weights import handoff
+from tinymim_jax.weights.parameters import shapes_of
 
 VIT_B = config.ViT(768, 12, 12)
 BLOCK = {  # ours, MAE's, Hugging Face's; of the first block
@@ -77,7 +77,7 @@ MAE_B = {
 
 
 def keys(model, decoder=None):
-    return set(handoff.shapes(convert.shapes(model, decoder)))
+    return set(shapes_of(convert.shapes(model, decoder)))
 
 
 def test_the_table_has_every_key_of_mae_b():
@@ -130,7 +130,7 @@ def test_no_two_keys_share_a_name():
 
 # Arrays
 
-SHAPES = handoff.shapes(
+SHAPES = shapes_of(
     convert.shapes(config.ViT(24, 2, 3, image_size=16, patch_size=4, last_block_heads=2), config.Decoder(16, 1, 2))
 ) | {"encoder/head/kernel": (24, 5), "encoder/neck/kernel": (24, 40)}
 TORCH = {  # spec B.3: [out, in], and the fused rows of q, k, v

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tinymim_jax.experiment import stage_file
+
 pytest.importorskip("torch", reason="the files that are converted are PyTorch's")
 
 import torch
@@ -53,7 +55,9 @@ def test_convert_and_verify(here, capsys):
     ]
     assert any(line.startswith("largest relative difference ") for line in out)
     assert out[-1] == "wrote a/dst"
-    assert handoff.finished(here / "a" / "dst") and handoff.read_converted(here / "a" / "dst")["norm_pix_loss"] is True
+    assert (
+        handoff.finished(here / "a" / "dst") and stage_file.read_converted(here / "a" / "dst")["norm_pix_loss"] is True
+    )
     assert sorted(p.name for p in here.rglob("*") if "partial" in p.name) == []
     assert "a/dst exists; name another folder, or delete it" in error(capsys, *argv[1:])
 
@@ -61,7 +65,7 @@ def test_convert_and_verify(here, capsys):
 def test_flags_reach_the_model(here):
     files.deit(here / "x.pth", vit.Config(24, 2, 3, num_classes=5, image_size=16, patch_size=8))
     assert main(["convert", "x.pth", "dst", HEADS, "--last_block_heads=4"]) == 0
-    model = handoff.read_model(here / "dst")
+    model = stage_file.read_model(here / "dst")
     assert (model.num_heads, model.last_block_heads, model.num_classes) == (3, 4, 5)
 
 

@@ -9,7 +9,7 @@ from tests.conftest import measured, tiny_classify, tiny_mae
 from tinymim_jax.data.device_augment import normalize, to_float
 from tinymim_jax.evals import suite
 from tinymim_jax.evals.suite import Sets
-from tinymim_jax.experiment import recipes
+from tinymim_jax.experiment import recipes, stage_file
 from tinymim_jax.experiment.config import Classification, Corruptions
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.training import chain as chain_lib
@@ -43,9 +43,9 @@ def test_a_model_without_a_head_is_probed(workdir, mesh, name, tmp_path):
 
 def test_probes_see_the_features_of_the_online_evaluator(workdir, mesh):
     own = json.loads((workdir / "mae" / "DONE").read_text())["metrics"]["knn/top1_k3"]
-    clean, bank = suite.data_sets(workdir / "mae", suite.handoff.read_model(workdir / "mae"), Sets())
+    clean, bank = suite.data_sets(workdir / "mae", suite.stage_file.read_model(workdir / "mae"), Sets())
     knn = suite.make_evaluator(suite.Knn(clean, bank, k=(3,)), mesh)
-    model = suite.handoff.read_model(workdir / "mae")
+    model = suite.stage_file.read_model(workdir / "mae")
     predict = suite.make_predict(workdir / "mae", model, clean, mesh)
     assert measured(knn, predict, suite.handoff.read_variables(workdir / "mae"), {})["top1_k3"] == own
 
@@ -72,10 +72,10 @@ def test_the_table_has_the_paper_beside_it(tmp_path):
 
 
 def test_features_of_a_student_are_those_before_its_half_trained_block(workdir, mesh):
-    model, variables = handoff.load(workdir / "distill")
+    model, variables = stage_file.load(workdir / "distill")
     data = dataclasses.replace(tiny_mae().evals["knn"].data)
     batch = {"image": np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)}
-    predict = suite.make_predict(workdir / "distill", handoff.read_model(workdir / "distill"), data, mesh)
+    predict = suite.make_predict(workdir / "distill", stage_file.read_model(workdir / "distill"), data, mesh)
     found = predict(handoff.read_variables(workdir / "distill"), {}, batch)
     pixels = normalize(to_float(batch["image"]), data.mean, data.std)
     trace = model.apply(variables, pixels, capture=(1, 2)).trace
@@ -99,7 +99,7 @@ def test_another_tree(workdir, mesh, tmp_path):
     report = suite.evaluate(workdir / "finetune", "imagenet", sets, mesh, tmp_path / "out")
     assert report["results"]["imagenet/images"] == 20
     assert json.loads((tmp_path / "out" / "eval.json").read_text()) == report
-    clean, bank = suite.data_sets(workdir / "finetune", handoff.read_model(workdir / "finetune"), sets)
+    clean, bank = suite.data_sets(workdir / "finetune", stage_file.read_model(workdir / "finetune"), sets)
     assert (clean.split, clean.per_class, bank.split, bank.per_class) == ("val", 2, "train", 1)
     for splits, classes, message in (
         (("train",), 10, "has no folder val/ or test/ or validation/"),
@@ -114,8 +114,8 @@ def test_another_tree(workdir, mesh, tmp_path):
 
 
 def test_a_stage_without_evals_has_a_held_out_set_of_its_own(workdir, mesh, tmp_path):
-    assert handoff.read_stage(workdir / "distill").evals == {}
-    clean, bank = suite.data_sets(workdir / "distill", handoff.read_model(workdir / "distill"), Sets())
+    assert stage_file.read_stage(workdir / "distill").evals == {}
+    clean, bank = suite.data_sets(workdir / "distill", stage_file.read_model(workdir / "distill"), Sets())
     assert (clean.split, clean.per_class, bank.split, bank.per_class) == ("test", None, "train", 4)
     imagenet = recipes.imagenet(True)
     assert suite._held_out(imagenet).split == "validation" and suite._held_out(imagenet).num_examples is None

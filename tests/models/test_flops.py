@@ -4,7 +4,7 @@ import pytest
 
 from tinymim_jax.experiment import recipes
 from tinymim_jax.experiment.config import ViT
-from tinymim_jax.models import flops, vit
+from tinymim_jax.models import flops
 from tinymim_jax.objectives.relation_kl import relation_kl
 
 # Wide enough for the matmuls to be nearly all of XLA's count, which has the element-wise operations too.
@@ -28,7 +28,7 @@ def compiled(f, *args):
 
 @pytest.fixture(scope="module")
 def wide():
-    model = vit.build(WIDE)
+    model = WIDE.build()
     images = jax.ShapeDtypeStruct((BATCH, 64, 64, 3), "float32")
     return model, jax.eval_shape(model.init, jax.random.key(0), images), images
 

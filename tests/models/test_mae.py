@@ -19,7 +19,7 @@ COUNTS = {"base": 111_907_840, "large": 329_541_888}
 @functools.cache
 def make(ratio=0.75, **changes):
     cfg = config.ViT(**{**codec.to_dict(TINY), **changes})
-    model = mae.build(cfg, config.Mae(decoder=DECODER, mask_ratio=ratio))
+    model = cfg, config.Mae(decoder=DECODER, mask_ratio=ratio).build()
     return model, reference.random_params(model.init, pictures(), noise())
 
 
@@ -39,7 +39,7 @@ def noise(batch=2, patches=16, seed=0):
 
 @pytest.mark.parametrize("size", COUNTS)
 def test_number_of_parameters(size):
-    model = mae.build(recipes.vit(size), config.Mae())
+    model = recipes.vit(size), config.Mae().build()
     args = jax.ShapeDtypeStruct((1, 224, 224, 3), "float32"), jax.ShapeDtypeStruct((1, 196), "float32")
     params = jax.eval_shape(model.init, jax.random.key(0), *args)["params"]
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == COUNTS[size]
@@ -64,7 +64,7 @@ def test_cudnn_attends_in_the_decoder_too(cudnn):
 
 
 def test_initial_values_of_the_decoder():
-    model = mae.build(config.ViT(32, 1, 4, image_size=32, patch_size=8), config.Mae(decoder=config.Decoder(64, 1, 4)))
+    model = config.ViT(32, 1, 4, image_size=32, patch_size=8), config.Mae(decoder=config.Decoder(64, 1, 4)).build()
     params = jax.jit(model.init)(jax.random.key(0), pictures(size=32), noise())["params"]["decoder"]
     params = {name: np.asarray(value) for name, value in flat(params).items()}
     fans = {"embed": 32 + 64, "pred": 64 + 192, "block1/attn/qkv": 4 * 64, "block1/attn/proj": 2 * 64}

@@ -28,13 +28,13 @@ def flat(tree):
 
 def shapes(cfg):
     images = jax.ShapeDtypeStruct((1, cfg.image_size, cfg.image_size, 3), "float32")
-    return flat(jax.eval_shape(vit.build(cfg).init, jax.random.key(0), images)["params"])
+    return flat(jax.eval_shape(cfg.build().init, jax.random.key(0), images)["params"])
 
 
 @functools.cache
 def make(**changes):
     """A tiny model and parameters that are all far from their initial values."""
-    model = vit.build(dataclasses.replace(TINY, **changes))
+    model = dataclasses.replace(TINY, **changes).build()
     return model, reference.random_params(model.init, pictures())
 
 
@@ -91,7 +91,7 @@ def test_heads_of():
 
 def test_initial_values():
     cfg = ViT(96, 2, 3, image_size=32, patch_size=16, num_classes=300)
-    model = vit.build(cfg)
+    model = cfg.build()
     params = {
         k: np.asarray(v) for k, v in flat(jax.jit(model.init)(jax.random.key(0), pictures(size=32))["params"]).items()
     }
@@ -198,7 +198,7 @@ def test_no_head_no_head_parameters():
 
 
 def test_trainable_positions_start_as_the_fixed_ones():
-    model = vit.build(dataclasses.replace(TINY, depth=1, posembed="trainable"))
+    model = dataclasses.replace(TINY, depth=1, posembed="trainable").build()
     params = jax.jit(model.init)(jax.random.key(1), pictures())["params"]
     np.testing.assert_array_equal(params["pos_embed"], posembed.sincos(4, 24))
 
@@ -277,7 +277,7 @@ def test_linear_drop_path_ramps_from_0():
 
 
 def test_linear_drop_path_of_a_single_block():
-    model = vit.build(dataclasses.replace(TINY, depth=1, drop_path=0.5, drop_path_shape="linear"))
+    model = dataclasses.replace(TINY, depth=1, drop_path=0.5, drop_path_shape="linear").build()
     params = reference.random_params(model.init, pictures())
     # No rng: there is nothing to draw.
     out = jax.jit(lambda p, x: model.apply({"params": p}, x, train=True).tokens)(params, pictures())

@@ -237,7 +237,7 @@ def test_too_much_for_a_real_topology(cfg):
     stage = cfg.stages["mae"]
     stage.run.batch_size = stage.data.num_examples = 2**22
     plan = make_setup(stage, None, 2**22)
-    assert not estimate.forecast(plan, mesh_lib.make_mesh(Mesh(), estimate.devices_of("v5e:2x2")))["fits"]
+    assert not estimate.forecast(plan, mesh_lib.make_mesh(devices=estimate.devices_of("v5e:2x2")))["fits"]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiling for a TPU needs libtpu")

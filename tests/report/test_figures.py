@@ -5,10 +5,9 @@ import pytest
 from PIL import Image
 
 from tests.conftest import tiny_distill, tiny_mae
-from tinymim_jax.experiment import config
+from tinymim_jax.experiment import config, stage_file
 from tinymim_jax.report import figures
 from tinymim_jax.training import chain as chain_lib
-from tinymim_jax.weights import handoff
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +37,7 @@ def images_of(axes):
 
 
 def test_a_reconstruction_differs_from_the_original_in_the_masked_patches_only(workdir):
-    figure = figures.reconstructions(handoff.read_stage(workdir / "mae"), "mae", workdir)
+    figure = figures.reconstructions(stage_file.read_stage(workdir / "mae"), "mae", workdir)
     original, masked, reconstructed = np.array([images_of(a) for a in figure.axes]).reshape(3, 6, 16, 16, -1)
     is_grey = (masked == figures.GREY).all(axis=-1)
     assert is_grey.reshape(6, 2, 8, 2, 8).all(axis=(2, 4)).sum() == 6 * 3  # 3 of 4 patches
@@ -47,7 +46,7 @@ def test_a_reconstruction_differs_from_the_original_in_the_masked_patches_only(w
 
 
 def test_relation_maps_are_the_rows_of_the_boxed_patch(workdir):
-    figure = figures.relation_maps(handoff.read_stage(workdir / "distill"), "distill", workdir)
+    figure = figures.relation_maps(stage_file.read_stage(workdir / "distill"), "distill", workdir)
     assert [a.get_title() for a in figure.axes[1:5]] == ["QK teacher", "QK student", "VV teacher", "VV student"]
     maps = np.array([images_of(axes) for axes in figure.axes[1:5]])
     assert maps.shape == (4, 2, 2)

@@ -30,7 +30,7 @@ FOUR_DEVICES = """
     grids = {"all data": Mesh(), "half": Mesh(-1, 2), "all fsdp": Mesh(-1, 4), "given": Mesh(2, 2)}
     meshes = {name: sharding.make_mesh(cfg) for name, cfg in grids.items()}
     out["shapes"] = {name: dict(m.shape) for name, m in meshes.items()}
-    out["part"] = dict(sharding.make_mesh(Mesh(), jax.devices()[:2]).shape)
+    out["part"] = dict(sharding.make_mesh(devices=jax.devices()[:2]).shape)
     out["errors"] = [message(sharding.make_mesh, cfg) for cfg in (Mesh(-1, 3), Mesh(3, 1), Mesh(4, 2), Mesh(-1, 8))]
 
     arrays = {"kernel": (256, 1024), "wide": (1024, 256), "odd": (257, 1024), "qkv": (128, 3, 2, 256),
@@ -116,7 +116,7 @@ def test_batches_that_the_devices_cannot_share(four):
 
 
 def test_one_device():
-    one = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
+    one = sharding.make_mesh(devices=jax.devices()[:1])
     assert dict(one.shape) == {"data": 1, "fsdp": 1} and one.axis_names == ("data", "fsdp")
     assert one.axis_types == (AxisType.Auto, AxisType.Auto)
     specs = sharding.state_sharding(one, {"a": jnp.zeros((512, 512))})

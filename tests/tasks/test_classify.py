@@ -10,7 +10,7 @@ from tests.models import reference
 from tests.tasks import stages
 from tinymim_jax.data.device_augment import partner
 from tinymim_jax.experiment import config, recipes
-from tinymim_jax.models import flops, vit
+from tinymim_jax.models import flops
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.tasks import classify
 
@@ -187,7 +187,7 @@ def test_the_distillation_token_learns_from_the_teacher(labels, weight):
     loss, aux = task.loss(params, {}, frozen, batch, stages.rngs(), train=True)
     images = task._clean(batch)
     out = task.model.apply({"params": params["encoder"]}, images)
-    teacher = vit.build(task.teacher_cfg).apply({"params": frozen["encoder"]}, images).logits
+    teacher = task.teacher_cfg.build().apply({"params": frozen["encoder"]}, images).logits
     smooth = np.full((4, 5), 0.02) + 0.9 * np.eye(5)[batch["label"]]
     own = -(smooth * reference.log_softmax(reference.f64(out.heads[0]))).sum(axis=1)
     log_p = reference.log_softmax(reference.f64(out.heads[1]))

@@ -11,7 +11,6 @@ from tests.tasks import stages
 from tests.tasks.test_base import flops_ratio
 from tinymim_jax.data import device_augment
 from tinymim_jax.experiment import config
-from tinymim_jax.models import vit
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.tasks import distill
 
@@ -179,7 +178,7 @@ def cut(stage=None, teacher=stages.TEACHER, **kwargs):
 
 
 def test_cut_teacher_computes_what_the_full_teacher_does():
-    full = vit.build(stages.TEACHER)
+    full = stages.TEACHER.build()
     images = stages.normalised(stages.batch()["image"]).astype(np.float32)
     params = reference.random_params(full.init, images)
     task = stages.distill()

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests.processes import log
+from tinymim_jax.experiment import stage_file
 from tinymim_jax.runtime import metric_log
 from tinymim_jax.runtime.errors import InputError, Unavailable
 from tinymim_jax.runtime.preemption import Interrupted
@@ -55,8 +56,8 @@ def test_a_stage_writes_what_the_design_says(chain, mesh, tmp_path):
     folder = tmp_path / "mae"
     assert {p.name for p in folder.iterdir()} == {"stage.json", "metrics.jsonl", "tensorboard", "checkpoints", "DONE"}
     assert json.loads((folder / "DONE").read_text()) == {"step": 4, "metrics": results}
-    assert handoff.read_stage(folder) == chain.stages["mae"]
-    assert handoff.read_untrained(folder) == ["decoder/pos_embed", "encoder/pos_embed"]
+    assert stage_file.read_stage(folder) == chain.stages["mae"]
+    assert stage_file.read_untrained(folder) == ["decoder/pos_embed", "encoder/pos_embed"]
     logged = [line for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "lr" in line]
     assert [line["step"] for line in logged] == [3, 4]
     assert {"loss", "lr", "epoch", "grad_norm", "images_per_s", "data_wait"} <= set(logged[0])

@@ -8,7 +8,7 @@ import pytest
 
 from tinymim_jax.experiment import config, recipes
 from tinymim_jax.experiment.config import Optim
-from tinymim_jax.models import mae, vit
+from tinymim_jax.models import mae
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.training import optim
 from tinymim_jax.weights.handoff import flatten
@@ -17,7 +17,7 @@ from tinymim_jax.weights.handoff import flatten
 def encoder_shapes(model):
     """The real tree of a model, as shapes."""
     images = jnp.zeros((1, model.image_size, model.image_size, 3))
-    return {"encoder": jax.eval_shape(vit.build(model).init, jax.random.key(0), images)["params"]}
+    return {"encoder": jax.eval_shape(model.build().init, jax.random.key(0), images)["params"]}
 
 
 @pytest.fixture(scope="module")

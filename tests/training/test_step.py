@@ -9,7 +9,7 @@ from tinymim_jax.bench import step as bench
 from tinymim_jax.experiment.config import Classify
 from tinymim_jax.training.setup import make_setup
 from tinymim_jax.training.step import create_state, make_train_step
-from tinymim_jax.weights import handoff
+from tinymim_jax.weights.parameters import flatten
 
 
 def batch_of(stage, n=8):
@@ -82,9 +82,9 @@ def test_frozen_and_untrained_parameters_keep_their_values(chain, mesh, tmp_path
     chain.stages["mae"].optim.freeze = ("encoder/block1/.*",)
     stage = chain.stages["mae"]
     plan = make_setup(stage, None, 40)
-    start = handoff.flatten(create_state(plan, jax.random.key(0)).params)
+    start = flatten(create_state(plan, jax.random.key(0)).params)
     state, _ = one_step(stage, batch_of(stage), steps=3)
-    for name, value in handoff.flatten(state.params).items():
+    for name, value in flatten(state.params).items():
         moved = bool(jnp.any(value != start[name]))
         # A zero gradient in the first steps would leave a bias of keys where it is; nothing else may stay.
         assert moved == (name not in plan.untrained()), name

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 import tinymim_jax
-from tinymim_jax.experiment import config
+from tinymim_jax.experiment import config, stage_file
 from tinymim_jax.experiment.config import Classify, Data, Init, Optim, Run, Stage, ViT
-from tinymim_jax.models import vit
 from tinymim_jax.runtime import codec
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.weights import handoff
 from tinymim_jax.weights.checkpoint import Checkpoints
+from tinymim_jax.weights.parameters import flatten, fold, shapes_of
 
 SMALL = ViT(width=12, depth=1, num_heads=2, image_size=8, patch_size=4)
 
@@ -185,7 +185,7 @@ def test_lines_of_several_regroupings():
     ],
 )
 def test_fold(keys, others, expected):
-    assert handoff.fold(keys, [*keys, *others]) == expected
+    assert fold(keys, [*keys, *others]) == expected
 
 
 # transfer
@@ -194,7 +194,7 @@ def test_fold(keys, others, expected):
 def transfer(target, source, init):
     """Both flat."""
     report = handoff.match({k: v.shape for k, v in target.items()}, {k: np.shape(v) for k, v in source.items()}, init)
-    return handoff.flatten(handoff.transfer(nested(target), nested(source), report))
+    return flatten(handoff.transfer(nested(target), nested(source), report))
 
 
 def nested(flat):
@@ -291,30 +291,30 @@ def write_stage(folder, stage, params, *, ema=None, done=True, untrained=()):
 def params():
     images = jnp.zeros((1, 8, 8, 3))
     return {
-        "encoder": jax.jit(vit.build(SMALL).init)(jax.random.key(0), images)["params"],
+        "encoder": jax.jit(SMALL.build().init)(jax.random.key(0), images)["params"],
         "decoder": {"x": jnp.ones(3)},
     }
 
 
 def test_read_stage(tmp_path, params):
     write_stage(tmp_path, make_stage(), params, untrained=["encoder/pos_embed"])
-    assert handoff.read_stage(tmp_path) == make_stage()
-    assert handoff.read_untrained(tmp_path) == ["encoder/pos_embed"]
+    assert stage_file.read_stage(tmp_path) == make_stage()
+    assert stage_file.read_untrained(tmp_path) == ["encoder/pos_embed"]
     assert handoff.finished(tmp_path)
 
 
 def test_read_stage_where_there_is_none(tmp_path):
-    for read in (handoff.read_stage, handoff.read_untrained):
+    for read in (stage_file.read_stage, stage_file.read_untrained):
         with pytest.raises(InputError, match=r"is not the folder of a stage: it has no stage\.json"):
             read(tmp_path)
     with pytest.raises(InputError, match="nowhere does not exist"):
-        handoff.read_stage(tmp_path / "nowhere")
+        stage_file.read_stage(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("text", ["", '{"stage": {', "[]", "3", "null", "{}", '{"other": 1}', "\xff\xfe"])
 def test_a_damaged_stage(tmp_path, text):
     (tmp_path / "stage.json").write_bytes(text.encode("latin1"))
-    for read in (handoff.read_stage, handoff.read_untrained):
+    for read in (stage_file.read_stage, stage_file.read_untrained):
         with pytest.raises(InputError, match=r"stage\.json is damaged; delete .* and make it again"):
             read(tmp_path)
 
@@ -324,17 +324,17 @@ def test_a_stage_of_another_version(tmp_path):
     saved["optim"]["nesterov"] = True
     (tmp_path / "stage.json").write_text(json.dumps({"stage": saved, "untrained": []}))
     with pytest.raises(InputError, match=r"stage\.json\.optim\.nesterov: no such field; Optim has lr"):
-        handoff.read_stage(tmp_path)
+        stage_file.read_stage(tmp_path)
     (tmp_path / "stage.json").write_text(json.dumps({"stage": None, "untrained": []}))
     with pytest.raises(InputError, match=r"stage\.json: expected the fields of Stage"):
-        handoff.read_stage(tmp_path)
+        stage_file.read_stage(tmp_path)
 
 
 def test_read_params(tmp_path, params):
     write_stage(tmp_path, make_stage(), params)
-    found = handoff.flatten(handoff.read_params(tmp_path))
-    assert set(found) == set(handoff.flatten(params))
-    for key, value in handoff.flatten(params).items():
+    found = flatten(handoff.read_params(tmp_path))
+    assert set(found) == set(flatten(params))
+    for key, value in flatten(params).items():
         assert type(found[key]) is np.ndarray
         np.testing.assert_array_equal(found[key], value)
 
@@ -362,7 +362,7 @@ def apply(model, variables, images):
 def test_load(tmp_path, params):
     write_stage(tmp_path, make_stage(), params)
     images = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
-    expected = apply(vit.build(SMALL), {"params": params["encoder"]}, images)
+    expected = apply(SMALL.build(), {"params": params["encoder"]}, images)
     for path in (tmp_path, str(tmp_path)):
         model, variables = tinymim_jax.load(path)
         assert set(variables) == {"params"}
@@ -406,8 +406,8 @@ def test_no_part_of_a_teacher_is_fresh():
 def test_the_first_blocks_alone(k):
     """Spec D.3: embeddings and k blocks are taken over, the rest starts fresh."""
     model = config.ViT(8, 2, 2, image_size=8, patch_size=4, pool="mean", num_classes=3)
-    target = handoff.shapes(
-        {"encoder": jax.eval_shape(vit.build(model).init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]}
+    target = shapes_of(
+        {"encoder": jax.eval_shape(model.build().init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]}
     )
     report = handoff.match(target, target, Init("a", keep_blocks=k))
     kept = {key.split("/")[1] for key in report.moves}
