@@ -23,7 +23,7 @@ from tinymim_jax.data import manifest
 from tinymim_jax.data.config import Data
 from tinymim_jax.data.decode import decode
 from tinymim_jax.data.manifest import Manifest, Settings, Shard
-from tinymim_jax.data.pipeline import follow_parent
+from tinymim_jax.data.rows import follow_parent
 from tinymim_jax.data.shards import encode_record
 from tinymim_jax.data.sources import Source, open_source
 from tinymim_jax.runtime import storage

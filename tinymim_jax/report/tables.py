@@ -1,6 +1,7 @@
 """Tables of a workdir's results."""
 
 import io
+import re
 from typing import Any
 
 from rich.console import Console
@@ -11,7 +12,8 @@ def text(results: dict[str, Any]) -> str:
     """The metrics of each stage, then each comparison, as text for a terminal."""
     tables = [Table("stage", "loss", "evaluations", title=results["config"])]
     for name, metrics in results["stages"].items():
-        evals = ", ".join(f"{k} {v:.2f}" for k, v in metrics.items() if "/" in k and not k.endswith("/images"))
+        shown = {k: v for k, v in metrics.items() if "/" in k and not re.match(r"replica\d+/|.*/images$", k)}
+        evals = ", ".join(f"{k} {v:.2f}" for k, v in shown.items())
         tables[0].add_row(name, f"{metrics['loss']:.4f}" if "loss" in metrics else "-", evals)
     for title, compared in results["compare"].items():
         tables.append(Table("", "mean", "std. error", "runs", title=f"{title} ({compared['metric']})"))
