@@ -129,7 +129,7 @@ def test_bad_heads_in_config_json(value):
 def test_bad_heads_of_the_decoder():
     arrays = weights(decoder=(16, 1, 2))
     rejected("decoder's width 16 is no multiple .* its 3 heads", arrays, told=Told(num_heads=3, decoder_heads=3))
-    for decoder in ({}, {"num_heads": "x"}):
+    for decoder in ({"num_heads": 0}, {"num_heads": "x"}):
         ours = {"made_by": "tinymim_jax", "model": {"width": 24, "depth": 2, "num_heads": 3}, "decoder": decoder}
         rejected("num_heads is .*; it must be a whole number", arrays, ours)
 
@@ -202,7 +202,7 @@ def test_kinds_of_hugging_face(settings, kind):
 
 def test_kind_of_timm():
     found = understand(weights(), {"architecture": "vit_base_patch16_224"}, form="timm")
-    assert (found.kind, found.licence) == ("timm vit_base_patch16_224", known_checkpoints.ASK_THE_SOURCE)
+    assert (found.kind, found.licence) == ("timm vit_base_patch16_224", known_checkpoints.LICENCES[""])
 
 
 def test_what_tinymim_did_not_train():

@@ -13,11 +13,13 @@ pytest.importorskip("torch", reason="the files that are converted are PyTorch's"
 import torch
 from safetensors.torch import save_file
 
-from tests.reference import files, mae, vit
+from tests import torch_files as files
 from tinymim_jax.__main__ import main
+from tinymim_jax.bridge.torch_reference import vit
+from tinymim_jax.experiment import config
 from tinymim_jax.weights import handoff
 
-CFG = vit.Config(24, 2, 3, image_size=16, patch_size=8)
+CFG = config.ViT(24, 2, 3, image_size=16, patch_size=8)
 HEADS = "--num_heads=3"
 
 
@@ -39,7 +41,7 @@ def error(capsys, *argv):
 
 
 def test_convert_and_verify(here, capsys):
-    files.mae_full(here / "x.pth", CFG, mae.Decoder(16, 1, 2))
+    files.mae_full(here / "x.pth", CFG, config.Decoder(16, 1, 2))
     argv = ["convert", "x.pth", "a/dst", "--verify", HEADS, "--decoder_heads=2", "--norm_pix"]
     assert main(argv) == 0
     out = capsys.readouterr().out.splitlines()
@@ -59,7 +61,7 @@ def test_convert_and_verify(here, capsys):
 
 
 def test_flags_reach_the_model(here):
-    files.deit(here / "x.pth", vit.Config(24, 2, 3, num_classes=5, image_size=16, patch_size=8))
+    files.deit(here / "x.pth", config.ViT(24, 2, 3, num_classes=5, image_size=16, patch_size=8))
     assert main(["convert", "x.pth", "dst", HEADS, "--last_block_heads=4"]) == 0
     model = handoff.read_model(here / "dst")
     assert (model.num_heads, model.last_block_heads, model.num_classes) == (3, 4, 5)

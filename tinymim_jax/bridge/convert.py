@@ -174,7 +174,6 @@ def _sha256(path: Path, _size: int, _changed: int) -> str:
 def describe(converted: Converted) -> dict[str, Any]:
     """The contents of stage.json."""
     found, path = converted.layout, converted.source.path
-    origin = {"file": str(path), "bytes": os.stat(path).st_size, "sha256": files.sha256(path), "kind": found.kind}
     facts = {
         "model": codec.to_dict(found.model),
         "decoder": codec.to_dict(found.decoder),
@@ -182,7 +181,10 @@ def describe(converted: Converted) -> dict[str, Any]:
         "preprocessing": found.preprocessing,
         "preprocessing_is_stated": found.is_stated,
         "source": {
-            **origin,
+            "file": str(path),
+            "bytes": os.stat(path).st_size,
+            "sha256": files.sha256(path),
+            "kind": found.kind,
             "licence": found.licence,
             "made_from": found.made_from,
             "notes": found.notes,

@@ -40,7 +40,7 @@ def run_chain(cfg: Config, workdir: Path, only: str | None = None, stop: StopReq
         token = multihost.run_on_primary(lambda: stack.enter_context(lock).token)
         multihost.raise_everywhere(lambda: lock.see(token))
         multihost.check_stop(stop, "before anything ran")
-        multihost.run_on_primary(lambda: convert_sources(cfg, to_run, workdir))
+        convert_sources(cfg, to_run, workdir)
         for name in names:
             if name in to_run:
                 run_stage(cfg.stages[name], name, workdir, mesh, stop, lock.check)
