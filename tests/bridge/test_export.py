@@ -289,7 +289,9 @@ def skip_without_onnx():
         pytest.importorskip(package, reason=f"ONNX export needs {package}")
 
 
-@pytest.mark.parametrize(("name", "output"), [("star", "logits"), ("mae", "tokens"), ("distilled", "tokens")])
+@pytest.mark.parametrize(
+    ("name", "output"), [("star", "logits"), ("mae", "last_hidden_state"), ("distilled", "last_hidden_state")]
+)
 @pytest.mark.filterwarnings("ignore")  # torch's exporter talks
 def test_onnx_gives_the_same_on_another_batch(name, output, folder, tmp_path):
     skip_without_onnx()
@@ -364,5 +366,5 @@ def test_an_onnx_that_differs_is_not_kept(folder, tmp_path):
     weights = Weights(folder("cls"))
     images = pixels().numpy()
     module._check_onnx(weights, images, ours(folder("cls")))
-    with pytest.raises(InputError, match="onnxruntime's output differs from ours by .*: this is a bug"):
+    with pytest.raises(RuntimeError, match="onnxruntime's output differs from ours by "):
         module._check_onnx(weights, images, ours(folder("cls")) + 0.01)

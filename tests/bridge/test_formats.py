@@ -128,6 +128,18 @@ def test_no_two_keys_share_a_name():
         assert len(set(parts)) == len(parts)
 
 
+@pytest.mark.parametrize("prefix", ["vit.", ""])
+def test_to_hugging_face_and_back(prefix):
+    rng = np.random.default_rng(0)
+    arrays = {mae: rng.normal(size=(6, 2)) for mae, _ in MAE_B.values()} | {"head.weight": rng.normal(size=(5, 2))}
+    split = formats.to_hf(arrays, prefix)
+    assert set(split) == {part for mae in arrays for part in formats.hf_names(mae, prefix)}
+    back = formats.from_hf(split)
+    assert back.keys() == arrays.keys()
+    for mae, array in arrays.items():
+        np.testing.assert_array_equal(back[mae], array)
+
+
 # Arrays
 
 SHAPES = handoff.shapes(

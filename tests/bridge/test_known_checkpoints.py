@@ -4,8 +4,9 @@ import re
 
 import pytest
 
-from tests.bridge.arrays import HF, SMALL, rejected, star, to_hf, understand, weights
+from tests.bridge.arrays import HF, SMALL, rejected, star, understand, weights
 from tinymim_jax.bridge import convert, known_checkpoints
+from tinymim_jax.bridge.formats import to_hf
 from tinymim_jax.bridge.layout import Told
 from tinymim_jax.experiment import config
 from tinymim_jax.runtime import codec

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from tests.bridge.arrays import HF, SMALL, rejected, star, to_hf, understand, weights
+from tests.bridge.arrays import HF, SMALL, rejected, star, understand, weights
 from tinymim_jax.bridge import convert
+from tinymim_jax.bridge.formats import to_hf
 from tinymim_jax.bridge.layout import IMAGENET, Told
 from tinymim_jax.experiment import config
 from tinymim_jax.runtime.errors import InputError

@@ -172,7 +172,7 @@ BAD = {  # what -> what makes it, arguments, message
     "missing norm": (lambda: pth(norm__weight=None), ["x.pth"], "exactly one of norm and fc_norm is expected"),
     "positions": (lambda: pth(pos_embed=torch.ones(1, 4, 24)), ["x.pth"], "pos_embed is for 3 patches, which is no square"),
     "patch size": (
-        lambda: pth(patch_embed__proj__weight=torch.ones(24, 3, 8, 4)), ["x.pth"], "patches of 8 x 4; only 3 channels",
+        lambda: pth(patch_embed__proj__weight=torch.ones(24, 3, 8, 4)), ["x.pth"], "patches of 8 x 4 and width 24; only 3 channels",
     ),
     "width": (lambda: pth(norm__weight=torch.ones(20)), ["x.pth"], "norm.weight has shape [20], expected [24]"),
     "heads unknown": (lambda: pth(), ["x.pth", "--num_heads="], "--num_heads="),
@@ -188,7 +188,7 @@ BAD = {  # what -> what makes it, arguments, message
         lambda: folder(GOOD | {"num_attention_heads": "x"}), ["hf", None], "num_attention_heads is 'x'; it must be a whole",
     ),
     "activation": (lambda: folder(GOOD | {"hidden_act": "relu"}), ["hf"], "only hidden_act gelu and qkv_bias true"),
-    "other weights": (lambda: folder(GOOD, {"bert": torch.ones(3)}), ["hf"], "are of no ViT"),
+    "other weights": (lambda: folder(GOOD, {"bert": torch.ones(3)}), ["hf"], "this is not a whole vision transformer"),
     "no class to verify": (
         lambda: folder(GOOD | {"architectures": ["pipeline"]}), ["hf", "--verify"], "architectures names no class",
     ),

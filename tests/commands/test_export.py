@@ -82,7 +82,7 @@ def test_bad_input_gets_one_line_and_leaves_nothing(case, here, capsys):
 def test_a_package_that_is_missing(here, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     assert main(["export", "work/cls", "dst", "--format=mae"]) == 2
-    assert capsys.readouterr().err == "error: this format needs torch: pip install -e '.[torch]'\n"
+    assert capsys.readouterr().err == "error: this format needs torch: pip install 'tinymim_jax[torch]'\n"
     assert sorted(p.name for p in here.iterdir()) == ["work"]
 
 

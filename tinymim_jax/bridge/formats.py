@@ -77,7 +77,7 @@ def _mae_name_of_hf(name: str, prefix: str) -> str:
     return name
 
 
-def to_hf(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+def to_hf(arrays: dict[str, np.ndarray], prefix: str = "vit.") -> dict[str, np.ndarray]:
     """Arrays by MAE's names in Hugging Face's spelling, q, k and v apart."""
     split = {}
     for mae, array in arrays.items():
@@ -87,10 +87,7 @@ def to_hf(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
 
 
 def from_hf(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The inverse of `to_hf`; raises InputError on q, k and v that do not go together, and on names of both spellings.
-
-    A name of neither stays, without the prefix.
-    """
+    """The inverse of `to_hf`, where other names stay; raises InputError on q, k, v that do not go together."""
     prefix = "vit." if "vit.embeddings.cls_token" in arrays else ""
     found: dict[str, dict[str, np.ndarray]] = {}
     for name, array in arrays.items():
@@ -102,11 +99,10 @@ def from_hf(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         names = hf_names(mae, prefix)
         if set(parts) != set(names):
             raise InputError(f"the weights hold {', '.join(parts)} where a ViT has {', '.join(names)}")
-        arrays_in_order = [parts[name] for name in names]
-        shapes = {array.shape for array in arrays_in_order}
-        if len(names) > 1 and (len(shapes) > 1 or () in shapes):
-            raise InputError(f"{names[0]} has shape {list(parts[names[0]].shape)}, key and value have others")
-        joined[mae] = np.concatenate(arrays_in_order) if len(names) > 1 else arrays_in_order[0]
+        in_order = [parts[name] for name in names]
+        if len({array.shape for array in in_order}) > 1:
+            raise InputError(f"{names[0]} has shape {list(in_order[0].shape)}, key and value have others")
+        joined[mae] = np.concatenate(np.atleast_1d(*in_order)) if len(names) > 1 else in_order[0]
     return joined
 
 
