@@ -18,12 +18,9 @@ def provenance(folder: Path, depth: int = 0) -> list[str]:
     try:
         if converted := handoff.read_converted(folder):
             source = converted["source"]
+            what = f"converted from {Path(source['file']).name} ({source['kind']}), sha256 {source['sha256']}"
             own = [f"{indent}  {line}" for line in source["made_from"]]
-            return [
-                f"{indent}- {folder.name}: converted from {Path(source['file']).name} ({source['kind']}),"
-                f" sha256 {source['sha256']}; licence: {source['licence']}",
-                *own,
-            ]
+            return [f"{indent}- {folder.name}: {what}; licence: {source['licence']}", *own]
         stage = handoff.read_stage(folder)
     except InputError:
         return [f"{indent}- {folder.name}: {GONE}"]

@@ -50,17 +50,13 @@ class Converted:
         ]
         text += [f"decoder: width {d.width}, {d.depth} blocks"] if d else ["no decoder: it cannot reconstruct"]
         text += [f"note: {note}" for note in self.layout.notes]
-        text.append(f"weights: {len(self.layout.arrays)} tensors, {num_parameters(self.params):,} parameters")
+        size = sum(array.size for array in self.layout.arrays.values())
+        text.append(f"weights: {len(self.layout.arrays)} tensors, {size:,} parameters")
         for why in dict.fromkeys(self.layout.ignored.values()):
             keys = [key for key, reason in self.layout.ignored.items() if reason == why]
             more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
             text.append(f"ignored, {why}: {', '.join(keys[:4])}{more}")
         return [files.printable(line) for line in [*text, f"licence: {self.layout.licence}"]]
-
-
-def num_parameters(params: Any) -> int:
-    """How many numbers a tree holds."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def read(path: Path, told: Told | None = None) -> Converted:

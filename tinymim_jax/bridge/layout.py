@@ -181,20 +181,18 @@ def _preprocessing(source: Source, notes: list[str]) -> tuple[dict[str, Any], bo
     """Mean and std of the pixels that the model was trained on, and whether the file says so."""
     places = {"timm": "pretrained_cfg", "huggingface": "preprocessor"}  # "preprocessing": of our own exports
     told = source.settings.get(places.get(source.format, "preprocessing"))
-    if isinstance(told, dict):
-        mean, std = (told.get(key) or told.get(f"image_{key}") for key in ("mean", "std"))
-        if _are_three_numbers(mean) and _are_three_numbers(std) and min(std) > 0:
-            found = {"mean": [float(x) for x in mean], "std": [float(x) for x in std]}
-            if told.get("interpolation") in ("bicubic", "bilinear"):
-                found["interpolation"] = told["interpolation"]
-            if isinstance(told.get("crop_pct"), float) and 0 < told["crop_pct"] <= 1:
-                found["crop_pct"] = told["crop_pct"]
-            return found, True
-    notes.append("pixels are normalised with ImageNet's mean and std, which the file does not say")
-    return dict(IMAGENET), False
-
-
-def _are_three_numbers(values: Any) -> bool:
-    return (
+    told = told if isinstance(told, dict) else {}
+    found = {key: told.get(key) or told.get(f"image_{key}") for key in IMAGENET}
+    are_numbers = all(
         isinstance(values, list) and len(values) == 3 and all(type(x) in (int, float) and abs(x) < 1e6 for x in values)
+        for values in found.values()
     )
+    if not are_numbers or min(found["std"]) <= 0:
+        notes.append("pixels are normalised with ImageNet's mean and std, which the file does not say")
+        return dict(IMAGENET), False
+    found = {key: [float(x) for x in values] for key, values in found.items()}
+    if told.get("interpolation") in ("bicubic", "bilinear"):
+        found["interpolation"] = told["interpolation"]
+    if isinstance(told.get("crop_pct"), float) and 0 < told["crop_pct"] <= 1:
+        found["crop_pct"] = told["crop_pct"]
+    return found, True
