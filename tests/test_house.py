@@ -118,7 +118,12 @@ def test_no_branch_on_a_kind_outside_the_folder_that_defines_it():
 
 @pytest.mark.parametrize(
     "text",
-    ["if task.kind == 'mae': pass", "x = stage.task.kind in ('mae', 'y')", "isinstance(t, (int, config.Mae))", "isinstance(t, Mae)"],
+    [
+        "if task.kind == 'mae': pass",
+        "x = stage.task.kind in ('mae', 'y')",
+        "isinstance(t, (int, config.Mae))",
+        "isinstance(t, Mae)",
+    ],
 )
 def test_such_a_branch_would_be_found(text):
     assert list(branches_on(text, {"mae"}, {"Mae"})) == [1]

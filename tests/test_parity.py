@@ -1,11 +1,10 @@
 # ruff: noqa: E402 (torch is looked for before what needs it)
-"""Our models and their parts against the PyTorch reference of `tests/reference` and against Hugging Face.
+"""Our models and their parts against the PyTorch reference of `bridge.torch_reference` and against Hugging Face.
 
 `python -m tests.test_parity` prints how far the losses of fifty training steps are from PyTorch's.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import flax.traverse_util
@@ -18,10 +17,10 @@ from tinymim_jax.weights.parameters import flatten
 
 torch = pytest.importorskip("torch", reason="parity is measured against PyTorch; install tinymim_jax[test]")
 
-from tests.reference import files
-from tests.reference import mae as torch_mae
-from tests.reference import vit as torch_vit
+from tests import torch_files as files
 from tinymim_jax.bridge import convert, formats
+from tinymim_jax.bridge.torch_reference import mae as torch_mae
+from tinymim_jax.bridge.torch_reference import vit as torch_vit
 from tinymim_jax.experiment import config
 from tinymim_jax.experiment.config import Decoder, ViT
 from tinymim_jax.models import layers, posembed
@@ -37,19 +36,12 @@ DECODER = Decoder(16, 1, 4)
 # Both sides of one model
 
 
-def reference_config(cfg: ViT) -> torch_vit.Config:
-    known = {field.name for field in dataclasses.fields(torch_vit.Config)}
-    return torch_vit.Config(**{name: value for name, value in vars(cfg).items() if name in known})
-
-
 def reference_vit(cfg: ViT, seed: int = 0) -> torch_vit.ViT:
-    return files.build(lambda: torch_vit.ViT(reference_config(cfg)), seed)
+    return files.build(lambda: torch_vit.ViT(cfg), seed)
 
 
 def reference_mae(cfg: ViT, task: config.Mae, seed: int = 0) -> torch_mae.MAE:
-    decoder = torch_mae.Decoder(**vars(task.decoder))
-    make = functools.partial(torch_mae.MAE, reference_config(cfg), decoder, task.mask_ratio, task.norm_pix_loss)
-    return files.build(make, seed)
+    return files.build(lambda: torch_mae.MAE(cfg, task), seed)
 
 
 def in_our_layout(tensors: dict[str, Any], shapes: Any) -> dict[str, np.ndarray]:

@@ -17,9 +17,8 @@ from tinymim_jax.weights.parameters import flatten
 
 torch = pytest.importorskip("torch", reason="parity is measured against PyTorch; install tinymim_jax[test]")
 
+from tests import torch_optim
 from tests.conftest import TRAIN
-from tests.reference import distill
-from tests.reference import optim as torch_optim
 from tests.test_parity import (
     DECODER,
     ENCODER,
@@ -33,6 +32,7 @@ from tests.test_parity import (
     reference_vit,
 )
 from tinymim_jax.bridge import formats
+from tinymim_jax.bridge.torch_reference import distill
 from tinymim_jax.data import pipeline, sources
 from tinymim_jax.experiment import config, recipes
 from tinymim_jax.experiment.config import Init, Run, Teacher, ViT

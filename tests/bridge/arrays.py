@@ -35,14 +35,6 @@ def star(**model):
     return weights(pool="mean", num_classes=5, dist_token=True, neck=40, **model)
 
 
-def to_hf(arrays, prefix="vit."):
-    split = {}
-    for name, array in arrays.items():
-        parts = formats.hf_names(name, prefix)
-        split |= dict(zip(parts, np.split(array, len(parts)), strict=True))
-    return split
-
-
 def understand(arrays, settings=None, told=None, form="pth"):
     return layout.understand(Source("x", form, arrays, settings or {}, {}), dict(arrays), told or Told(num_heads=3))
 

@@ -7,7 +7,7 @@ import pytest
 
 from tests.bridge.test_export import TEACHER, random_params, stage
 from tests.conftest import tiny_classify, tiny_distill, tiny_mae
-from tests.test_handoff import write_stage
+from tests.weights.test_handoff import write_stage
 from tinymim_jax.bridge import card, convert
 from tinymim_jax.bridge.export import export
 from tinymim_jax.bridge.layout import Told

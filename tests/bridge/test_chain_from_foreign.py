@@ -1,6 +1,8 @@
 """A chain whose teacher, or start, is somebody else's file: converted once, then read like a stage."""
 
 import dataclasses
+import functools
+import weakref
 
 import numpy as np
 import pytest
@@ -12,18 +14,19 @@ pytest.importorskip("torch", reason="the teacher is a PyTorch file")
 
 import torch
 
+from tests import torch_files as files
 from tests.conftest import IMAGE, tiny_classify, tiny_distill, tiny_mae
-from tests.reference import files, mae, vit
-from tests.test_chain import snapshot
+from tests.training.test_chain import snapshot
 from tinymim_jax.bridge import convert
-from tinymim_jax.experiment.config import Config, Init
+from tinymim_jax.experiment.config import Config, Decoder, Init, ViT
 from tinymim_jax.experiment.validate import check
-from tinymim_jax.planning import dry_run
+from tinymim_jax.planning import dry_run, preflight
+from tinymim_jax.runtime import multihost
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.training import chain as chain_lib
 from tinymim_jax.weights import handoff
 
-TEACHER = vit.Config(24, 3, 6, last_block_heads=12, **IMAGE)
+TEACHER = ViT(24, 3, 6, last_block_heads=12, **IMAGE)
 NAME = "tinymim_vit_tiny_patch16"  # whose 6 and 12 heads are known
 
 
@@ -131,6 +134,28 @@ def test_another_file_under_the_same_name_is_an_error(tmp_path):
     assert "block 2 of 3, 6 heads" in dry_run.describe_chain(config(path), workdir)
 
 
+def test_no_process_keeps_what_it_has_read(tmp_path, monkeypatch):
+    """Here as a process that is not the first, which alone converts: a teacher's gigabytes lie in the memory of both."""
+    path, held, during = write(tmp_path / "x.pth"), [], []
+    read = convert.read
+
+    def noted(path):
+        held.append(weakref.ref(converted := read(path)))
+        return converted
+
+    def in_the_first_process(action):
+        with monkeypatch.context() as other:
+            other.setattr(preflight, "read_foreign", functools.lru_cache(noted))
+            return action()
+
+    monkeypatch.setattr(convert, "read", noted)
+    monkeypatch.setattr(multihost, "run_on_primary", in_the_first_process)
+    monkeypatch.setattr(chain_lib, "run_stage", lambda *_: during.append([ref() for ref in held]))
+    chain_lib.run_chain(config(path), tmp_path / "work")
+    assert handoff.finished(converted(path, tmp_path / "work"))
+    assert during == [[None, None]]
+
+
 def test_two_files_of_one_name_in_a_chain(tmp_path):
     """checkpoint.pth is a common name."""
     paths = [write(tmp_path / "a" / "x.pth"), write(tmp_path / "b" / "x.pth", seed=1)]
@@ -146,7 +171,7 @@ def test_two_files_of_one_name_in_a_chain(tmp_path):
 def test_a_stage_starts_from_a_file(tmp_path):
     """Of no steps, it ends with the weights of the file."""
     path = tmp_path / "x.pth"
-    model = files.mae_full(path, vit.Config(24, 3, 6, **IMAGE), mae.Decoder(16, 1, 2))
+    model = files.mae_full(path, ViT(24, 3, 6, **IMAGE), Decoder(16, 1, 2))
     known = {"made_by": "tinymim_jax", "model": {"width": 24, "depth": 3, "num_heads": 6}, "decoder": {"num_heads": 2}}
     torch.save({"model": model.state_dict(), "tinymim_jax": known}, path)
     stage = tiny_mae()
@@ -163,7 +188,7 @@ def test_a_folder_is_converted_too_and_may_be_gone_afterwards(tmp_path, capsys):
 
     path, workdir = tmp_path / "vit.small", tmp_path / "work"
     path.mkdir()
-    files.timm_safetensors(path / "model.safetensors", vit.Config(24, 3, 6, **IMAGE))
+    files.timm_safetensors(path / "model.safetensors", ViT(24, 3, 6, **IMAGE))
     (path / "config.json").write_text('{"architecture": "vit_base_patch16_224", "model_args": {"num_heads": 6}}')
     folder = converted(path, workdir)
     assert folder.name.startswith("vit.small-")
@@ -194,11 +219,11 @@ def test_only_what_is_needed_is_converted(tmp_path):
         (lambda path: torch.save([], path), "stage distill: .*x.pth holds a list, not a dict of weights"),
         (lambda path: files.mae_encoder(path, TEACHER), "how many heads .* cannot be seen .* convert .* --num_heads=N"),
         (
-            lambda path: files.tinymim_pretrained(path, vit.Config(24, 1, 6, **IMAGE), NAME),
+            lambda path: files.tinymim_pretrained(path, ViT(24, 1, 6, **IMAGE), NAME),
             "stage distill: task.teacher.block 2 is beyond the teacher's 1 blocks",
         ),
         (
-            lambda path: files.tinymim_pretrained(path, vit.Config(24, 3, 6, image_size=16, patch_size=4), NAME),
+            lambda path: files.tinymim_pretrained(path, ViT(24, 3, 6, image_size=16, patch_size=4), NAME),
             "stage distill: .*patch",
         ),
     ],

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tinymim_jax
-from tests.reference import files, mae, vit
+from tests import torch_files as files
 from tinymim_jax.bridge import convert, verify
 from tinymim_jax.bridge.layout import Told
 from tinymim_jax.experiment import config
@@ -24,9 +24,9 @@ from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.weights import handoff
 
 SIZE = {"image_size": 16, "patch_size": 8}
-CFG = vit.Config(24, 2, 3, **SIZE)
+CFG = config.ViT(24, 2, 3, **SIZE)
 HEAD = dataclasses.replace(CFG, num_classes=5)
-DECODER = mae.Decoder(16, 1, 2)
+DECODER = config.Decoder(16, 1, 2)
 TOLD = Told(num_heads=3)
 BESIDE = {"optimizer", "epoch", "scaler", "args"}  # of files that hold a whole run
 
@@ -58,7 +58,7 @@ KINDS = {
         model={"pool": "mean", "num_classes": 5}, ignored=BESIDE,
     ),
     "tinymim_pretrained": Kind(
-        lambda p: files.tinymim_pretrained(p, vit.Config(48, 2, 12, last_block_heads=16, **SIZE)),
+        lambda p: files.tinymim_pretrained(p, config.ViT(48, 2, 12, last_block_heads=16, **SIZE)),
         "TinyMIM, pre-trained", "OliverRensu/TinyMIM states none", 30,
         heads="12 heads, as its arguments name tinymim_vit_base_patch16; 16 in the last block",
         model={"width": 48, "num_heads": 12, "last_block_heads": 16}, ignored=BESIDE,
@@ -72,7 +72,7 @@ KINDS = {
         "OliverRensu/TinyMIM states none", 39, heads="12 heads, as TinyMIM*-T has", model=STAR,
     ),
     "mae_lite": Kind(
-        lambda p: files.mae_lite(p, vit.Config(192, 1, 12, **SIZE)), "MAE-Lite, with decoder", "wangsr126/MAE-Lite", 38,
+        lambda p: files.mae_lite(p, config.ViT(192, 1, 12, **SIZE)), "MAE-Lite, with decoder", "wangsr126/MAE-Lite", 38,
         heads="12 heads, as MAE-Lite's models have",
         model={"width": 192, "depth": 1, "num_heads": 12}, decoder=config.Decoder(96, 1, 3),
         ignored={"start_epoch", "optimizer"},
@@ -192,7 +192,7 @@ def test_teacher_and_adapter_of_d_mae(tmp_path):
 def test_the_thirteenth_block_of_d2_mae(tmp_path):
     """Spec C.3: the model is the blocks before it, and the decoder does not read the last of them."""
     path = tmp_path / "d2.pth"
-    cfg = vit.Config(24, 3, 3, **SIZE)
+    cfg = config.ViT(24, 3, 3, **SIZE)
     model = files.mae_lite(path, cfg, decoder=DECODER)
     content = torch.load(path, weights_only=False)
     for key in list(content["model"]):

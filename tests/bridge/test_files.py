@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pickle
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -309,11 +310,13 @@ def test_sha256(tmp_path):
     assert files.sha256(tmp_path / "x") == hashlib.sha256(b"abc").hexdigest()
 
 
-def test_errors_of_other_libraries_on_a_line():
-    assert files.one_line(ValueError("a\n  b\tc")) == "ValueError: a b c"
-    assert len(files.one_line(ValueError("x" * 1000))) == 160
-    advice = "Weights only load failed. \x1b[1mdo this\x1b[0m WeightsUnpickler error: Unsupported operand 3"
-    assert files.one_line(pickle.UnpicklingError(advice)) == "UnpicklingError: Unsupported operand 3"
+def test_a_missing_package(monkeypatch, tmp_path):
+    assert files.need("json", "x", "y") is json
+    path = save(tmp_path / "x.pth")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    refused(
+        path, r"a PyTorch checkpoint \(unlike a .safetensors file\) needs torch: pip install 'tinymim_jax\[torch\]'"
+    )
 
 
 def test_printable():

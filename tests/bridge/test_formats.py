@@ -1,5 +1,7 @@
 """The table of names of spec B.3, written out, against every key of the models."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -83,7 +85,8 @@ def keys(model, decoder=None):
 def test_the_table_has_every_key_of_mae_b():
     """254 keys, 111,907,840 numbers (spec B.3)."""
     assert keys(VIT_B, config.Decoder()) == set(MAE_B) and len(MAE_B) == 254
-    assert convert.num_parameters(convert.shapes(VIT_B, config.Decoder())) == 111_907_840
+    shapes = shapes_of(convert.shapes(VIT_B, config.Decoder()))
+    assert sum(math.prod(shape) for shape in shapes.values()) == 111_907_840
 
 
 @pytest.mark.parametrize("ours", [key for key in MAE_B if "block" not in key or "block1/" in key or "block8/" in key])
@@ -126,6 +129,18 @@ def test_no_two_keys_share_a_name():
     for prefix in ("vit.", ""):
         parts = [part for mae, _ in MAE_B.values() for part in formats.hf_names(mae, prefix)]
         assert len(set(parts)) == len(parts)
+
+
+@pytest.mark.parametrize("prefix", ["vit.", ""])
+def test_to_hugging_face_and_back(prefix):
+    rng = np.random.default_rng(0)
+    arrays = {mae: rng.normal(size=(6, 2)) for mae, _ in MAE_B.values()} | {"head.weight": rng.normal(size=(5, 2))}
+    split = formats.to_hf(arrays, prefix)
+    assert set(split) == {part for mae in arrays for part in formats.hf_names(mae, prefix)}
+    back = formats.from_hf(split)
+    assert back.keys() == arrays.keys()
+    for mae, array in arrays.items():
+        np.testing.assert_array_equal(back[mae], array)
 
 
 # Arrays

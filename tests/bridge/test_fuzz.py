@@ -24,15 +24,17 @@ pytest.importorskip("torch", reason="most of the files are PyTorch's")
 
 import torch
 
-from tests.reference import files, mae, vit
+from tests import torch_files as files
 from tinymim_jax.bridge import convert, formats
 from tinymim_jax.bridge import files as bridge_files
 from tinymim_jax.bridge.layout import Told
+from tinymim_jax.bridge.torch_reference import vit
+from tinymim_jax.experiment import config
 from tinymim_jax.runtime.errors import InputError
 
 SECONDS = 10  # for one file of some kilobytes; the machine may be busy
-CFG = vit.Config(8, 1, 2, image_size=4, patch_size=2)
-DECODER = mae.Decoder(8, 1, 2)
+CFG = config.ViT(8, 1, 2, image_size=4, patch_size=2)
+DECODER = config.Decoder(8, 1, 2)
 JUNK = (
     None,
     True,

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from tests.bridge.arrays import SMALL, to_hf, understand, weights
+from tests.bridge.arrays import SMALL, understand, weights
 from tinymim_jax.bridge import key_names, layout
 from tinymim_jax.bridge.files import Source
+from tinymim_jax.bridge.formats import to_hf
 from tinymim_jax.bridge.layout import Told
 from tinymim_jax.experiment import config
 

@@ -4,8 +4,9 @@ import re
 
 import pytest
 
-from tests.bridge.arrays import HF, SMALL, rejected, star, to_hf, understand, weights
+from tests.bridge.arrays import HF, SMALL, rejected, star, understand, weights
 from tinymim_jax.bridge import convert, known_checkpoints
+from tinymim_jax.bridge.formats import to_hf
 from tinymim_jax.bridge.layout import Told
 from tinymim_jax.experiment import config
 from tinymim_jax.runtime import codec
@@ -129,7 +130,7 @@ def test_bad_heads_in_config_json(value):
 def test_bad_heads_of_the_decoder():
     arrays = weights(decoder=(16, 1, 2))
     rejected("decoder's width 16 is no multiple .* its 3 heads", arrays, told=Told(num_heads=3, decoder_heads=3))
-    for decoder in ({}, {"num_heads": "x"}):
+    for decoder in ({"num_heads": 0}, {"num_heads": "x"}):
         ours = {"made_by": "tinymim_jax", "model": {"width": 24, "depth": 2, "num_heads": 3}, "decoder": decoder}
         rejected("num_heads is .*; it must be a whole number", arrays, ours)
 
@@ -202,7 +203,7 @@ def test_kinds_of_hugging_face(settings, kind):
 
 def test_kind_of_timm():
     found = understand(weights(), {"architecture": "vit_base_patch16_224"}, form="timm")
-    assert (found.kind, found.licence) == ("timm vit_base_patch16_224", known_checkpoints.ASK_THE_SOURCE)
+    assert (found.kind, found.licence) == ("timm vit_base_patch16_224", known_checkpoints.LICENCES[""])
 
 
 def test_what_tinymim_did_not_train():

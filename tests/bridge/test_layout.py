@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from tests.bridge.arrays import SMALL, rejected, star, to_hf, understand, weights
+from tests.bridge.arrays import HF, SMALL, rejected, star, understand, weights
 from tinymim_jax.bridge import convert
+from tinymim_jax.bridge.formats import to_hf
 from tinymim_jax.bridge.layout import IMAGENET, Told
 from tinymim_jax.experiment import config
 from tinymim_jax.runtime.errors import InputError
@@ -137,8 +138,8 @@ def changed(shape_of=(), without=(), **extra):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({}, r"no tensor is named cls_token \(the file holds nothing, ...\): this is not a vision transformer"),
-        ({"conv.weight": np.ones(3), "fc.weight": np.ones(3)}, r"no tensor is named cls_token \(the file holds conv.weight"),
+        ({}, r"no tensor is named cls_token \(it holds nothing, ...\): this is not a vision transformer"),
+        ({"conv.weight": np.ones(3), "fc.weight": np.ones(3)}, r"no tensor is named cls_token \(it holds conv.weight"),
         (changed(without=["patch_embed"]), "there is no patch_embed.proj.weight: this is not a whole vision"),
         (changed(without=["pos_embed"]), "there is no pos_embed: this is not a whole vision transformer"),
         (changed(without=["blocks"]), "the blocks are not numbered from 0 without gaps"),
@@ -149,12 +150,12 @@ def changed(shape_of=(), without=(), **extra):
         (changed(pos_embed=(1, 1, 24)), "pos_embed is for 0 patches, which is no square"),
         (changed(pos_embed=(5, 24)), r"pos_embed has shape \[5, 24\], which no vision transformer has"),
         (changed(pos_embed=(1, 0, 24)), r"pos_embed has shape \[1, 0, 24\], which no vision transformer has"),
-        (changed(patch_embed__proj__weight=(24, 3, 8, 4)), "for 3 channels and patches of 8 x 4; only 3 channels and"),
-        (changed(patch_embed__proj__weight=(24, 1, 8, 8)), "is for 1 channels and patches of 8 x 8; only 3 channels"),
+        (changed(patch_embed__proj__weight=(24, 3, 8, 4)), "for 3 channels, patches of 8 x 4 and width 24; only 3 channels, square"),
+        (changed(patch_embed__proj__weight=(24, 1, 8, 8)), "is for 1 channels, patches of 8 x 8 and width 24; only 3 channels"),
         (changed(patch_embed__proj__weight=(24, 192)), r"patch_embed.proj.weight has shape \[24, 192\]"),
         (changed(without=["norm."]), "exactly one of norm and fc_norm is expected"),
         (changed(fc_norm__weight=(24,)), "exactly one of norm and fc_norm is expected"),
-        (changed(patch_embed__proj__weight=(18, 3, 8, 8)), "width 18 is not a multiple of 4, which positions here need"),
+        (changed(patch_embed__proj__weight=(18, 3, 8, 8)), "and width 18; only 3 channels, square patches and multiples of 4"),
         (changed(decoder_embed__weight=(16, 24)), "decoder's width 16 is no multiple .* or it has no blocks"),
         (weights(decoder=(16, 1, 2)) | changed(head__weight=(5, 24)), "there is a decoder beside a head, fc_norm or dist"),
         (weights(decoder=(16, 1, 2), image_size=24) | {"pos_embed": np.ones((1, 11, 24)), "dist_token": np.ones(1)},
@@ -177,13 +178,26 @@ def test_tensors_outside_the_prefix():
 
 @pytest.mark.parametrize("key", ["embeddings.mask_token", "encoder.layer.0.attention.attention.other.weight"])
 def test_unknown_tensors_of_hugging_face(key):
-    rejected(f"{key} .* belongs to no known model", to_hf(weights(), "") | {key: np.ones(3)}, form="huggingface")
+    found = understand(to_hf(weights(), "") | {key: np.ones(3)}, HF, form="huggingface")
+    with pytest.raises(
+        InputError, match=r"^\S*(embeddings|other)\S+ has no place in a Hugging Face ViTModel checkpoint"
+    ):
+        convert._to_ours(found)
+
+
+def test_names_of_both_spellings():
+    arrays = to_hf(weights(), "")
+    rejected("hold .*, blocks.0.norm1.bias where", arrays | {"blocks.0.norm1.bias": np.ones(24)}, form="huggingface")
+    with_prefix = to_hf(weights()) | {"layernorm.bias": np.ones(24)}
+    rejected("the weights hold layernorm.bias where a ViT has vit.layernorm.bias", with_prefix, form="huggingface")
 
 
 def test_half_a_qkv_of_hugging_face():
     arrays = to_hf(weights(), "")
     del arrays["encoder.layer.0.attention.attention.key.bias"]
-    rejected("attention.query.bias .* belongs to no known model", arrays, form="huggingface")
+    rejected(
+        r"hold \S+query.bias, \S+value.bias where a ViT has \S+query.bias, \S+key.bias, ", arrays, form="huggingface"
+    )
 
 
 @pytest.mark.parametrize("key", ["cls_token", "pos_embed", "decoder_embed.weight", "decoder_pos_embed", "head.weight"])
@@ -200,7 +214,7 @@ def test_query_key_and_value_of_different_shapes(shape):
 
 
 def test_a_hugging_face_folder_of_another_model():
-    rejected("config.json and model.safetensors are of no ViT", {"bert.x": np.ones(3)}, {}, form="huggingface")
+    rejected("there is no patch_embed.* not a whole vision transformer", {"bert.x": np.ones(3)}, {}, form="huggingface")
 
 
 # What must not be taken for something else

@@ -15,11 +15,13 @@ pytest.importorskip("torch", reason="the files that are converted are PyTorch's"
 import torch
 from safetensors.torch import save_file
 
-from tests.reference import files, mae, vit
+from tests import torch_files as files
 from tinymim_jax.__main__ import main
+from tinymim_jax.bridge.torch_reference import vit
+from tinymim_jax.experiment import config
 from tinymim_jax.weights import handoff
 
-CFG = vit.Config(24, 2, 3, image_size=16, patch_size=8)
+CFG = config.ViT(24, 2, 3, image_size=16, patch_size=8)
 HEADS = "--num_heads=3"
 
 
@@ -41,7 +43,7 @@ def error(capsys, *argv):
 
 
 def test_convert_and_verify(here, capsys):
-    files.mae_full(here / "x.pth", CFG, mae.Decoder(16, 1, 2))
+    files.mae_full(here / "x.pth", CFG, config.Decoder(16, 1, 2))
     argv = ["convert", "x.pth", "a/dst", "--verify", HEADS, "--decoder_heads=2", "--norm_pix"]
     assert main(argv) == 0
     out = capsys.readouterr().out.splitlines()
@@ -63,7 +65,7 @@ def test_convert_and_verify(here, capsys):
 
 
 def test_flags_reach_the_model(here):
-    files.deit(here / "x.pth", vit.Config(24, 2, 3, num_classes=5, image_size=16, patch_size=8))
+    files.deit(here / "x.pth", config.ViT(24, 2, 3, num_classes=5, image_size=16, patch_size=8))
     assert main(["convert", "x.pth", "dst", HEADS, "--last_block_heads=4"]) == 0
     model = stage_file.read_model(here / "dst")
     assert (model.num_heads, model.last_block_heads, model.num_classes) == (3, 4, 5)
@@ -174,7 +176,7 @@ BAD = {  # what -> what makes it, arguments, message
     "missing norm": (lambda: pth(norm__weight=None), ["x.pth"], "exactly one of norm and fc_norm is expected"),
     "positions": (lambda: pth(pos_embed=torch.ones(1, 4, 24)), ["x.pth"], "pos_embed is for 3 patches, which is no square"),
     "patch size": (
-        lambda: pth(patch_embed__proj__weight=torch.ones(24, 3, 8, 4)), ["x.pth"], "patches of 8 x 4; only 3 channels",
+        lambda: pth(patch_embed__proj__weight=torch.ones(24, 3, 8, 4)), ["x.pth"], "patches of 8 x 4 and width 24; only 3 channels",
     ),
     "width": (lambda: pth(norm__weight=torch.ones(20)), ["x.pth"], "norm.weight has shape [20], expected [24]"),
     "heads unknown": (lambda: pth(), ["x.pth", "--num_heads="], "--num_heads="),
@@ -190,7 +192,7 @@ BAD = {  # what -> what makes it, arguments, message
         lambda: folder(GOOD | {"num_attention_heads": "x"}), ["hf", None], "num_attention_heads is 'x'; it must be a whole",
     ),
     "activation": (lambda: folder(GOOD | {"hidden_act": "relu"}), ["hf"], "only hidden_act gelu and qkv_bias true"),
-    "other weights": (lambda: folder(GOOD, {"bert": torch.ones(3)}), ["hf"], "are of no ViT"),
+    "other weights": (lambda: folder(GOOD, {"bert": torch.ones(3)}), ["hf"], "this is not a whole vision transformer"),
     "no class to verify": (
         lambda: folder(GOOD | {"architectures": ["pipeline"]}), ["hf", "--verify"], "architectures names no class",
     ),

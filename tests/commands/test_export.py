@@ -6,9 +6,10 @@ import pytest
 
 pytest.importorskip("torch", reason="the formats are PyTorch's")
 
+from tests import torch_files as files
 from tests.bridge.test_export import write
-from tests.reference import files, vit
 from tinymim_jax.__main__ import main
+from tinymim_jax.experiment.config import ViT
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +43,7 @@ def test_regrouped_heads(here, capsys):
 
 
 def test_a_converted_checkpoint(here):
-    files.deit(here / "x.pth", vit.Config(24, 2, 3, num_classes=5, image_size=16, patch_size=8))
+    files.deit(here / "x.pth", ViT(24, 2, 3, num_classes=5, image_size=16, patch_size=8))
     assert main(["convert", "x.pth", "converted", "--num_heads=3"]) == 0
     assert main(["export", "converted", "dst", "--format=hf"]) == 0
     text = (here / "dst" / "README.md").read_text()
@@ -81,7 +82,7 @@ def test_bad_input_gets_one_line_and_leaves_nothing(case, here, capsys):
 def test_a_package_that_is_missing(here, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     assert main(["export", "work/cls", "dst", "--format=mae"]) == 2
-    assert capsys.readouterr().err == "error: this format needs torch: pip install -e '.[torch]'\n"
+    assert capsys.readouterr().err == "error: this format needs torch: pip install 'tinymim_jax[torch]'\n"
     assert sorted(p.name for p in here.iterdir()) == ["work"]
 
 

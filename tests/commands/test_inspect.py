@@ -4,13 +4,13 @@ import pytest
 
 pytest.importorskip("torch", reason="the files that are inspected are PyTorch's")
 
+from tests import torch_files as files
 from tests.bridge.test_export import random_params, stage
-from tests.reference import files, vit
-from tests.test_handoff import write_stage
+from tests.weights.test_handoff import write_stage
 from tinymim_jax.__main__ import main
 from tinymim_jax.experiment import config
 
-TINYMIM = vit.Config(48, 2, 12, last_block_heads=16, image_size=16, patch_size=8)
+TINYMIM = config.ViT(48, 2, 12, last_block_heads=16, image_size=16, patch_size=8)
 
 
 def inspected(path, capsys):
@@ -88,7 +88,7 @@ def hollow(path):
         ("x.pth", lambda path: path.write_text(""), "x.pth is empty"),
         ("x.pth", truncated, "x.pth is not a whole PyTorch checkpoint"),
         ("x.txt", lambda path: path.write_text("x"), "the name ends in none of .safetensors, .pth"),
-        ("x.pth", lambda path: files.mae_encoder(path, vit.Config(24, 1, 3, image_size=16)), "how many heads"),
+        ("x.pth", lambda path: files.mae_encoder(path, config.ViT(24, 1, 3, image_size=16)), "how many heads"),
         ("folder", lambda path: path.mkdir(), "folder is not the folder of a stage: it has no stage.json"),
         ("work", workdir, "work is not the folder of a stage: name one of the stages in it: mae"),
         ("damaged", damaged, "stage.json is damaged; delete "),

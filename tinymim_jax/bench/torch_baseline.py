@@ -1,10 +1,9 @@
-"""The same training step in PyTorch, by the project's own reference: what ours is compared with.
+"""The same training step in PyTorch, by `bridge.torch_reference`: what ours is compared with.
 
 It has an easier task than ours: images lie on the device as normalised floats, and teacher and student see the same, so
 that nothing is converted, jittered, mixed or erased, and no norms are logged.
 """
 
-import dataclasses
 import operator
 import sys
 import time
@@ -14,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from tinymim_jax.bridge.files import one_line
-from tinymim_jax.bridge.verify import reference, reference_config
+from tinymim_jax.bridge.files import need
 from tinymim_jax.experiment import config
 from tinymim_jax.experiment.config import Stage
+from tinymim_jax.runtime import storage
 from tinymim_jax.runtime.errors import InputError
 
 # As the released code runs: attention and relations written out, mixed precision by autocast; and as a good user would:
@@ -46,7 +45,7 @@ def _tried(stage: Stage, teacher: config.ViT | None, variant: str) -> "TorchStep
         step = TorchStep(stage, teacher, variant)
         step()
     except Exception as error:  # torch.compile needs a compiler and fails in many ways
-        print(f"torch {variant} does not run here: {one_line(error)}", file=sys.stderr)
+        print(f"torch {variant} does not run here: {storage.reason(error)}", file=sys.stderr)
         return None
     return step
 
@@ -63,7 +62,7 @@ def timed(others: dict[str, "TorchStep"]) -> dict[str, float]:
             begin = time.perf_counter()
             other()
         except Exception as error:
-            print(f"torch {variant} is left out from here: {one_line(error)}", file=sys.stderr)
+            print(f"torch {variant} is left out from here: {storage.reason(error)}", file=sys.stderr)
             del others[variant]
         else:
             seconds[variant] = time.perf_counter() - begin
@@ -90,11 +89,7 @@ def matmul(dtype: str, n: int, count: int) -> Callable[[], float]:
 
 def torch_module() -> types.ModuleType:
     """PyTorch; raises InputError where it is missing."""
-    try:
-        import torch
-    except ImportError:
-        raise InputError("--vs=torch needs PyTorch; install it with: pip install 'tinymim_jax[torch]'") from None
-    return torch
+    return need("torch", "torch", "--vs=torch")
 
 
 def check(name: str, stage: Stage, platform: str, devices: int) -> None:
@@ -102,7 +97,6 @@ def check(name: str, stage: Stage, platform: str, devices: int) -> None:
     if stage.task.kind not in LOSSES:
         raise InputError(f"--vs=torch has no step for {stage.task.kind}; choose one of {', '.join(LOSSES)}")
     theirs = "gpu" if torch_module().cuda.is_available() else "cpu"
-    reference()
     _, own = LOSSES[stage.task.kind]
     for field, value in {**FIXED, **own(stage)}.items():
         found = operator.attrgetter(field)(stage)
@@ -125,14 +119,14 @@ class TorchStep:
         """Of a stage that `check` lets pass."""
         torch = torch_module()
         torch.manual_seed(0)
-        self.torch, self.package = torch, reference()
+        self.torch = torch
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.is_compiled, self.dtype = variant != "eager", _dtype(torch, stage, variant, self.device)
-        self.models, loss = LOSSES[stage.task.kind][0](self, stage, teacher)
+        self.models, loss = LOSSES[stage.task.kind][0](stage, teacher)
         for model in self.models:
             model.to(self.device).train(model is self.models[-1])  # a teacher drops no paths
-            if self.is_compiled:
-                use_fused_attention(model, self.package)
+            for module in model.modules():
+                module.is_fused = self.is_compiled  # which attention reads
         self.loss = torch.compile(loss, mode=VARIANTS[variant]) if self.is_compiled else loss
         # As the released code sets it, and as XLA multiplies float32 on a GPU.
         torch.backends.cudnn.benchmark = True
@@ -185,29 +179,31 @@ class TorchStep:
 Loss = Callable[[Any], Any]
 
 
-def _mae(step: TorchStep, stage: Stage, _: config.ViT | None) -> tuple[list[Any], Loss]:
-    decoder = step.package.mae.Decoder(**dataclasses.asdict(stage.task.decoder))
-    model = step.package.mae.MAE(
-        reference_config(stage.model), decoder, stage.task.mask_ratio, stage.task.norm_pix_loss
-    )
+def _mae(stage: Stage, _: config.ViT | None) -> tuple[list[Any], Loss]:
+    import torch
+
+    from tinymim_jax.bridge.torch_reference.mae import MAE
+
+    model = MAE(stage.model, stage.task)
     patches = (stage.model.image_size // stage.model.patch_size) ** 2
-
-    def loss(images: Any) -> Any:
-        return model(images, step.torch.rand(len(images), patches, device=images.device))[0]
-
-    return [model], loss
+    return [model], lambda images: model(images, torch.rand(len(images), patches, device=images.device))[0]
 
 
-def _distill(step: TorchStep, stage: Stage, teacher: config.ViT | None) -> tuple[list[Any], Loss]:
+def _distill(stage: Stage, teacher: config.ViT | None) -> tuple[list[Any], Loss]:
+    from tinymim_jax.bridge.torch_reference import distill
+    from tinymim_jax.bridge.torch_reference.vit import ViT
     from tinymim_jax.tasks.distill import cut_teacher
 
-    vit, block = step.package.vit, stage.task.teacher.block
-    models = [vit.ViT(reference_config(cfg)) for cfg in (cut_teacher(stage, teacher), stage.model)]
-    return models, lambda images: step.package.distill.loss(models[0], block, models[1], images, images)
+    theirs, own = ViT(cut_teacher(stage, teacher)), ViT(stage.model)
+    return [theirs, own], lambda images: distill.loss(theirs, stage.task.teacher.block, own, images, images)
 
 
-def _classify(step: TorchStep, stage: Stage, _: config.ViT | None) -> tuple[list[Any], Loss]:
-    model, torch = step.package.vit.ViT(reference_config(stage.model)), step.torch
+def _classify(stage: Stage, _: config.ViT | None) -> tuple[list[Any], Loss]:
+    import torch
+
+    from tinymim_jax.bridge.torch_reference.vit import ViT
+
+    model = ViT(stage.model)
 
     def loss(images: Any) -> Any:
         logits = model(images).logits
@@ -226,19 +222,6 @@ LOSSES: dict[str, tuple[Callable, Callable[[Stage], dict[str, Any]]]] = {
     ),
     "classify": (_classify, lambda _: {"task.teacher": None}),
 }
-
-
-def use_fused_attention(model: Any, package: types.ModuleType) -> None:
-    """Replaces the written-out attention of every block."""
-    import torch
-
-    def forward(self: Any, q: Any, k: Any, v: Any) -> Any:
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-        return self.proj(out.transpose(1, 2).flatten(2))
-
-    for module in model.modules():
-        if isinstance(module, package.vit.Attention):
-            module.forward = types.MethodType(forward, module)
 
 
 def _dtype(torch: types.ModuleType, stage: Stage, variant: str, device: Any) -> Any:

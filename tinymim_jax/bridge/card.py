@@ -1,14 +1,17 @@
 """What is known of a checkpoint, for people: model cards and `inspect`."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from etils.epath import Path
 
+from tinymim_jax.bridge import convert
 from tinymim_jax.experiment import config, stage_file
+from tinymim_jax.models.contract import Encoder
 from tinymim_jax.runtime import storage
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.weights import handoff
-from tinymim_jax.weights.parameters import fold, shapes_of
+from tinymim_jax.weights.parameters import fold
 
 GONE = "not at hand any more"
 
@@ -19,17 +22,14 @@ def provenance(folder: Path, depth: int = 0) -> list[str]:
     try:
         if converted := stage_file.read_converted(folder):
             source = converted["source"]
+            what = f"converted from {Path(source['file']).name} ({source['kind']}), sha256 {source['sha256']}"
             own = [f"{indent}  {line}" for line in source["made_from"]]
-            return [
-                f"{indent}- {folder.name}: converted from {Path(source['file']).name} ({source['kind']}),"
-                f" sha256 {source['sha256']}; licence: {source['licence']}",
-                *own,
-            ]
+            return [f"{indent}- {folder.name}: {what}; licence: {source['licence']}", *own]
         stage = stage_file.read_stage(folder)
     except InputError:
         return [f"{indent}- {folder.name}: {GONE}"]
     lines = [f"{indent}- {folder.name}: {_task(stage)}"]
-    for init in config.sources(stage):
+    for _, init in stage.inits():
         lines += provenance(handoff.source_folder(init, folder.parent), depth + 1)
     return lines
 
@@ -37,37 +37,15 @@ def provenance(folder: Path, depth: int = 0) -> list[str]:
 def _task(stage: config.Stage) -> str:
     run, data = stage.run, stage.data
     length = f"{run.epochs:g} epochs" if run.epochs is not None else f"{run.steps} steps"
-    what = {"mae": "MAE pre-training", "distill": "relation distillation (TinyMIM)", "classify": "supervised training"}
-    detail = f", student block {stage.task.student_block}" if stage.task.kind == "distill" else ""
     where = f"{data.source} {data.name}".strip()
-    return f"{what[stage.task.kind]}{detail}, {length} of {where}, batch {run.batch_size}"
+    return f"{stage.task.summary()}, {length} of {where}, batch {run.batch_size}"
 
 
-def sizes(model: config.ViT) -> str:
-    """The model in a line."""
-    last = f" ({model.last_block_heads} in the last block)" if model.last_block_heads else ""
-    head = f"{model.num_classes} classes on the {'mean patch' if model.pool == 'mean' else 'CLS'} token"
-    return (
-        f"ViT, width {model.width}, {model.depth} blocks, {model.num_heads} heads{last}, {model.image_size} px in"
-        f" patches of {model.patch_size}, {head if model.num_classes else 'no head'}"
-    )
-
-
-def half_trained(model: config.ViT, untrained: list[str]) -> int | None:
-    """The first block of which only norm1 and q, k, v were trained, as distillation leaves it; None if none is."""
-
-    def is_frozen(block: int, part: str) -> bool:
-        return any(key.startswith(f"encoder/block{block}/{part}/") for key in untrained)
-
-    blocks = range(1, model.depth + 1)
-    return next((i for i in blocks if is_frozen(i, "mlp") and not is_frozen(i, "attn/qkv")), None)
-
-
-def last_block(model: config.ViT, untrained: list[str]) -> str:
-    """What the last block is good for, given the parameters that were not trained."""
-    i = half_trained(model, untrained)
+def last_block(model: Encoder, names: Iterable[str], untrained: list[str]) -> str:
+    """What the last block is good for, given all parameters and those that were not trained."""
+    i = model.half_trained(names, untrained)
     if i is None:
-        is_frozen = any(key.startswith(f"encoder/block{model.depth}/mlp/") for key in untrained)
+        is_frozen = any(name.startswith("encoder/") and model.block_of(name) == model.depth for name in untrained)
         return f"block {model.depth}: {'not trained in this stage' if is_frozen else 'trained like the others'}"
     behind = f"; nothing behind block {i} was" if i < model.depth else ""
     use = f"take features from the output of block {i - 1}, or fine-tune" if i > 1 else "fine-tune before use"
@@ -82,14 +60,14 @@ def lines(folder: Path) -> list[str]:
     model, untrained = stage_file.read_model(folder), stage_file.read_untrained(folder)
     converted = stage_file.read_converted(folder)
     kind = f"converted checkpoint, {converted['source']['kind']}" if converted else _task(stage_file.read_stage(folder))
-    decoder = converted["decoder"] if converted else stage_file.read_stage(folder).task.kind == "mae"
+    decoder = converted["decoder"] if converted else stage_file.read_stage(folder).task.reconstruction()
     state = "finished" if handoff.finished(folder) else "not finished"
-    shapes = shapes_of(handoff.read_params(folder)) if state == "finished" else {}
-    text = [f"{folder}: {kind}, {state}", f"model: {sizes(model)}"]
+    names = list(convert.names(model))
+    text = [f"{folder}: {kind}, {state}", f"model: {model.summary()}"]
     text.append("with a decoder" if decoder else "no decoder: it cannot reconstruct")
     if untrained:
-        text.append(f"not trained: {fold(untrained, shapes or untrained)}")
-    return [*text, last_block(model, untrained), "made from:", *(f"  {line}" for line in provenance(folder))]
+        text.append(f"not trained: {fold(untrained, {*names, *untrained})}")
+    return [*text, last_block(model, names, untrained), "made from:", *(f"  {line}" for line in provenance(folder))]
 
 
 def text(weights: Any, usage: str) -> str:
@@ -105,9 +83,9 @@ def text(weights: Any, usage: str) -> str:
     unknown = "\nPart of what they were made from is not at hand, and its licence is not known here.\n"
     return f"""# {weights.folder.name}
 
-{sizes(model)}.
+{model.summary()}.
 {heads}{left_out}
-{last_block(model, untrained)}.
+{last_block(model, convert.names(model), untrained)}.
 
 Images: RGB in [0, 1], normalised with mean {pixels["mean"]} and std {pixels["std"]}. LayerNorm eps 1e-6, exact GELU.
 

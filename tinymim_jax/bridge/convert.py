@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
 
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,10 +19,11 @@ from etils.epath import Path
 from tinymim_jax.bridge import files, formats, layout
 from tinymim_jax.bridge.layout import Layout, Told
 from tinymim_jax.experiment import config, stage_file
+from tinymim_jax.models.contract import Encoder
 from tinymim_jax.runtime import codec, storage
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.weights import checkpoint, handoff
-from tinymim_jax.weights.parameters import flatten, matches
+from tinymim_jax.weights.parameters import flatten, matches, unflatten
 
 
 @dataclasses.dataclass
@@ -49,17 +49,13 @@ class Converted:
         ]
         text += [f"decoder: width {d.width}, {d.depth} blocks"] if d else ["no decoder: it cannot reconstruct"]
         text += [f"note: {note}" for note in self.layout.notes]
-        text.append(f"weights: {len(self.layout.arrays)} tensors, {num_parameters(self.params):,} parameters")
+        size = sum(array.size for array in self.layout.arrays.values())
+        text.append(f"weights: {len(self.layout.arrays)} tensors, {size:,} parameters")
         for why in dict.fromkeys(self.layout.ignored.values()):
             keys = [key for key, reason in self.layout.ignored.items() if reason == why]
             more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
             text.append(f"ignored, {why}: {', '.join(keys[:4])}{more}")
         return [files.printable(line) for line in [*text, f"licence: {self.layout.licence}"]]
-
-
-def num_parameters(params: Any) -> int:
-    """How many numbers a tree holds."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def read(path: Path, told: Told | None = None) -> Converted:
@@ -92,17 +88,26 @@ def _to_ours(found: Layout) -> dict[str, Any]:
             f"{next(iter(left))}{more} has no place in a {found.kind} checkpoint: another architecture, which cannot be"
             " converted"
         )
-    return flax.traverse_util.unflatten_dict(params, sep="/")
+    return unflatten(params)
 
 
-def shapes(model: config.ViT, decoder: config.Decoder | None) -> dict[str, Any]:
+def shapes(model: Encoder, decoder: config.Decoder | None) -> dict[str, Any]:
     """The parameter tree of a model with or without a decoder, as shapes."""
+
+    def init(key: jax.Array, images: jax.Array, restore: jax.Array) -> dict[str, Any]:
+        out, encoder = model.build().init_with_output(key, images)
+        if decoder is None:
+            return {"encoder": encoder["params"]}
+        found = decoder.build(model).init(key, out.tokens, restore)
+        return {"encoder": encoder["params"], "pretext": {"decoder": found["params"]}}
+
     images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.float32)
-    key = jax.random.key(0)
-    if decoder is None:
-        return {"encoder": jax.eval_shape(model.build().init, key, images)["params"]}
-    noise = jax.ShapeDtypeStruct((1, (model.image_size // model.patch_size) ** 2), jnp.float32)
-    return jax.eval_shape(model, config.Mae(decoder=decoder).build().init, key, images, noise)["params"]
+    return jax.eval_shape(init, jax.random.key(0), images, jax.ShapeDtypeStruct((1, model.grid**2), jnp.int32))
+
+
+def names(model: Encoder) -> list[str]:
+    """Every parameter of an encoder."""
+    return list(flatten(shapes(model, None)))
 
 
 @contextlib.contextmanager
@@ -173,7 +178,6 @@ def _sha256(path: Path, _size: int, _changed: int) -> str:
 def describe(converted: Converted) -> dict[str, Any]:
     """The contents of stage.json."""
     found, path = converted.layout, converted.source.path
-    origin = {"file": str(path), "bytes": os.stat(path).st_size, "sha256": files.sha256(path), "kind": found.kind}
     facts = {
         "model": codec.to_dict(found.model),
         "decoder": codec.to_dict(found.decoder),
@@ -181,7 +185,10 @@ def describe(converted: Converted) -> dict[str, Any]:
         "preprocessing": found.preprocessing,
         "preprocessing_is_stated": found.is_stated,
         "source": {
-            **origin,
+            "file": str(path),
+            "bytes": os.stat(path).st_size,
+            "sha256": files.sha256(path),
+            "kind": found.kind,
             "licence": found.licence,
             "made_from": found.made_from,
             "notes": found.notes,
@@ -189,4 +196,4 @@ def describe(converted: Converted) -> dict[str, Any]:
         },
     }
     versions = {name: version(name) for name in ("jax", "flax", "orbax-checkpoint")}
-    return {"converted": facts, "untrained": converted.untrained, "versions": versions}
+    return {"format": stage_file.FORMAT, "converted": facts, "untrained": converted.untrained, "versions": versions}

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,8 @@ import numpy as np
 from etils.epath import Path
 
 from tinymim_jax.bridge import card, formats
-from tinymim_jax.bridge.convert import new_folder
+from tinymim_jax.bridge.convert import new_folder, shapes
+from tinymim_jax.bridge.files import need
 from tinymim_jax.bridge.layout import IMAGENET
 from tinymim_jax.experiment import config, stage_file
 from tinymim_jax.runtime import codec, storage
@@ -32,7 +32,9 @@ class Weights:
         """Raises InputError if `folder` is no finished stage."""
         folder = storage.absolute(folder)  # what it was made from lies beside it
         self.folder, self.model = folder, stage_file.read_model(folder)
-        params = flatten(handoff.read_params(folder))
+        if self.model.has_state:
+            raise InputError(f"{folder} has a BatchNorm before its head (linear probing), which no format here holds")
+        params = {k: a for k, a in flatten(handoff.read_params(folder)).items() if k.startswith(formats.HELD)}
         self.arrays = {formats.mae_name(key): np.ascontiguousarray(formats.to_mae(key, a)) for key, a in params.items()}
         converted = stage_file.read_converted(folder)
         if converted:
@@ -41,10 +43,9 @@ class Weights:
             self.mask_ratio = 0.75  # MAE's
         else:
             stage = stage_file.read_stage(folder)
-            is_mae = isinstance(stage.task, config.Mae)
-            self.decoder = codec.to_dict(stage.task.decoder) if is_mae else None
-            self.norm_pix = stage.task.norm_pix_loss if is_mae else None
-            self.mask_ratio = stage.task.mask_ratio if is_mae else None
+            found = stage.task.reconstruction()
+            self.decoder = codec.to_dict(found.decoder) if found else None
+            self.norm_pix, self.mask_ratio = (found.norm_pix_loss, found.mask_ratio) if found else (None, None)
             self.pixels = {
                 key: codec.to_dict(getattr(stage.data, key)) for key in (*IMAGENET, "interpolation", "crop_pct")
             }
@@ -55,7 +56,12 @@ class Weights:
     @property
     def encoder(self) -> dict[str, np.ndarray]:
         """The arrays without the decoder's."""
-        return {k: v for k, v in self.arrays.items() if not k.startswith(("decoder_", "mask_token"))}
+        return {k: v for k, v in self.arrays.items() if not k.startswith(formats.OF_DECODER)}
+
+    @property
+    def model_as_read(self) -> config.ViT:
+        """The model whose heads are those that the format's readers will use."""
+        return dataclasses.replace(self.model, last_block_heads=None) if self.regrouped else self.model
 
     def leave_out_decoder(self) -> None:
         """Notes that the format holds the encoder only."""
@@ -63,16 +69,16 @@ class Weights:
             self.decoder, self.left_out = None, "MAE's decoder is left out: this format holds the encoder alone."
             print(self.left_out)
 
-    def check(self, what: str) -> None:
-        """Raises InputError if `what`, with one number of heads and a norm somewhere, cannot hold the model."""
-        if self.model.pool == "mean" and not self.model.num_classes:
+    def check(self, what: str, needs_equal_heads: bool = True) -> None:
+        """Raises InputError if `what`, with a norm somewhere and one number of heads, cannot hold the model."""
+        m = self.model
+        if m.pool == "mean" and not m.num_classes:
             raise InputError(
                 f"the model pools patches and has no head, so no final norm, which {what} needs; fine-tune it"
             )
-        last = self.model.last_block_heads
-        if last not in (None, self.model.num_heads) and not self.regrouped:
+        if needs_equal_heads and m.last_block_heads not in (None, m.num_heads) and not self.regrouped:
             raise InputError(
-                f"block {self.model.depth} has {last} heads and the others {self.model.num_heads}, which {what} cannot"
+                f"block {m.depth} has {m.last_block_heads} heads and the others {m.num_heads}, which {what} cannot"
                 " express; give --regroup_heads to have it read with those of the others (its output changes, as in"
                 " fine-tuning), or --format=mae"
             )
@@ -83,6 +89,10 @@ def export(folder: Path, destination: Path, form: str, regroup_heads: bool = Fal
     if form not in FORMATS:
         raise InputError(f"--format={form}: unknown; choose one of {', '.join(FORMATS)}")
     storage.check_on_disk(destination, "exports")
+    model = stage_file.read_model(folder)
+    if form not in model.export_formats:
+        can = f"choose one of {', '.join(model.export_formats)}" if model.export_formats else "none here can"
+        raise InputError(f"--format={form} cannot hold an encoder of kind {model.kind!r}: {can}")
     weights = Weights(folder, regroup_heads)
     with new_folder(destination) as partial:
         usage = FORMATS[form](weights, partial)
@@ -123,11 +133,11 @@ def to_hugging_face(weights: Weights, folder: Path) -> str:
     if m.neck or m.dist_token:
         raise InputError("Hugging Face's ViT has no distillation token and no neck; export it with --format=mae")
     if weights.decoder:
-        name, extra, arrays = "ViTMAEForPreTraining", _mae_settings(weights), _hf_arrays(weights.arrays, "vit.")
+        name, extra, arrays = "ViTMAEForPreTraining", _mae_settings(weights), formats.to_hf(weights.arrays, "vit.")
     elif not m.num_classes:
-        name, extra, arrays = "ViTModel", {"model_type": "vit"}, _hf_arrays(weights.encoder, "")
+        name, extra, arrays = "ViTModel", {"model_type": "vit"}, formats.to_hf(weights.encoder, "")
     elif m.pool == "cls":
-        name, extra, arrays = "ViTForImageClassification", {"model_type": "vit"}, _hf_arrays(weights.encoder, "vit.")
+        name, extra, arrays = "ViTForImageClassification", {"model_type": "vit"}, formats.to_hf(weights.encoder, "vit.")
     else:
         name, extra, arrays = "BeitForImageClassification", dict(BEIT), _beit_arrays(weights.encoder)
     settings = {
@@ -166,18 +176,9 @@ def _mae_settings(weights: Weights) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _hf_arrays(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    """By Hugging Face's names, q, k and v apart."""
-    split = {}
-    for name, array in arrays.items():
-        parts = formats.hf_names(name, prefix)
-        split |= dict(zip(parts, np.split(array, len(parts)) if len(parts) > 1 else [array], strict=True))
-    return split
-
-
 def _beit_arrays(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    renamed = {k.replace("beit.fc_norm.", "beit.pooler.layernorm."): v for k, v in _hf_arrays(arrays, "beit.").items()}
-    return {k: v for k, v in renamed.items() if not k.endswith(".key.bias")}
+    kept = {name: array for name, array in formats.to_hf(arrays, "beit.").items() if not name.endswith(".key.bias")}
+    return {name.replace("beit.fc_norm.", "beit.pooler.layernorm."): array for name, array in kept.items()}
 
 
 def _processor(weights: Weights) -> dict[str, Any]:
@@ -191,11 +192,10 @@ def _processor(weights: Weights) -> dict[str, Any]:
 
 def to_mae(weights: Weights, folder: Path) -> str:
     """checkpoint.pth in MAE's layout, {"model": state_dict}, with our own settings beside it."""
-    torch = _need("torch", "torch")
-    model = dataclasses.replace(weights.model, last_block_heads=None) if weights.regrouped else weights.model
+    torch = need("torch", "torch", "this format")
     settings = {
         "made_by": "tinymim_jax",
-        "model": codec.to_dict(model),
+        "model": codec.to_dict(weights.model_as_read),
         "decoder": weights.decoder,
         "norm_pix_loss": weights.norm_pix,
         "preprocessing": weights.pixels,
@@ -216,27 +216,24 @@ def to_mae(weights: Weights, folder: Path) -> str:
 
 def to_onnx(weights: Weights, folder: Path) -> str:
     """model.onnx: normalised images float32 [B, 3, S, S] -> logits [B, C] or tokens [B, N, D]; run once to check."""
-    needed = ("torch", "transformers", "onnxruntime", "onnxscript")
-    torch, transformers, runtime, _ = (_need(package, "onnx") for package in needed)
+    torch, runtime, _ = (need(package, "onnx", "this format") for package in ("torch", "onnxruntime", "onnxscript"))
+    from tinymim_jax.bridge.torch_reference.vit import ViT
+
     weights.leave_out_decoder()
-    transformers.utils.logging.set_verbosity_error()
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # what it skips is not in these models
-    transformers.utils.logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as temporary:
-        to_hugging_face(weights, Path(temporary))
-        name = json.loads((Path(temporary) / "config.json").read_text())["architectures"][0]
-        extra = {"add_pooling_layer": False} if name == "ViTModel" else {}
-        source = getattr(transformers, name).from_pretrained(temporary, attn_implementation="eager", **extra).eval()
-    output = "logits" if weights.model.num_classes else "last_hidden_state"
+    weights.check("ONNX", needs_equal_heads=False)
+    model = ViT(weights.model_as_read).eval()
+    model.load_state_dict({name: torch.from_numpy(array) for name, array in weights.encoder.items()})
+    field, output = ("logits", "logits") if weights.model.num_classes else ("tokens", "last_hidden_state")
 
     class Only(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.source = source
+            self.model = model
 
         def forward(self, images: Any) -> Any:
-            return self.source(images)[output]
+            return getattr(self.model(images), field)
 
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # what it skips is not in these models
     size = weights.model.image_size
     images = np.random.default_rng(0).normal(size=(2, 3, size, size)).astype(np.float32)
     batch = {0: torch.export.Dim("batch")}
@@ -253,16 +250,16 @@ def to_onnx(weights: Weights, folder: Path) -> str:
 
 
 def _check_onnx(weights: Weights, images: np.ndarray, theirs: np.ndarray) -> None:
-    model = dataclasses.replace(weights.model, last_block_heads=None, dtype="float32")
+    """Raises RuntimeError, for that is a bug, if `theirs` are not what our model gives."""
+    module = dataclasses.replace(weights.model_as_read, dtype="float32").build()
     tree = handoff.read_params(weights.folder)["encoder"]
-    target = jax.eval_shape(model.build().init, jax.random.key(0), images.transpose(0, 2, 3, 1))["params"]
-    params = jax.tree.map(lambda a, s: a.reshape(s.shape), tree, target)  # heads regrouped
+    params = jax.tree.map(lambda a, s: a.reshape(s.shape), tree, shapes(weights.model_as_read, None)["encoder"])
     with jax.default_matmul_precision("highest"):
-        out = model.build().apply({"params": params}, images.transpose(0, 2, 3, 1))
+        out = module.apply({"params": params}, images.transpose(0, 2, 3, 1))
     ours = np.asarray(out.tokens if out.logits is None else out.logits)
     relative = np.max(np.abs(ours - theirs)) / np.max(np.abs(ours))
     if not relative <= ONNX_LIMIT:
-        raise InputError(f"onnxruntime's output differs from ours by {relative:.1e}: this is a bug; use --format=timm")
+        raise RuntimeError(f"onnxruntime's output differs from ours by {relative:.1e}; --format=timm does without it")
 
 
 FORMATS: dict[str, Callable[[Weights, Path], str]] = {
@@ -283,13 +280,3 @@ def save_safetensors(arrays: dict[str, np.ndarray], path: Path) -> None:
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def _need(package: str, extra: str) -> Any:
-    """The package; raises InputError if it is not there, with the extra of setup.py that has it."""
-    import importlib
-
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        raise InputError(f"this format needs {package}: pip install -e '.[{extra}]'") from None

@@ -1,11 +1,16 @@
 """Other people's checkpoint files, read without running anything that is in them."""
 
+import argparse
 import dataclasses
 import hashlib
+import importlib
 import json
 import math
 import os
+import pickle
 import re
+import warnings
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -63,7 +68,8 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
         with safetensors.safe_open(path, framework="numpy") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except Exception as error:  # SafetensorError, OSError, and whatever a strange dtype raises
-        raise InputError(f"{path} is not a whole safetensors file ({one_line(error)}); download it again") from None
+        why = storage.reason(error)
+        raise InputError(f"{path} is not a whole safetensors file ({why}); download it again") from None
 
 
 def _read_folder(path: Path) -> Source:
@@ -106,15 +112,7 @@ def _read_pth(path: Path) -> Source:
 
 def _load_pth(path: Path) -> Any:
     """What torch's restricted unpickler makes of the file: tensors, plain values and argparse's Namespace only."""
-    try:
-        import torch
-    except ImportError:
-        raise InputError(
-            f"{path} needs PyTorch to be read: pip install -e '.[torch]' (a .safetensors file does not)"
-        ) from None
-    import argparse
-    import warnings
-
+    torch = need("torch", "torch", f"{path}: a PyTorch checkpoint (unlike a .safetensors file)")
     options = {"map_location": "cpu", "weights_only": True}
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
@@ -129,7 +127,9 @@ def _load_pth(path: Path) -> Any:
                 f"{path} would run code when unpickled, or holds more than tensors and plain values ({refused[0]}), and"
                 " is not opened; load it where you trust it and save model.state_dict() alone"
             ) from None
-        raise InputError(f"{path} is not a whole PyTorch checkpoint ({one_line(error)}); download it again") from None
+        # What torch says of a pickle is its advice to run the code in it.
+        why = "its pickle is damaged" if isinstance(error, pickle.UnpicklingError) else storage.reason(error)
+        raise InputError(f"{path} is not a whole PyTorch checkpoint ({why}); download it again") from None
 
 
 def _to_numpy(path: Path, name: str, value: Any) -> np.ndarray:
@@ -191,10 +191,12 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def one_line(error: BaseException) -> str:
-    """An error of another library, short enough for a line."""
-    text = str(error).rpartition("WeightsUnpickler error:")[2]  # without torch's advice before it
-    return " ".join(f"{type(error).__name__}: {text}".split())[:160]
+def need(package: str, extra: str, what: str) -> ModuleType:
+    """The package, without which `what` cannot be; raises InputError if it is missing, with the extra that has it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise InputError(f"{what} needs {package}: pip install 'tinymim_jax[{extra}]'") from None
 
 
 def printable(text: str) -> str:

@@ -8,11 +8,15 @@ import re
 
 import numpy as np
 
+from tinymim_jax.runtime.errors import InputError
+
+DECODER = "pretext/decoder/"  # how our keys of MAE's decoder begin
+HELD = ("encoder/", DECODER)  # what other projects have a place for
 OURS_TO_MAE = (
     (r"^encoder/block(\d+)/", lambda m: f"blocks.{int(m[1]) - 1}."),
-    (r"^decoder/block(\d+)/", lambda m: f"decoder_blocks.{int(m[1]) - 1}."),
-    (r"^decoder/mask_token$", "mask_token"),
-    (r"^decoder/", "decoder_"),
+    (rf"^{DECODER}block(\d+)/", lambda m: f"decoder_blocks.{int(m[1]) - 1}."),
+    (rf"^{DECODER}mask_token$", "mask_token"),
+    (rf"^{DECODER}", "decoder_"),
     (r"^encoder/patch_embed/", "patch_embed.proj."),
     (r"^encoder/neck_norm/", "conv1x1.0."),
     (r"^encoder/neck/", "conv1x1.1."),
@@ -20,26 +24,35 @@ OURS_TO_MAE = (
     (r"(?<=[/.])(kernel|scale)$", "weight"),
     (r"/", "."),
 )
-MAE_TO_HF = (  # of ViTMAEModel and ViTModel; `hf_names` adds what stands in front
-    (r"^(decoder_)?blocks\.(\d+)\.", lambda m: f"{'decoder_layers' if m[1] else 'encoder.layer'}.{m[2]}."),
-    (r"\.norm1\.", ".layernorm_before."),
-    (r"\.norm2\.", ".layernorm_after."),
-    (r"\.attn\.qkv\.", ".attention.attention.qkv."),
-    (r"\.attn\.proj\.", ".attention.output.dense."),
-    (r"\.mlp\.fc1\.", ".intermediate.dense."),
-    (r"\.mlp\.fc2\.", ".output.dense."),
-    (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
-    (r"^cls_token$", "embeddings.cls_token"),
-    (r"^pos_embed$", "embeddings.position_embeddings"),
-    (r"^norm\.", "layernorm."),
-    (r"^head\.", "classifier."),
+OF_DECODER = ("decoder_", "mask_token")  # how MAE's names of the decoder begin
+HF_STARTS = (  # how names begin, MAE's and Hugging Face's (ViTMAEModel, ViTModel); {}: what it puts before the encoder
+    ("decoder_blocks.", "decoder.decoder_layers."),
+    ("decoder_", "decoder.decoder_"),
+    ("mask_token", "decoder.mask_token"),
+    ("head.", "classifier."),
+    ("blocks.", "{}encoder.layer."),
+    ("patch_embed.proj.", "{}embeddings.patch_embeddings.projection."),
+    ("cls_token", "{}embeddings.cls_token"),
+    ("pos_embed", "{}embeddings.position_embeddings"),
+    ("norm.", "{}layernorm."),
+    ("", "{}"),
+)
+HF_PARTS = (  # of a block
+    (".norm1.", ".layernorm_before."),
+    (".norm2.", ".layernorm_after."),
+    (".attn.qkv.", ".attention.attention.qkv."),
+    (".attn.proj.", ".attention.output.dense."),
+    (".mlp.fc1.", ".intermediate.dense."),
+    (".mlp.fc2.", ".output.dense."),
 )
 QKV = ("query", "key", "value")
 
 
 def mae_name(ours: str) -> str:
     """Our key in MAE's spelling."""
-    return _rewrite(ours, OURS_TO_MAE)
+    for pattern, replacement in OURS_TO_MAE:
+        ours = re.sub(pattern, replacement, ours)
+    return ours
 
 
 def hf_names(mae: str, prefix: str = "vit.") -> tuple[str, ...]:
@@ -47,18 +60,51 @@ def hf_names(mae: str, prefix: str = "vit.") -> tuple[str, ...]:
 
     `prefix` is what a model with a head or a decoder puts before the encoder's names.
     """
-    name = _rewrite(mae, MAE_TO_HF)
-    if mae.startswith("decoder_") or mae == "mask_token":
-        name = "decoder." + name
-    elif not mae.startswith("head."):
-        name = prefix + name
+    start, theirs = next(pair for pair in HF_STARTS if mae.startswith(pair[0]))
+    name = theirs.format(prefix) + mae.removeprefix(start)
+    for part, theirs in HF_PARTS:
+        name = name.replace(part, theirs)
     return tuple(name.replace(".qkv.", f".{part}.") for part in QKV) if ".qkv." in name else (name,)
 
 
-def _rewrite(name: str, rules: tuple) -> str:
-    for pattern, replacement in rules:
-        name = re.sub(pattern, replacement, name)
+def _mae_name_of_hf(name: str, prefix: str) -> str:
+    name = re.sub(rf"(?<=\.attention\.attention\.)({'|'.join(QKV)})(?=\.)", "qkv", name)
+    start, theirs = next(
+        ((start, theirs) for start, theirs in HF_STARTS if name.startswith(theirs.format(prefix))), ("", "")
+    )
+    name = start + name.removeprefix(theirs.format(prefix))
+    for part, theirs in HF_PARTS:
+        name = name.replace(theirs, part)
     return name
+
+
+def to_hf(arrays: dict[str, np.ndarray], prefix: str = "vit.") -> dict[str, np.ndarray]:
+    """Arrays by MAE's names in Hugging Face's spelling, q, k and v apart."""
+    split = {}
+    for mae, array in arrays.items():
+        names = hf_names(mae, prefix)
+        split |= zip(names, np.split(array, len(names)) if len(names) > 1 else [array], strict=True)
+    return split
+
+
+def from_hf(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The inverse of `to_hf`, where other names stay; raises InputError on q, k, v that do not go together."""
+    prefix = "vit." if "vit.embeddings.cls_token" in arrays else ""
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for name, array in arrays.items():
+        # transformers 5 writes the decoder's blocks under the encoder's name.
+        name = name.replace("decoder.decoder_encoder.layer.", "decoder.decoder_layers.")
+        found.setdefault(_mae_name_of_hf(name, prefix), {})[name] = array
+    joined = {}
+    for mae, parts in found.items():
+        names = hf_names(mae, prefix)
+        if set(parts) != set(names):
+            raise InputError(f"the weights hold {', '.join(parts)} where a ViT has {', '.join(names)}")
+        in_order = [parts[name] for name in names]
+        if len({array.shape for array in in_order}) > 1:
+            raise InputError(f"{names[0]} has shape {list(in_order[0].shape)}, key and value have others")
+        joined[mae] = np.concatenate(np.atleast_1d(*in_order)) if len(names) > 1 else in_order[0]
+    return joined
 
 
 def from_mae(ours: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

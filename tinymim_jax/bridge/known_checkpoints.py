@@ -1,5 +1,7 @@
 """What shapes do not show of the checkpoints that are about: heads, normalised pixels, licences."""
 
+import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -8,28 +10,41 @@ from tinymim_jax.bridge.files import Source
 from tinymim_jax.experiment.config import ViT
 from tinymim_jax.runtime.errors import InputError
 
+OWN = "tinymim_jax's own export"
+LITE = "MAE-Lite"
 TINYMIM = {  # args.model of the released code: heads, and heads of the last block (models_tinymim.py)
     "tinymim_vit_tiny_patch16": (6, 12),
     "tinymim_vit_small_patch16": (6, 12),
     "tinymim_vit_base_patch16": (12, 16),
 }
+HEADS_OF_KIND = {LITE: "MAE-Lite's models have", "TinyMIM*-T": "TinyMIM*-T has"}  # 12, whatever the width
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # by width, of MAE, DeiT and timm
 DECODER_HEADS = {512: 16, 96: 3, 192: 6}  # by width, of MAE and MAE-Lite
 MAE_LITE = {(192, 96), (384, 192)}  # widths of encoder and decoder
-MAE_LITE_HEADS = 12
 LICENCES = {  # by how the kind begins, the first that fits
-    "MAE-Lite": "Apache-2.0 if these are the weights of wangsr126/MAE-Lite",
+    LITE: "Apache-2.0 if these are the weights of wangsr126/MAE-Lite",
     "MAE or TinyMIM": "CC-BY-NC 4.0 if the weights come from facebookresearch/mae; OliverRensu/TinyMIM states none",
     "MAE": "CC-BY-NC 4.0 if these are the weights of facebookresearch/mae",
     "TinyMIM": "the repository OliverRensu/TinyMIM states none; its code derives from MAE, CC-BY-NC 4.0",
     "DeiT": "Apache-2.0 if these are the weights of facebookresearch/deit",
+    "": "not stated in the file; see where it came from",
 }
-ASK_THE_SOURCE = "not stated in the file; see where it came from"
+
+
+@dataclasses.dataclass
+class Told:
+    """What the user says of a checkpoint, where its shapes cannot."""
+
+    num_heads: int | None = None
+    last_block_heads: int | None = None
+    decoder_heads: int | None = None
+    norm_pix: bool | None = None
+    half: bool = False
 
 
 def licence(kind: str) -> str:
     """What is known of the licence of a kind of checkpoint."""
-    return next((text for name, text in LICENCES.items() if kind.startswith(name)), ASK_THE_SOURCE)
+    return next(text for name, text in LICENCES.items() if kind.startswith(name))
 
 
 def kind(arrays: dict[str, np.ndarray], source: Source, is_mae_lite: bool) -> str:
@@ -41,87 +56,91 @@ def kind(arrays: dict[str, np.ndarray], source: Source, is_mae_lite: bool) -> st
     if source.format == "timm":
         return f"timm {settings['architecture']}"
     if settings.get("made_by") == "tinymim_jax":
-        return "tinymim_jax's own export"
+        return OWN
     if "conv1x1.1.weight" in arrays:
         return "TinyMIM*-T, fine-tuned"
     if "dist_token" in arrays:
         return "DeiT, distilled"
-    if isinstance(settings.get("model"), str) and settings["model"] in TINYMIM:
+    if _tinymim(settings):
         return "TinyMIM, pre-trained"
-    decoder = "decoder_embed.weight" in arrays
-    if is_mae_lite:
-        return "MAE-Lite, with decoder" if decoder else "MAE-Lite, encoder only"
-    if decoder:
-        return "MAE, with decoder"
-    if "head.weight" in arrays:
+    if "decoder_embed.weight" in arrays:
+        return f"{LITE if is_mae_lite else 'MAE'}, with decoder"
+    if "head.weight" in arrays and not is_mae_lite:
         return "MAE or TinyMIM, fine-tuned" if "fc_norm.weight" in arrays else "DeiT or timm classifier"
-    return "MAE or TinyMIM, encoder only"
+    return f"{LITE if is_mae_lite else 'MAE or TinyMIM'}, encoder only"
 
 
-def heads(
-    source: Source, ours: ViT | None, width: int, is_mae_lite: bool, has_neck: bool, num_heads: int | None
-) -> tuple[int, int | None, str]:
-    """Heads of the blocks, heads of the last one where they may differ, and who says so.
+def _tinymim(settings: dict[str, Any]) -> tuple[int, int] | None:
+    """Heads of the blocks and of the last one, where the training's arguments name one of TinyMIM's models."""
+    name = settings.get("model")
+    return TINYMIM.get(name) if isinstance(name, str) else None
 
-    `num_heads` is what the user says. Raises InputError if nobody does.
+
+def heads(kind: str, source: Source, ours: ViT | None, width: int, told: Told) -> tuple[int, int | None, str]:
+    """Heads of the blocks, heads of the last one if they differ, and who says so.
+
+    `ours` is the model that a file of our own `export` names. Raises InputError if nobody says, or if they do not
+    divide the width.
     """
-    settings = source.settings
-    name, args = settings.get("model"), settings.get("model_args")
-    last = TINYMIM[name][1] if isinstance(name, str) and name in TINYMIM else ours.last_block_heads if ours else None
-    if num_heads is not None:
-        return num_heads, last, "as you say"
-    if ours is not None:
-        return ours.num_heads, last, "as the file says"
-    if last is not None:
-        return TINYMIM[name][0], last, f"as its arguments name {name}"
-    if "num_attention_heads" in settings:
-        return whole(settings, "num_attention_heads"), None, "as config.json says"
-    if isinstance(args, dict) and "num_heads" in args:
-        return whole(args, "num_heads"), None, "as config.json says"
-    if is_mae_lite:
-        return MAE_LITE_HEADS, None, "as MAE-Lite's models have"
-    if has_neck:
-        return 12, None, "as TinyMIM*-T has"
-    if width in HEADS:
-        others = "; MAE-Lite's have 12, TinyMIM's 6 to 16" if width < 1024 else ""
-        return HEADS[width], None, f"as MAE's, DeiT's and timm's models of width {width} have{others} (--num_heads)"
-    raise InputError(
-        f"how many heads a model of width {width} has cannot be seen in its weights; give them:"
-        f" python -m tinymim_jax convert {source.path} DST --num_heads=N"
-    )
+    settings, tinymim = source.settings, _tinymim(source.settings)
+    others = "; MAE-Lite's have 12, TinyMIM's 6 to 16" if width < 1024 else ""
+    candidates = [
+        (told.num_heads, "you say"),
+        (ours and ours.num_heads, "the file says"),
+        (tinymim and tinymim[0], f"its arguments name {settings.get('model') if tinymim else ''}"),
+        (_whole(settings, "num_attention_heads"), "config.json says"),
+        (_whole(settings.get("model_args"), "num_heads"), "config.json says"),
+        *((12, who) for start, who in HEADS_OF_KIND.items() if kind.startswith(start)),
+        (HEADS.get(width), f"MAE's, DeiT's and timm's models of width {width} have{others} (--num_heads)"),
+    ]
+    number, who = _first(candidates, f"a model of width {width}", source, "num_heads")
+    last = next((n for n in (told.last_block_heads, ours and ours.last_block_heads, tinymim and tinymim[1]) if n), None)
+    for n in (number, last):
+        if n is not None and (n < 1 or width % n):
+            raise InputError(f"{n} heads do not divide width {width}; give --num_heads and --last_block_heads that do")
+    last = None if last == number else last
+    return number, last, f"{number} heads, as {who}" + (f"; {last} in the last block" if last else "")
 
 
-def decoder_heads(source: Source, width: int, decoder_heads: int | None) -> tuple[int, str]:
+def decoder_heads(kind: str, source: Source, width: int, told: Told) -> tuple[int, str]:
     """Heads of MAE's decoder, and who says so; raises InputError if nobody does."""
-    settings = source.settings
-    if decoder_heads is not None:
-        return decoder_heads, "as you say"
-    if "decoder_num_attention_heads" in settings:
-        return whole(settings, "decoder_num_attention_heads"), "as config.json says"
-    if isinstance(settings.get("decoder"), dict) and settings.get("made_by") == "tinymim_jax":
-        return whole(settings["decoder"], "num_heads"), "as the file says"
-    if width in DECODER_HEADS:
-        return DECODER_HEADS[width], f"as MAE's decoders of width {width} have"
-    raise InputError(
-        f"how many heads a decoder of width {width} has cannot be seen in its weights; give them:"
-        f" python -m tinymim_jax convert {source.path} DST --decoder_heads=N"
-    )
+    candidates = [
+        (told.decoder_heads, "you say"),
+        (_whole(source.settings, "decoder_num_attention_heads"), "config.json says"),
+        (_whole(source.settings.get("decoder"), "num_heads") if kind == OWN else None, "the file says"),
+        (DECODER_HEADS.get(width), f"MAE's decoders of width {width} have"),
+    ]
+    number, who = _first(candidates, f"a decoder of width {width}", source, "decoder_heads")
+    return number, f"decoder: {number} heads, as {who}"
 
 
-def norm_pix(settings: dict[str, Any], is_mae_lite: bool, told: bool | None) -> tuple[bool, str]:
+def norm_pix(kind: str, settings: dict[str, Any], told: Told) -> tuple[bool, str]:
     """Whether a decoder gives normalised pixels, and who says so."""
-    if told is not None:
-        return told, "as you say"
+    if told.norm_pix is not None:
+        return told.norm_pix, "as you say"
     if isinstance(settings.get("norm_pix_loss"), bool):
         return settings["norm_pix_loss"], "as its settings say"
-    if is_mae_lite:
+    if kind.startswith(LITE):
         return True, "as MAE-Lite's models do"
     return False, "which the file does not say (--norm_pix if it does)"
 
 
-def whole(settings: dict[str, Any], key: str) -> int:
-    """settings[key]; raises InputError if it is no whole number of at least 1."""
-    value = settings.get(key)
+def _first(candidates: Iterable[tuple[int | None, str]], what: str, source: Source, flag: str) -> tuple[int, str]:
+    """The first number that somebody says, and who; raises InputError if nobody does."""
+    for number, who in candidates:
+        if number is not None:
+            return number, who
+    raise InputError(
+        f"how many heads {what} has cannot be seen in its weights; give them:"
+        f" python -m tinymim_jax convert {source.path} DST --{flag}=N"
+    )
+
+
+def _whole(settings: Any, key: str) -> int | None:
+    """settings[key], None if there is none; raises InputError if it is no whole number of at least 1."""
+    if not isinstance(settings, dict) or key not in settings:
+        return None
+    value = settings[key]
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise InputError(f"config.json: {key} is {value!r}; it must be a whole number of at least 1")
     return value

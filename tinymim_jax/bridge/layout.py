@@ -9,6 +9,7 @@ import numpy as np
 
 from tinymim_jax.bridge import key_names, known_checkpoints
 from tinymim_jax.bridge.files import Source, printable
+from tinymim_jax.bridge.known_checkpoints import Told
 from tinymim_jax.experiment.config import Decoder, ViT
 from tinymim_jax.models import posembed
 from tinymim_jax.runtime.codec import from_dict
@@ -21,17 +22,8 @@ TIMM_ARGS = {  # of model_args, those that this project's ViT has, or that chang
     "dynamic_img_size",
 }  # fmt: skip
 LAYER_NORM_EPS = (1e-6, 1e-12)  # 1e-12: what transformers writes for weights that were trained with 1e-6
-
-
-@dataclasses.dataclass
-class Told:
-    """What the user says of a checkpoint, where its shapes cannot."""
-
-    num_heads: int | None = None
-    last_block_heads: int | None = None
-    decoder_heads: int | None = None
-    norm_pix: bool | None = None
-    half: bool = False
+UNSEEN = ("posembed", "drop_path", "drop_path_shape", "dtype", "remat", "attention")  # what only our own exports tell
+Arrays = dict[str, np.ndarray]  # by MAE's names
 
 
 @dataclasses.dataclass
@@ -42,7 +34,7 @@ class Layout:
     model: ViT
     decoder: Decoder | None
     norm_pix_loss: bool | None
-    arrays: dict[str, np.ndarray]
+    arrays: Arrays
     ignored: dict[str, str]  # tensor or entry -> why
     notes: list[str]  # what the shapes did not tell, and who did
     untrained: tuple[str, ...]  # regexes, on our keys
@@ -52,7 +44,7 @@ class Layout:
     made_from: list[str]  # lines of provenance, of our own exports
 
 
-def understand(source: Source, arrays: dict[str, np.ndarray], told: Told) -> Layout:
+def understand(source: Source, arrays: Arrays, told: Told) -> Layout:
     """Works out what `arrays` are; raises InputError on keys or shapes that are of no known checkpoint."""
     is_mae_lite = any(key.startswith(key_names.MAE_LITE_PREFIX) for key in arrays)
     arrays, ignored = key_names.spell(source, arrays)
@@ -61,23 +53,23 @@ def understand(source: Source, arrays: dict[str, np.ndarray], told: Told) -> Lay
     notes: list[str] = []
     if dropped := key_names.drop_training_block(arrays):
         notes.append("its norm was trained on the output of block 8, which D2-MAE's decoder read")
-    model = _model(arrays, source, is_mae_lite or bool(dropped), told, notes)
-    decoder = _decoder(arrays, source, model, told, notes)
     kind = printable(known_checkpoints.kind(arrays, source, is_mae_lite or bool(dropped)))
+    model = _model(arrays, kind, source, told, notes)
+    decoder = _decoder(arrays, kind, source, model, told, notes)
     norm_pix = None
     if decoder is not None:
-        norm_pix, who = known_checkpoints.norm_pix(source.settings, is_mae_lite, told.norm_pix)
+        norm_pix, who = known_checkpoints.norm_pix(kind, source.settings, told)
         notes.append(f"the decoder gives {'normalised' if norm_pix else 'plain'} pixels, {who}")
-    untrained: tuple[str, ...] = ()
+    untrained: list[str] = []
+    made_from: list[str] = []
     if kind == "TinyMIM, pre-trained":
-        untrained = (f"encoder/block{model.depth}/(attn/proj|norm2|mlp)/.*", "encoder/norm/.*", "encoder/pos_embed")
-    made_from = []
-    if kind == "tinymim_jax's own export":
-        untrained, made_from = (_strings(source.settings, key) for key in ("untrained", "made_from"))
-        untrained = tuple(re.escape(key) for key in untrained)
+        untrained = [f"encoder/block{model.depth}/(attn/proj|norm2|mlp)/.*", "encoder/norm/.*", "encoder/pos_embed"]
+    if kind == known_checkpoints.OWN:
+        untrained = [re.escape(key) for key in _strings(source.settings, "untrained")]
+        made_from = _strings(source.settings, "made_from")
     preprocessing, is_stated = _preprocessing(source, notes)
     return Layout(
-        kind, model, decoder, norm_pix, arrays, {**source.beside, **ignored, **dropped}, notes, untrained,
+        kind, model, decoder, norm_pix, arrays, {**source.beside, **ignored, **dropped}, notes, tuple(untrained),
         known_checkpoints.licence(kind), preprocessing, is_stated, made_from,
     )  # fmt: skip
 
@@ -87,7 +79,7 @@ def _strings(settings: dict[str, Any], key: str) -> list[str]:
     return [printable(str(item)) for item in value] if isinstance(value, list) else []
 
 
-def _shape(arrays: dict[str, np.ndarray], key: str, ndim: int) -> tuple[int, ...]:
+def _shape(arrays: Arrays, key: str, ndim: int) -> tuple[int, ...]:
     if key not in arrays:
         raise InputError(f"there is no {key}: this is not a whole vision transformer")
     shape = arrays[key].shape
@@ -96,65 +88,61 @@ def _shape(arrays: dict[str, np.ndarray], key: str, ndim: int) -> tuple[int, ...
     return shape
 
 
-def _model(arrays: dict[str, np.ndarray], source: Source, is_mae_lite: bool, told: Told, notes: list[str]) -> ViT:
+def _model(arrays: Arrays, kind: str, source: Source, told: Told, notes: list[str]) -> ViT:
     """Sizes from shapes, heads from `source` or `told`."""
     width, channels, patch, patch_w = _shape(arrays, "patch_embed.proj.weight", 4)
-    if channels != 3 or patch != patch_w:
+    if channels != 3 or patch != patch_w or width % 4:
         raise InputError(
-            f"patch_embed.proj.weight is for {channels} channels and patches of {patch} x {patch_w};"
-            " only 3 channels and square patches are supported"
+            f"patch_embed.proj.weight is for {channels} channels, patches of {patch} x {patch_w} and width {width};"
+            " only 3 channels, square patches and multiples of 4 are supported"
         )
     depth, dist = key_names.depth(arrays, "blocks"), "dist_token" in arrays
     if not depth:
         raise InputError("the blocks are not numbered from 0 without gaps: this is not a whole vision transformer")
-    num_patches = _shape(arrays, "pos_embed", 3)[1] - 1 - dist
+    grid = _grid(arrays, 1 + dist)
+    pool = "mean" if "fc_norm.weight" in arrays else "cls"
+    if ("norm.weight" in arrays) == (pool == "mean"):
+        raise InputError(
+            "exactly one of norm and fc_norm is expected: a norm before the CLS token is read, or one after pooling"
+        )
+    # The sizes of our own exports are taken from the shapes, too.
+    ours = from_dict(ViT, source.settings.get("model"), "tinymim_jax.model") if kind == known_checkpoints.OWN else None
+    heads, last, note = known_checkpoints.heads(kind, source, ours, width, told)
+    notes.append(note)
+    table = posembed.sincos(grid, width, 1 + dist)
+    is_table = table.shape == arrays["pos_embed"].shape and np.allclose(arrays["pos_embed"], table, atol=1e-6)
+    model = ViT(
+        width, depth, heads, last_block_heads=last,
+        mlp_ratio=_shape(arrays, "blocks.0.mlp.fc1.weight", 2)[0] / width,
+        image_size=grid * patch, patch_size=patch, posembed="fixed" if is_table else "trainable", pool=pool,
+        num_classes=_shape(arrays, "head.weight", 2)[0] if "head.weight" in arrays else 0, dist_token=dist,
+        neck=_shape(arrays, "conv1x1.1.weight", 2)[0] if "conv1x1.1.weight" in arrays else 0,
+    )  # fmt: skip
+    if source.format == "timm":
+        _check_timm(source.settings, model)
+    if source.format == "huggingface":
+        _check_hugging_face(source.settings, model, notes)
+    return dataclasses.replace(model, **{field: getattr(ours, field) for field in UNSEEN}) if ours else model
+
+
+def _grid(arrays: Arrays, in_front: int) -> int:
+    """Patches a side, behind so many other tokens."""
+    num_patches = _shape(arrays, "pos_embed", 3)[1] - in_front
     grid = math.isqrt(max(num_patches, 0))
     if grid**2 != num_patches or not grid:
         raise InputError(
             f"pos_embed is for {num_patches} patches, which is no square; register tokens are not supported"
         )
-    if ("norm.weight" in arrays) == ("fc_norm.weight" in arrays):
-        raise InputError(
-            "exactly one of norm and fc_norm is expected: a norm before the CLS token is read, or one after pooling"
-        )
-    classes = _shape(arrays, "head.weight", 2)[0] if "head.weight" in arrays else 0
-    if width % 4:
-        raise InputError(f"width {width} is not a multiple of 4, which positions here need")
-    ours = _ours(source.settings)
-    heads, last = _heads(source, ours, width, is_mae_lite, "conv1x1.1.weight" in arrays, told, notes)
-    table = posembed.sincos(grid, width, 1 + dist)
-    is_table = table.shape == arrays["pos_embed"].shape and np.allclose(arrays["pos_embed"], table, atol=1e-6)
-    model = ViT(
-        width,
-        depth,
-        heads,
-        last_block_heads=last,
-        mlp_ratio=_shape(arrays, "blocks.0.mlp.fc1.weight", 2)[0] / width,
-        image_size=grid * patch,
-        patch_size=patch,
-        posembed="fixed" if is_table else "trainable",
-        pool="mean" if "fc_norm.weight" in arrays else "cls",
-        num_classes=classes,
-        dist_token=dist,
-        neck=_shape(arrays, "conv1x1.1.weight", 2)[0] if "conv1x1.1.weight" in arrays else 0,
-    )
-    _check_settings(source, model, notes)
-    unseen = ("posembed", "drop_path", "drop_path_shape", "dtype", "remat", "attention")
-    return dataclasses.replace(model, **{field: getattr(ours, field) for field in unseen}) if ours else model
+    return grid
 
 
-def _check_settings(source: Source, model: ViT, notes: list[str]) -> None:
+def _check_hugging_face(settings: dict[str, Any], model: ViT, notes: list[str]) -> None:
     """Raises InputError if config.json describes another model than the weights, or one that this project has not."""
-    settings = source.settings
-    if source.format == "timm":
-        _check_timm(settings, model)
-    if source.format != "huggingface":
-        return
     sizes = {"hidden_size": model.width, "num_hidden_layers": model.depth, "image_size": model.image_size,
              "patch_size": model.patch_size}  # fmt: skip
-    wrong = [key for key, value in sizes.items() if settings.get(key, value) != value]
-    if wrong:
-        raise InputError(f"config.json: {wrong[0]} is {settings[wrong[0]]!r}, but the weights have {sizes[wrong[0]]}")
+    for key, value in sizes.items():
+        if settings.get(key, value) != value:
+            raise InputError(f"config.json: {key} is {settings[key]!r}, but the weights have {value}")
     eps = settings.get("layer_norm_eps", 1e-6)
     if eps not in LAYER_NORM_EPS:
         raise InputError(f"config.json: layer_norm_eps is {eps!r}; only 1e-6 is supported")
@@ -163,54 +151,29 @@ def _check_settings(source: Source, model: ViT, notes: list[str]) -> None:
 
 
 def _check_timm(settings: dict[str, Any], model: ViT) -> None:
+    """The same of timm's config.json."""
     args = settings.get("model_args")
     args = args if isinstance(args, dict) else {}
     if odd := sorted(set(args) - TIMM_ARGS):
         raise InputError(f"config.json: model_args has {odd[0]}, which a plain ViT has not; it cannot be converted")
+    norm, expected = ("fc_norm", "avg") if model.pool == "mean" else ("norm", "token")
     pool = args.get("global_pool", settings.get("global_pool"))
-    if model.num_classes and pool not in (None, "avg" if model.pool == "mean" else "token"):
-        raise InputError(
-            f"config.json: global_pool {pool!r} with {'fc_norm' if model.pool == 'mean' else 'norm'} is not supported;"
-            " only 'token' with norm and 'avg' with fc_norm are"
-        )
+    if model.num_classes and pool not in (None, expected):
+        raise InputError(f"config.json: global_pool {pool!r} with {norm} is not supported, only {expected!r}")
 
 
-def _ours(settings: dict[str, Any]) -> ViT | None:
-    """The model that a file of our own `export` names; None in others' files. Its sizes are taken from the shapes."""
-    if settings.get("made_by") != "tinymim_jax":
-        return None
-    return from_dict(ViT, settings.get("model"), "tinymim_jax.model")
-
-
-def _heads(
-    source: Source, ours: ViT | None, width: int, is_mae_lite: bool, has_neck: bool, told: Told, notes: list[str]
-) -> tuple[int, int | None]:
-    """Heads of the blocks, and of the last one if they differ; shapes do not show them."""
-    heads, last, who = known_checkpoints.heads(source, ours, width, is_mae_lite, has_neck, told.num_heads)
-    last = last if told.last_block_heads is None else told.last_block_heads
-    for number in (heads, last):
-        if number is not None and (number < 1 or width % number):
-            raise InputError(
-                f"{number} heads do not divide width {width}; give --num_heads and --last_block_heads that do"
-            )
-    notes.append(f"{heads} heads, {who}" + (f"; {last} in the last block" if last not in (None, heads) else ""))
-    return heads, last if last != heads else None
-
-
-def _decoder(arrays: dict[str, np.ndarray], source: Source, model: ViT, told: Told, notes: list[str]) -> Decoder | None:
+def _decoder(arrays: Arrays, kind: str, source: Source, model: ViT, told: Told, notes: list[str]) -> Decoder | None:
     if "decoder_embed.weight" not in arrays:
         return None
     width, depth = _shape(arrays, "decoder_embed.weight", 2)[0], key_names.depth(arrays, "decoder_blocks")
-    heads, who = known_checkpoints.decoder_heads(source, width, told.decoder_heads)
+    heads, note = known_checkpoints.decoder_heads(kind, source, width, told)
     if heads < 1 or width % heads or width % 4 or not depth:
         raise InputError(
             f"the decoder's width {width} is no multiple of 4 or of its {heads} heads, or it has no blocks"
         )
     if model.pool != "cls" or model.num_classes or model.dist_token:
-        raise InputError(
-            "there is a decoder beside a head, fc_norm or dist_token, which no MAE has; remove one of them"
-        )
-    notes.append(f"decoder: {heads} heads, {who}")
+        raise InputError("there is a decoder beside a head, fc_norm or dist_token, which no MAE has; remove one")
+    notes.append(note)
     return Decoder(width, depth, heads)
 
 
@@ -218,20 +181,18 @@ def _preprocessing(source: Source, notes: list[str]) -> tuple[dict[str, Any], bo
     """Mean and std of the pixels that the model was trained on, and whether the file says so."""
     places = {"timm": "pretrained_cfg", "huggingface": "preprocessor"}  # "preprocessing": of our own exports
     told = source.settings.get(places.get(source.format, "preprocessing"))
-    if isinstance(told, dict):
-        mean, std = told.get("mean") or told.get("image_mean"), told.get("std") or told.get("image_std")
-        if all(_are_three_numbers(values) for values in (mean, std)) and min(std) > 0:
-            found = {"mean": [float(x) for x in mean], "std": [float(x) for x in std]}
-            if told.get("interpolation") in ("bicubic", "bilinear"):
-                found["interpolation"] = told["interpolation"]
-            if isinstance(told.get("crop_pct"), float) and 0 < told["crop_pct"] <= 1:
-                found["crop_pct"] = told["crop_pct"]
-            return found, True
-    notes.append("pixels are normalised with ImageNet's mean and std, which the file does not say")
-    return dict(IMAGENET), False
-
-
-def _are_three_numbers(values: Any) -> bool:
-    return (
+    told = told if isinstance(told, dict) else {}
+    found = {key: told.get(key) or told.get(f"image_{key}") for key in IMAGENET}
+    are_numbers = all(
         isinstance(values, list) and len(values) == 3 and all(type(x) in (int, float) and abs(x) < 1e6 for x in values)
+        for values in found.values()
     )
+    if not are_numbers or min(found["std"]) <= 0:
+        notes.append("pixels are normalised with ImageNet's mean and std, which the file does not say")
+        return dict(IMAGENET), False
+    found = {key: [float(x) for x in values] for key, values in found.items()}
+    if told.get("interpolation") in ("bicubic", "bilinear"):
+        found["interpolation"] = told["interpolation"]
+    if isinstance(told.get("crop_pct"), float) and 0 < told["crop_pct"] <= 1:
+        found["crop_pct"] = told["crop_pct"]
+    return found, True

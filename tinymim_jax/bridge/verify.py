@@ -1,10 +1,7 @@
 """A converted checkpoint against PyTorch: the source's own model and ours, on the same images, block by block."""
 
 import dataclasses
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
+import re
 from typing import Any
 
 import jax
@@ -12,14 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from tinymim_jax.bridge.convert import Converted
-from tinymim_jax.bridge.files import one_line
+from tinymim_jax.bridge.files import need
+from tinymim_jax.bridge.layout import Layout
 from tinymim_jax.experiment import config
+from tinymim_jax.runtime import storage
 from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.tasks.contract import Context
 
-PARTS = ("tokens", "q", "k", "v")  # of a block; tokens are its output
+PARTS = {"tokens": "out", "q": "q", "k": "k", "v": "v"}  # of a block -> of its trace
 LIMIT = 1e-4  # relative, in float32
-TRACE = {"tokens": "out", "q": "q", "k": "k", "v": "v"}
-REFERENCE = Path(__file__).parents[2] / "tests" / "reference"
 Tensors = dict[str, np.ndarray]  # "block 1 q", ..., "logits", "reconstruction"
 
 
@@ -42,16 +40,9 @@ def verify(converted: Converted) -> list[Difference]:
     rng = np.random.default_rng(0)
     images = rng.normal(size=(2, model.image_size, model.image_size, 3)).astype(np.float32)
     noise = rng.uniform(size=(2, (model.image_size // model.patch_size) ** 2)).astype(np.float32)
-    try:
-        theirs = (_hugging_face if converted.source.format == "huggingface" else _reference)(converted, images, noise)
-    except InputError:
-        raise
-    except ImportError as error:
-        raise InputError(
-            f"--verify runs the model in PyTorch and needs {error.name}: pip install {error.name}"
-        ) from None
-    except Exception as error:  # a config.json that names another class, and whatever it makes of the images
-        raise InputError(f"the source's model does not run ({one_line(error)})") from None
+    need("torch", "verify", "--verify")
+    run = _hugging_face if converted.source.format == "huggingface" else _reference
+    theirs = run(converted, images, noise)
     ours = _ours(converted, images, noise)
     if odd := {name for name in theirs.keys() ^ ours.keys() if name.startswith("block")}:
         raise InputError(f"config.json has another number of blocks than the weights: one of them has no {min(odd)}")
@@ -68,16 +59,11 @@ def table(differences: list[Difference]) -> str:
     """The largest absolute / relative difference: a row for each block, then one for each output."""
     cells = {d.name: f"{d.absolute:.1e} / {d.relative:.1e}" for d in differences}
     depth = sum(name.endswith(" q") for name in cells)
-    lines = ["".join(f"{head:22}" for head in ("", *PARTS)).rstrip()]
-    for i in range(1, depth + 1):
-        lines.append(
-            "".join(f"{cell:22}" for cell in (f"block {i}", *(cells[f"block {i} {p}"] for p in PARTS))).rstrip()
-        )
-    lines += [f"{name:22}{cell}" for name, cell in cells.items() if not name.startswith("block")]
+    rows = [("", *PARTS), *((f"block {i}", *(cells[f"block {i} {p}"] for p in PARTS)) for i in range(1, depth + 1))]
+    rows += [(name, cell) for name, cell in cells.items() if not name.startswith("block")]
     worst = max(differences, key=lambda d: d.relative)
-    return "\n".join(
-        [*lines, f"largest relative difference {worst.relative:.1e}, in {worst.name} (cells: absolute / relative)"]
-    )
+    text = f"largest relative difference {worst.relative:.1e}, in {worst.name} (cells: absolute / relative)"
+    return "\n".join([*("".join(f"{cell:22}" for cell in row).rstrip() for row in rows), text])
 
 
 def check(differences: list[Difference]) -> None:
@@ -97,13 +83,14 @@ def _ours(converted: Converted, images: np.ndarray, noise: np.ndarray) -> Tensor
     with jax.default_matmul_precision("highest"):
         encode = jax.jit(lambda p, x: found.model.build().apply({"params": p}, x, capture=blocks))
         out = encode(params["encoder"], images)
-        tensors = {f"block {i} {part}": getattr(out.trace[i], TRACE[part]) for i in blocks for part in PARTS}
+        tensors = {f"block {i} {part}": getattr(out.trace[i], PARTS[part]) for i in blocks for part in PARTS}
         tensors["tokens"] = out.tokens
         if out.logits is not None:
             tensors["logits"] = out.logits
         if found.decoder is not None:
-            module = found.model, config.Mae(decoder=found.decoder).build()
-            tensors["reconstruction"] = jax.jit(module.apply)({"params": params}, images, noise).pred
+            context = Context(found.model, config.Data("folder", image_size=found.model.image_size))
+            task = config.Mae(decoder=found.decoder).build(context)
+            tensors["reconstruction"] = jax.jit(task.reconstruct)(params, images, noise)[0]
     return {name: np.asarray(value) for name, value in tensors.items()}
 
 
@@ -113,106 +100,79 @@ def _torch_images(images: np.ndarray) -> Any:
     return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
 
 
-def reference() -> ModuleType:
-    """The project's own PyTorch reference, which lies with the tests; raises InputError outside a clone."""
-    name = "tinymim_reference"
-    if name not in sys.modules:
-        if not REFERENCE.is_dir():
-            raise InputError("the PyTorch reference lies in tests/reference, which only a clone of the repository has")
-        where = {"submodule_search_locations": [str(REFERENCE)]}
-        spec = importlib.util.spec_from_file_location(name, REFERENCE / "__init__.py", **where)
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-    for part in ("vit", "mae", "distill"):
-        importlib.import_module(f"{name}.{part}")
-    return sys.modules[name]
-
-
-def reference_config(model: config.ViT) -> Any:
-    """What the reference calls `model`."""
-    cls = reference().vit.Config
-    fields = {f.name for f in dataclasses.fields(cls)} - {"norm_eps"}
-    return cls(**{k: v for k, v in dataclasses.asdict(model).items() if k in fields})
-
-
 def _reference(converted: Converted, images: np.ndarray, noise: np.ndarray) -> Tensors:
     """The source's arrays, by their own names, in the project's PyTorch reference."""
     import torch
 
-    package, found = reference(), converted.layout
-    cfg = reference_config(found.model)
-    weights = {name: torch.from_numpy(np.array(array)) for name, array in found.arrays.items()}
-    if found.decoder is None:
-        model = package.vit.ViT(cfg)
-    else:
-        decoder = package.mae.Decoder(**dataclasses.asdict(found.decoder))
-        model = package.mae.MAE(cfg, decoder, norm_pix_loss=False)
-    model.load_state_dict(weights)
-    model.eval()
-    encoder = package.vit.ViT(cfg)
-    encoder.load_state_dict({k: v for k, v in weights.items() if not k.startswith(("decoder_", "mask_token"))})
+    from tinymim_jax.bridge.torch_reference.mae import MAE
+    from tinymim_jax.bridge.torch_reference.vit import ViT
+
+    found, pixels = converted.layout, _torch_images(images)
+    decoder = found.decoder and config.Mae(decoder=found.decoder, norm_pix_loss=False)
+    model = (MAE(found.model, decoder) if decoder else ViT(found.model)).eval()
+    model.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in found.arrays.items()})
     with torch.no_grad():
-        out = encoder.eval()(_torch_images(images))
-        tensors = {f"block {i + 1} {p}": getattr(t, TRACE[p]) for i, t in enumerate(out.trace) for p in PARTS}
-        if not found.model.neck:  # behind which the reference's tokens lie
-            tensors["tokens"] = out.tokens
+        out = ViT.forward(model, pixels)
+        tensors = {f"block {i + 1} {p}": getattr(t, PARTS[p]) for i, t in enumerate(out.trace) for p in PARTS}
         # The reference has heads before tokens.
         tensors = {k: v.transpose(1, 2) if v.ndim == 4 else v for k, v in tensors.items()}
+        if not found.model.neck:  # behind which the reference's tokens lie
+            tensors["tokens"] = out.tokens
         if out.logits is not None:
             tensors["logits"] = out.logits
-        if found.decoder is not None:
-            tensors["reconstruction"] = model(_torch_images(images), torch.from_numpy(noise))[1]
+        if decoder:
+            tensors["reconstruction"] = model(pixels, torch.from_numpy(noise))[1]
     return {name: value.numpy() for name, value in tensors.items()}
 
 
 def _hugging_face(converted: Converted, images: np.ndarray, noise: np.ndarray) -> Tensors:
     """The folder in transformers, as its config.json says but for LayerNorm's eps, which is 1e-6."""
+    transformers = need("transformers", "verify", "--verify of a Hugging Face folder")
     import torch
-    import transformers
 
-    found, settings = converted.layout, converted.source.settings
-    named = settings.get("architectures")
+    named = converted.source.settings.get("architectures")
     cls = getattr(transformers, str(named[0]), None) if isinstance(named, list) and named else None
     if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
         raise InputError("config.json: architectures names no class of transformers, which --verify would run")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    try:
+    try:  # a config.json that names another class: whatever that makes of the weights and of the images
         model = cls.from_pretrained(converted.source.path.parent, dtype=torch.float32).eval()
-    except Exception as error:  # of many kinds
-        raise InputError(f"transformers cannot load the weights with this config.json ({one_line(error)})") from None
-    for module in model.modules():
-        if isinstance(module, torch.nn.LayerNorm):
-            module.eps = 1e-6
+        for module in model.modules():
+            if isinstance(module, torch.nn.LayerNorm):
+                module.eps = 1e-6
+        with torch.no_grad():
+            return _run_hugging_face(model, converted.layout, _torch_images(images), torch.from_numpy(noise))
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"transformers cannot run {named[0]}, as config.json says ({storage.reason(error)})") from None
+
+
+def _run_hugging_face(model: Any, found: Layout, pixels: Any, noise: Any) -> Tensors:
+    import torch
+
     tensors: Tensors = {}
-    pixels = _torch_images(images)
-    with torch.no_grad():
-        hooks = _record(model, found.model, tensors)
-        if hasattr(model.config, "mask_ratio"):  # an encoder that masks: nothing, in order
-            ratio, model.config.mask_ratio = model.config.mask_ratio, 0.0
-            in_order = torch.arange(noise.shape[1], dtype=torch.float32).expand(len(images), -1)
-            out = (model.vit if found.decoder else model)(pixels, noise=in_order)
-            tensors["tokens"] = out.last_hidden_state.numpy()
-            model.config.mask_ratio = ratio
-        else:
-            out = model(pixels)
-            last = "logits" if found.model.num_classes else "last_hidden_state"
-            if last not in out:
-                raise InputError(f"config.json: architectures names {named[0]}, which has no {last}")
-            tensors[last.replace("last_hidden_state", "tokens")] = out[last].numpy()
-        for hook in hooks:
-            hook.remove()
-        if found.decoder:
-            model.config.mask_ratio = 0.75
-            tensors["reconstruction"] = model(pixels, noise=torch.from_numpy(noise)).logits.numpy()
+    hooks, options = _record(model, found.model, tensors), {}
+    if hasattr(model.config, "mask_ratio"):  # an encoder that masks: nothing, in order
+        model.config.mask_ratio = 0.0
+        options["noise"] = torch.arange(noise.shape[1]).expand(noise.shape).float()
+    out = (model.vit if found.decoder else model)(pixels, **options)
+    for hook in hooks:
+        hook.remove()
+    last = "logits" if found.model.num_classes else "last_hidden_state"
+    if last not in out:
+        raise InputError(f"config.json: architectures names {type(model).__name__}, which has no {last}")
+    tensors["logits" if found.model.num_classes else "tokens"] = out[last].numpy()
+    if found.decoder:
+        model.config.mask_ratio = 0.75
+        tensors["reconstruction"] = model(pixels, noise=noise).logits.numpy()
     return tensors
 
 
 def _record(model: Any, cfg: config.ViT, tensors: Tensors) -> list[Any]:
     """Hooks that put each block's q, k, v and output into `tensors`; found by the names of transformers' modules."""
-    import re
-
-    hooks = []
-    parts = {"query": "q", "key": "k", "value": "v", "q_proj": "q", "k_proj": "k", "v_proj": "v"}
+    parts = {"query": "q", "key": "k", "value": "v", "q_proj": "q", "k_proj": "k", "v_proj": "v", None: "tokens"}
 
     def keep(name: str, heads: int) -> Any:
         def hook(_module: Any, _inputs: Any, output: Any) -> None:
@@ -221,11 +181,10 @@ def _record(model: Any, cfg: config.ViT, tensors: Tensors) -> list[Any]:
 
         return hook
 
+    hooks = []
     for path, module in model.named_modules():
-        block = re.search(r"(?<!decoder_)(?:layer|layers)\.(\d+)(?:\.(?:.*\.)?(\w+))?$", path)
-        if not block or "decoder" in path:
-            continue
-        if block[2] in parts or block[2] is None:
-            name = f"block {int(block[1]) + 1} {parts.get(block[2], 'tokens')}"
+        block = re.search(r"layers?\.(\d+)(?:\.(?:.*\.)?(\w+))?$", path)
+        if block and block[2] in parts and "decoder" not in path:
+            name = f"block {int(block[1]) + 1} {parts[block[2]]}"
             hooks.append(module.register_forward_hook(keep(name, cfg.num_heads if block[2] else 0)))
     return hooks

@@ -12,7 +12,7 @@ USAGE = """python -m tinymim_jax bench VERB --config=FILE[:options] --stage=NAME
 
   step                              times a stage's training step on random images and weights, no data needed;
                                     a teacher named by path needs its stage.json
-  step --vs=torch                   and, in turn, the same in PyTorch, eager and compiled (in a clone, with [torch])
+  step --vs=torch                   and, in turn, the same in PyTorch, eager and compiled (needs .[torch])
   augment                           times it with and without mixup, cutmix and random erasing, which the device does
   loader                            times reading, decoding and augmenting; needs the stage's data
   relation [--tokens=N,N] [--rows=N]

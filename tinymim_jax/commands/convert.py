@@ -17,7 +17,7 @@ USAGE = """python -m tinymim_jax convert SRC DST [--verify] [--num_heads=N] ...
                         timm's ViT, ViTMAEForPreTraining, ViTMAEModel, ViTModel, ViTForImageClassification
   DST                   a new folder
   --verify              run it in PyTorch too, and compare block by block: a Hugging Face folder in transformers, other
-                        files in tests/reference with the heads and pooling of the report, which is taken on trust
+                        files in our PyTorch reference with the report's heads and pooling, which are taken on trust
   --num_heads=N         where the weights' shapes cannot tell and the report's guess is wrong
   --last_block_heads=N  of the last block, if it differs
   --decoder_heads=N     of MAE's decoder

@@ -12,7 +12,7 @@ USAGE = """python -m tinymim_jax export SRC DST --format=timm|hf|mae|onnx [--reg
   --format=timm     model.safetensors and config.json, for timm.create_model("local-dir:DST")
   --format=hf       a folder for Hugging Face's from_pretrained
   --format=mae      checkpoint.pth in the layout of MAE's code (needs PyTorch)
-  --format=onnx     model.onnx, compared with our own output (needs PyTorch, transformers, onnxscript, onnxruntime)
+  --format=onnx     model.onnx, compared with our own output (needs PyTorch, onnxscript, onnxruntime)
   --regroup_heads   read a last block of other heads with those of the others, as fine-tuning does"""
 
 

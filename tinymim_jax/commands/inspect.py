@@ -18,10 +18,11 @@ def main(argv: list[str]) -> None:
         raise InputError(f"{path} does not exist")
 
     from tinymim_jax.bridge import card, convert
-    from tinymim_jax.weights import handoff
+    from tinymim_jax.weights import handoff, parameters
 
     if not handoff.is_foreign(path):
         print("\n".join(card.lines(path)))
         return
     converted = convert.read(path, told(values))
-    print("\n".join([*converted.lines(), card.last_block(converted.layout.model, converted.untrained)]))
+    last = card.last_block(converted.layout.model, parameters.flatten(converted.params), converted.untrained)
+    print("\n".join([*converted.lines(), last]))

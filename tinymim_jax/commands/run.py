@@ -90,7 +90,7 @@ def run_chain(cfg: Config, workdir: Path, only: str | None = None, stop: StopReq
         token = multihost.run_on_primary(lambda: stack.enter_context(lock).token)
         multihost.raise_everywhere(lambda: lock.see(token))
         multihost.check_stop(stop, "before anything ran")
-        multihost.run_on_primary(lambda: preflight.convert_sources(cfg, to_run, workdir))
+        preflight.convert_sources(cfg, to_run, workdir)
         return chain.run_stages(cfg, names, to_run, workdir, mesh, stop, lock.check)
 
 

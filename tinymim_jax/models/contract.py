@@ -67,6 +67,7 @@ class Encoder(abc.ABC):
     remat: bool  # recompute each block in the backward pass
     num_prefix: ClassVar[Any]  # tokens in front of the patches
     patch_size: Any  # pixels a side of a token's patch
+    export_formats: ClassVar[tuple[str, ...]] = ()  # of other projects, that can hold it (`bridge.export`)
 
     @abc.abstractmethod
     def build(self) -> nn.Module:

@@ -42,6 +42,8 @@ class ViT(Encoder):
     attention: Literal["xla", "cudnn"] = "xla"  # cudnn: fused on Nvidia GPUs, in bfloat16; not measured yet
     kind: Literal["vit"] = "vit"
 
+    export_formats = ("timm", "hf", "mae", "onnx")
+
     @property
     def num_prefix(self) -> int:
         return 2 if self.dist_token else 1

@@ -13,7 +13,7 @@ from tinymim_jax.evals.contract import Context
 from tinymim_jax.experiment import stage_file
 from tinymim_jax.experiment.config import Config, Stage
 from tinymim_jax.models.contract import Encoder
-from tinymim_jax.runtime import storage
+from tinymim_jax.runtime import multihost, storage
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.runtime.sharding import check_batch
 from tinymim_jax.training import start
@@ -85,14 +85,21 @@ def check_workdir(cfg: Config, workdir: Path) -> None:
 
 
 def convert_sources(cfg: Config, to_run: list[str], workdir: Path) -> None:
-    """Converts the foreign checkpoints that the stages `to_run` start from, each once, into WORKDIR/converted/."""
+    """Converts the foreign checkpoints that the stages `to_run` start from, each once, into WORKDIR/converted/.
+
+    The first process does; every process calls it, and forgets what it has read of them.
+    """
+    multihost.run_on_primary(lambda: _convert_sources(cfg, to_run, workdir))
+    read_foreign.cache_clear()  # gigabytes
+
+
+def _convert_sources(cfg: Config, to_run: list[str], workdir: Path) -> None:
     for init in [init for name in to_run for _, init in cfg.stages[name].inits()]:
         folder = handoff.source_folder(init, workdir)
         if path := foreign(init, workdir):
             converted = read_foreign(path)
             print("\n  ".join([*converted.lines(), f"converted into {folder}"]), flush=True)
             convert.write(converted, folder)
-    read_foreign.cache_clear()  # gigabytes
 
 
 def foreign(init: Init, workdir: Path) -> Path | None:

@@ -13,6 +13,7 @@ from tinymim_jax.data.config import Data
 from tinymim_jax.data.device_augment import normalize, to_float
 from tinymim_jax.data.fields import IMAGE_LABEL, Fields
 from tinymim_jax.models.contract import Encoder, Outputs
+from tinymim_jax.models.mae import Decoder
 from tinymim_jax.objectives.metrics import Mean
 
 Params = Any  # nested dict of arrays: encoder/..., which later stages read, and pretext/..., which none does
@@ -105,9 +106,18 @@ class TaskConfig(abc.ABC):
         """Whether the labels of the data are learnt."""
         return False
 
-    def pixel_decoder(self) -> Any:
-        """The config of a decoder to pixels that is trained under pretext/decoder, for the bridge; None: none."""
+    def reconstruction(self) -> "Reconstruction | None":
+        """The decoder to pixels that is trained under pretext/decoder, for those who take it along; None: none."""
         return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Reconstruction:
+    """A trained decoder to pixels, and how it is used."""
+
+    decoder: Decoder
+    norm_pix_loss: bool
+    mask_ratio: float
 
 
 class BaseTask:

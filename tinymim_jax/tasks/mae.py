@@ -21,6 +21,7 @@ from tinymim_jax.tasks.contract import (
     Frozen,
     Panels,
     Params,
+    Reconstruction,
     Rngs,
     TaskConfig,
     Variables,
@@ -49,8 +50,8 @@ class Mae(TaskConfig):
         model.check_masked(where)
         self.decoder.check(f"{where}.decoder", model)
 
-    def pixel_decoder(self) -> Decoder:
-        return self.decoder
+    def reconstruction(self) -> Reconstruction:
+        return Reconstruction(self.decoder, self.norm_pix_loss, self.mask_ratio)
 
 
 class MaeTask(BaseTask):

@@ -1,15 +1,15 @@
-"""AdamW, its parameter groups and its schedule (spec A.4 pre-training, A.5 fine-tuning)."""
+"""AdamW, its parameter groups and its schedule."""
 
 import math
 
 import torch
 from torch import nn
 
-from .vit import ViT
+from tinymim_jax.bridge.torch_reference.vit import ViT
 
 
 def lr_at(epoch: float, peak: float, min_lr: float, warmup_epochs: float, epochs: float) -> float:
-    """Learning rate at epoch + step / steps_per_epoch: linear from 0, then half a cosine to min_lr (spec A.4)."""
+    """Learning rate at epoch + step / steps_per_epoch: linear from 0, then half a cosine to min_lr."""
     if epoch < warmup_epochs:
         return peak * epoch / warmup_epochs
     progress = (epoch - warmup_epochs) / (epochs - warmup_epochs)
@@ -22,7 +22,7 @@ def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def param_groups(model: nn.Module, weight_decay: float, skip: tuple[str, ...] = ()) -> list[dict]:
-    """Pre-training groups: no decay for biases, ndim <= 1 and names in `skip`; cls_token is decayed (spec A.4)."""
+    """Pre-training groups: no decay for biases, ndim <= 1 and names in `skip`; cls_token is decayed."""
     decayed, rest = [], []
     for name, p in trainable(model):
         plain = p.ndim <= 1 or name.endswith(".bias") or name in skip
@@ -31,14 +31,14 @@ def param_groups(model: nn.Module, weight_decay: float, skip: tuple[str, ...] = 
 
 
 def layer_id(name: str, depth: int) -> int:
-    """0 for the embedding, i + 1 for blocks.i, depth + 1 for everything else (spec A.5)."""
+    """0 for the embedding, i + 1 for blocks.i, depth + 1 for everything else."""
     if name in ("cls_token", "pos_embed") or name.startswith("patch_embed."):
         return 0
     return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth + 1
 
 
 def layer_decay_groups(model: ViT, weight_decay: float, layer_decay: float) -> list[dict]:
-    """Fine-tuning groups with lr_scale = layer_decay^(depth + 1 - id); tokens, positions, 1-D undecayed (spec A.5)."""
+    """Fine-tuning groups with lr_scale = layer_decay^(depth + 1 - id); tokens, positions, 1-D undecayed."""
     groups: dict[tuple[int, bool], dict] = {}
     last = model.cfg.depth + 1
     for name, p in trainable(model):
@@ -51,13 +51,13 @@ def layer_decay_groups(model: ViT, weight_decay: float, layer_decay: float) -> l
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group lr times its lr_scale (1 if it has none) (spec A.5)."""
+    """Give every group lr times its lr_scale (1 if it has none)."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def make_adamw(groups: list[dict], lr: float, betas: tuple[float, float]) -> torch.optim.AdamW:
-    """AdamW with eps 1e-8 on groups that carry their own weight_decay and, maybe, lr_scale (spec A.4, A.5)."""
+    """AdamW with eps 1e-8 on groups that carry their own weight_decay and, maybe, lr_scale."""
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8, weight_decay=0.0)
     set_lr(optimizer, lr)
     return optimizer
