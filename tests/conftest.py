@@ -25,7 +25,6 @@ from tinymim_jax.experiment.config import (
     Decoder,
     Init,
     Knn,
-    Mesh,
     Optim,
     Run,
     Stage,
@@ -89,7 +88,7 @@ def chain() -> Config:
 @pytest.fixture(scope="session")
 def mesh():
     """One device."""
-    return make_mesh(Mesh())
+    return make_mesh()
 
 
 @pytest.fixture

@@ -93,7 +93,7 @@ def shrink_chain(cfg, sources=None):
 
 
 def run_interrupted(cfg, workdir, stop_at):
-    mesh = make_mesh(cfg.mesh)
+    mesh = make_mesh(cfg.mesh.data, cfg.mesh.fsdp)
     for name, stage in cfg.stages.items():
         if stage.run.steps:
             stop_at(1)

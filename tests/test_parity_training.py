@@ -106,7 +106,7 @@ def pair(kind: str) -> Pair:
 @functools.cache
 def batches(count: int) -> list[dict[str, jax.Array]]:
     """Of the embedded digits."""
-    mesh, source = make_mesh(config.Mesh()), sources.open_source(TRAIN)
+    mesh, source = make_mesh(), sources.open_source(TRAIN)
     return list(pipeline.train_batches(pipeline.train_rows(TRAIN, source, BATCH, 0), 0, count, mesh))
 
 

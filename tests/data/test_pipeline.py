@@ -20,7 +20,6 @@ from tinymim_jax.data.augment import transform
 from tinymim_jax.data.decode import decode
 from tinymim_jax.data.pipeline import EvalRows, TrainRows, epoch_order, eval_batches, image_rng
 from tinymim_jax.data.sources import open_source
-from tinymim_jax.experiment import config
 from tinymim_jax.experiment.config import Data
 from tinymim_jax.runtime import sharding as mesh_lib
 from tinymim_jax.runtime.errors import InputError
@@ -58,7 +57,7 @@ class Backend(Numbered):
 
 @pytest.fixture(scope="module")
 def mesh():
-    return mesh_lib.make_mesh(config.Mesh())
+    return mesh_lib.make_mesh()
 
 
 def train(mesh, data=None, source=None, start=0, stop=6, batch_size=8, seed=5):

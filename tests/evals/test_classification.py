@@ -15,7 +15,7 @@ from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.tasks.contract import Outputs
 
 DIGITS = Data("digits", split="test", image_size=8, transform="eval", crop_pct=1.0)
-ONE = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
+ONE = sharding.make_mesh(devices=jax.devices()[:1])
 COUNTS = np.bincount(load_digits().target[1297:1797])  # of each class among the 500
 
 

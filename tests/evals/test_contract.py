@@ -7,14 +7,13 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from tinymim_jax.evals.contract import Batches, make_predict, together
-from tinymim_jax.experiment import config
 from tinymim_jax.experiment.config import Data
 from tinymim_jax.runtime import sharding
 from tinymim_jax.runtime.errors import InputError, Unavailable
 from tinymim_jax.tasks.contract import Outputs
 
 DIGITS = Data("digits", split="test", image_size=8, transform="eval", crop_pct=1.0, per_class=3)
-ONE = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
+ONE = sharding.make_mesh(devices=jax.devices()[:1])
 
 
 def rows(batches):

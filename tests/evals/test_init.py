@@ -9,7 +9,7 @@ from tinymim_jax.experiment.config import Data
 from tinymim_jax.runtime import sharding
 
 DIGITS = Data("digits", split="test", image_size=8, transform="eval", crop_pct=1.0, per_class=2)
-ONE = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
+ONE = sharding.make_mesh(devices=jax.devices()[:1])
 
 
 def test_each_kind_has_its_evaluator():

@@ -23,7 +23,7 @@ from tinymim_jax.tasks.contract import Outputs
 
 QUERIES = Data("digits", split="test", image_size=8, transform="eval", crop_pct=1.0, per_class=6)
 BANK = dataclasses.replace(QUERIES, split="train", per_class=15)
-ONE = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
+ONE = sharding.make_mesh(devices=jax.devices()[:1])
 MATRIX = np.random.default_rng(0).normal(size=(64, 5)).astype(np.float32)
 
 
@@ -164,7 +164,7 @@ TWO_PROCESSES = """
         def predict(self, variables, frozen, batch):
             return Outputs(batch["image"].reshape(len(batch["image"]), -1) / 255, jax.nn.one_hot(batch["label"], 10))
 
-    grid = sharding.make_mesh(config.Mesh())
+    grid = sharding.make_mesh()
     data = Data("digits", split="test", image_size=8, transform="eval", crop_pct=1.0, per_class=3)
     batch = next(iter(Batches(data, 8, grid)))
     features = make_predict(Pixels(), grid)({}, {}, batch).features

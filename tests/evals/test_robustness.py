@@ -12,7 +12,7 @@ from tinymim_jax.runtime import sharding
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.tasks.contract import Outputs
 
-ONE = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
+ONE = sharding.make_mesh(devices=jax.devices()[:1])
 DIGITS = Data("digits", split="test", image_size=32, transform="eval", crop_pct=1.0, per_class=1)
 
 

@@ -182,7 +182,8 @@ def prepared(cfg: Config, name: str) -> tuple[Stage, StageSetup, jax.sharding.Me
     """Stage `name`, its plan for any data, and the mesh."""
     stage = cfg.stages[name]
     teacher = dry_run.teacher_model(cfg, name, Path(f"runs/{cfg.name}"))
-    return stage, make_setup(stage, teacher, num_examples=1000 * stage.run.batch_size), mesh_lib.make_mesh(cfg.mesh)
+    mesh = mesh_lib.make_mesh(cfg.mesh.data, cfg.mesh.fsdp)
+    return stage, make_setup(stage, teacher, num_examples=1000 * stage.run.batch_size), mesh
 
 
 def compile_step(plan: StageSetup, mesh: jax.sharding.Mesh) -> tuple[Any, tuple]:

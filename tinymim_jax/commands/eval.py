@@ -34,11 +34,10 @@ def main(argv: list[str]) -> None:
     (folder,) = parse_positional(values, argv, ["CHECKPOINT"])
 
     from tinymim_jax.evals import suite
-    from tinymim_jax.experiment.config import Mesh
     from tinymim_jax.runtime.sharding import make_mesh
 
     sets = suite.Sets(**{f.name: getattr(values, f.name) for f in dataclasses.fields(suite.Sets)})
     out = storage.path(values.out) if values.out else folder / "eval"
-    report = suite.evaluate(folder, values.suite, sets, make_mesh(Mesh()), out)
+    report = suite.evaluate(folder, values.suite, sets, make_mesh(), out)
     print(suite.table(report))
     print(f"wrote {out}/eval.json and {out}/eval.md")

@@ -160,7 +160,7 @@ def _size(count: float) -> str:
 def mesh(cfg: Config) -> Finding:
     """Whether the devices fill the grid and share each batch."""
     try:
-        grid = make_mesh(cfg.mesh)
+        grid = make_mesh(cfg.mesh.data, cfg.mesh.fsdp)
         for name, stage in cfg.stages.items():
             if stage.run.batch_size // stage.optim.accum_steps % grid.size:
                 return Finding(

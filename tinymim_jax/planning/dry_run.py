@@ -181,7 +181,7 @@ def _length(plan: StageSetup) -> str:
 
 def _devices(cfg: Config) -> str:
     try:
-        shape = make_mesh(cfg.mesh).shape
+        shape = make_mesh(cfg.mesh.data, cfg.mesh.fsdp).shape
     except InputError as error:
         return f"devices: not these: {error}"
     return (

@@ -139,7 +139,7 @@ PICTURES = {"mae": reconstructions, "distill": relation_maps}
 
 
 def _runner(stage: config.Stage, name: str, workdir: Path) -> Runner:
-    one_device = mesh_lib.make_mesh(config.Mesh(), jax.local_devices()[:1])
+    one_device = mesh_lib.make_mesh(devices=jax.local_devices()[:1])
     return Runner(dataclasses.replace(stage, evals={}), name, workdir, one_device)
 
 

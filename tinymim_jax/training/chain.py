@@ -27,7 +27,7 @@ def run_chain(cfg: Config, workdir: Path, only: str | None = None, stop: StopReq
     """
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(StopRequest())
-        mesh = make_mesh(cfg.mesh)
+        mesh = make_mesh(cfg.mesh.data, cfg.mesh.fsdp)
         multihost.raise_everywhere(
             lambda: describe_chain(cfg, workdir, only)
         )  # what is wrong with a later stage is said now
