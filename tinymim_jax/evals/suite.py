@@ -14,7 +14,7 @@ from tinymim_jax.evals import make_evaluator, subsets
 from tinymim_jax.evals.contract import Predict, measure
 from tinymim_jax.experiment import config
 from tinymim_jax.experiment.config import Classification, Corruptions, Data, Eval, Knn, Logistic
-from tinymim_jax.planning.preflight import check_same_classes, check_writable
+from tinymim_jax.planning.preflight import check_same_classes
 from tinymim_jax.runtime import codec, storage
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.runtime.metric_log import write_json
@@ -54,7 +54,7 @@ def evaluate(folder: Path, suite: str, sets: Sets, mesh: jax.sharding.Mesh, out:
     clean, bank = data_sets(folder, model, sets)
     chosen = evals(suite, model, clean, bank, sets)
     evaluators = {name: make_evaluator(cfg, mesh) for name, cfg in chosen.items()}  # what is missing is said first
-    check_writable(out)
+    storage.check_writable(out)
     check_names(chosen, model)
     predict = make_predict(folder, model, clean, mesh)
     paper = PAPER.get(model.width, {}) if model.num_classes == 1000 else {}

@@ -1,7 +1,6 @@
 """What a stage needs before it can start: devices, data, weights; said before anything runs."""
 
 import functools
-import uuid
 from collections.abc import Iterator
 
 import jax
@@ -84,20 +83,6 @@ def _has_the_same_classes(cfg: config.Eval) -> bool:
     if isinstance(cfg, config.Classification):
         return not cfg.subset
     return isinstance(cfg, config.Corruptions) and not cfg.stored
-
-
-def check_writable(workdir: Path) -> None:
-    """Makes the folder; raises InputError if nothing can be written to it."""
-    storage.check(workdir, is_written=True)
-    try:
-        storage.make(workdir)
-        probe = workdir / f"writable.{uuid.uuid4().hex}"
-        probe.touch()
-        probe.unlink()
-    except Exception as error:  # each bucket's library has its own
-        if isinstance(error, OSError) and error.errno in storage.DISK:
-            raise storage.blame(error) from None
-        raise InputError(f"{workdir} cannot be written to ({storage.reason(error)}); choose another folder") from None
 
 
 def convert_sources(cfg: Config, to_run: list[str], workdir: Path) -> None:

@@ -9,8 +9,8 @@ from etils.epath import Path
 
 from tinymim_jax.experiment.config import Config
 from tinymim_jax.planning.dry_run import describe_chain
-from tinymim_jax.planning.preflight import check_ready, check_writable, convert_sources
-from tinymim_jax.runtime import multihost
+from tinymim_jax.planning.preflight import check_ready, convert_sources
+from tinymim_jax.runtime import multihost, storage
 from tinymim_jax.runtime.metric_log import read_done, write_json
 from tinymim_jax.runtime.preemption import StopRequest
 from tinymim_jax.runtime.sharding import make_mesh
@@ -53,7 +53,7 @@ def run_chain(cfg: Config, workdir: Path, only: str | None = None, stop: StopReq
 
 def check_workdir(cfg: Config, workdir: Path) -> None:
     """Makes the folder and notes whose it is; raises InputError if it is read-only."""
-    check_writable(workdir)
+    storage.check_writable(workdir)
     if not (workdir / "chain.json").is_file():
         write_json(workdir / "chain.json", {"name": cfg.name})
 
