@@ -108,13 +108,17 @@ def test_a_difference_is_told_to_everyone(other, what):
 
 
 @pytest.mark.parametrize("counts", [(2, 3), (3, 2), (2, 3, 3), (3, 3, 2)])
-def test_numbers_of_processes_that_differ(counts, monkeypatch):
-    monkeypatch.setattr(rendezvous, "GRACE", 1.0)
+def test_numbers_of_processes_that_differ(counts, looks):
+    def action(roll, now):
+        if len(roll.lines) == len(counts) - 1:
+            now[0] += 1
+
+    looks(action)
     address = f"127.0.0.1:{free_port()}"
     errors = at_once([Cluster(address, count, i) for i, count in enumerate(counts)], [{}] * len(counts))
     odd = next(i for i, count in enumerate(counts) if count != counts[0])
     what = f"differs from process 0 in num_processes: {counts[0]} -> {counts[odd]}; start all with the same"
-    assert str(errors[0]).startswith(f"process {odd} ({HOST}) {what}")
+    assert all(str(error).startswith(f"process {odd} ({HOST}) {what}") for error in errors)
 
 
 def test_two_with_one_number(looks):
@@ -171,14 +175,14 @@ def test_one_that_came_and_ended_may_come_again_and_is_named_if_it_does_not(look
 
     looks(action)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        first = pool.submit(at_once, local(2, [0], port), [{}])
+        first = pool.submit(at_once, local(3, [0], port), [{}])
         with connected(port) as connection:
-            connection.sendall(b'{"process": 1, "host": "h1", "facts": {"num_processes": 2}}\n')
+            connection.sendall(b'{"process": 1, "host": "h1", "facts": {"num_processes": 3}}\n')
         assert has_left.wait(20)
         if comes_again:
-            assert at_once(local(2, [1], port), [{}]) == [None] and first.result(20) == [None]
+            assert at_once(local(3, (1, 2), port), [{}] * 2) == [None] * 2 and first.result(20) == [None]
         else:
-            assert "process 1 (h1: it came and ended) of 2 did not come" in str(first.result(20)[0])
+            assert "processes 1 (h1: it came and ended), 2 of 3 did not come" in str(first.result(20)[0])
 
 
 @pytest.mark.parametrize("who", [0, 1])
