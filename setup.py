@@ -17,7 +17,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.11",
+    python_requires=">=3.11,!=3.12.0,!=3.12.1",  # these two crash as they collect gcsfs' uploads (cpython 111049)
     packages=find_packages(include=["tinymim_jax", "tinymim_jax.*"]),
     install_requires=[
         "absl-py",

@@ -45,7 +45,7 @@ def validate_job(spec):
     kubernetes_validate.validate(job, kubernetes_validate.latest_version(), strict=True)
 
 
-def test_kubernetes(jobset):
+def test_kubernetes(jobset, monkeypatch):
     """JobSet is no part of Kubernetes' own schemas; the job in it is."""
     assert jobset["apiVersion"] == "jobset.x-k8s.io/v1alpha2"
     (workers,) = jobset["spec"]["replicatedJobs"]
@@ -54,7 +54,9 @@ def test_kubernetes(jobset):
     (container,) = spec["template"]["spec"]["containers"]
     env = {e["name"]: e["value"] for e in container["env"]}
     name = f"{jobset['metadata']['name']}-{workers['name']}-0-0.{jobset['metadata']['name']}"
-    assert find({**env, "JOB_COMPLETION_INDEX": "1"}) == Cluster(f"{name}:8476", spec["completions"], 1)
+    for variable, value in {**env, "JOB_COMPLETION_INDEX": "1"}.items():
+        monkeypatch.setenv(variable, value)
+    assert find() == Cluster(f"{name}:8476", spec["completions"], 1)
     config = container["args"][0].removeprefix("--config=").split(":")[0]
     assert (ROOT / config).is_file() and container["command"] == ["python", "-m", "tinymim_jax", "run"]
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import tiny_classify, tiny_distill, tiny_mae
 from tests.processes import ROOT, environment
-from tinymim_jax.experiment.config import Config, Data, Mesh
+from tinymim_jax.experiment.config import Config, Data
 from tinymim_jax.models import flops
 from tinymim_jax.objectives import relation_kl
 from tinymim_jax.planning import estimate
@@ -249,6 +249,6 @@ def test_micro_batches_on_a_real_topology(cfg, fsdp, monkeypatch):
     stage = cfg.stages["distill"]
     stage.run.batch_size, stage.optim.accum_steps, stage.data.per_class = 64, 4, 16
     ((_, plan),) = estimate.plans(cfg, Path("none"), "distill")
-    found = estimate.forecast(plan, mesh_lib.make_mesh(Mesh(fsdp=fsdp), estimate.devices_of("v5e:2x4")))
+    found = estimate.forecast(plan, mesh_lib.make_mesh(fsdp=fsdp, devices=estimate.devices_of("v5e:2x4")))
     assert found["matmul_flops"] == pytest.approx(found["model_flops"], rel=0.03)
     assert set(found["collectives"]) >= ({"all-reduce"} if fsdp == 1 else {"all-reduce", "all-gather"})

@@ -1,7 +1,6 @@
 """What stops a stage before it starts; tests/test_chain.py and tests/commands/test_run.py try it through `run`."""
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,13 +42,6 @@ def test_pre_training_needs_no_labels(chain, tmp_path):
     stage = chain.stages["mae"]
     stage.data = from_folder(stage.data, write_tree(tmp_path, {"train": "x"}))
     preflight.check_classes(stage)  # its kNN compares digits with digits
-
-
-def test_a_workdir_is_made_and_left_empty(tmp_path):
-    preflight.check_writable(tmp_path / "a" / "b")
-    assert list((tmp_path / "a" / "b").iterdir()) == []
-    with pytest.raises(InputError, match="cannot be written to"):
-        preflight.check_writable(Path("/proc/gone"))
 
 
 @pytest.mark.parametrize("is_converted", [False, True])

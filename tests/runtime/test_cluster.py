@@ -1,51 +1,56 @@
-"""Who this process is, from flags, variables, and a metadata server on this machine."""
+"""Who this process is, from flags and from variables."""
 
-import contextlib
-import functools
-import http.server
-import re
-import threading
+import os
 
 import pytest
+from jax._src.clusters import cloud_tpu_cluster
 
-from tests.processes import free_port
-from tests.test_roll_call import at_once
-from tinymim_jax.runtime import cluster
 from tinymim_jax.runtime.cluster import Cluster, find, given
 from tinymim_jax.runtime.errors import InputError
-from tinymim_jax.runtime.rendezvous import roll_call
 
 SLURM = {
-    "SLURM_JOB_ID": "5000", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1",
-    "SLURM_STEP_NODELIST": "node[007-008]",
+    "SLURM_JOB_ID": "5000", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1",
+    "SLURM_STEP_NODELIST": "node[007-008]", "SLURM_STEP_NUM_NODES": "4",
 }  # fmt: skip
+ON_ONE_NODE = {**SLURM, "SLURM_LOCALID": "3", "SLURM_STEP_NODELIST": "node007", "SLURM_STEP_NUM_NODES": "1"}
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "1",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+}  # fmt: skip
+PORT = 61440 + 5000 % 4096  # as JAX chooses it
+EMPTY = dict.fromkeys(("JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"), "")
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """environment(variables): what a launcher sets, and nothing else of that kind."""
+
+    def arrange(variables):
+        for name in list(os.environ):
+            if name.startswith(("SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "JAX_", "CUDA_VISIBLE")):
+                monkeypatch.delenv(name)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return arrange
 
 
 @pytest.mark.parametrize(
     ("env", "cluster"),
     [
         ({}, None),
+        (EMPTY, None),
         ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"}, None),  # in sbatch, not in a step
-        (SLURM, Cluster("node007:62344", 4, 3)),
-        ({**SLURM, "SLURM_STEP_NODELIST": "a1,b2"}, Cluster("a1:62344", 4, 3)),
-        ({**SLURM, "SLURM_NTASKS_PER_NODE": "2", "CUDA_VISIBLE_DEVICES": "0,1"}, Cluster("node007:62344", 4, 3, (1,))),
-        ({**SLURM, "SLURM_NTASKS_PER_NODE": "2", "CUDA_VISIBLE_DEVICES": "1"}, Cluster("node007:62344", 4, 3)),
+        (SLURM, Cluster(f"node007:{PORT}", 4, 3)),  # a process a node: all its GPUs
+        (ON_ONE_NODE, Cluster(f"node007:{PORT}", 4, 3, (3,))),  # srun -n4 --gres=gpu:4
+        ({**ON_ONE_NODE, "CUDA_VISIBLE_DEVICES": "0,1,2,3"}, Cluster(f"node007:{PORT}", 4, 3, (3,))),
+        ({**ON_ONE_NODE, "CUDA_VISIBLE_DEVICES": "3"}, Cluster(f"node007:{PORT}", 4, 3)),  # --gpus-per-task=1
         ({**SLURM, "JAX_COORDINATOR_ADDRESS": "head:99"}, Cluster("head:99", 4, 3)),
+        ({**SLURM, "JAX_COORDINATOR_PORT": "99"}, Cluster("node007:99", 4, 3)),
+        ({**OPEN_MPI, "JAX_COORDINATOR_ADDRESS": "h:1"}, Cluster("h:1", 2, 1)),
         (
-            {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "JAX_COORDINATOR_ADDRESS": "h:1"},
-            Cluster("h:1", 2, 1),
-        ),
-        ({"TPU_WORKER_HOSTNAMES": "t0,t1", "TPU_WORKER_ID": "1"}, Cluster("t0:8482", 2, 1)),
-        ({"TPU_WORKER_HOSTNAMES": "t0", "TPU_WORKER_ID": "0"}, None),
-        (
-            {
-                "TPU_WORKER_HOSTNAMES": "t0,t1",
-                "TPU_WORKER_ID": "1",
-                "MEGASCALE_NUM_SLICES": "2",
-                "MEGASCALE_SLICE_ID": "1",
-                "MEGASCALE_COORDINATOR_ADDRESS": "s0-t0:8080",
-            },
-            Cluster("s0-t0:8482", 4, 3),
+            {**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_MCA_orte_hnp_uri": "4096.0;tcp://10.0.0.1:5"},
+            Cluster("10.0.0.1:61441", 2, 1, (1,)),
         ),
         (
             {"JAX_COORDINATOR_ADDRESS": "pod-0:1", "JAX_NUM_PROCESSES": "8", "JOB_COMPLETION_INDEX": "7"},
@@ -53,8 +58,22 @@ SLURM = {
         ),
     ],
 )
-def test_what_launchers_say(env, cluster):
-    assert find(env) == cluster
+def test_what_launchers_say(env, cluster, environment):
+    environment(env)
+    assert find() == cluster
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_PROCESS_ID": "1"}, "num_processes is missing"),
+        (OPEN_MPI, "coordinator is missing"),  # version 5
+    ],
+)
+def test_launchers_that_say_a_part(env, message, environment):
+    environment(env)
+    with pytest.raises(InputError, match=message):
+        find()
 
 
 @pytest.mark.parametrize(
@@ -65,8 +84,8 @@ def test_what_launchers_say(env, cluster):
         (("h:1", 2, 2), "process_id 2 is not among 2 processes"),
         (("h:1", "x", 0), "must be numbers"),
         (("h", 2, 0), "coordinator 'h' is not HOST:PORT"),
-        (("h:99999", 2, 0), "coordinator 'h:99999': a port is a number from 1 to 65535"),
-        (("h:0", 2, 0), "a port is a number from 1 to 65535"),
+        (("h:99999", 2, 0), "coordinator 'h:99999' is not HOST:PORT, with a port from 1 to 65535"),
+        (("h:0", 2, 0), "with a port from 1 to 65535"),
     ],
 )
 def test_a_cluster_described_in_part(parts, message):
@@ -74,89 +93,48 @@ def test_a_cluster_described_in_part(parts, message):
         given(*parts)
 
 
-def test_a_process_with_a_number_but_without_a_count():
-    with pytest.raises(InputError, match="num_processes is missing"):
-        find({"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_PROCESS_ID": "1"})
-
-
-class Metadata(http.server.BaseHTTPRequestHandler):
-    """What a TPU VM's metadata server says, to those who ask as it demands."""
-
-    def __init__(self, says, *args):
-        self.says = says
-        super().__init__(*args)
-
-    def do_GET(self):
-        key = self.path.removeprefix("/computeMetadata/v1/instance/attributes/")
-        is_known = key in self.says and self.headers["Metadata-Flavor"] == "Google"
-        self.send_response(200 if is_known else 404)
-        self.end_headers()
-        self.wfile.write(self.says[key].encode() if is_known else b"no such thing")
-
-    def log_message(self, *_):
-        pass
-
-
-@contextlib.contextmanager
-def metadata(says):
-    """The variables of a process on a TPU VM whose metadata server says so."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Metadata, says))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield {"GCE_METADATA_IP": f"127.0.0.1:{server.server_port}"}
-    server.shutdown()
-    server.server_close()
+SLICE = {
+    "TPU_WORKER_HOSTNAMES": "t0,t1", "TPU_WORKER_ID": "1", "MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1",
+    "MEGASCALE_COORDINATOR_ADDRESS": "s0-t0:8080",
+}  # fmt: skip
+METADATA = {"agent-worker-number": "1", "worker-network-endpoints": "10.0.0.5,10.0.0.6", "tpu-env": "TYPE: 'V4'"}
 
 
 @pytest.fixture
-def tpu_machine(monkeypatch, tmp_path):
-    (tmp_path / "accel0").touch()
-    monkeypatch.setattr(cluster, "TPU_DEVICES", (str(tmp_path / "accel0"),))
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # not for the metadata server
-    monkeypatch.setattr(cluster, "ATTEMPTS", 1)
+def tpu_vm(monkeypatch, environment):
+    """tpu_vm(variables, metadata): a machine with TPUs whose metadata server says so."""
 
+    def arrange(variables, metadata=None):
+        environment(variables)
+        monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+        said = metadata or {}
+        monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", lambda key: (said.get(key, ""), 200 if said else 404))
 
-SLICE = {
-    "worker-network-endpoints": "10.0.0.5,10.0.0.6",
-    "tpu-env": "TYPE: 'V4'\nMEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'\n"
-    "MEGASCALE_COORDINATOR_ADDRESS: '10.0.0.1:8080'\n",
-}
+    return arrange
 
 
 @pytest.mark.parametrize(
-    ("says", "more", "found"),
+    ("env", "metadata", "cluster"),
     [
-        ({"worker-network-endpoints": "10.0.0.5,10.0.0.6"}, {}, Cluster("10.0.0.5:8482", 2, 1)),
-        ({"worker-network-endpoints": "unknown:unknown:10.0.0.5,unknown:unknown:10.0.0.6"}, {},
-         Cluster("10.0.0.5:8482", 2, 1)),
-        (SLICE, {}, Cluster("10.0.0.1:8482", 4, 3)),
-        (SLICE, {"JAX_COORDINATOR_PORT": "77", "MEGASCALE_SLICE_ID": "0"}, Cluster("10.0.0.1:77", 4, 1)),
-        (SLICE, {"TPU_SKIP_MDS_QUERY": "1"}, None),
-        (SLICE, {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, None),
-        ({"worker-network-endpoints": "10.0.0.5"}, {}, None),
+        (SLICE, None, Cluster("s0-t0:8482", 4, 3)),
+        ({**SLICE, "JAX_COORDINATOR_PORT": "77"}, None, Cluster("s0-t0:77", 4, 3)),
+        ({}, METADATA, Cluster("10.0.0.5:8482", 2, 1)),
+        ({"JAX_PLATFORMS": "cpu"}, METADATA, None),
+        ({}, {**METADATA, "agent-worker-number": "0", "worker-network-endpoints": "10.0.0.5"}, None),
+        ({}, None, None),
     ],
-)  # fmt: skip
-def test_a_tpu_vm_asks_its_metadata_server(tpu_machine, says, more, found):
-    with metadata({"agent-worker-number": "1", **says}) as env:
-        assert find({**env, **more}) == found
+)
+def test_tpu_pods(env, metadata, cluster, tpu_vm):
+    tpu_vm(env, metadata)
+    assert find() == cluster
 
 
-def test_a_machine_of_which_the_metadata_server_says_nothing_is_on_its_own(tpu_machine):
-    with metadata({}) as env:
-        assert find(env) is None
+def test_a_tpu_whose_metadata_server_does_not_answer(tpu_vm, monkeypatch):
+    tpu_vm({})
 
+    def refused(_):
+        raise ConnectionError("refused")
 
-def test_no_metadata_server(tpu_machine):
-    server = f"127.0.0.1:{free_port()}"
-    with pytest.raises(InputError, match=rf"metadata server {re.escape(server)} does not say .*refused.*TPU_SKIP_MDS"):
-        find({"GCE_METADATA_IP": server})
-
-
-def test_tpu_vms_call_the_roll(tpu_machine):
-    own, facts = [], [{"config": {"lr": 1}}, {"config": {"lr": 2}}]
-    port = {"JAX_COORDINATOR_PORT": str(free_port())}
-    for i in "01":
-        with metadata({"worker-network-endpoints": "127.0.0.1,127.0.0.1", "agent-worker-number": i}) as env:
-            own.append(find({**env, **port}))
-    assert all("process 1 " in str(e) and "in config.lr: 1 -> 2" in str(e) for e in at_once(own, facts))
-    with pytest.raises(InputError, match="process 1 of 2 did not come within 1 s"):
-        roll_call(own[0], facts[0], 1)
+    monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", refused)
+    with pytest.raises(InputError, match=r"nothing says which workers belong together \(refused\); .*TPU_SKIP_MDS"):
+        find()

@@ -41,9 +41,9 @@ PROCESS = """
 import json, sys
 import jax
 jax.distributed.initialize(sys.argv[1], 3, int(sys.argv[2]))
-from tinymim_jax import agree
-from tinymim_jax.config import InputError
-from tinymim_jax.stop import StopRequest
+from tinymim_jax.runtime import multihost
+from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.runtime.preemption import StopRequest
 me = jax.process_index()
 found = []
 

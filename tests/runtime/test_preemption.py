@@ -66,5 +66,5 @@ def test_where_the_run_had_come_to():
 
 
 def test_nothing_heavy_is_imported_first():
-    code = "import sys, tinymim_jax.stop; print(sorted({'jax', 'numpy'} & set(sys.modules)))"
+    code = "import sys, tinymim_jax.runtime.preemption; print(sorted({'jax', 'numpy'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -1,3 +1,5 @@
+import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -10,15 +12,14 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from tinymim_jax.experiment import config
 from tinymim_jax.runtime import sharding
 from tinymim_jax.runtime.errors import InputError
 
 FOUR_DEVICES = """
     import json, sys
     import jax, jax.numpy as jnp, numpy as np
-    from tinymim_jax import config, mesh
-    from tinymim_jax.config import InputError, Mesh
+    from tinymim_jax.runtime import sharding
+    from tinymim_jax.runtime.errors import InputError
 
     def message(f, *args):
         try:
@@ -27,11 +28,11 @@ FOUR_DEVICES = """
             return str(error)
 
     out = {}
-    grids = {"all data": Mesh(), "half": Mesh(-1, 2), "all fsdp": Mesh(-1, 4), "given": Mesh(2, 2)}
-    meshes = {name: sharding.make_mesh(cfg) for name, cfg in grids.items()}
+    grids = {"all data": (), "half": (-1, 2), "all fsdp": (-1, 4), "given": (2, 2)}
+    meshes = {name: sharding.make_mesh(*grid) for name, grid in grids.items()}
     out["shapes"] = {name: dict(m.shape) for name, m in meshes.items()}
     out["part"] = dict(sharding.make_mesh(devices=jax.devices()[:2]).shape)
-    out["errors"] = [message(sharding.make_mesh, cfg) for cfg in (Mesh(-1, 3), Mesh(3, 1), Mesh(4, 2), Mesh(-1, 8))]
+    out["errors"] = [message(sharding.make_mesh, *grid) for grid in ((-1, 3), (3, 1), (4, 2), (-1, 8))]
 
     arrays = {"kernel": (256, 1024), "wide": (1024, 256), "odd": (257, 1024), "qkv": (128, 3, 2, 256),
               "none": (257, 255), "small": (256, 255), "edge": (256, 256), "scalar": (), "cube": (64, 64, 64)}
@@ -130,4 +131,46 @@ def test_one_device():
 
 def test_one_device_cannot_be_two():
     with pytest.raises(InputError, match=r"mesh: data 2 x fsdp 1 does not fill 1 devices"):
-        sharding.make_mesh(config.Mesh(data=2), jax.devices()[:1])
+        sharding.make_mesh(data=2, devices=jax.devices()[:1])
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeDevice:
+    """What JAX reads of a device to lay out a grid."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int] = (0, 0, 0)
+    platform: str = "tpu"
+    device_kind: str = "TPU v4"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+def tpu_slices(count, kind="TPU v4"):
+    """Slices of 2 x 2 x 2 chips; their numbers begin with the last slice's."""
+    places = [(s, coords) for s in reversed(range(count)) for coords in itertools.product(range(2), repeat=3)]
+    return [FakeDevice(i, s, coords, device_kind=kind) for i, (s, coords) in enumerate(places)]
+
+
+@pytest.mark.parametrize("fsdp", [1, 2, 4, 8])
+@pytest.mark.parametrize("kind", ["TPU v4", "TPU v5 lite"])
+def test_an_fsdp_group_lies_in_one_slice_of_several(fsdp, kind):
+    devices = tpu_slices(3, kind)
+    grid = sharding.slices_grid(24 // fsdp, fsdp, devices)
+    assert grid.shape == (24 // fsdp, fsdp) and set(grid.flat) == set(devices)
+    slices = np.vectorize(lambda device: device.slice_index)(grid)
+    np.testing.assert_array_equal(slices, np.repeat(range(3), 8).reshape(grid.shape))
+
+
+def test_an_fsdp_group_that_no_slice_holds():
+    line = "mesh: fsdp 16 does not fit into a slice: 32 devices are 4 slices; set mesh.fsdp to a divisor of 8"
+    with pytest.raises(InputError, match=line):
+        sharding.make_mesh(fsdp=16, devices=tpu_slices(4))
+
+
+def test_hosts_of_gpus_are_slices_that_an_fsdp_group_may_span():
+    devices = [FakeDevice(i, i % 2, platform="gpu", device_kind="H200") for i in range(4)]
+    grids = {fsdp: sharding.slices_grid(4 // fsdp, fsdp, devices) for fsdp in (1, 2, 4)}
+    assert [[d.id for d in row] for row in grids[2]] == [[0, 2], [1, 3]]  # the two of a host together
+    assert [d.id for d in grids[4].flat] == [d.id for d in grids[1].flat] == [0, 2, 1, 3]

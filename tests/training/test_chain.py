@@ -139,7 +139,6 @@ def test_a_run_that_has_lost_its_workdir_writes_no_checkpoint(chain, tmp_path, m
         if step == 3:
             owner = {"host": "elsewhere", "pid": 7, "born": "0", "token": "t"}
             (tmp_path / workdir_lock.FILE).write_text(json.dumps(owner))
-            monkeypatch.setattr(workdir_lock, "clock", lambda: float("inf"))
 
     monkeypatch.setattr(progress.Progress, "add", suspended)
     with pytest.raises(InputError, match=r"another run \(process 7 on elsewhere\) has taken over .*; this one stops"):
@@ -150,7 +149,6 @@ def test_a_run_that_has_lost_its_workdir_writes_no_checkpoint(chain, tmp_path, m
 def test_a_run_that_loses_its_workdir_while_it_is_evaluated_does_not_finish_the_stage(chain, tmp_path, monkeypatch):
     def measure(*args, measure=loop.measure):
         (tmp_path / workdir_lock.FILE).unlink()
-        monkeypatch.setattr(workdir_lock, "clock", lambda: float("inf"))
         return measure(*args)
 
     monkeypatch.setattr(loop, "measure", measure)

@@ -348,7 +348,7 @@ from tinymim_jax import config, mesh as mesh_lib
 from tinymim_jax.train import Runner, run_stage
 
 mesh_lib.FSDP_MIN_SIZE = 64
-mesh = mesh_lib.make_mesh(config.Mesh(data=-1, fsdp=2))
+mesh = mesh_lib.make_mesh(fsdp=2)
 assert mesh.shape == {"data": 2, "fsdp": 2}
 stages = {"mae": tiny_mae(), "distill": tiny_distill()}
 for name, stage in stages.items():

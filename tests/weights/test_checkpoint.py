@@ -170,7 +170,7 @@ SAVE_ON_FOUR = """
     from tinymim_jax import config, mesh
     from tinymim_jax.checkpoint import Checkpoints, restore
 
-    grid = mesh.make_mesh(config.Mesh(-1, 2))
+    grid = mesh.make_mesh(fsdp=2)
     params = {"kernel": jnp.arange(256 * 512, dtype=jnp.float32).reshape(256, 512), "bias": jnp.arange(5.0)}
     tree = {"params": params, "opt": optax.adam(1.0).init(params)}
     shardings = mesh.state_sharding(grid, tree)

@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import os
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -69,7 +68,7 @@ def start_cluster(values: flags.FlagValues, stop: StopRequest, **facts: Any) -> 
     """
     parts = values.coordinator, values.num_processes, values.process_id
     is_given = any(part is not None for part in parts)
-    own = cluster.given(*parts) if is_given else cluster.find(os.environ)
+    own = cluster.given(*parts) if is_given else cluster.find()
     distributed.start(own, values.start_timeout, stop, **facts)
 
 

@@ -18,7 +18,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise InputError(f"unexpected argument {argv[1]!r}; see --help")
     workdir = storage.path(argv[0])
-    storage.check(workdir, is_written=True)
+    storage.check(workdir)
     if (workdir / "stage.json").is_file():
         raise InputError(f"{workdir} is the folder of a stage; give the folder above, {workdir.parent}")
     if not (workdir / "results.json").is_file():

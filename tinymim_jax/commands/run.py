@@ -97,7 +97,7 @@ def run_chain(cfg: Config, workdir: Path, only: str | None = None, stop: StopReq
 def check_workdir(workdir: Path) -> None:
     """Raises InputError if `workdir` is not, and could not become, a folder of stages."""
     storage.check_checkpoints(workdir)
-    storage.check(workdir, is_written=True)
+    storage.check(workdir)
     if (workdir / "stage.json").is_file():
         raise InputError(f"--workdir={workdir} is the folder of a stage; give the folder above, {workdir.parent}")
     parent = next(p for p in (workdir, *workdir.parents) if p.exists())

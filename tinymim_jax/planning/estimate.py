@@ -194,7 +194,7 @@ def advise(cfg: Config, name: str, workdir: Path, devices: list[Any]) -> str:
         stage.optim.accum_steps = fields.get("accum_steps", stage.optim.accum_steps)
         stage.model.remat = fields.get("remat", stage.model.remat)
         other.mesh.fsdp = fields.get("fsdp", other.mesh.fsdp)
-        mesh = mesh_lib.make_mesh(other.mesh, devices)
+        mesh = mesh_lib.make_mesh(other.mesh.data, other.mesh.fsdp, devices)
         ((_, plan),) = plans(other, workdir, name)
         if forecast(plan, mesh)["fits"]:
             return words
@@ -256,7 +256,7 @@ def run(cfg: Config, only: str | None, topology: str, workdir: Path) -> dict[str
     """Forecasts of every stage of `cfg` (or just `only`) on `topology`; advice where one does not fit."""
     dry_run.check_stage_name(cfg, only)
     devices = devices_of(topology)
-    mesh = mesh_lib.make_mesh(cfg.mesh, devices)
+    mesh = mesh_lib.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, devices)
     stages = {}
     for name, plan in plans(cfg, workdir, only):
         print(f"{name}: compiling for {len(devices)} devices ...", flush=True)

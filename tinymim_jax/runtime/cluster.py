@@ -1,20 +1,11 @@
-"""Which of several processes this is: what flags, launchers and the machines of a TPU say."""
+"""Which of several processes this is: what flags and variables say, and what JAX finds out of launchers and TPUs."""
 
 import dataclasses
+import os
 import re
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Mapping
-from pathlib import Path
 
 from tinymim_jax.runtime.errors import InputError
 
-TPU_PORT = "8482"  # JAX's own choice; libtpu takes 8476
-TPU_DEVICES = ("/dev/accel0", "/dev/vfio/0")
-METADATA = "metadata.google.internal"
-ATTEMPTS = 3
-PATIENCE = 3.0  # seconds for an answer of the metadata server, which is on the same host
 MAX_PORT = 65535
 
 
@@ -26,28 +17,6 @@ class Cluster:
     num_processes: int
     process_id: int
     local_devices: tuple[int, ...] | None = None  # the accelerators of this process; None: all that it sees
-
-
-def find(env: Mapping[str, str]) -> Cluster | None:
-    """The cluster that the variables of JAX, Slurm or Open MPI or a TPU describe; None for a process on its own.
-
-    Raises InputError if they describe one in part.
-    """
-    address = env.get("JAX_COORDINATOR_ADDRESS", "")
-    index = env.get("JAX_PROCESS_ID") or env.get("JOB_COMPLETION_INDEX")  # the latter: of a Kubernetes indexed job
-    if env.get("JAX_NUM_PROCESSES"):
-        return given(address, env["JAX_NUM_PROCESSES"], index)
-    if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
-        host = _first_host(env.get("SLURM_STEP_NODELIST", ""))
-        address = address or f"{host}:{61440 + int(env.get('SLURM_JOB_ID', 0)) % 4096}"  # jobs on one host differ
-        devices = _own_device(env, "SLURM_LOCALID")
-        return given(address, env["SLURM_NTASKS"], env["SLURM_PROCID"], devices)
-    if int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
-        devices = _own_device(env, "OMPI_COMM_WORLD_LOCAL_RANK")
-        return given(address, env["OMPI_COMM_WORLD_SIZE"], env["OMPI_COMM_WORLD_RANK"], devices)
-    if env.get("JAX_PROCESS_ID"):
-        return given(address, None, index)
-    return _find_tpu(env, address)
 
 
 def given(
@@ -68,81 +37,59 @@ def given(
         raise InputError(f"num_processes {num_processes!r} and process_id {process_id!r} must be numbers") from None
     if not 0 <= index < count:
         raise InputError(f"process_id {index} is not among {count} processes, which are numbered from 0")
-    if not re.fullmatch(r".+:[0-9]{1,5}", coordinator):
-        raise InputError(f"coordinator {coordinator!r} is not HOST:PORT")
-    if not 0 < int(coordinator.rsplit(":", 1)[1]) <= MAX_PORT:
-        raise InputError(f"coordinator {coordinator!r}: a port is a number from 1 to {MAX_PORT}")
+    port = re.fullmatch(r".+:([0-9]{1,5})", coordinator)
+    if not port or not 0 < int(port[1]) <= MAX_PORT:
+        raise InputError(f"coordinator {coordinator!r} is not HOST:PORT, with a port from 1 to {MAX_PORT}")
     return Cluster(coordinator, count, index, local_devices)
 
 
-def _first_host(nodes: str) -> str:
-    """node001 of Slurm's node[001-004,007],other."""
-    match = re.match(r"([^,\[]+)(?:\[(\w+))?", nodes)
-    if not match:
-        raise InputError("SLURM_STEP_NODELIST is empty; start the processes with srun")
-    return match[1] + (match[2] or "")
+def find() -> Cluster | None:
+    """The cluster that JAX's variables, Slurm, Open MPI or a TPU pod describe; None for a process on its own.
+
+    Raises InputError if they describe one in part.
+    """
+    from jax._src.clusters import OmpiCluster, SlurmCluster  # here, as jax takes a second to import
+
+    env = {name: value for name, value in os.environ.items() if value}
+    address, port = env.get("JAX_COORDINATOR_ADDRESS"), env.get("JAX_COORDINATOR_PORT")
+    index = env.get("JAX_PROCESS_ID") or env.get("JOB_COMPLETION_INDEX")  # the latter: of a Kubernetes indexed job
+    if "JAX_NUM_PROCESSES" in env or "JAX_PROCESS_ID" in env:
+        return given(address, env.get("JAX_NUM_PROCESSES"), index)
+    if int(env.get("SLURM_NTASKS", 1)) > 1 and env.keys() >= {"SLURM_JOB_ID", "SLURM_PROCID", "SLURM_STEP_NODELIST"}:
+        is_shared = int(env["SLURM_NTASKS"]) > int(env.get("SLURM_STEP_NUM_NODES", 1))
+        address = address or SlurmCluster.get_coordinator_address(None, port)
+        devices = _own_device("SLURM_LOCALID") if is_shared else None
+        return given(address, env["SLURM_NTASKS"], env["SLURM_PROCID"], devices)
+    if int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+        if OmpiCluster.is_env_present():  # which version 5 does not tell JAX
+            address = address or OmpiCluster.get_coordinator_address(None, port)
+        is_shared = int(env.get("OMPI_COMM_WORLD_LOCAL_SIZE", 1)) > 1
+        devices = _own_device("OMPI_COMM_WORLD_LOCAL_RANK") if is_shared else None
+        return given(address, env["OMPI_COMM_WORLD_SIZE"], env["OMPI_COMM_WORLD_RANK"], devices)
+    return _find_tpu(address, port) if "tpu" in env.get("JAX_PLATFORMS", "tpu") else None
 
 
-def _own_device(env: Mapping[str, str], variable: str) -> tuple[int, ...] | None:
+def _own_device(variable: str) -> tuple[int, ...] | None:
     """The GPU of a process that shares its host with others, unless the launcher has shown it only its own."""
-    shows_one = len(env.get("CUDA_VISIBLE_DEVICES", ",").split(",")) == 1
-    shares = int(env.get("SLURM_NTASKS_PER_NODE") or env.get("OMPI_COMM_WORLD_LOCAL_SIZE") or 1) > 1
-    return (int(env[variable]),) if shares and not shows_one and variable in env else None
+    shows_one = len(os.environ.get("CUDA_VISIBLE_DEVICES", ",").split(",")) == 1
+    return None if shows_one or not os.environ.get(variable) else (int(os.environ[variable]),)
 
 
-def _find_tpu(env: Mapping[str, str], address: str) -> Cluster | None:
-    """The workers of all slices, numbered as JAX does: from variables under Kubernetes, from metadata on TPU VMs."""
-    settings, names = env, env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES")
-    index = env.get("TPU_WORKER_ID")
-    if not names and _is_tpu_machine(env):
-        names, index = _metadata(env, "worker-network-endpoints"), _metadata(env, "agent-worker-number")
-        settings = {**_settings(_metadata(env, "tpu-env")), **env}
-    hosts = [_worker_host(worker) for worker in (names or "").split(",") if worker]
-    slices = int(settings.get("MEGASCALE_NUM_SLICES") or 1)
-    if len(hosts) * slices <= 1:
-        return None
-    if index and index.isdigit():
-        index = int(index) + int(settings.get("MEGASCALE_SLICE_ID") or 0) * len(hosts)
-    first = settings.get("MEGASCALE_COORDINATOR_ADDRESS", "").split(":")[0] or hosts[0]
-    address = address or f"{first}:{env.get('JAX_COORDINATOR_PORT', TPU_PORT)}"
-    return given(address, len(hosts) * slices, index)
+def _find_tpu(address: str | None, port: str | None) -> Cluster | None:
+    """The workers of all slices: JAX asks variables under Kubernetes, and the metadata server on TPU VMs."""
+    from jax._src.clusters import GceTpuCluster, GkeTpuCluster, cloud_tpu_cluster
 
-
-def _is_tpu_machine(env: Mapping[str, str]) -> bool:
-    is_wanted = "tpu" in (env.get("JAX_PLATFORMS") or "tpu") and "TPU_SKIP_MDS_QUERY" not in env
-    return is_wanted and any(Path(device).exists() for device in TPU_DEVICES)
-
-
-def _worker_host(worker: str) -> str:
-    """Of HOST, of HOST:PORT and of the NAME:ID:HOST that older TPU VMs say."""
-    parts = worker.strip().split(":")
-    return parts[2] if len(parts) == 3 else parts[0]
-
-
-def _settings(text: str) -> dict[str, str]:
-    """Of lines like MEGASCALE_NUM_SLICES: '2'."""
-    pairs = [line.split(":", 1) for line in text.splitlines() if ":" in line]
-    return {name.strip(): value.strip().strip("'") for name, value in pairs}
-
-
-def _metadata(env: Mapping[str, str], key: str) -> str:
-    """What Google's cloud says of this machine; "" if nothing. Raises InputError if it does not answer."""
-    server = env.get("GCE_METADATA_IP", METADATA)
-    url = f"http://{server}/computeMetadata/v1/instance/attributes/{key}"
-    request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy knows this machine
-    for attempt in range(ATTEMPTS):
-        time.sleep(attempt)
-        try:
-            with opener.open(request, timeout=PATIENCE) as answer:
-                return answer.read().decode()
-        except urllib.error.HTTPError as error:
-            if error.code == 404:
-                return ""
-            why = f"status {error.code}"
-        except OSError as error:
-            why = str(getattr(error, "reason", error))
-    raise InputError(
-        f"this machine has TPUs, and its metadata server {server} does not say which workers belong together ({why});"
-        " give --coordinator, --num_processes and --process_id, or set TPU_SKIP_MDS_QUERY=1 if it is on its own"
-    )
+    try:
+        pod = next((pod for pod in (GkeTpuCluster, GceTpuCluster) if pod.is_env_present()), None)
+        if pod is None or (count := pod.get_process_count()) == 1:
+            return None
+        # JAX's `get_coordinator_address` would wait until this name is known, and hear no Ctrl-C.
+        first = cloud_tpu_cluster.get_tpu_env_value("MEGASCALE_COORDINATOR_ADDRESS")
+        first = (first or pod._get_worker_list_in_slice()[0]).split(":")[0]
+        index = pod.get_process_id()
+    except (OSError, RuntimeError, ValueError) as error:  # of `requests`, and what JAX makes of the answer
+        raise InputError(
+            f"this machine has TPUs, and nothing says which workers belong together ({error}); give --coordinator,"
+            " --num_processes and --process_id, or set TPU_SKIP_MDS_QUERY=1 if it is on its own"
+        ) from None
+    return given(address or f"{first}:{port or cloud_tpu_cluster.coordinator_port}", count, index)

@@ -9,7 +9,7 @@ from typing import Any
 
 from tinymim_jax.runtime.cluster import Cluster
 from tinymim_jax.runtime.preemption import StopRequest
-from tinymim_jax.runtime.rendezvous import roll_call
+from tinymim_jax.runtime.rendezvous import meet
 
 VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "simplejpeg")
 
@@ -26,7 +26,7 @@ def start(cluster: Cluster | None, timeout: float, stop: StopRequest | None = No
     if cluster is None:
         return
     if cluster.num_processes > 1:
-        roll_call(cluster, own_facts(**facts), timeout, stop)
+        meet(cluster, own_facts(**facts), timeout, stop)
     import jax
 
     # It would take SIGTERM for itself; ours is heard by `stop` and agreed on in the step.

@@ -106,17 +106,12 @@ class EventFile:
 
 def read(path: Path) -> list[dict[str, float]]:
     """The lines of a `metrics.jsonl`, up to one that is damaged; [] if there is no file."""
-    if not path.exists():
-        return []
     lines = []
-    for text in path.read_bytes().splitlines():
-        try:
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        for text in path.read_bytes().splitlines() if path.exists() else []:
             line = json.loads(text)
-        except ValueError:
-            break
-        if not isinstance(line, dict) or "step" not in line:
-            break
-        lines.append(line)
+            int(line["step"])
+            lines.append(line)
     return lines
 
 

@@ -1,18 +1,17 @@
 """Process 0 hears all others before JAX connects them, and tells each what is wrong.
 
-JAX ends a process with a stack trace if another does not come; the roll call says which one, and what differs.
+JAX aborts a process with a stack trace if another does not come; this says which one, and what differs.
 """
 
+import asyncio
 import contextlib
-import dataclasses
 import itertools
 import json
-import selectors
 import socket
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from tinymim_jax.runtime.cluster import Cluster
 from tinymim_jax.runtime.codec import differences
@@ -20,31 +19,27 @@ from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.runtime.preemption import Interrupted, StopRequest
 
 MAX_MESSAGE = 2**20  # bytes
-TICK = 1.0  # seconds between looks at whether a stop was asked for
+TICK = 0.2  # seconds between looks at what has changed, and between attempts to reach process 0
+PATIENCE = 2.0  # seconds for a connection to be made
 GRACE = 10.0  # seconds for the others to come and be told, once something is known to be wrong
-RETRY = 0.2  # seconds between attempts to reach process 0
 SAID = 10.0, 60.0  # seconds of waiting, after which and between which the user is told
 LAST_WORD = 5.0  # seconds for a message to arrive
 MAX_NAMED = 8
-UNREACHED = "is process 0 running, is the address right, and does no firewall stand between?"
-STRANGER = (
-    "what answers there calls no roll, or no longer; was process 0 started with another --num_processes, is there a"
-    " second process with this process_id, or is the port another program's?"
-)
+UNREACHED = "is it running, is the address right, does no firewall stand between, and has no other this process_id?"
 
-Facts = Mapping[str, Any]  # what must be equal in every process: name -> JSON types
+Who = Mapping[str, Any]  # "process", "host", and "facts", which must be equal in every process
+clock = time.monotonic
 
 
-@dataclasses.dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """What process 0 tells all: `error` is empty if all are there and agree, `is_stop` if one was asked to stop."""
 
     error: str = ""
     is_stop: bool = False
 
 
-def roll_call(cluster: Cluster, facts: Facts, timeout: float, stop: StopRequest | None = None) -> None:
-    """Returns in every process when all have come and agree.
+def meet(cluster: Cluster, facts: Mapping[str, Any], timeout: float, stop: StopRequest | None = None) -> None:
+    """Returns in every process when all have come and agree on `facts`, which are JSON types.
 
     Raises, the same in all of them:
       InputError: some did not come within `timeout` seconds, or differ in `facts` or in the number of processes.
@@ -55,9 +50,9 @@ def roll_call(cluster: Cluster, facts: Facts, timeout: float, stop: StopRequest 
     facts = {"num_processes": cluster.num_processes, **facts}
     own = {"process": cluster.process_id, "host": socket.gethostname(), "facts": facts}
     if cluster.process_id:
-        verdict = _answer_roll_call(host.strip("[]"), int(port), own, timeout, stop)
+        verdict = asyncio.run(_report(host.strip("[]"), int(port), own, timeout, stop))
     else:
-        verdict = _call_roll(int(port), own, timeout, stop)
+        verdict = asyncio.run(_Roll(own, stop).call(int(port), timeout))
     if verdict.is_stop:
         raise Interrupted(f"{verdict.error}; run the same command again", stop.status)
     if verdict.error:
@@ -68,55 +63,60 @@ class _Patience:
     """Says now and then what is waited for."""
 
     def __init__(self) -> None:
-        self.next = time.monotonic() + SAID[0]
+        self.next = clock() + SAID[0]
 
     def wait(self, what: str) -> None:
-        if time.monotonic() > self.next:
-            self.next = time.monotonic() + SAID[1]
+        if clock() > self.next:
+            self.next = clock() + SAID[1]
             print(f"waiting for {what}", file=sys.stderr, flush=True)
 
 
-class _Line:
-    """A connection to process 0, and what it has said so far."""
-
-    def __init__(self, connection: socket.socket):
-        self.connection, self.buffer = connection, b""
-        self.who: dict[str, Any] | None = None  # None: not yet said, or a stranger
-        self.is_stopped = False
-
-    def hear(self) -> bool:
-        """Takes in what has come; False if the other end is gone or is no process of ours."""
-        try:
-            chunk = self.connection.recv(65536)
-            self.buffer += chunk
-            *messages, self.buffer = self.buffer.split(b"\n")
-            for message in map(json.loads, messages):
-                self.is_stopped |= bool(message.get("is_stopped"))
-                if self.who is None:
-                    self.who = {**message, "process": int(message["process"]), "facts": dict(message["facts"])}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return False
-        return bool(chunk) and len(self.buffer) <= MAX_MESSAGE
-
-
 class _Roll:
-    """Process 0's list."""
+    """Process 0's list of who has come, each with a connection that stays."""
 
-    def __init__(self, own: dict[str, Any], stop: StopRequest):
-        self.own, self.stop, self.count = own, stop, own["facts"]["num_processes"]
-        self.lines: list[_Line] = []
+    def __init__(self, own: Who, stop: StopRequest):
+        self.own, self.stop = own, stop
+        self.lines: dict[asyncio.StreamWriter, Who] = {}
+        self.stopped: list[Who] = []
         self.left: dict[int, str] = {}  # came and went: process -> host
 
-    def drop(self, line: _Line) -> None:
-        """Takes out who has gone; it may come again."""
-        line.connection.close()
-        self.lines.remove(line)
-        if line.who:
-            self.left[line.who["process"]] = line.who.get("host")
+    async def call(self, port: int, timeout: float) -> Verdict:
+        """Waits until all are there and agree, or something is wrong; tells all, and returns what it told."""
+        server = await asyncio.start_server(self.attend, sock=_listen(port), limit=MAX_MESSAGE)
+        end, trouble, patience = clock() + timeout, "", _Patience()
+        while not self.stop.asked and not self.stopped and not self.is_complete() and clock() < end:
+            await asyncio.sleep(TICK)
+            patience.wait(self.absent() or "the others")
+            if not trouble and (trouble := _trouble(self.present())):
+                end = min(end, clock() + GRACE)
+        server.close()
+        if stopped := [self.own] if self.stop.asked else self.stopped:
+            verdict = _stop(stopped[0])
+        elif found := _trouble(self.present()) or trouble:
+            verdict = Verdict(found)
+        else:
+            late = f"{self.absent()} did not come within {timeout:g} s; see their logs, or raise --start_timeout"
+            verdict = Verdict("" if self.is_complete() else late)
+        for line in self.lines:
+            line.write(json.dumps(verdict._asdict()).encode() + b"\n")
+        return verdict
 
-    def present(self) -> list[dict[str, Any]]:
+    async def attend(self, reader: asyncio.StreamReader, line: asyncio.StreamWriter) -> None:
+        """Hears who it is, and perhaps that it is asked to stop, until it hangs up; a stranger is sent away."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            said = json.loads(await reader.readline())
+            who = {**said, "process": int(said["process"]), "facts": dict(said["facts"])}
+            self.lines[line] = who
+            if await reader.readline():
+                self.stopped.append(who)
+                return
+        if who := self.lines.pop(line, None):
+            self.left[who["process"]] = who.get("host", "")
+        line.close()
+
+    def present(self) -> list[Who]:
         """Who has said who it is, process 0 first."""
-        return [self.own, *sorted((line.who for line in self.lines if line.who), key=lambda who: who["process"])]
+        return [self.own, *sorted(self.lines.values(), key=lambda who: who["process"])]
 
     def is_complete(self) -> bool:
         """Whether all are there, by any one's count: all shall be told if these differ."""
@@ -124,74 +124,20 @@ class _Roll:
         count = max(who["facts"].get("num_processes", 0) for who in present)  # an older version says none
         return {who["process"] for who in present} >= set(range(count))
 
-    def trouble(self) -> str:
-        """What is wrong with those who are there."""
-        return _duplicate(self.present()) or _disagreement(self.present())
-
-    def stopped(self) -> str:
-        """Who was asked to stop, if any was."""
-        asked = [self.own] if self.stop.asked else [line.who for line in self.lines if line.who and line.is_stopped]
-        return _stopped(asked[0]) if asked else ""
-
     def absent(self) -> str:
         """Who has not come; "" if all have."""
-        here = {who["process"] for who in self.present()}
-        absent = [i for i in range(self.count) if i not in here]
-        if not absent:
-            return ""
+        here, count = {who["process"] for who in self.present()}, self.own["facts"]["num_processes"]
+        absent = [i for i in range(count) if i not in here]
         named = [f"{i} ({self.left[i]}: it came and ended)" if i in self.left else str(i) for i in absent]
         names = f"process{'es' if len(absent) > 1 else ''} {', '.join(named[:MAX_NAMED])}"
-        return f"{names}{' ...' if len(absent) > MAX_NAMED else ''} of {self.count}"
-
-    def missing(self, timeout: float) -> str:
-        """Who has not come in time, and what to do."""
-        if not (absent := self.absent()):
-            return ""
-        return (
-            f"{absent} did not come within {timeout:g} s; see their logs, or raise --start_timeout if they are slow to"
-            " start"
-        )
-
-    def tell(self, verdict: Verdict) -> None:
-        """Sends it to all who have said who they are."""
-        message = json.dumps(dataclasses.asdict(verdict)).encode() + b"\n"
-        for line in self.lines:
-            if line.who:
-                with contextlib.suppress(OSError):
-                    line.connection.sendall(message)
-
-    def close(self) -> None:
-        """Hangs up."""
-        for line in self.lines:
-            line.connection.close()
-
-
-def _call_roll(port: int, own: dict[str, Any], timeout: float, stop: StopRequest) -> Verdict:
-    """Process 0: hears all others and tells each the verdict."""
-    roll, end, trouble, patience = _Roll(own, stop), time.monotonic() + timeout, "", _Patience()
-    with _listen(port) as server, selectors.DefaultSelector() as selector, contextlib.closing(roll):
-        server.settimeout(TICK)  # who knocked may be gone
-        selector.register(server, selectors.EVENT_READ)
-        while not roll.stopped() and not roll.is_complete() and (left := end - time.monotonic()) > 0:
-            for key, _ in selector.select(min(left, TICK)):
-                _attend(roll, selector, server, key.data)
-            if absent := roll.absent():
-                patience.wait(absent)
-            if not trouble and (trouble := roll.trouble()):
-                end = min(end, time.monotonic() + GRACE)
-        if stopped := roll.stopped():
-            verdict = Verdict(stopped, True)
-        else:
-            verdict = Verdict(roll.trouble() or trouble or roll.missing(timeout))
-        roll.tell(verdict)
-    return verdict
+        return f"{names}{' ...' if len(absent) > MAX_NAMED else ''} of {count}" if absent else ""
 
 
 def _listen(port: int) -> socket.socket:
     try:
         if socket.has_dualstack_ipv6():
-            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
-        return socket.create_server(("", port))
+            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
+        return socket.create_server(("", port), backlog=1024)
     except OSError as error:
         raise InputError(
             f"process 0 cannot listen on port {port} ({error.strerror}); stop what does (another process 0?), or choose"
@@ -199,80 +145,50 @@ def _listen(port: int) -> socket.socket:
         ) from None
 
 
-def _attend(roll: _Roll, selector: selectors.BaseSelector, server: socket.socket, line: _Line | None) -> None:
-    """Lets somebody in, if `line` is None, or hears what a line says."""
-    if line is None:
-        with contextlib.suppress(OSError):
-            connection, _ = server.accept()
-            connection.settimeout(LAST_WORD)
-            roll.lines.append(_Line(connection))
-            selector.register(connection, selectors.EVENT_READ, roll.lines[-1])
-    elif not line.hear():
-        selector.unregister(line.connection)
-        roll.drop(line)
-
-
-def _answer_roll_call(host: str, port: int, own: dict[str, Any], timeout: float, stop: StopRequest) -> Verdict:
-    """Any other process: reports to process 0, and returns its verdict."""
-    deadline, why, patience = time.monotonic() + timeout, "", _Patience()
-    while not stop.asked and (left := deadline - time.monotonic()) > 0:
+async def _report(host: str, port: int, own: Who, timeout: float, stop: StopRequest) -> Verdict:
+    """Any other process: reports to process 0, and returns what it tells."""
+    end, why, patience = clock() + timeout, "", _Patience()
+    while not stop.asked and clock() < end:
         try:
-            connection = socket.create_connection((host, port), min(left, 2 * TICK))
-        except socket.gaierror as error:
-            why = f" (the name {host} is not known: {error.strerror}); {UNREACHED}"
-        except OSError as error:
-            why = f" ({error.strerror or error}); {UNREACHED}"
-        else:
-            with connection, contextlib.suppress(OSError, ValueError, TypeError):  # the latter: a stranger's answer
-                if verdict := _report(connection, own, timeout, stop):
-                    return verdict
-            why = f": {STRANGER}"
+            reader, line = await asyncio.wait_for(asyncio.open_connection(host, port, limit=MAX_MESSAGE), PATIENCE)
+            with contextlib.closing(line):
+                line.write(json.dumps(own).encode() + b"\n")
+                return await _hear(reader, line, end + LAST_WORD, stop)
+        except (OSError, ValueError, TypeError) as error:  # the latter two: a stranger's answer
+            why = f" ({getattr(error, 'strerror', None) or error or 'no answer'}); {UNREACHED}"
         patience.wait(f"process 0 at {host}:{port}{why}")
-        time.sleep(RETRY)
-    if stop.asked:
-        return Verdict(_stopped(own), True)
-    return Verdict(f"process {own['process']} did not reach process 0 at {host}:{port} within {timeout:g} s{why}")
+        await asyncio.sleep(TICK)
+    late = f"process {own['process']} did not reach process 0 at {host}:{port} within {timeout:g} s{why}"
+    return _stop(own) if stop.asked else Verdict(late)
 
 
-def _report(connection: socket.socket, own: dict[str, Any], timeout: float, stop: StopRequest) -> Verdict | None:
-    """Says who this is and waits for the verdict, as process 0 may; None if it hangs up."""
-    connection.settimeout(TICK)
-    connection.sendall(json.dumps(own).encode() + b"\n")
-    deadline, answer, has_said = time.monotonic() + timeout + LAST_WORD, b"", False
-    patience = _Patience()
-    while time.monotonic() < deadline:
+async def _hear(reader: asyncio.StreamReader, line: asyncio.StreamWriter, end: float, stop: StopRequest) -> Verdict:
+    """What process 0 tells, to which a stop here is said meanwhile; raises ValueError if it hangs up instead."""
+    answer, has_said, patience = asyncio.ensure_future(reader.readline()), False, _Patience()
+    while not answer.done() and clock() < end:
         patience.wait("the others, which process 0 knows")
         if stop.asked and not has_said:  # if all are already told to begin, this one must, too
-            connection.sendall(b'{"is_stopped": true}\n')
-            deadline, has_said = time.monotonic() + LAST_WORD, True
-        try:
-            chunk = connection.recv(65536)
-        except TimeoutError:
-            continue
-        answer += chunk
-        if answer.endswith(b"\n"):
-            return Verdict(**json.loads(answer))
-        if not chunk or len(answer) > MAX_MESSAGE:
-            break
-    return None
+            line.write(b'{"is_stopped": true}\n')
+            end, has_said = clock() + LAST_WORD, True
+        await asyncio.wait([answer], timeout=TICK)
+    if not answer.done() or not answer.result():
+        answer.cancel()
+        raise ValueError("what answers there is no process 0 of ours, or no longer")
+    return Verdict(**json.loads(answer.result()))
 
 
-def _stopped(who: Mapping[str, Any]) -> str:
-    return f"process {who['process']} ({who.get('host')}) was stopped while the roll was called"
+def _stop(who: Who) -> Verdict:
+    return Verdict(f"process {who['process']} ({who.get('host')}) was stopped while processes were waited for", True)
 
 
-def _duplicate(present: list[dict[str, Any]]) -> str:
-    """`present` is sorted by process."""
+def _trouble(present: list[Who]) -> str:
+    """What is wrong with those who are there, sorted by process; "" if nothing."""
     for one, other in itertools.pairwise(present):
         if one["process"] == other["process"]:
             return (
                 f"two processes say that they are process {one['process']} (host {one.get('host')}, host"
                 f" {other.get('host')}); give each its own --process_id"
             )
-    return ""
-
-
-def _disagreement(present: list[dict[str, Any]]) -> str:
     first = present[0]["facts"]
     for who in present:
         for name in {**first, **who["facts"]}:

@@ -1,9 +1,11 @@
 """Devices as a (data, fsdp) grid, and where each array lives on it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tinymim_jax.runtime.errors import InputError
@@ -11,16 +13,43 @@ from tinymim_jax.runtime.errors import InputError
 FSDP_MIN_SIZE = 2**16  # smaller arrays are cheaper to keep whole than to gather
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """A mesh with axes data and fsdp over `devices` (default: all); raises InputError if they do not fill it."""
+def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """A mesh with axes data (-1: what is left) and fsdp over `devices` (default: all).
+
+    Raises InputError if they do not fill it, or an fsdp group would span slices of TPUs.
+    """
     devices = jax.devices() if devices is None else devices
-    asked, data = data, len(devices) // fsdp if data == -1 else data
-    if data * fsdp != len(devices):
+    rows = len(devices) // fsdp if data == -1 else data
+    if rows * fsdp != len(devices):
         raise InputError(
-            f"mesh: data {asked} x fsdp {fsdp} does not fill {len(devices)} devices;"
+            f"mesh: data {data} x fsdp {fsdp} does not fill {len(devices)} devices;"
             " set mesh.data=-1 and an fsdp that divides their number"
         )
-    return jax.make_mesh((data, fsdp), ("data", "fsdp"), (AxisType.Auto, AxisType.Auto), devices=devices)
+    axes, types = ("data", "fsdp"), (AxisType.Auto, AxisType.Auto)
+    if len({_slice(device) for device in devices}) > 1:
+        return jax.sharding.Mesh(slices_grid(rows, fsdp, devices), axes, types)
+    return jax.make_mesh((rows, fsdp), axes, types, devices=devices)
+
+
+def slices_grid(data: int, fsdp: int, devices: Sequence[jax.Device]) -> np.ndarray:
+    """Devices of several slices (of GPUs: hosts) as [data, fsdp]: the slow network between slices carries data."""
+    slices = len({_slice(device) for device in devices})
+    if devices[0].platform != "tpu":
+        return np.reshape(sorted(devices, key=lambda device: (_slice(device), device.id)), (data, fsdp))
+    if data % slices:
+        raise InputError(
+            f"mesh: fsdp {fsdp} does not fit into a slice: {len(devices)} devices are {slices} slices;"
+            f" set mesh.fsdp to a divisor of {len(devices) // slices}"
+        )
+    # As `jax.make_mesh` does in one slice.
+    is_split = devices[0].device_kind in ("TPU v5 lite", "TPU v5e")
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // slices, fsdp), (slices, 1), devices, allow_split_physical_axes=is_split
+    )
+
+
+def _slice(device: jax.Device) -> int:
+    return getattr(device, "slice_index", 0)
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+import textwrap
 import time
 import traceback
 import uuid
@@ -20,19 +21,14 @@ from tinymim_jax.runtime.errors import InputError, Unavailable
 
 EXTRAS = {"gs": "gcs", "s3": "s3"}  # of setup.py
 LOGINS = {"gs": "log in: gcloud auth application-default login", "s3": "log in: aws configure"}
-WRITTEN_BY_ORBAX = ("", "gs")
 LIBRARIES = {"aiohttp", "botocore", "gcsfs", "google", "requests", "s3fs"}  # whose errors are the storage's fault
-CRASHING = ((3, 12, 0), (3, 12, 1))  # Pythons that crash as they collect gcsfs' uploads (CPython's issue 111049)
 # Errors that are the fault of a disk, of a mount or of what is behind it.
 DISK = (
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENOTCONN,
     errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ECONNRESET,
 )  # fmt: skip
 WRAPPED = DISK[:6]  # what is known by its words alone: those of a network may be of another process
-RIGHTS = (errno.EACCES, errno.EPERM)
 APPEARS = 90.0  # seconds until a network's file system shows every host a new file; NFS' caches keep 60
-SAID = 5.0  # seconds of waiting, after which the user is told
-LENGTH = 160  # of a library's error, in letters
 PATIENCE = 20.0  # seconds for a bucket's first answer; the libraries themselves go on for half a minute
 
 
@@ -65,8 +61,7 @@ def files(path: str | Path) -> fsspec.AbstractFileSystem:
     try:
         return fsspec.filesystem(scheme or "file", use_listings_cache=False)
     except ImportError as error:
-        extra = f": pip install 'tinymim_jax[{EXTRAS[scheme]}]'" if scheme in EXTRAS else ""
-        raise InputError(f"{path}: {error}{extra}") from None
+        raise InputError(f"{path}: {error}: pip install 'tinymim_jax[{EXTRAS[scheme]}]'") from None
 
 
 def path(text: str | Path) -> Path:
@@ -87,18 +82,22 @@ def make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
 
+def remove(folder: Path) -> None:
+    """Removes a folder and all that is in it, if it is there."""
+    Path(folder).rmtree(missing_ok=True)
+
+
 def wait_for(path: Path, is_seen: Callable[[], bool] | None = None) -> None:
     """Returns once `path`, which the first process has written, is seen here, or `is_seen` says so of its content.
 
     Raises InputError if it does not appear.
     """
-    begin, is_said = time.monotonic(), False
+    end, is_said = time.monotonic() + APPEARS, False
     while not (is_seen or path.exists)():
-        waited = time.monotonic() - begin
-        if waited > SAID and not is_said:
-            is_said = True
+        if not is_said:
             print(f"waiting for up to {APPEARS:.0f} s until {path} is seen here", file=sys.stderr, flush=True)
-        if waited > APPEARS:
+            is_said = True
+        elif time.monotonic() > end:
             raise InputError(
                 f"{path}, which the first process has written, is not seen here within {APPEARS:.0f} s; all processes"
                 " need one shared --workdir"
@@ -117,24 +116,16 @@ def writing(path: str | Path) -> Iterator[None]:
         raise
 
 
-def remove(folder: Path) -> None:
-    """Removes a folder and all that is in it, if it is there."""
-    Path(folder).rmtree(missing_ok=True)
-
-
-def check(path: Path, is_written: bool = False) -> None:
-    """Raises InputError if `path` is in a bucket that is not there, does not let us in, or cannot be written to."""
+def check(path: Path) -> None:
+    """Raises InputError if `path` is in a bucket that is not there or does not let us in."""
     if scheme := _scheme(path):
-        if is_written and scheme == "gs" and sys.version_info[:3] in CRASHING:
-            version = ".".join(map(str, sys.version_info[:3]))
-            raise InputError(f"{path}: Python {version} may crash on writing there; take 3.11, or 3.12.2 or newer")
         _check_bucket(scheme, "/".join(str(path).split("/")[:3]))
 
 
 @functools.cache
 def _check_bucket(scheme: str, bucket: str) -> None:
     try:
-        is_there = files(Path(bucket)).exists(bucket, timeout=PATIENCE)
+        is_there = files(bucket).exists(bucket, timeout=PATIENCE)
     except InputError:
         raise
     except TimeoutError:
@@ -145,23 +136,23 @@ def _check_bucket(scheme: str, bucket: str) -> None:
         raise InputError(f"there is no bucket {bucket} that you may see; make it, or {LOGINS[scheme]}")
 
 
-def check_writable(workdir: Path) -> None:
+def check_writable(folder: Path) -> None:
     """Makes the folder; raises InputError if nothing can be written to it."""
-    check(workdir, is_written=True)
+    check(folder)
     try:
-        make(workdir)
-        probe = workdir / f"writable.{uuid.uuid4().hex}"
+        make(folder)
+        probe = folder / f"writable.{uuid.uuid4().hex}"
         probe.touch()
         probe.unlink()
     except Exception as error:  # each bucket's library has its own
         if isinstance(error, OSError) and error.errno in DISK:
             raise blame(error) from None
-        raise InputError(f"{workdir} cannot be written to ({reason(error)}); choose another folder") from None
+        raise InputError(f"{folder} cannot be written to ({reason(error)}); choose another folder") from None
 
 
 def check_checkpoints(folder: Path) -> None:
     """Raises InputError if checkpoints cannot be written under `folder`."""
-    if _scheme(folder) not in WRITTEN_BY_ORBAX:
+    if _scheme(folder) not in ("", "gs"):  # which is what orbax writes
         raise InputError(
             f"{folder}: checkpoints can be written to disks and gs:// only; mount the bucket (mount-s3 mounts those of"
             " s3://) and give that folder"
@@ -178,22 +169,23 @@ def blame(error: Exception) -> InputError | None:
     """`error` as a fault of the input, of a disk or of a bucket; None if it is something else."""
     if isinstance(error, InputError):
         return error
-    if isinstance(error, OSError) and error.errno in RIGHTS and error.filename:
-        return InputError(f"{error.filename}: {error.strerror}; mend its rights, or choose another place")
-    if (what := _fault(error)) is None:
-        return None
+    number, name = (error.errno, error.filename) if isinstance(error, OSError) else (None, None)
+    if number in (errno.EACCES, errno.EPERM) and name:
+        return InputError(f"{name}: {error.strerror}; mend its rights, or choose another place")
+    if number in DISK:
+        what = f"{name}: {error.strerror}" if name else error.strerror
+    elif not (what := _said(error)):
+        if not _is_of_bucket(error):
+            return None
+        what = f"the bucket failed ({reason(error)})"
     return Unavailable(f"{what}; make room or mend the storage, and run the same command again: what was saved is kept")
 
 
-def _fault(error: Exception) -> str | None:
-    if isinstance(error, OSError) and error.errno in DISK:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    if _said(error):
-        return _said(error)
-    passed = {frame.f_globals.get("__name__", "").split(".")[0] for frame, _ in traceback.walk_tb(error.__traceback__)}
-    if type(error).__module__.split(".")[0] in LIBRARIES or (isinstance(error, OSError) and passed & LIBRARIES):
-        return f"the bucket failed ({reason(error)})"
-    return None
+def _is_of_bucket(error: Exception) -> bool:
+    passed = {type(error).__module__.split(".")[0]}
+    if isinstance(error, OSError):
+        passed |= {frame.f_globals["__name__"].split(".")[0] for frame, _ in traceback.walk_tb(error.__traceback__)}
+    return bool(passed & LIBRARIES)
 
 
 def unreadable(name: str, error: Exception) -> InputError:
@@ -210,9 +202,7 @@ def reason(error: BaseException) -> str:
         return said
     if type(error) is Exception and error.__cause__ is not None:  # as orbax raises
         return reason(error.__cause__)
-    text = " ".join(str(error).split())
-    cut = text if len(text) <= LENGTH else f"{text[:LENGTH]} ..."
-    return f"{type(error).__name__}: {cut}" if text else type(error).__name__
+    return f"{type(error).__name__}: {textwrap.shorten(str(error), 160, placeholder=' ...')}".removesuffix(": ")
 
 
 def _said(error: BaseException) -> str:

@@ -1,7 +1,6 @@
 """One run at a time in a workdir: a file that says who, and that its owner is alive."""
 
 import contextlib
-import datetime
 import json
 import os
 import socket
@@ -19,7 +18,7 @@ from tinymim_jax.runtime.errors import InputError
 FILE = "run.lock"
 BEAT = 10.0  # seconds between signs of life
 STALE = 60.0  # seconds without one, after which a run that cannot be looked at is taken to be dead
-SAID = {"host", "pid", "born", "token"}
+WHO = {"host", "pid", "born", "token"}
 
 
 class WorkdirLock:
@@ -35,47 +34,54 @@ class WorkdirLock:
         who = {"host": socket.gethostname(), "pid": os.getpid(), "born": born(os.getpid()), "place": place()}
         self.own = json.dumps({**who, "token": self.token}).encode()
         self.released, self.guard = threading.Event(), threading.Lock()  # either a beat or the release
-        self.lost = ""  # by whom, once another run holds it
-        self.seen = clock()  # when the file was last found to be ours
 
     def __enter__(self) -> "WorkdirLock":
         """Raises InputError if another run holds it."""
         while not self._take():
-            self._judge(self.read())
-        self.seen = clock()
+            owner = self.read()
+            if who := self._dead(owner):
+                print(f"{self.workdir}: the run before ({who}) has died; going on")
+                self._remove(owner.get("token"))
         threading.Thread(target=self._beat, daemon=True).start()
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         self.released.set()
         with self.guard, contextlib.suppress(Exception) if kind else contextlib.nullcontext():  # the first is the cause
-            if self._is_of(self.token):
-                self.files.rm_file(self.path)
+            self._remove(self.token)
 
     def check(self) -> None:
-        """Raises InputError if another run has taken over; to be called before each checkpoint, by who holds the lock.
+        """Raises InputError if another run has taken over; to be called by the owner before each checkpoint."""
+        owner = self.read()
+        if owner is None:
+            who = f"{self.path} is gone: another run has taken over {self.workdir}, or it was deleted by hand"
+        elif owner.get("token", self.token) != self.token:  # one that is being written says none
+            who = "another run (process {pid} on {host}) has taken over ".format(**owner) + str(self.workdir)
+        else:
+            return
+        raise InputError(f"{who}; this one stops, and has written no checkpoint since")
 
-        Reads the file only if no beat has done so lately: one that was suspended may be quicker than its next beat.
-        """
-        if not self.lost and clock() - self.seen > STALE / 2:
-            with self.guard:
-                self._look()
-        if self.lost:
-            raise InputError(f"{self.lost}; this one stops, and has written no checkpoint since")
+    def check_free(self) -> None:
+        """Raises InputError if a living run holds it; one on another host is watched for a sign of life."""
+        self._dead(self.read())
 
     def see(self, token: str) -> None:
         """Returns once the lock is seen to be that of `token`; raises InputError if this process looks elsewhere."""
         storage.wait_for(self.workdir / FILE, lambda: self._is_of(token))
 
-    def _look(self) -> None:
-        """Notes whether the file is still ours; one that is being written is nobody's."""
+    def read(self) -> dict[str, Any] | None:
+        """What the file says; {} if that is not whole (yet), None if there is no file."""
+        try:
+            found = json.loads(self.files.cat_file(self.path))
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            return {}
+        return found if isinstance(found, dict) and set(found) >= WHO else {}
+
+    def _is_of(self, token: str | None) -> bool:
         owner = self.read()
-        if owner is None:
-            self.lost = f"{self.path} is gone: another run has taken over {self.workdir}, or it was deleted by hand"
-        elif owner.get("token", self.token) != self.token:
-            self.lost = "another run (process {pid} on {host}) has taken over ".format(**owner) + str(self.workdir)
-        elif owner:
-            self.seen = clock()
+        return owner is not None and owner.get("token") == token
 
     def _take(self) -> bool:
         """Whether the file could be made, which a disk and a bucket let one of several do."""
@@ -86,9 +92,10 @@ class WorkdirLock:
             return self._is_of(self.token)  # a request whose answer was lost was sent again
         return True
 
-    def check_free(self) -> None:
-        """Raises InputError if a living run holds it; one on another host is watched for a sign of life."""
-        self._dead(self.read())
+    def _remove(self, token: str | None) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            if self._is_of(token):
+                self.files.rm_file(self.path)
 
     def _dead(self, owner: dict[str, Any] | None) -> str:
         """Who held it and is dead; "" if there is no such one. Raises InputError if it is alive."""
@@ -99,49 +106,38 @@ class WorkdirLock:
             raise InputError(f"{self.workdir} is in use by {who}; wait for it or stop it, or choose another folder")
         return who
 
-    def _judge(self, owner: dict[str, Any] | None) -> None:
-        """Removes the lock of a dead run; raises InputError if it is alive."""
-        if not (who := self._dead(owner)):
-            return
-        print(f"{self.workdir}: the run before ({who}) has died; going on")
-        with contextlib.suppress(FileNotFoundError):
-            if self._is_of(owner.get("token")):
-                self.files.rm_file(self.path)
-
     def _is_alive(self, owner: dict[str, Any]) -> bool:
-        if owner.get("host") == socket.gethostname() and owner.get("place") == place() is not None:
-            if (found := born(owner["pid"])) is not None:
-                return found == owner["born"]
-            if is_gone(owner["pid"]):
+        if owner.get("place") == place() is not None:
+            try:
+                os.kill(owner["pid"], 0)
+                return born(owner["pid"]) == owner["born"]
+            except ProcessLookupError:
                 return False
+            except PermissionError:  # another user's, which /proc may hide
+                pass
         return self._beats()
 
     def _beats(self) -> bool:
         """Waits until the file changes, which a living owner sees to, or is too old; by the storage's own clock."""
-        with contextlib.suppress(FileNotFoundError):
+        probe = f"{self.path}.{self.token}"
+        self.files.pipe_file(probe, b"")
+        now = self.files.modified(probe)
+        self.files.rm_file(probe)
+        with contextlib.suppress(FileNotFoundError):  # let go meanwhile
             first = self.files.modified(self.path)
+            end = time.monotonic() + STALE - (now - first).total_seconds()
             print(f"{self.path}: waiting for up to {STALE:.0f} s to see whether its owner lives", flush=True)
-            while (self._now() - first).total_seconds() < STALE:
+            while time.monotonic() < end:
                 time.sleep(min(1.0, STALE / 10))
                 if self.files.modified(self.path) != first:
                     return True
         return False
 
-    def _now(self) -> datetime.datetime:
-        probe = f"{self.path}.{self.token}"
-        self.files.pipe_file(probe, b"")
-        try:
-            return self.files.modified(probe)
-        finally:
-            self.files.rm_file(probe)
-
     def _beat(self) -> None:
-        while not self.released.wait(BEAT) and not self.lost:
+        while not self.released.wait(BEAT):
             with self.guard, contextlib.suppress(Exception):  # each bucket's library has its own; the next may succeed
-                if not self.released.is_set():
-                    self._look()
-                    if not self.lost:
-                        self._sign()
+                if not self.released.is_set() and self._is_of(self.token):
+                    self._sign()
 
     def _sign(self) -> None:
         """Makes the file new, on a disk without its ever being half written or made anew."""
@@ -149,25 +145,6 @@ class WorkdirLock:
             os.utime(self.path)
         else:
             self.files.pipe_file(self.path, self.own)
-
-    def _is_of(self, token: str | None) -> bool:
-        owner = self.read()
-        return owner is not None and owner.get("token") == token
-
-    def read(self) -> dict[str, Any] | None:
-        """What the file says; {} if that is not whole (yet), None if there is no file."""
-        try:
-            found = json.loads(self.files.cat_file(self.path))
-        except FileNotFoundError:
-            return None
-        except ValueError:
-            return {}
-        return found if isinstance(found, dict) and set(found) >= SAID else {}
-
-
-def clock() -> float:
-    """Seconds, those among them for which the machine slept."""
-    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def place() -> str | None:
@@ -179,21 +156,10 @@ def place() -> str | None:
         return None
 
 
-def is_gone(pid: int) -> bool:
-    """Whether this host runs no such process; /proc may hide those of other users."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass
-    return born(pid) is None and os.path.exists(f"/proc/{pid}/stat")  # killed, and not yet buried by its parent
-
-
 def born(pid: int) -> str | None:
-    """When a process of this host began, in clock ticks: numbers of processes are used again. None: it does not run."""
+    """When a process of this host began, in clock ticks: numbers of processes are used again. None: it has ended."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except OSError:
         return None
-    return None if state in "ZX" else fields[18]
+    return None if state in "ZX" else fields[18]  # killed, and not yet buried by its parent
