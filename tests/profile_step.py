@@ -11,7 +11,6 @@ import functools
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -23,14 +22,13 @@ from absl import flags
 
 from tinymim_jax.bench import relation
 from tinymim_jax.bench import step as bench
+from tinymim_jax.bench.timing import Clock, clock_of, conditions
 from tinymim_jax.commands.flags import new_flags, parse
 from tinymim_jax.models import layers, vit
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.tasks import distill
 from tinymim_jax.tasks.contract import STREAMS
 from tinymim_jax.training import optim
-
-Clock = Callable[[], float]
 
 
 def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -99,26 +97,12 @@ def plain(*names: str) -> Iterator[None]:
 
 def step_clock(plan: Any, mesh: jax.sharding.Mesh) -> Clock:
     """Seconds of the next step."""
-    compiled, arguments = bench.compile_step(plan, mesh)
-
-    def clock() -> float:
-        nonlocal arguments
-        arguments, seconds = bench.timed_step(compiled, arguments)
-        return seconds
-
-    return clock
+    return bench.step_clock(*bench.compile_step(plan, mesh))
 
 
 def part_clock(function: Callable, *arguments: Any) -> Clock:
     """Seconds of a function."""
-    compiled = jax.jit(function).lower(*arguments).compile()
-
-    def clock() -> float:
-        begin = time.perf_counter()
-        jax.block_until_ready(compiled(*arguments))
-        return time.perf_counter() - begin
-
-    return clock
+    return clock_of(functools.partial(jax.jit(function).lower(*arguments).compile(), *arguments))
 
 
 def parts(plan: Any, mesh: jax.sharding.Mesh) -> dict[str, tuple[Any, ...]]:
@@ -187,7 +171,7 @@ def main(argv: list[str]) -> None:
         "rounds": values.rounds,
     }
     found = {"step": {"s": statistics.median(as_it_is)}, **found}
-    print(json.dumps({**asked, **bench.conditions(), "found": found}, indent=2))
+    print(json.dumps({**asked, **conditions(), "found": found}, indent=2))
 
 
 if __name__ == "__main__":
