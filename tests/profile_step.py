@@ -18,7 +18,6 @@ from unittest import mock
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from absl import flags
 
 from tinymim_jax.bench import relation
 from tinymim_jax.bench import step as bench
@@ -137,11 +136,10 @@ def in_turn(rounds: int, *clocks: Clock) -> list[tuple[float, ...]]:
 
 def main(argv: list[str]) -> None:
     """Runs the comparison."""
-    values = new_flags(__doc__)
-    flags.DEFINE_string("stage", None, "a distillation", flag_values=values)
-    flags.DEFINE_integer("batch_size", 8, "images", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("rounds", 5, "the median of N", lower_bound=1, flag_values=values)
-    cfg = parse(values, argv)
+    values = new_flags(
+        stage=(str, None, "a distillation"), batch_size=(int, 8, "images"), rounds=(int, 5, "the median of so many")
+    )
+    cfg = parse(values, argv, __doc__)
     stages = [name for name, stage in cfg.stages.items() if stage.task.kind == "distill"]
     if values.stage not in stages:
         given = f"--stage={values.stage} is no distillation of the chain" if values.stage else "--stage=NAME is needed"
