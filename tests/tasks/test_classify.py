@@ -101,7 +101,7 @@ def stages_output(logits):
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
 def test_an_invalid_image_leaks_into_no_partner(kind, monkeypatch):
     """Its partner is mixed with itself."""
-    monkeypatch.setattr(classify, "mix", lambda key, x, y, cfg: ((x + partner(x)) / 2, (y + partner(y)) / 2))
+    monkeypatch.setattr(classify, "mix", lambda key, x, y, **_: ((x + partner(x)) / 2, (y + partner(y)) / 2))
     run = stages.Compiled(stages.classify({**PLAIN, kind: 1.0}))
     batch, other = (stages.batch(is_valid=[1, 0, 1, 1]) for _ in range(2))
     other["image"][1], other["label"][1] = 255 - other["image"][1], (other["label"][1] + 1) % 5
