@@ -60,17 +60,11 @@ def loader(cfg: Config, name: str, rounds: int) -> dict[str, Any]:
         "of_pil": ratio(rates["transform"], rates["pil"]),
         "of_decode": ratio(rates["transform"], rates["decode"]),
         "all_cores": [
-            _pipeline(dataclasses.replace(value, workers=workers), source, rounds, key, decoded)
+            _all_cores(dataclasses.replace(value, workers=workers), source, rounds, key, decoded)
             for key, value in wanted.items()
             for workers in sorted({data.workers, cores})
         ],
     }
-
-
-def _pipeline(data: Data, source: sources.Source, rounds: int, key: str, decoded: float) -> dict[str, Any]:
-    rate = _all_cores(data, source, rounds)
-    how = {"workers": data.workers, "threads": data.threads}
-    return {**how, f"{key}_images_per_s": rate, "of_decode": rate / decoded}
 
 
 def _decode(image: bytes | np.ndarray, name: str, index: int) -> np.ndarray:
@@ -102,8 +96,8 @@ def _one_core(source: sources.Source, work: dict[str, Work], rounds: int) -> dic
     return {key: [turns / s for s in seconds[f"{key}_s"]] for key in work}
 
 
-def _all_cores(data: Data, source: sources.Source, rounds: int) -> float:
-    """Images/s (median) that worker processes keep up with; their start is left out."""
+def _all_cores(data: Data, source: sources.Source, rounds: int, key: str, decoded: float) -> dict[str, Any]:
+    """Images/s (median) that worker processes keep up with, as a multiple of `decoded` too; their start is left out."""
     rows = pipeline.train_rows(data, source, min(BATCH_SIZE, len(source)), seed=0)
     kept = data.prefetch + data.workers * (data.threads + 1)  # batches that lie ready when nobody has taken any
     # As many more at the end: the last round, too, has what comes behind it to make.
@@ -114,4 +108,6 @@ def _all_cores(data: Data, source: sources.Source, rounds: int) -> float:
         (seconds,) = in_turn({f"batch_s with {data.workers} workers": clock}, rounds).values()
     finally:
         batches.close()
-    return rows.batch_size / statistics.median(seconds)
+    rate = rows.batch_size / statistics.median(seconds)
+    how = {"workers": data.workers, "threads": data.threads}
+    return {**how, f"{key}_images_per_s": rate, "of_decode": rate / decoded}

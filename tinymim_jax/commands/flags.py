@@ -1,7 +1,6 @@
 """--config=FILE[:options] and --config.PATH.TO.FIELD=VALUE, as ml_collections reads them, with one-line errors."""
 
 import ast
-import dataclasses
 import functools
 import os
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from ml_collections import config_flags
 from tinymim_jax.experiment.config import Config
 from tinymim_jax.experiment.validate import check
 from tinymim_jax.runtime import cluster, distributed, storage
+from tinymim_jax.runtime.codec import to_dict
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.runtime.preemption import StopRequest
 
@@ -95,13 +95,9 @@ def parse(values: flags.FlagValues, argv: list[str], usage: str) -> Config:
         raise InputError("--config=FILE is needed, e.g. --config=configs/digits/chain.py")
     if not Path(path.split(":", 1)[0]).is_file():
         raise InputError(f"--config={path}: there is no file {path.split(':', 1)[0]}")
-    _check_overrides(_load(path), argv)
+    _check_overrides(to_dict(_load(path)), argv)
     config_flags.DEFINE_config_file("config", None, "the experiment", flag_values=values, sys_argv=["", *argv])
-    try:
-        rest = values(["", *argv])[1:]
-    except (flags.Error, TypeError, ValueError) as error:  # the last two: a value that does not suit its field
-        raise InputError(" ".join(str(error).split())) from None
-    if rest:
+    if rest := parse_flags(values, argv):
         raise InputError(f"unexpected argument {rest[0]!r}; see --help")
     return check(values.config)
 
@@ -122,7 +118,7 @@ def parse_flags(values: flags.FlagValues, argv: list[str]) -> list[str]:
     """Parses `argv` into `values`; returns what is no flag. Raises InputError."""
     try:
         return values(["", *argv])[1:]
-    except flags.Error as error:
+    except (flags.Error, TypeError, ValueError) as error:  # the last two: a value that does not suit a config's field
         raise InputError(f"{' '.join(str(error).split())}; see --help") from None
 
 
@@ -164,27 +160,21 @@ def _load(path: str) -> Config:
     return values.config
 
 
-def _check_overrides(loaded: Config, argv: list[str]) -> None:
-    """Raises InputError that lists the choices if an override names a field that is not there."""
+def _check_overrides(fields: dict[str, Any], argv: list[str]) -> None:
+    """Raises InputError that lists the choices if an override names none of the `fields` of a config."""
     for arg in argv:
         name, _, value = arg[2:].partition("=")
-        if arg.startswith(tuple(f"--{field.name}." for field in _fields(loaded))):
+        if arg.startswith(tuple(f"--{field}." for field in fields)):
             raise InputError(f"{arg}: fields of the config begin with config: --config.{arg[2:]}")
-        if not arg.startswith("--config."):
-            continue
-        node: Any = loaded
-        for part in name.split(".")[1:]:
-            part = part.split("[")[0]
+        node: Any = fields
+        for part in name.split(".")[1:] if arg.startswith("--config.") else ():
             if node is None:
                 break  # an optional part that ml_collections will create
-            fields = list(node) if isinstance(node, dict) else [f.name for f in _fields(node)]
-            if part not in fields:
-                raise InputError(f"--{name}: there is no {part!r}; choose one of {', '.join(fields) or 'none'}")
-            node = node[part] if isinstance(node, dict) else getattr(node, part)
-        inner = ", ".join(node if isinstance(node, dict) else [f.name for f in _fields(node)])
-        if inner and value not in ("none", "None"):
-            raise InputError(f"--{name} holds {inner}; set one of these, e.g. --{name}.{inner.split(',')[0]}=...")
-
-
-def _fields(node: Any) -> tuple[dataclasses.Field, ...]:
-    return dataclasses.fields(node) if dataclasses.is_dataclass(node) else ()
+            part, known = part.split("[")[0], node if isinstance(node, dict) else {}
+            if part not in known:
+                raise InputError(f"--{name}: there is no {part!r}; choose one of {', '.join(known) or 'none'}")
+            node = known[part]
+        if node and node is not fields and isinstance(node, dict) and value not in ("none", "None"):
+            raise InputError(
+                f"--{name} holds {', '.join(node)}; set one of these, e.g. --{name}.{next(iter(node))}=..."
+            )
