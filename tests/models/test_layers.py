@@ -35,7 +35,9 @@ def test_layer_norm():
     x = normal(4, 32, scale=1e-3)  # a variance of 1e-6: the epsilon shows
     module = layers.layer_norm(jnp.float32)
     params = make(module, x)
-    reference.close(module.apply({"params": params}, x), reference.layer_norm(params, reference.f64(x)), 2e-6)
+    reference.close(
+        module.apply({"params": params}, x), reference.layer_norm(params, reference.f64(x)), 5e-6
+    )  # sums of 32
 
 
 def test_layer_norm_of_a_large_mean():
@@ -173,7 +175,7 @@ def test_gelu_and_its_derivative_against_float64(dtype):
     (grad,) = pull(jnp.full_like(x, 3))
     exact = reference.f64(x)
     cdf = np.array([0.5 * math.erfc(-one / math.sqrt(2)) for one in exact])
-    tolerance = {"atol": 2e-6} if dtype == "float32" else {"rtol": 2**-8, "atol": 2e-6}
+    tolerance = {"atol": 5e-6} if dtype == "float32" else {"rtol": 2**-8, "atol": 5e-6}  # 9 rounds to 5e-7
     assert value.dtype == grad.dtype == dtype
     np.testing.assert_allclose(reference.f64(value), exact * cdf, **tolerance)
     derivative = cdf + exact * np.exp(-(exact**2) / 2) / math.sqrt(2 * math.pi)
@@ -184,7 +186,9 @@ def test_mlp_has_the_exact_gelu():
     x = normal(2, 40, 8, scale=3.0)
     one = {"kernel": np.eye(8, dtype=np.float32), "bias": np.zeros(8, np.float32)}
     out = layers.Mlp(8, jnp.float32).apply({"params": {"fc1": one, "fc2": one}}, x)
-    np.testing.assert_allclose(out, reference.gelu(reference.f64(x)), atol=1e-6)  # the tanh form is off by 5e-4
+    np.testing.assert_allclose(
+        out, reference.gelu(reference.f64(x)), atol=5e-6
+    )  # 12 rounds to 5e-7; the tanh form is off by 5e-4
 
 
 def test_block():

@@ -40,7 +40,8 @@ def test_products_are_summed_in_float32(axes, dtype):
     found = kernels.dot(a, b, *axes)
     exact = np.tensordot(np.asarray(a, np.float64), np.asarray(b, np.float64), axes)
     assert found.dtype == jnp.float32
-    np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-5)
+    # 64 roundings of 6e-8, of up to 50; those of operands to TF32 would be off by 4e-3.
+    np.testing.assert_allclose(found, exact, rtol=0, atol=2e-4)
 
 
 def test_the_hardware_does_not_round_float32():
