@@ -11,7 +11,6 @@ import functools
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -19,18 +18,16 @@ from unittest import mock
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from absl import flags
 
 from tinymim_jax.bench import relation
 from tinymim_jax.bench import step as bench
+from tinymim_jax.bench.timing import Clock, clock_of, conditions
 from tinymim_jax.commands.flags import new_flags, parse
 from tinymim_jax.models import layers, vit
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.tasks import distill
 from tinymim_jax.tasks.contract import STREAMS
 from tinymim_jax.training import optim
-
-Clock = Callable[[], float]
 
 
 def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -99,26 +96,12 @@ def plain(*names: str) -> Iterator[None]:
 
 def step_clock(plan: Any, mesh: jax.sharding.Mesh) -> Clock:
     """Seconds of the next step."""
-    compiled, arguments = bench.compile_step(plan, mesh)
-
-    def clock() -> float:
-        nonlocal arguments
-        arguments, seconds = bench.timed_step(compiled, arguments)
-        return seconds
-
-    return clock
+    return bench.step_clock(*bench.compile_step(plan, mesh))
 
 
 def part_clock(function: Callable, *arguments: Any) -> Clock:
     """Seconds of a function."""
-    compiled = jax.jit(function).lower(*arguments).compile()
-
-    def clock() -> float:
-        begin = time.perf_counter()
-        jax.block_until_ready(compiled(*arguments))
-        return time.perf_counter() - begin
-
-    return clock
+    return clock_of(functools.partial(jax.jit(function).lower(*arguments).compile(), *arguments))
 
 
 def parts(plan: Any, mesh: jax.sharding.Mesh) -> dict[str, tuple[Any, ...]]:
@@ -153,11 +136,10 @@ def in_turn(rounds: int, *clocks: Clock) -> list[tuple[float, ...]]:
 
 def main(argv: list[str]) -> None:
     """Runs the comparison."""
-    values = new_flags(__doc__)
-    flags.DEFINE_string("stage", None, "a distillation", flag_values=values)
-    flags.DEFINE_integer("batch_size", 8, "images", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("rounds", 5, "the median of N", lower_bound=1, flag_values=values)
-    cfg = parse(values, argv)
+    values = new_flags(
+        stage=(str, None, "a distillation"), batch_size=(int, 8, "images"), rounds=(int, 5, "the median of so many")
+    )
+    cfg = parse(values, argv, __doc__)
     stages = [name for name, stage in cfg.stages.items() if stage.task.kind == "distill"]
     if values.stage not in stages:
         given = f"--stage={values.stage} is no distillation of the chain" if values.stage else "--stage=NAME is needed"
@@ -187,7 +169,7 @@ def main(argv: list[str]) -> None:
         "rounds": values.rounds,
     }
     found = {"step": {"s": statistics.median(as_it_is)}, **found}
-    print(json.dumps({**asked, **bench.conditions(), "found": found}, indent=2))
+    print(json.dumps({**asked, **conditions(), "found": found}, indent=2))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def test_one_json_object(few, capsys):
     for one in result["all_cores"]:
         assert one["of_decode"] == pytest.approx(one["transform_images_per_s"] / one_core[0] / result["cores"])
     assert "rand_augment" not in out
-    assert err.count("images/s a core") == err.count("images/s with 1 workers") == 2
+    assert err.count("transform_s ") == err.count("batch_s with 1 workers ") == 2
     assert not multiprocessing.active_children()
 
 

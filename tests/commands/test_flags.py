@@ -7,7 +7,7 @@ DIGITS = "--config=configs/digits/chain.py"
 
 
 def parsed(*argv):
-    return parse(new_flags("usage"), [DIGITS, *argv])
+    return parse(new_flags(), [DIGITS, *argv], "usage")
 
 
 def test_overrides_reach_every_kind_of_field():
@@ -34,14 +34,16 @@ def test_an_override_of_one_stage_leaves_the_others():
 
 
 def test_a_space_after_config():
-    assert parse(new_flags("usage"), ["--config", "configs/digits/chain.py"]).name == "digits"
+    assert parse(new_flags(), ["--config", "configs/digits/chain.py"], "usage").name == "digits"
 
 
 def test_help_is_printed_and_exits_with_0(capsys):
+    values = new_flags(depth=(int, 3, "how deep"))
     with pytest.raises(SystemExit) as stop:
-        parse(new_flags("usage"), ["--help"])
+        parse(values, ["--help"], "usage")
     out = capsys.readouterr().out
     assert stop.value.code == 0 and out.startswith("usage\n") and "config.py" in out
+    assert "--depth: how deep\n    (default: '3')\n    (a positive integer)" in out
     with pytest.raises(SystemExit):
         parsed("--help")
     assert "The demo: MAE-L -> B -> S -> T" in capsys.readouterr().out
@@ -71,9 +73,9 @@ def test_a_bug_in_a_config_file_is_shown_as_it_is(tmp_path):
     path = tmp_path / "broken.py"
     path.write_text("def get_config(arg=''):\n    return 1 / 0\n")
     with pytest.raises(ZeroDivisionError):
-        parse(new_flags(""), [f"--config={path}"])
+        parse(new_flags(), [f"--config={path}"], "")
 
 
 def test_an_unknown_option_lists_the_known_ones():
     with pytest.raises(InputError, match="config option 'long': unknown; the options are: data=..., short"):
-        parse(new_flags(""), ["--config=configs/cifar10/chain.py:long"])
+        parse(new_flags(), ["--config=configs/cifar10/chain.py:long"], "")

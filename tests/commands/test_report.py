@@ -30,4 +30,4 @@ def test_damaged_results(content, tmp_path, capsys):
 
 def test_one_argument_is_taken(capsys):
     assert main(["report", "a", "b"]) == 2
-    assert "unexpected argument 'b'" in capsys.readouterr().err
+    assert "expected WORKDIR, got a b; see --help" in capsys.readouterr().err

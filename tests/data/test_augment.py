@@ -56,9 +56,8 @@ def test_crop_does_not_leak_from_outside():
     rng = np.random.default_rng(1)
     left, top, width, height = augment.crop_box(40, 40, (0.2, 0.3), (1.0, 1.0), rng)
     pixels[top : top + height, left : left + width] = 50
-    crop = augment.random_resized_crop(
-        Image.fromarray(pixels), 64, (0.2, 0.3), (1.0, 1.0), "bicubic", np.random.default_rng(1)
-    )
+    data = Data("digits", image_size=64, crop_scale=(0.2, 0.3), crop_ratio=(1.0, 1.0))
+    crop = augment.transform(Image.fromarray(pixels), data, np.random.default_rng(1))
     assert np.unique(np.asarray(crop)).tolist() == [50]
 
 
@@ -66,7 +65,8 @@ def test_crop_does_not_leak_from_outside():
 def test_crop_is_resized_by_pil(interpolation):
     image = noise(50, 30)
     left, top, width, height = augment.crop_box(50, 30, (0.2, 1), (0.75, 1.33), np.random.default_rng(5))
-    crop = augment.random_resized_crop(image, 16, (0.2, 1), (0.75, 1.33), interpolation, np.random.default_rng(5))
+    data = Data("digits", image_size=16, crop_scale=(0.2, 1), crop_ratio=(0.75, 1.33), interpolation=interpolation)
+    crop = augment.transform(image, dataclasses.replace(data, hflip=0.0), np.random.default_rng(5))
     part = Image.fromarray(np.asarray(image)[top : top + height, left : left + width])
     expected = part.resize((16, 16), {"bicubic": 3, "bilinear": 2}[interpolation])
     np.testing.assert_array_equal(crop, expected)
@@ -97,10 +97,6 @@ def test_center_crop_rounds_half_to_even():
 def test_center_crop_error(crop_pct):
     with pytest.raises(InputError, match=r"data\.crop_pct"):
         augment.center_crop(noise(8, 8), 16, crop_pct, "bicubic")
-
-
-def test_hflip():
-    np.testing.assert_array_equal(augment.hflip(noise(5, 4)), np.asarray(noise(5, 4))[:, ::-1])
 
 
 def test_transform_flips_half_of_the_time():

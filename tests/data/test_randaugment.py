@@ -63,31 +63,31 @@ def test_there_are_fifteen_operations():
 def test_operation_at_magnitude_five(name, image):
     expected = EXPECTED[name](image)
     assert not np.array_equal(expected, image)
-    np.testing.assert_array_equal(OPS[name](image, 5.0, 1, FILL), expected)
+    np.testing.assert_array_equal(OPS[name](image, 0.5, FILL), expected)
 
 
 @pytest.mark.parametrize("name", SIGNED)
 def test_negative_sign(name, image):
-    np.testing.assert_array_equal(OPS[name](image, 5.0, -1, FILL), SIGNED[name](image))
+    np.testing.assert_array_equal(OPS[name](image, -0.5, FILL), SIGNED[name](image))
 
 
 def test_ends_of_the_integer_ranges(image):
     values = np.asarray(image)
-    np.testing.assert_array_equal(OPS["PosterizeIncreasing"](image, 10.0, 1, FILL), values * 0)
-    np.testing.assert_array_equal(OPS["PosterizeIncreasing"](image, 0.0, 1, FILL), values & 0b11110000)
-    np.testing.assert_array_equal(OPS["SolarizeIncreasing"](image, 0.0, 1, FILL), values)
-    np.testing.assert_array_equal(OPS["SolarizeIncreasing"](image, 10.0, 1, FILL), 255 - values)
+    np.testing.assert_array_equal(OPS["PosterizeIncreasing"](image, 1.0, FILL), values * 0)
+    np.testing.assert_array_equal(OPS["PosterizeIncreasing"](image, 0.0, FILL), values & 0b11110000)
+    np.testing.assert_array_equal(OPS["SolarizeIncreasing"](image, 0.0, FILL), values)
+    np.testing.assert_array_equal(OPS["SolarizeIncreasing"](image, 1.0, FILL), 255 - values)
 
 
 def test_outside_is_filled(image):
-    assert OPS["TranslateXRel"](image, 9.0, 1, FILL).getpixel((39, 0)) == FILL
+    assert OPS["TranslateXRel"](image, 0.9, FILL).getpixel((39, 0)) == FILL
 
 
 def test_draws(monkeypatch, image):
     calls = []
 
     def recorder(name):
-        return lambda image, magnitude, sign, fill: calls.append((name, magnitude, sign)) or image
+        return lambda image, level, fill: calls.append((name, 10 * abs(level), np.sign(level))) or image
 
     monkeypatch.setattr(randaugment, "OPS", {name: recorder(name) for name in OPS})
     rng = np.random.default_rng(0)
@@ -136,5 +136,5 @@ def test_operations_are_those_of_timm(name, magnitude, image):
     amounts = timm.LEVEL_TO_ARG[name]
     level = amounts(magnitude, {}) if amounts else ()
     theirs = np.asarray(timm.NAME_TO_OP[name](image, *level, **options))
-    ours = [np.asarray(OPS[name](image, magnitude, sign, FILL)) for sign in (1, -1)]
+    ours = [np.asarray(OPS[name](image, sign * (magnitude / 10), FILL)) for sign in (1, -1)]
     assert any(np.array_equal(theirs, one) for one in ours)

@@ -35,7 +35,9 @@ def test_layer_norm():
     x = normal(4, 32, scale=1e-3)  # a variance of 1e-6: the epsilon shows
     module = layers.layer_norm(jnp.float32)
     params = make(module, x)
-    reference.close(module.apply({"params": params}, x), reference.layer_norm(params, reference.f64(x)), 2e-6)
+    reference.close(
+        module.apply({"params": params}, x), reference.layer_norm(params, reference.f64(x)), 5e-6
+    )  # sums of 32
 
 
 def test_layer_norm_of_a_large_mean():
@@ -125,14 +127,13 @@ def test_what_cudnn_is_asked_for(n, monkeypatch):
         asked.append((q.shape, list(lengths)))
         return original(q, k, v, implementation="xla", **lengths)
 
-    def gradient(function):
-        loss = jax.value_and_grad(lambda *x: jnp.sum(jnp.sin(function(*x))), argnums=(0, 1, 2))
-        return jax.jit(loss)(*heads(n))
+    def both(q, k, v, cotangent):
+        out, pull = jax.vjp(layers._by_cudnn, q, k, v)
+        return out, *pull(cotangent)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", plain)
-    (value, grads), (expected, expected_grads) = gradient(layers._by_cudnn), gradient(layers.attention)
-    np.testing.assert_allclose(value, expected, rtol=1e-5)
-    for actual, wanted in zip(grads, expected_grads, strict=True):
+    args = *heads(n), jnp.asarray(normal(2, 3, n, 8, seed=3))
+    for actual, wanted in zip(jax.jit(both)(*args), exact_attention(*map(reference.f64, args)), strict=True):
         reference.close(actual, wanted)
     assert asked == [((2, 6, 3, 8), ["query_seq_lengths", "key_value_seq_lengths"] if n == 5 else [])]
 
@@ -174,7 +175,7 @@ def test_gelu_and_its_derivative_against_float64(dtype):
     (grad,) = pull(jnp.full_like(x, 3))
     exact = reference.f64(x)
     cdf = np.array([0.5 * math.erfc(-one / math.sqrt(2)) for one in exact])
-    tolerance = {"atol": 2e-6} if dtype == "float32" else {"rtol": 2**-8, "atol": 2e-6}
+    tolerance = {"atol": 5e-6} if dtype == "float32" else {"rtol": 2**-8, "atol": 5e-6}  # 9 rounds to 5e-7
     assert value.dtype == grad.dtype == dtype
     np.testing.assert_allclose(reference.f64(value), exact * cdf, **tolerance)
     derivative = cdf + exact * np.exp(-(exact**2) / 2) / math.sqrt(2 * math.pi)
@@ -185,7 +186,9 @@ def test_mlp_has_the_exact_gelu():
     x = normal(2, 40, 8, scale=3.0)
     one = {"kernel": np.eye(8, dtype=np.float32), "bias": np.zeros(8, np.float32)}
     out = layers.Mlp(8, jnp.float32).apply({"params": {"fc1": one, "fc2": one}}, x)
-    np.testing.assert_allclose(out, reference.gelu(reference.f64(x)), atol=1e-6)  # the tanh form is off by 5e-4
+    np.testing.assert_allclose(
+        out, reference.gelu(reference.f64(x)), atol=5e-6
+    )  # 12 rounds to 5e-7; the tanh form is off by 5e-4
 
 
 def test_block():

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.models import reference
+from tinymim_jax.objectives.kernels import per_device
 from tinymim_jax.objectives.relation_kl import relation_kl
 
 
@@ -15,9 +16,9 @@ def operands(b, h, n, widths, dtype=jnp.float32, scale=1.5):
     return [jnp.asarray(rng.normal(0, scale, (b, h, n, e)), dtype) for e in (*widths[:1] * 2, *widths[1:] * 2)]
 
 
-def run(function, *args):
-    """In Pallas' interpreter."""
-    return jax.jit(functools.partial(function, interpret=True))(*args)
+def run(kernels, *args, gradient=True):
+    """What `kernels`, a module, makes of them in Pallas' interpreter."""
+    return jax.jit(functools.partial(per_device, functools.partial(kernels.kl_sums, gradient, interpret=True)))(*args)
 
 
 def exact(tq, tk, q, k):
@@ -39,15 +40,15 @@ def check_against_pure_jax(kernels, n, dtype):
         return jnp.sum(weights * relation_kl(teacher, student)) * 3 * n
 
     value, expected = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(*args[2:])
-    np.testing.assert_allclose(jnp.sum(weights * run(kernels.forward, *args)), value, rtol=1e-5)
-    for grad, wanted in zip(run(kernels.both, *args)[1:], expected, strict=True):
+    np.testing.assert_allclose(jnp.sum(weights * run(kernels, *args, gradient=False)[0]), value, rtol=1e-5)
+    for grad, wanted in zip(run(kernels, *args)[1:], expected, strict=True):
         scaled = weights[:, None, None, None] * grad.astype(jnp.float32)
         reference.close(scaled, wanted.astype(jnp.float32), 1e-5 if dtype == jnp.float32 else 2**-7)
 
 
 def check(kernels, args):
     """That value and gradients of `kernels`, a module, are right."""
-    value, *grads = run(kernels.both, *args)
+    value, *grads = run(kernels, *args)
     kl, *expected = exact(*args)
     # Products of bfloat16 are exact in float32, so the value is as good as from float32.
     np.testing.assert_allclose(value, kl, rtol=1e-5)

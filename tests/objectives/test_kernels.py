@@ -13,16 +13,16 @@ EIGHT = """
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from tests.objectives.exact import operands, run
-from tinymim_jax import hlo
 from tinymim_jax.objectives import relation_gpu, relation_tpu
+from tinymim_jax.runtime import hlo_stats
 mesh = jax.make_mesh((4, 2), ("data", "fsdp"), (AxisType.Auto, AxisType.Auto))
 for module in (relation_gpu, relation_tpu):
     for images, spec in ((8, P(("data", "fsdp"))), (3, P())):
         args = operands(images, 1, 17, (8, 8))
         placed = jax.device_put(args, NamedSharding(mesh, spec))
-        compiled = jax.jit(lambda *x: module.both(*x, interpret=True)).lower(*placed).compile()
-        assert not hlo.collectives(compiled.as_text())
-        for actual, expected in zip(compiled(*placed), run(module.both, *args), strict=True):
+        compiled = jax.jit(lambda *x: run(module, *x)).lower(*placed).compile()
+        assert not hlo_stats.collectives(compiled.as_text())
+        for actual, expected in zip(compiled(*placed), run(module, *args), strict=True):
             assert actual.sharding.spec == spec
             np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
 """
@@ -40,7 +40,8 @@ def test_products_are_summed_in_float32(axes, dtype):
     found = kernels.dot(a, b, *axes)
     exact = np.tensordot(np.asarray(a, np.float64), np.asarray(b, np.float64), axes)
     assert found.dtype == jnp.float32
-    np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-5)
+    # 64 roundings of 6e-8, of up to 50; those of operands to TF32 would be off by 4e-3.
+    np.testing.assert_allclose(found, exact, rtol=0, atol=2e-4)
 
 
 def test_the_hardware_does_not_round_float32():

@@ -18,7 +18,7 @@ def test_normalize_patches_has_the_unbiased_variance():
         patch = reference.f64(patches[i, j])
         variance = sum((x - patch.mean()) ** 2 for x in patch) / 11
         expected[i, j] = (patch - patch.mean()) / np.sqrt(variance + 1e-6)
-    reference.close(losses.normalize_patches(patches), expected, 1e-6)
+    reference.close(losses.normalize_patches(patches), expected, 3e-6)  # sums of 12: 14 roundings of 6e-8 each, twice
 
 
 def test_normalize_patches_of_one_colour():

@@ -91,8 +91,8 @@ EIGHT = """
 import json
 from pathlib import Path
 from tests.conftest import tiny_classify, tiny_distill, tiny_mae
-from tinymim_jax import forecast
-from tinymim_jax.config import Config
+from tinymim_jax.experiment.config import Config
+from tinymim_jax.planning import estimate
 stages = {"mae": tiny_mae(), "distill": tiny_distill(), "finetune": tiny_classify()}
 stages |= {"accumulated": tiny_distill(), "resident": tiny_mae()}
 stages["accumulated"].optim.accum_steps = 4
@@ -166,7 +166,7 @@ def test_bounds_are_those_of_the_chip(cfg, mesh, monkeypatch):
     small = estimate.forecast(plan, mesh)
     assert not small["fits"] and small["step_s"] == small["bounds_s"]["memory"]
     sent = {"all-gather": {"count": 1, "bytes": 8, "sent_bytes": 7.0}, "all-to-all": {"sent_bytes": 1.0}}
-    monkeypatch.setattr(estimate.hlo, "collectives", lambda _: sent)
+    monkeypatch.setattr(estimate.hlo_stats, "collectives", lambda _: sent)
     monkeypatch.setattr(estimate, "chip_of", lambda _: estimate.Chip(1e18, 1e12, 1e18, 4.0))
     linked = estimate.forecast(plan, mesh)
     assert linked["step_s"] == linked["bounds_s"]["links"] == 8 / 4

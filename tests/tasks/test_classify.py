@@ -60,8 +60,8 @@ def test_images_are_normalised_then_erased_then_mixed(monkeypatch):
         calls.append(("erase", jax.random.key_data(key), images, prob))
         return images + 1
 
-    def mix(key, images, targets, cfg):
-        calls.append(("mix", jax.random.key_data(key), images, targets, cfg))
+    def mix(key, images, targets, **how):
+        calls.append(("mix", jax.random.key_data(key), images, targets, how))
         return images * 2, targets[::-1]
 
     monkeypatch.setattr(classify, "random_erasing", erase)
@@ -77,8 +77,9 @@ def test_images_are_normalised_then_erased_then_mixed(monkeypatch):
 
     task.model = Model()
     loss, _ = task.loss({"encoder": {}}, {}, {}, batch, stages.rngs(), train=True)
-    (first, erase_key, clean, prob), (second, mix_key, erased, targets, cfg) = calls
-    assert (first, second, prob, cfg) == ("erase", "mix", 0.3, task.task)
+    (first, erase_key, clean, prob), (second, mix_key, erased, targets, how) = calls
+    assert (first, second, prob) == ("erase", "mix", 0.3)
+    assert how == {"mixup": 0.8, "cutmix": 1.0, "mix_prob": 1.0, "switch_prob": 0.5}
     assert not np.array_equal(erase_key, mix_key)
     np.testing.assert_allclose(clean, stages.normalised(batch["image"]), atol=1e-5)
     np.testing.assert_array_equal(erased, clean + 1)
@@ -100,7 +101,7 @@ def stages_output(logits):
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
 def test_an_invalid_image_leaks_into_no_partner(kind, monkeypatch):
     """Its partner is mixed with itself."""
-    monkeypatch.setattr(classify, "mix", lambda key, x, y, cfg: ((x + partner(x)) / 2, (y + partner(y)) / 2))
+    monkeypatch.setattr(classify, "mix", lambda key, x, y, **_: ((x + partner(x)) / 2, (y + partner(y)) / 2))
     run = stages.Compiled(stages.classify({**PLAIN, kind: 1.0}))
     batch, other = (stages.batch(is_valid=[1, 0, 1, 1]) for _ in range(2))
     other["image"][1], other["label"][1] = 255 - other["image"][1], (other["label"][1] + 1) % 5

@@ -1,18 +1,20 @@
 """What the host does for a batch."""
 
+import collections
 import contextlib
 import dataclasses
+import functools
+import itertools
 import os
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import simplejpeg
 
-from tinymim_jax.bench.step import processor, software
+from tinymim_jax.bench.timing import Clock, clock_of, in_turn, processor, ratio, software
 from tinymim_jax.data import fast_jpeg, pipeline, sources
 from tinymim_jax.data.augment import load
 from tinymim_jax.data.decode import decode
@@ -55,20 +57,14 @@ def loader(cfg: Config, name: str, rounds: int) -> dict[str, Any]:
         "image_size": data.image_size,
         "fast_crop": data.fast_crop,
         **{f"{key}_images_per_s": statistics.median(values) for key, values in rates.items()},
-        "of_pil": _ratio(rates["transform"], rates["pil"]),
-        "of_decode": _ratio(rates["transform"], rates["decode"]),
+        "of_pil": ratio(rates["transform"], rates["pil"]),
+        "of_decode": ratio(rates["transform"], rates["decode"]),
         "all_cores": [
-            _pipeline(dataclasses.replace(value, workers=workers), source, rounds, key, decoded)
+            _all_cores(dataclasses.replace(value, workers=workers), source, rounds, key, decoded)
             for key, value in wanted.items()
             for workers in sorted({data.workers, cores})
         ],
     }
-
-
-def _pipeline(data: Data, source: sources.Source, rounds: int, key: str, decoded: float) -> dict[str, Any]:
-    rate = _all_cores(data, source, rounds)
-    how = {"workers": data.workers, "threads": data.threads}
-    return {**how, f"{key}_images_per_s": rate, "of_decode": rate / decoded}
 
 
 def _decode(image: bytes | np.ndarray, name: str, index: int) -> np.ndarray:
@@ -82,51 +78,36 @@ def _loading(data: Data) -> Work:
     return lambda image, name, index: load(image, name, data, pipeline.image_rng(0, 0, index))
 
 
-def _ratio(ours: list[float], theirs: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
-
-
 def _one_core(source: sources.Source, work: dict[str, Work], rounds: int) -> dict[str, list[float]]:
     """Images a second of one core's time, for each kind of work in each round."""
     chosen = np.random.default_rng(0).permutation(len(source))[:IMAGES].tolist()
-    rates: dict[str, list[float]] = {key: [] for key in work}
-    for number in range(rounds + 1):  # the first warms up
-        seconds = dict.fromkeys(work, 0.0)
-        for part in range(0, len(chosen), IN_TURN):
-            for key, function in work.items():
-                begin = time.thread_time()
-                for index in chosen[part : part + IN_TURN]:
-                    function(source[index]["image"], source.describe(index), index)
-                seconds[key] += time.thread_time() - begin
-        for key, values in rates.items():
-            values.append(len(chosen) / seconds[key])
-        _say(number, rounds, ", ".join(f"{key} {values[-1]:.0f}" for key, values in rates.items()), "a core")
-    return {key: values[1:] for key, values in rates.items()}
+    turns = -(-len(chosen) // IN_TURN)
+
+    def clock(function: Work) -> Clock:
+        indices = itertools.cycle(chosen)
+
+        def call() -> None:
+            index = next(indices)
+            function(source[index]["image"], source.describe(index), index)
+
+        return clock_of(call, IN_TURN, time.thread_time)
+
+    seconds = in_turn({f"{key}_s": clock(function) for key, function in work.items()}, rounds, turns)
+    return {key: [turns / s for s in seconds[f"{key}_s"]] for key in work}
 
 
-def _all_cores(data: Data, source: sources.Source, rounds: int) -> float:
-    """Images/s (median) that worker processes keep up with; their start is left out."""
+def _all_cores(data: Data, source: sources.Source, rounds: int, key: str, decoded: float) -> dict[str, Any]:
+    """Images/s (median) that worker processes keep up with, as a multiple of `decoded` too; their start is left out."""
     rows = pipeline.train_rows(data, source, min(BATCH_SIZE, len(source)), seed=0)
     kept = data.prefetch + data.workers * (data.threads + 1)  # batches that lie ready when nobody has taken any
     # As many more at the end: the last round, too, has what comes behind it to make.
     batches = pipeline.host_batches(rows, 0, 2 * kept + (rounds + 1) * BATCHES)
-    rates = []
     try:
-        _take(batches, kept)
-        for number in range(rounds + 1):
-            begin = time.perf_counter()
-            _take(batches, BATCHES)
-            rates.append(BATCHES * rows.batch_size / (time.perf_counter() - begin))
-            _say(number, rounds, f"{rates[-1]:.0f}", f"with {data.workers} workers")
+        collections.deque(itertools.islice(batches, kept), maxlen=0)
+        clock = clock_of(functools.partial(next, batches), BATCHES)
+        (seconds,) = in_turn({f"batch_s with {data.workers} workers": clock}, rounds).values()
     finally:
         batches.close()
-    return statistics.median(rates[1:])
-
-
-def _take(batches: Iterator[Any], number: int) -> None:
-    for _ in range(number):
-        next(batches)
-
-
-def _say(number: int, rounds: int, rates: str, where: str) -> None:
-    print(f"round {number} of {rounds}: {rates} images/s {where}", file=sys.stderr)
+    rate = rows.batch_size / statistics.median(seconds)
+    how = {"workers": data.workers, "threads": data.threads}
+    return {**how, f"{key}_images_per_s": rate, "of_decode": rate / decoded}

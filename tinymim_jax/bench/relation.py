@@ -2,19 +2,17 @@
 
 import functools
 import math
-import re
 import statistics
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinymim_jax.bench.step import conditions, prepared
+from tinymim_jax.bench.step import prepared
+from tinymim_jax.bench.timing import clock_of, conditions, in_turn, of_linux, ratio
 from tinymim_jax.experiment.config import Config, Relation
 from tinymim_jax.objectives.relation_kl import Pair, relation_kl, with_kernel
 from tinymim_jax.objectives.relations import relation_logits
@@ -90,21 +88,14 @@ def _measure(ours: Callable, teacher: Pair, student: Pair, rounds: int) -> dict[
     sizes = {key: f.memory_analysis().temp_size_in_bytes for key, f in compiled.items()}
     if sizes.get("plain", 0) > free_memory():
         del compiled["plain"]
-    seconds: dict[str, list[float]] = {key: [] for key in compiled}
-    for _ in range(rounds + 1):  # the first round warms up
-        for key, function in compiled.items():
-            begin = time.perf_counter()
-            for _ in range(CALLS):
-                result = function(student, teacher)
-            jax.block_until_ready(result)
-            seconds[key].append((time.perf_counter() - begin) / CALLS)
-    found: dict[str, Any] = {f"{key}_s": statistics.median(values[1:]) for key, values in seconds.items()}
+    clocks = {f"{key}_s": clock_of(functools.partial(f, student, teacher), CALLS) for key, f in compiled.items()}
+    seconds = in_turn(clocks, rounds)
+    found: dict[str, Any] = {key: statistics.median(values) for key, values in seconds.items()}
     found |= {f"{key}_bytes": size for key, size in sizes.items()}
     if "plain" in sizes:
         found["bytes_ratio"] = sizes["ours"] / sizes["plain"]
-    if "plain" in seconds:
-        pairs = zip(seconds["ours"][1:], seconds["plain"][1:], strict=True)
-        found["time_ratio"] = statistics.median(a / b for a, b in pairs)
+    if "plain" in compiled:
+        found["time_ratio"] = ratio(seconds["ours_s"], seconds["plain_s"])
     return found
 
 
@@ -117,6 +108,5 @@ def free_memory() -> float:
     stats = jax.devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
-    info = Path("/proc/meminfo")
-    found = re.search(r"MemAvailable:\s*(\d+) kB", info.read_text()) if info.exists() else None
-    return 1024 * int(found[1]) if found else math.inf
+    available = of_linux("meminfo", r"MemAvailable:\s*(\d+) kB")
+    return 1024 * int(available) if available else math.inf

@@ -1,14 +1,7 @@
 """What a training step costs."""
 
-import datetime
-import os
-import platform
-import re
+import functools
 import statistics
-import sys
-import time
-from collections.abc import Callable
-from importlib.metadata import distributions
 from typing import Any
 
 import jax
@@ -17,10 +10,11 @@ import numpy as np
 from etils.epath import Path
 
 from tinymim_jax.bench import torch_baseline
+from tinymim_jax.bench.timing import Clock, clock_of, conditions, in_turn, ratio
 from tinymim_jax.data.pipeline import stacked
 from tinymim_jax.experiment.config import Config, Stage
 from tinymim_jax.models.contract import Encoder
-from tinymim_jax.runtime import codec, hlo_stats, keys
+from tinymim_jax.runtime import hlo_stats, keys
 from tinymim_jax.runtime import sharding as mesh_lib
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.training.setup import StageSetup, example_batch, make_setup, step_batch
@@ -30,7 +24,6 @@ from tinymim_jax.training.step import create_state, host_keys, jit_step, stage_k
 MATMUL_SIZES = {"cpu": 2048, "gpu": 8192, "tpu": 8192}
 CALLS = 10  # of a measurement of a peak: a GPU takes less for one than Python for asking
 COPIED = 2**27  # numbers, more than caches hold
-SETTING = re.compile("XLA_|LIBTPU_|NVIDIA_TF32|MALLOC_|GLIBC_TUNABLES|JAX_(DEFAULT|CPU|DISABLE)")
 
 
 def step(cfg: Config, name: str, rounds: int, vs: str | None = None) -> dict[str, Any]:
@@ -46,7 +39,8 @@ def step(cfg: Config, name: str, rounds: int, vs: str | None = None) -> dict[str
     if vs:
         torch_baseline.check(name, stage, jax.default_backend(), mesh.size)
     compiled, arguments = compile_step(setup, mesh)
-    arguments, _ = timed_step(compiled, arguments)
+    clock = step_clock(compiled, arguments, stage.run.steps_per_call)
+    clock()
     memory = peak_memory(compiled)  # before anything else takes some
     peaks = {"matmul_flops_per_s": matmul(stage.model.dtype), "memory_bytes_per_s": copying()}
     if vs:
@@ -54,20 +48,25 @@ def step(cfg: Config, name: str, rounds: int, vs: str | None = None) -> dict[str
     others = torch_baseline.steps(stage, sources_of(cfg, name)) if vs else {}
 
     def ours() -> float:
-        nonlocal arguments
-        arguments, seconds = timed_step(compiled, arguments, stage.run.steps_per_call)
-        return seconds
+        if others:
+            clock()  # as in `torch_baseline.timed`
+        return clock()
 
-    steps, theirs, reached = _in_turn(rounds, ours, others, peaks)
-    seconds = statistics.median(steps[1:])
-    measured = {name: statistics.median(one[name] for one in reached[1:]) * mesh.size for name in peaks}
+    theirs = {f"torch_{variant}_s": functools.partial(torch_baseline.timed, others, variant) for variant in others}
+    found = in_turn({"step_s": ours, **theirs, **peaks}, rounds)
+    seconds = statistics.median(found["step_s"])
+    measured = {name: statistics.median(found[name]) * mesh.size for name in peaks}
     model_flops = setup.task.flops_per_image() * stage.run.batch_size
     return {
         "benchmark": "step",
         "stage": name,
         **conditions(),
         "devices": mesh.size,
-        **_asked(stage),
+        "dtype": stage.model.dtype,
+        "attention": stage.model.attention,
+        **({"relation_kernel": stage.task.relation_kernel} if stage.task.kind == "distill" else {}),
+        "batch_size": stage.run.batch_size,
+        "steps_per_call": stage.run.steps_per_call,
         "images_per_s": stage.run.batch_size / seconds,
         "step_s": seconds,
         "model_flops": model_flops,
@@ -76,70 +75,16 @@ def step(cfg: Config, name: str, rounds: int, vs: str | None = None) -> dict[str
         "model_flops_share": model_flops / seconds / measured["matmul_flops_per_s"],
         "peak_memory_bytes": memory,
         **{
-            f"torch_{variant}": _compared(other, steps, [one[variant] for one in theirs], stage)
+            f"torch_{variant}": _compared(other, found["step_s"], found[f"torch_{variant}_s"], stage)
             for variant, other in others.items()
         },
     }
 
 
-def _asked(stage: Stage) -> dict[str, Any]:
-    return {
-        "task": codec.to_dict(stage.task),
-        "dtype": stage.model.dtype,
-        "attention": getattr(stage.model, "attention", "xla"),
-        "batch_size": stage.run.batch_size,
-        "steps_per_call": stage.run.steps_per_call,
-    }
-
-
-def _in_turn(
-    rounds: int,
-    ours: Callable[[], float],
-    others: dict[str, torch_baseline.TorchStep],
-    peaks: dict[str, Callable[[], float]],
-) -> tuple[list[float], list[dict[str, float]], list[dict[str, float]]]:
-    """Of each round, the first of which warms up: seconds of our step, those of the others, and what peaks measure."""
-    steps, theirs, reached = [], [], []
-    for _ in range(rounds + 1):
-        if others:
-            ours()  # as in `torch_baseline.timed`
-        steps.append(ours())
-        theirs.append(torch_baseline.timed(others))
-        reached.append({name: peak() for name, peak in peaks.items()})
-        line = f"{steps[-1]:.3f} s a step, {reached[-1]['matmul_flops_per_s'] / 1e9:.0f} matmul GFLOP/s"
-        print(line, *(f"torch {variant} {s:.3f} s" for variant, s in theirs[-1].items()), sep=", ", file=sys.stderr)
-    return steps, theirs, reached
-
-
-def conditions() -> dict[str, Any]:
-    """What numbers of two runs may differ in: device, versions, variables that set how memory and XLA work."""
-    kind = jax.devices()[0].device_kind
-    return {
-        "device": f"{processor()}, {os.cpu_count()} cores" if kind == "cpu" else kind,
-        **software("jax", "jaxlib"),
-        "environment": {name: os.environ[name] for name in sorted(os.environ) if SETTING.match(name)},
-    }
-
-
-def software(*packages: str) -> dict[str, str]:
-    """The time, and versions of Python and of those packages that are installed."""
-    installed = {d.name.lower(): d.version for d in distributions() if d.name}
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes")
-    found = {name: installed[name] for name in packages if name in installed}
-    return {"time": now, "python": platform.python_version(), **found}
-
-
-def processor() -> str:
-    """What the system calls the host's."""
-    info = Path("/proc/cpuinfo")
-    name = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-    return name[1] if name else platform.processor() or platform.machine()
-
-
 def _compared(other: torch_baseline.TorchStep, ours: list[float], theirs: list[float], stage: Stage) -> dict[str, Any]:
-    seconds = statistics.median(theirs[1:])
+    seconds = statistics.median(theirs)
     return {
-        "ratio": statistics.median(b / a for a, b in zip(ours[1:], theirs[1:], strict=True)),
+        "ratio": ratio(theirs, ours),
         "images_per_s": stage.run.batch_size / seconds,
         "step_s": seconds,
         "torch": other.torch.__version__,
@@ -157,24 +102,18 @@ def augment(cfg: Config, name: str, rounds: int) -> dict[str, Any]:
     if not all(hasattr(cfg.stages[name].task, field) for field in ("mixup", "cutmix", "erasing")):
         raise InputError(f"--stage={name} does not mix or erase images; choose a stage whose task is classify")
     stage, setup, mesh = prepared(cfg, name)
-    full, per_call = compile_step(setup, mesh), stage.run.steps_per_call
+    clocks = {"step_s": step_clock(*compile_step(setup, mesh), stage.run.steps_per_call)}
     stage.task.mixup = stage.task.cutmix = stage.task.erasing = 0.0
-    plain = compile_step(prepared(cfg, name)[1], mesh)
-    seconds: list[tuple[float, float]] = []
-    for _ in range(rounds + 1):  # the first round warms up
-        (arguments, with_), (plain_arguments, without) = (timed_step(*one, per_call) for one in (full, plain))
-        full, plain = (full[0], arguments), (plain[0], plain_arguments)
-        seconds.append((with_, without))
-        print(f"{with_:.4f} s a step, {without:.4f} s without", file=sys.stderr)
+    clocks["plain_step_s"] = step_clock(*compile_step(prepared(cfg, name)[1], mesh), stage.run.steps_per_call)
+    seconds = in_turn(clocks, rounds)
     return {
         "benchmark": "augment",
         "stage": name,
         **conditions(),
         "dtype": stage.model.dtype,
         "batch_size": stage.run.batch_size,
-        "step_s": statistics.median(pair[0] for pair in seconds[1:]),
-        "plain_step_s": statistics.median(pair[1] for pair in seconds[1:]),
-        "share": statistics.median(1 - pair[1] / pair[0] for pair in seconds[1:]),
+        **{key: statistics.median(values) for key, values in seconds.items()},
+        "share": 1 - ratio(seconds["plain_step_s"], seconds["step_s"]),
     }
 
 
@@ -215,13 +154,17 @@ def compile_step(setup: StageSetup, mesh: jax.sharding.Mesh) -> tuple[Any, tuple
     return jit_step(setup, mesh, shardings[0], per_call).lower(*arguments).compile(), arguments
 
 
-def timed_step(compiled: Any, arguments: tuple, per_call: int = 1) -> tuple[tuple, float]:
-    """One call: the arguments of the next, and seconds of each of its steps."""
-    begin = time.perf_counter()
-    state, metrics = jax.block_until_ready(compiled(*arguments))
-    seconds = (time.perf_counter() - begin) / per_call
-    del metrics
-    return (state, *arguments[1:]), seconds
+def step_clock(compiled: Any, arguments: tuple, per_call: int = 1) -> Clock:
+    """Seconds of each step of the next call of what `compile_step` returns."""
+    state, *others = arguments
+
+    def call() -> Any:
+        nonlocal state
+        state, metrics = compiled(state, *others)
+        return state, metrics
+
+    clock = clock_of(call)
+    return lambda: clock() / per_call
 
 
 def matmul_size() -> int:
@@ -229,35 +172,28 @@ def matmul_size() -> int:
     return MATMUL_SIZES.get(jax.default_backend(), 4096)
 
 
-def matmul(dtype: str) -> Callable[[], float]:
+def matmul(dtype: str) -> Clock:
     """A function that measures one device's FLOP/s on a large square product in `dtype`."""
     n = matmul_size()
     a = (jax.random.normal(jax.random.key(0), (n, n)) * n**-0.5).astype(dtype)  # no product grows
     product = jax.jit(lambda x: jax.lax.fori_loop(0, CALLS, lambda _, y: y @ x, x))
-    jax.block_until_ready(product(a))
-
-    def measure() -> float:
-        begin = time.perf_counter()
-        jax.block_until_ready(product(a))
-        return CALLS * 2 * n**3 / (time.perf_counter() - begin)
-
-    return measure
+    clock = clock_of(functools.partial(product, a))
+    clock()  # compiles
+    return lambda: CALLS * 2 * n**3 / clock()
 
 
-def copying() -> Callable[[], float]:
+def copying() -> Clock:
     """A function that measures the bytes a second that one device reads and writes, half of them each."""
     add = jax.jit(lambda x: x + 1, donate_argnums=0)
     x = jax.block_until_ready(add(jnp.zeros(COPIED)))
 
-    def measure() -> float:
+    def call() -> jax.Array:
         nonlocal x
-        begin = time.perf_counter()
-        for _ in range(CALLS):
-            x = add(x)
-        jax.block_until_ready(x)
-        return CALLS * 2 * x.nbytes / (time.perf_counter() - begin)
+        x = add(x)
+        return x
 
-    return measure
+    clock = clock_of(call, CALLS)
+    return lambda: 2 * x.nbytes / clock()
 
 
 def peak_memory(compiled: Any) -> int:

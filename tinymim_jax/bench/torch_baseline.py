@@ -4,6 +4,7 @@ It has an easier task than ours: images lie on the device as normalised floats, 
 that nothing is converted, jittered, mixed or erased, and no norms are logged.
 """
 
+import math
 import operator
 import sys
 import time
@@ -50,23 +51,22 @@ def _tried(stage: Stage, teacher: config.ViT | None, variant: str) -> "TorchStep
     return step
 
 
-def timed(others: dict[str, "TorchStep"]) -> dict[str, float]:
-    """Seconds of a step of each; one that fails (too little memory?) is taken out, and standard error says so.
+def timed(others: dict[str, "TorchStep"], variant: str) -> float:
+    """Seconds of a step; one that fails (too little memory?) is taken out of `others`, standard error says so: NaN.
 
     It is the second of two: the first meets memory that the system has taken back while others computed.
     """
-    seconds = {}
-    for variant, other in list(others.items()):
-        try:
-            other()
-            begin = time.perf_counter()
-            other()
-        except Exception as error:
-            print(f"torch {variant} is left out from here: {storage.reason(error)}", file=sys.stderr)
-            del others[variant]
-        else:
-            seconds[variant] = time.perf_counter() - begin
-    return seconds
+    if variant not in others:
+        return math.nan
+    try:
+        others[variant]()
+        begin = time.perf_counter()
+        others[variant]()
+    except Exception as error:
+        print(f"torch {variant} is left out from here: {storage.reason(error)}", file=sys.stderr)
+        del others[variant]
+        return math.nan
+    return time.perf_counter() - begin
 
 
 def matmul(dtype: str, n: int, count: int) -> Callable[[], float]:

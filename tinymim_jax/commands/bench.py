@@ -3,24 +3,17 @@
 import json
 import os
 
-from absl import flags
-
 from tinymim_jax.commands.flags import new_flags, parse
 from tinymim_jax.runtime.errors import InputError
 
 USAGE = """python -m tinymim_jax bench VERB --config=FILE[:options] --stage=NAME [--batch_size=N] [--rounds=N]
 
-  step                              times a stage's training step on random images and weights, no data needed;
-                                    a teacher named by path needs its stage.json
-  step --vs=torch                   and, in turn, the same in PyTorch, eager and compiled (needs .[torch])
-  augment                           times it with and without mixup, cutmix and random erasing, which the device does
-  loader                            times reading, decoding and augmenting; needs the stage's data
-  relation [--tokens=N,N] [--rows=N]
-                                    times the relation loss, ours and the plain one, and counts its memory; N rows of
-                                    a relation are worked on at a time (default: as the stage would)
-  --config.stages.NAME.FIELD=VALUE  changes one field, e.g. ....model.dtype=float32
-  --batch_size=N                    over all devices (default: the stage's)
-  --rounds=N                        the median of N is reported"""
+  step      times a stage's training step on random images and weights, no data needed; a teacher named by path needs
+            its stage.json
+  augment   times it with and without mixup, cutmix and random erasing, which the device does
+  loader    times reading, decoding and augmenting; needs the stage's data
+  relation  times the relation loss, ours and the plain one, and counts its memory
+"""
 
 VERBS = ("step", "augment", "loader", "relation")
 FLAGS = {  # and the verbs that have them; all have --stage and --rounds
@@ -33,17 +26,18 @@ FLAGS = {  # and the verbs that have them; all have --stage and --rounds
 
 def main(argv: list[str]) -> None:
     """Runs the command with its arguments; raises InputError on bad ones."""
-    values = new_flags(USAGE)
-    flags.DEFINE_string("stage", None, "the stage to measure", flag_values=values)
-    flags.DEFINE_integer("batch_size", None, "images a step", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("rounds", 5, "measurements", lower_bound=1, flag_values=values)
-    flags.DEFINE_enum("vs", None, ["torch"], "what else to measure", flag_values=values)
-    flags.DEFINE_integer("rows", None, "of a relation", lower_bound=1, flag_values=values)
-    flags.DEFINE_list("tokens", [], "how many tokens a side", flag_values=values)
+    values = new_flags(
+        stage=(str, None, "the stage to measure"),
+        batch_size=(int, None, "images a step, over all devices (default: the stage's)"),
+        rounds=(int, 5, "the median of so many is reported"),
+        vs=(("torch",), None, "step: in turn the same in PyTorch, eager and compiled (in a clone, with [torch])"),
+        tokens=(list, [], "relation: how many tokens a side (default: the stage's)"),
+        rows=(int, None, "relation: so many of its rows are worked on at a time (default: as the stage would)"),
+    )
     verb = argv[0] if argv else "--help"
     if verb not in VERBS and verb not in ("-h", "--help"):
         raise InputError(f"unknown benchmark {verb!r}; choose one of {', '.join(VERBS)}")
-    cfg = parse(values, argv[1:] or ["--help"])
+    cfg = parse(values, argv[1:] or ["--help"], USAGE)
     if values.stage not in cfg.stages:
         given = f"--stage={values.stage}: no such stage" if values.stage else "--stage=NAME is needed"
         raise InputError(f"{given}; choose one of {', '.join(cfg.stages)}")

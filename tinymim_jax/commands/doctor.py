@@ -2,9 +2,7 @@
 
 import os
 
-from absl import flags
-
-from tinymim_jax.commands.flags import CLUSTER_USAGE, define_cluster, new_flags, parse, parse_flags, start_cluster
+from tinymim_jax.commands.flags import define_cluster, new_flags, parse, parse_flags, start_cluster
 from tinymim_jax.commands.run import check_workdir
 from tinymim_jax.runtime import storage
 from tinymim_jax.runtime.codec import to_dict
@@ -16,18 +14,15 @@ USAGE = """python -m tinymim_jax doctor [--config=FILE[:options]] [--workdir=DIR
   looks at versions, devices, processes, free disk and, with a config, at its mesh and data; started in every process of
   a cluster, as `run` would be, it also finds missing processes, hosts that differ in code, packages or config, and what
   only some of them lack
-
-  --workdir=DIR                     where results would go (default: runs/ and the config's name)
-""" + CLUSTER_USAGE.lstrip("\n")
+"""
 
 
 def main(argv: list[str]) -> None:
     """Runs the command with its arguments; raises InputError if something needs mending."""
-    values = new_flags(USAGE)
-    flags.DEFINE_string("workdir", None, "where results would go", flag_values=values)
+    values = new_flags(workdir=(str, None, "where results would go (default: runs/ and the config's name)"))
     define_cluster(values)
     if any(arg.startswith("--config") or arg in ("--help", "-h") for arg in argv):
-        cfg = parse(values, argv)
+        cfg = parse(values, argv, USAGE)
     else:
         cfg = None
         if rest := parse_flags(values, argv):

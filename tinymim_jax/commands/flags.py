@@ -1,8 +1,8 @@
 """--config=FILE[:options] and --config.PATH.TO.FIELD=VALUE, as ml_collections reads them, with one-line errors."""
 
 import ast
-import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from absl import flags
@@ -12,8 +12,13 @@ from ml_collections import config_flags
 from tinymim_jax.experiment.config import Config
 from tinymim_jax.experiment.validate import check
 from tinymim_jax.runtime import cluster, distributed, storage
+from tinymim_jax.runtime.codec import to_dict
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.runtime.preemption import StopRequest
+
+CONFIG_USAGE = """
+--config=FILE[:options]: the experiment; options are listed at the top of FILE
+--config.stages.NAME.FIELD=VALUE: changes one field; tinymim_jax/experiment/config.py says what they mean"""
 
 
 class OrNone(flags.ArgumentParser):
@@ -32,6 +37,13 @@ class OrNone(flags.ArgumentParser):
             raise ValueError(f"{argument!r} is not {self.what}") from None
 
 
+KINDS = {
+    int: functools.partial(flags.DEFINE_integer, lower_bound=1),
+    str: flags.DEFINE_string,
+    bool: flags.DEFINE_bool,
+    list: flags.DEFINE_list,
+}
+
 config_flags.register_flag_parser_for_type(int, OrNone(int, "a whole number"))
 config_flags.register_flag_parser_for_type(float, OrNone(float, "a number"))
 config_flags.register_flag_parser_for_type(str, OrNone(str, "text"))
@@ -39,26 +51,27 @@ config_flags.register_flag_parser_for_type(str, OrNone(str, "text"))
 config_flags.register_flag_parser_for_type(Literal, flags.ArgumentParser())
 
 
-def new_flags(usage: str) -> flags.FlagValues:
-    """An empty set of flags; `usage` is shown by --help."""
+def new_flags(**described: tuple[Any, Any, str]) -> flags.FlagValues:
+    """Flags by name: (kind, default, help), a kind being int (at least 1), str, bool, list, a range or some choices."""
     values = flags.FlagValues()
-    flags.DEFINE_bool("help", False, usage, flag_values=values)
+    for name, (kind, default, text) in described.items():
+        if isinstance(kind, range):
+            flags.DEFINE_integer(name, default, text, kind.start, kind.stop - 1, flag_values=values)
+        elif isinstance(kind, tuple):
+            flags.DEFINE_enum(name, default, kind, text, flag_values=values)
+        else:
+            KINDS[kind](name, default, text, flag_values=values)
     return values
 
 
-CLUSTER_USAGE = """
-  --coordinator=HOST:PORT, --num_processes=N, --process_id=I
-                                    several processes, numbered from 0, that reach process 0 at HOST:PORT; Slurm, Open
-                                    MPI, TPU pods and JAX_COORDINATOR_ADDRESS, ... are found without flags
-  --start_timeout=SECONDS           how long to wait for all of them (default: 300)"""
-
-
 def define_cluster(values: flags.FlagValues) -> None:
-    """Adds the flags of `CLUSTER_USAGE`."""
-    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0", flag_values=values)
-    flags.DEFINE_integer("num_processes", None, "how many", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("process_id", None, "which", lower_bound=0, flag_values=values)
-    flags.DEFINE_float("start_timeout", 300, "seconds", lower_bound=1, flag_values=values)
+    """Adds the flags that say how several processes find each other."""
+    found = "of several processes; Slurm, Open MPI, TPU pods and JAX_COORDINATOR_ADDRESS, ... are found without flags"
+    flags.DEFINE_string("coordinator", None, f"HOST:PORT of process 0 {found}", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "how many there are", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("process_id", None, "which this is, from 0", lower_bound=0, flag_values=values)
+    wait = "seconds to wait for all of them"
+    flags.DEFINE_float("start_timeout", 300, wait, lower_bound=1, flag_values=values)
 
 
 def start_cluster(values: flags.FlagValues, stop: StopRequest, **facts: Any) -> None:
@@ -72,34 +85,25 @@ def start_cluster(values: flags.FlagValues, stop: StopRequest, **facts: Any) -> 
     distributed.start(own, values.start_timeout, stop, **facts)
 
 
-def parse(values: flags.FlagValues, argv: list[str]) -> Config:
+def parse(values: flags.FlagValues, argv: list[str], usage: str) -> Config:
     """Parses `argv` into `values` and the checked config; raises InputError, or SystemExit(0) after printing help."""
     argv = _joined(argv)
     path = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
-    if not argv or "--help" in argv or "-h" in argv:
-        print(values["help"].help)
-        print("\n".join(["", "The fields, with what they mean: tinymim_jax/config.py", *_header(path)]))
-        raise SystemExit(0)
+    _help(values, argv, usage, [CONFIG_USAGE, *_header(path)])
     if path is None:
         raise InputError("--config=FILE is needed, e.g. --config=configs/digits/chain.py")
     if not Path(path.split(":", 1)[0]).is_file():
         raise InputError(f"--config={path}: there is no file {path.split(':', 1)[0]}")
-    _check_overrides(_load(path), argv)
+    _check_overrides(to_dict(_load(path)), argv)
     config_flags.DEFINE_config_file("config", None, "the experiment", flag_values=values, sys_argv=["", *argv])
-    try:
-        rest = values(["", *argv])[1:]
-    except (flags.Error, TypeError, ValueError) as error:  # the last two: a value that does not suit its field
-        raise InputError(" ".join(str(error).split())) from None
-    if rest:
+    if rest := parse_flags(values, argv):
         raise InputError(f"unexpected argument {rest[0]!r}; see --help")
     return check(values.config)
 
 
-def parse_positional(values: flags.FlagValues, argv: list[str], names: list[str]) -> list[Path]:
+def parse_positional(values: flags.FlagValues, argv: list[str], names: list[str], usage: str) -> list[Path]:
     """Parses `argv` into `values` and one path for each of `names`; raises InputError, or SystemExit(0) after help."""
-    if not argv or "--help" in argv or "-h" in argv:
-        print(values["help"].help)
-        raise SystemExit(0)
+    _help(values, argv, usage)
     rest = parse_flags(values, argv)
     if len(rest) != len(names):
         raise InputError(f"expected {' '.join(names)}, got {' '.join(rest) or 'nothing'}; see --help")
@@ -113,8 +117,16 @@ def parse_flags(values: flags.FlagValues, argv: list[str]) -> list[str]:
     """Parses `argv` into `values`; returns what is no flag. Raises InputError."""
     try:
         return values(["", *argv])[1:]
-    except flags.Error as error:
+    except (flags.Error, TypeError, ValueError) as error:  # the last two: a value that does not suit a config's field
         raise InputError(f"{' '.join(str(error).split())}; see --help") from None
+
+
+def _help(values: flags.FlagValues, argv: list[str], usage: str, more: Sequence[str] = ()) -> None:
+    """Prints `usage` and every flag if that is asked for, and raises SystemExit(0)."""
+    if not argv or "--help" in argv or "-h" in argv:
+        known = values.get_help(include_special_flags=False).strip().removeprefix(__name__)
+        print("\n".join([usage, f"flags{known}" if known else "", *more]))
+        raise SystemExit(0)
 
 
 def _header(path: str | None) -> list[str]:
@@ -147,27 +159,21 @@ def _load(path: str) -> Config:
     return values.config
 
 
-def _check_overrides(loaded: Config, argv: list[str]) -> None:
-    """Raises InputError that lists the choices if an override names a field that is not there."""
+def _check_overrides(fields: dict[str, Any], argv: list[str]) -> None:
+    """Raises InputError that lists the choices if an override names none of the `fields` of a config."""
     for arg in argv:
         name, _, value = arg[2:].partition("=")
-        if arg.startswith(tuple(f"--{field.name}." for field in _fields(loaded))):
+        if arg.startswith(tuple(f"--{field}." for field in fields)):
             raise InputError(f"{arg}: fields of the config begin with config: --config.{arg[2:]}")
-        if not arg.startswith("--config."):
-            continue
-        node: Any = loaded
-        for part in name.split(".")[1:]:
-            part = part.split("[")[0]
+        node: Any = fields
+        for part in name.split(".")[1:] if arg.startswith("--config.") else ():
             if node is None:
                 break  # an optional part that ml_collections will create
-            fields = list(node) if isinstance(node, dict) else [f.name for f in _fields(node)]
-            if part not in fields:
-                raise InputError(f"--{name}: there is no {part!r}; choose one of {', '.join(fields) or 'none'}")
-            node = node[part] if isinstance(node, dict) else getattr(node, part)
-        inner = ", ".join(node if isinstance(node, dict) else [f.name for f in _fields(node)])
-        if inner and value not in ("none", "None"):
-            raise InputError(f"--{name} holds {inner}; set one of these, e.g. --{name}.{inner.split(',')[0]}=...")
-
-
-def _fields(node: Any) -> tuple[dataclasses.Field, ...]:
-    return dataclasses.fields(node) if dataclasses.is_dataclass(node) else ()
+            part, known = part.split("[")[0], node if isinstance(node, dict) else {}
+            if part not in known:
+                raise InputError(f"--{name}: there is no {part!r}; choose one of {', '.join(known) or 'none'}")
+            node = known[part]
+        if node and node is not fields and isinstance(node, dict) and value not in ("none", "None"):
+            raise InputError(
+                f"--{name} holds {', '.join(node)}; set one of these, e.g. --{name}.{next(iter(node))}=..."
+            )

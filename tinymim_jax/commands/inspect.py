@@ -1,19 +1,19 @@
 """`inspect`: what is in a checkpoint."""
 
-from tinymim_jax.commands.convert import define_told, told
+from tinymim_jax.commands.convert import TOLD, told
 from tinymim_jax.commands.flags import new_flags, parse_positional
 from tinymim_jax.runtime.errors import InputError
 
 USAGE = """python -m tinymim_jax inspect PATH [--num_heads=N] ...
 
-  PATH   a stage's folder, a converted checkpoint, or anything that `convert` reads, with the same flags"""
+  PATH   a stage's folder, a converted checkpoint, or anything that `convert` reads, with the same flags
+"""
 
 
 def main(argv: list[str]) -> None:
     """Runs the command with its arguments; raises InputError if it is no checkpoint."""
-    values = new_flags(USAGE)
-    define_told(values)
-    (path,) = parse_positional(values, argv, ["PATH"])
+    values = new_flags(**TOLD)
+    (path,) = parse_positional(values, argv, ["PATH"], USAGE)
     if not path.exists():
         raise InputError(f"{path} does not exist")
 

@@ -3,7 +3,6 @@
 import json
 import sys
 
-from absl import flags
 from etils.epath import Path
 
 from tinymim_jax.commands.flags import new_flags, parse
@@ -13,21 +12,17 @@ USAGE = """python -m tinymim_jax plan --config=FILE[:options] [--stage=NAME] [--
 
   compiles the real training step of each stage, without data, weights or the devices, and prints memory, FLOPs,
   collectives and lower bounds for step and schedule; says what to change where a stage does not fit
-
-  --topology=CHIP:SHAPE             v4:4x4x4, v5e:16x16, v5p:4x4x8, v6e:16x16, ...; needs libtpu (pip install libtpu);
-                                    default: the devices at hand
-  --stage=NAME                      this stage only
-  --json=FILE                       where the numbers go as well
-  --config.stages.NAME.FIELD=VALUE  changes one field"""
+"""
 
 
 def main(argv: list[str]) -> None:
     """Runs the command with its arguments; raises InputError on bad ones."""
-    values = new_flags(USAGE)
-    flags.DEFINE_string("stage", None, "this stage only", flag_values=values)
-    flags.DEFINE_string("topology", "", "e.g. v5e:16x16", flag_values=values)
-    flags.DEFINE_string("json", None, "a file", flag_values=values)
-    cfg = parse(values, argv)
+    values = new_flags(
+        stage=(str, None, "this stage only"),
+        topology=(str, "", "v4:4x4x4, v5e:16x16, ...; needs libtpu (pip install libtpu); default: the devices at hand"),
+        json=(str, None, "the file where the numbers go as well"),
+    )
+    cfg = parse(values, argv, USAGE)
     if values.json:
         _check_file(values.json)
 

@@ -2,8 +2,6 @@
 
 import os
 
-from absl import flags
-
 from tinymim_jax.commands.flags import new_flags, parse_positional
 from tinymim_jax.experiment.config import Data
 from tinymim_jax.runtime import storage
@@ -12,35 +10,29 @@ from tinymim_jax.runtime.errors import InputError
 USAGE = """python -m tinymim_jax prepare SRC DST [--short_side=N] [--splits=NAME,NAME] ...
 python -m tinymim_jax prepare --verify DST
 
-  SRC                       an ImageFolder tree (SRC/<split>/<class>/*), tfds:NAME (as `tfds build` prepares it),
-                            digits, or a folder of array_record shards
-  DST                       a folder, for ArrayRecord shards in shuffled order and <split>.json with their checksums;
-                            the whole ones in it stay: a run that was stopped or killed goes on
-  --short_side=N            make the shorter side of larger images N pixels (default: copy all as they are)
-  --quality=Q               of the JPEGs that this makes (default: 95; colours are not subsampled)
-  --splits=NAME,NAME        (default: train,val; tfds: train,validation; digits: train,test)
-  --data_dir=DIR            where tfds has the data (default: ~/tensorflow_datasets)
-  --images_per_shard=N      at most (default: 4096)
-  --workers=N               processes (default: one a core)
-  --on_bad_image=stop|skip  skip: leave out what cannot be read, and list it in <split>.json (default: stop)
-  --verify                  compare the shards in DST with their checksums"""
+  SRC  an ImageFolder tree (SRC/<split>/<class>/*), tfds:NAME (as `tfds build` prepares it), digits, or a folder of
+       array_record shards
+  DST  a folder, for ArrayRecord shards in shuffled order and <split>.json with their checksums; the whole ones in it
+       stay: a run that was stopped or killed goes on
+"""
 
 SPLITS = {"folder": "train,val", "array_record": "train,val", "tfds": "train,validation", "digits": "train,test"}
 
 
 def main(argv: list[str]) -> None:
     """Runs the command with its arguments; raises InputError on bad ones."""
-    values = new_flags(USAGE)
-    flags.DEFINE_integer("short_side", None, "pixels", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("quality", 95, "of JPEGs", lower_bound=1, upper_bound=100, flag_values=values)
-    flags.DEFINE_list("splits", None, "what to pack", flag_values=values)
-    flags.DEFINE_string("data_dir", "", "of tfds", flag_values=values)
-    flags.DEFINE_integer("images_per_shard", 4096, "at most", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("workers", os.cpu_count() or 1, "processes", lower_bound=1, flag_values=values)
-    flags.DEFINE_enum("on_bad_image", "stop", ["stop", "skip"], "what to do", flag_values=values)
-    flags.DEFINE_bool("verify", False, "only compare checksums", flag_values=values)
+    values = new_flags(
+        short_side=(int, None, "pixels that the shorter side of larger images becomes (default: all stay as they are)"),
+        quality=(range(1, 101), 95, "of the JPEGs that this makes; colours are not subsampled"),
+        splits=(list, None, "NAME,NAME (default: train,val; tfds: train,validation; digits: train,test)"),
+        data_dir=(str, "", "where tfds has the data (default: ~/tensorflow_datasets)"),
+        images_per_shard=(int, 4096, "at most"),
+        workers=(int, os.cpu_count() or 1, "processes"),
+        on_bad_image=(("stop", "skip"), "stop", "skip: leave out what cannot be read, and list it in <split>.json"),
+        verify=(bool, False, "compare the shards in DST with their checksums"),
+    )
     only_verify = "--verify" in argv
-    *source, folder = parse_positional(values, argv, ["DST"] if only_verify else ["SRC", "DST"])
+    *source, folder = parse_positional(values, argv, ["DST"] if only_verify else ["SRC", "DST"], USAGE)
 
     from tinymim_jax.data import manifest, prepare
 

@@ -2,22 +2,19 @@
 
 import json
 
+from tinymim_jax.commands.flags import new_flags, parse_positional
 from tinymim_jax.runtime import storage
 from tinymim_jax.runtime.errors import InputError
 
 USAGE = """python -m tinymim_jax report WORKDIR
 
-  WORKDIR   the --workdir of a run; pictures go to WORKDIR/report/"""
+  WORKDIR   the --workdir of a run; pictures go to WORKDIR/report/
+"""
 
 
 def main(argv: list[str]) -> None:
     """Runs the command with its arguments; raises InputError if the folder holds no finished run."""
-    if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE)
-        raise SystemExit(0)
-    if len(argv) > 1:
-        raise InputError(f"unexpected argument {argv[1]!r}; see --help")
-    workdir = storage.path(argv[0])
+    (workdir,) = parse_positional(new_flags(), argv, ["WORKDIR"], USAGE)
     storage.check(workdir)
     if (workdir / "stage.json").is_file():
         raise InputError(f"{workdir} is the folder of a stage; give the folder above, {workdir.parent}")

@@ -4,10 +4,9 @@ import contextlib
 import os
 from typing import Any
 
-from absl import flags
 from etils.epath import Path
 
-from tinymim_jax.commands.flags import CLUSTER_USAGE, define_cluster, new_flags, parse, start_cluster
+from tinymim_jax.commands.flags import define_cluster, new_flags, parse, start_cluster
 from tinymim_jax.experiment.config import Config
 from tinymim_jax.runtime import storage
 from tinymim_jax.runtime.codec import to_dict
@@ -16,24 +15,18 @@ from tinymim_jax.runtime.preemption import StopRequest
 from tinymim_jax.runtime.workdir_lock import WorkdirLock
 
 USAGE = """python -m tinymim_jax run --config=FILE[:options] [--workdir=DIR] [--stage=NAME] [--dry_run]
-
-  --config=FILE[:options]           the experiment; options are listed at the top of FILE
-  --config.stages.NAME.FIELD=VALUE  changes one field
-  --workdir=DIR                     where results go (default: runs/ and the config's name); the same DIR again goes on;
-                                    a folder or gs://BUCKET/...
-  --stage=NAME                      run this stage only
-  --dry_run                         print what would happen, and touch nothing
-""" + CLUSTER_USAGE.lstrip("\n")
+"""
 
 
 def main(argv: list[str]) -> None:
     """Runs the command with its arguments; raises InputError on bad ones."""
-    values = new_flags(USAGE)
-    flags.DEFINE_string("workdir", None, "where results go", flag_values=values)
-    flags.DEFINE_string("stage", None, "run this stage only", flag_values=values)
-    flags.DEFINE_bool("dry_run", False, "print the plan only", flag_values=values)
+    values = new_flags(
+        workdir=(str, None, "a folder or gs://BUCKET/... (default: runs/ and the config's name); the same goes on"),
+        stage=(str, None, "run this stage only"),
+        dry_run=(bool, False, "print what would happen, and touch nothing"),
+    )
     define_cluster(values)
-    cfg = parse(values, argv)
+    cfg = parse(values, argv, USAGE)
     workdir = storage.path(values.workdir or f"runs/{cfg.name}")
     check_workdir(workdir)
 

@@ -17,7 +17,7 @@ CROP_ATTEMPTS = 10  # as torchvision
 def load(image: bytes | np.ndarray, name: str, data: Data, rng: np.random.Generator) -> np.ndarray:
     """A record's image as `transform` makes it, uint8 [S, S, 3]; raises InputError that begins with `name`.
 
-    With `data.fast_crop`, training crops of JPEGs show the same part, made by `turbo`.
+    With `data.fast_crop`, training crops of JPEGs show the same part, made by `fast_jpeg`.
     """
     is_fast = data.fast_crop and data.transform == "train" and isinstance(image, bytes)
     header = fast_jpeg.read_header(image) if is_fast else None
@@ -26,7 +26,7 @@ def load(image: bytes | np.ndarray, name: str, data: Data, rng: np.random.Genera
     box = crop_box(header.width, header.height, data.crop_scale, data.crop_ratio, rng)
     pixels = fast_jpeg.crop(image, header, box, data.image_size, data.interpolation)
     if pixels is None:
-        return _finish(_resized_part(decode(image, name), box, data.image_size, data.interpolation), data, rng)
+        return _finish(_resized_part(decode(image, name), box, data), data, rng)
     if data.rand_augment:
         return _finish(Image.fromarray(pixels), data, rng)
     return _mirrored(pixels) if rng.random() < data.hflip else pixels
@@ -37,43 +37,34 @@ def transform(image: Image.Image, data: Data, rng: np.random.Generator) -> np.nd
     if data.transform == "eval":
         pixels = np.asarray(center_crop(image, data.image_size, data.crop_pct, data.interpolation))
         return corruptions.corrupt(pixels, data.corruption, data.severity, rng) if data.corruption else pixels
-    image = random_resized_crop(image, data.image_size, data.crop_scale, data.crop_ratio, data.interpolation, rng)
-    return _finish(image, data, rng)
+    box = crop_box(image.width, image.height, data.crop_scale, data.crop_ratio, rng)
+    return _finish(_resized_part(image, box, data), data, rng)
 
 
 def _finish(image: Image.Image, data: Data, rng: np.random.Generator) -> np.ndarray:
     """What follows a training crop."""
     if rng.random() < data.hflip:
-        image = hflip(image)
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if data.rand_augment:
         fill = tuple(min(255, round(255 * m)) for m in data.mean)
         image = randaugment.rand_augment(image, randaugment.parse(data.rand_augment), fill, rng)
     return np.asarray(image)
 
 
-def random_resized_crop(
-    image: Image.Image,
-    size: int,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    interpolation: str,
-    rng: np.random.Generator,
-) -> Image.Image:
-    """A random part of the image, resized to `size` pixels a side; the algorithm of torchvision."""
-    return _resized_part(image, crop_box(image.width, image.height, scale, ratio, rng), size, interpolation)
-
-
-def _resized_part(image: Image.Image, box: fast_jpeg.Box, size: int, interpolation: str) -> Image.Image:
+def _resized_part(image: Image.Image, box: fast_jpeg.Box, data: Data) -> Image.Image:
     left, top, width, height = box
     # Resizing with a box would let the kernel reach pixels outside it.
     image = image.crop((left, top, left + width, top + height))
-    return image.resize((size, size), RESAMPLE[interpolation])
+    return image.resize((data.image_size, data.image_size), RESAMPLE[data.interpolation])
 
 
 def crop_box(
     width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
 ) -> fast_jpeg.Box:
-    """(left, top, width, height) in pixels: area uniform in `scale`, aspect (w / h) log-uniform in `ratio`."""
+    """(left, top, width, height) in pixels: area uniform in `scale`, aspect (w / h) log-uniform in `ratio`.
+
+    The algorithm is that of torchvision's RandomResizedCrop.
+    """
     log_ratio = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(CROP_ATTEMPTS):
         area = width * height * rng.uniform(*scale)
@@ -101,13 +92,8 @@ def center_crop(image: Image.Image, size: int, crop_pct: float, interpolation: s
     return image.crop((left, top, left + size, top + size))
 
 
-def hflip(image: Image.Image) -> Image.Image:
-    """Left and right exchanged."""
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-
-
 def _mirrored(pixels: np.ndarray) -> np.ndarray:
-    """As `hflip`: [H, W, 3], colour by colour, which numpy copies four times as fast as pixels."""
+    """[H, W, 3], left and right exchanged; colour by colour, which numpy copies four times as fast as pixels."""
     out = np.empty_like(pixels)
     for colour in range(pixels.shape[-1]):
         out[..., colour] = pixels[:, ::-1, colour]

@@ -1,7 +1,6 @@
 """Augmentation on the device: pure functions of a key and a batch of images, float32 [B, H, W, 3]."""
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,23 +50,33 @@ def jitter_in_order(images: jax.Array, factors: jax.Array, order: jax.Array) -> 
     return images
 
 
-def mix(key: jax.Array, images: jax.Array, soft_labels: jax.Array, cfg: Any) -> tuple[jax.Array, jax.Array]:
-    """Mixup or cutmix of each image with its `partner`; one draw a batch; labels [B, C].
+def mix(
+    key: jax.Array,
+    images: jax.Array,
+    soft_labels: jax.Array,
+    *,
+    mixup: float,
+    cutmix: float,
+    mix_prob: float,
+    switch_prob: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Mixup or cutmix, as `own_share` has them, of each image with its `partner`; one draw a batch; labels [B, C].
 
-    The semantics are those of timm's Mixup in batch mode, but for who is whose partner.
+    A batch is mixed with probability `mix_prob`. The semantics are those of timm's Mixup in batch mode, but for who is
+    whose partner.
     """
-    if cfg.mix_prob == 0 or (cfg.mixup == 0 and cfg.cutmix == 0):
+    if mix_prob == 0 or (mixup == 0 and cutmix == 0):
         return images, soft_labels
     on_key, *keys = jax.random.split(key, 5)
 
     def mixed(images: jax.Array, soft_labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-        own = own_share(*keys, *images.shape[1:3], cfg).astype(images.dtype)
+        own = own_share(keys, images.shape[1:3], mixup, cutmix, switch_prob).astype(images.dtype)
         lam = jnp.mean(own)  # after clipping of the box: the share of pixels that are the image's own
         images = images * own[..., None] + partner(images) * (1 - own[..., None])
         return images, soft_labels * lam + partner(soft_labels) * (1 - lam)
 
     # A branch also keeps XLA from computing `images` (with erasing's noise) anew for each of their two uses.
-    is_on = jax.random.bernoulli(on_key, cfg.mix_prob)
+    is_on = jax.random.bernoulli(on_key, mix_prob)
     return jax.lax.cond(is_on, mixed, lambda *same: same, images, soft_labels)
 
 
@@ -84,17 +93,18 @@ def partner(rows: jax.Array) -> jax.Array:
 
 
 def own_share(
-    switch_key: jax.Array, mixup_key: jax.Array, cutmix_key: jax.Array, box_key: jax.Array, height: int, width: int,
-    cfg: Any,
-) -> jax.Array:  # fmt: skip
-    """[H, W]: how much of each pixel stays the image's own, by mixup (everywhere the same) or cutmix (0 in a box)."""
-    if cfg.mixup == 0 or cfg.cutmix == 0:
-        use_cutmix = jnp.asarray(cfg.mixup == 0)
-    else:
-        use_cutmix = jax.random.bernoulli(switch_key, cfg.switch_prob)
-    lam_mixup = jax.random.beta(mixup_key, cfg.mixup, cfg.mixup) if cfg.mixup else 1.0
-    lam_cutmix = jax.random.beta(cutmix_key, cfg.cutmix, cfg.cutmix) if cfg.cutmix else 1.0
-    return jnp.where(use_cutmix, 1.0 - cutmix_box(box_key, lam_cutmix, height, width), lam_mixup)
+    keys: list[jax.Array], size: tuple[int, int], mixup: float, cutmix: float, switch_prob: float
+) -> jax.Array:
+    """[H, W]: how much of each pixel stays the image's own, by mixup (everywhere the same) or cutmix (0 in a box).
+
+    `mixup` and `cutmix` are alphas of Beta, 0 where one is off; where both are on, `switch_prob` is cutmix's.
+    """
+    switch_key, mixup_key, cutmix_key, box_key = keys
+    both = mixup > 0 and cutmix > 0
+    use_cutmix = jax.random.bernoulli(switch_key, switch_prob) if both else jnp.asarray(mixup == 0)
+    lam_mixup = jax.random.beta(mixup_key, mixup, mixup) if mixup else 1.0
+    lam_cutmix = jax.random.beta(cutmix_key, cutmix, cutmix) if cutmix else 1.0
+    return jnp.where(use_cutmix, 1.0 - cutmix_box(box_key, lam_cutmix, *size), lam_mixup)
 
 
 def cutmix_box(key: jax.Array, lam: jax.Array | float, height: int, width: int) -> jax.Array:

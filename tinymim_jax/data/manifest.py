@@ -104,7 +104,7 @@ def take_over(folder: Path, manifest: Manifest) -> None:
     file = folder / f"{manifest.split}.json"
     if file.exists():
         known = read(file)
-        changes = differences(_made_by(known), _made_by(manifest))
+        changes = differences(*(dataclasses.asdict(one) | {"shards": None} for one in (known, manifest)))
         if changes:
             raise InputError(
                 f"{file}: its shards were made otherwise ({'; '.join(changes)[:300]}); repeat what made them, name"
@@ -125,10 +125,6 @@ def take_over(folder: Path, manifest: Manifest) -> None:
 def overlap(split: str, other: str) -> bool:
     """Whether `data.split` of one, a prefix of file names, is one of the other's, too."""
     return split.startswith(other) or other.startswith(split)
-
-
-def _made_by(manifest: Manifest) -> dict[str, Any]:
-    return dataclasses.asdict(manifest) | {"shards": None}
 
 
 def verify(folder: Path) -> list[str]:

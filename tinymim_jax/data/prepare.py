@@ -11,8 +11,8 @@ import itertools
 import math
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any, Literal
 
 import numpy as np
@@ -132,33 +132,26 @@ def fit(image: bytes | np.ndarray, name: str, settings: Settings) -> bytes:
 
 
 def _pack(packer: Packer, folder: Path, workers: int) -> None:
-    """Makes the missing shards; the manifest is written after each."""
+    """Makes the missing shards in worker processes, which end with it; the manifest is written after each."""
     made = packer.manifest
     for partial in folder.glob(f".{made.split}*.partial"):  # of a run that was killed
         partial.unlink()
     made.save(folder)
     if not (missing := made.missing()):
         return
-    done = made.images_done()
-    with manifest.bar(made, done) as bar, _pool(packer, min(workers, len(missing))) as (submit, packed):
-        pending = {submit(shard): made.name(shard) for shard in missing}
-        while pending:
-            finished, _ = concurrent.futures.wait(pending, POLL, concurrent.futures.FIRST_COMPLETED)
-            bar.update(done + packed.value - bar.n)
-            for future in finished:
-                made.shards[pending.pop(future)] = future.result()
-            if finished:
-                made.save(folder)
-
-
-@contextlib.contextmanager
-def _pool(packer: Packer, workers: int) -> Iterator[tuple[Callable[[int], Future[Shard]], Any]]:
-    """How to have a shard made, and the number of images packed so far; all workers stop at the end of the block."""
     context = multiprocessing.get_context("spawn")
-    packed, stop = context.Value("Q"), context.Event()
-    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (packer, packed, stop))
+    packed, stop = context.Value("Q", made.images_done()), context.Event()
+    pool = ProcessPoolExecutor(min(workers, len(missing)), context, _start_worker, (packer, packed, stop))
     try:
-        yield lambda shard: pool.submit(_work, shard), packed
+        with manifest.bar(made, packed.value) as bar:
+            pending = {pool.submit(_work, shard): made.name(shard) for shard in missing}
+            while pending:
+                finished, _ = concurrent.futures.wait(pending, POLL, concurrent.futures.FIRST_COMPLETED)
+                bar.update(packed.value - bar.n)
+                for future in finished:
+                    made.shards[pending.pop(future)] = future.result()
+                if finished:
+                    made.save(folder)
     except concurrent.futures.BrokenExecutor:
         raise InputError(
             "a worker process was ended from outside, perhaps for want of memory; run the same command again, with"

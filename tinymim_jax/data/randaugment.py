@@ -15,7 +15,7 @@ APPLY_PROB = 0.5  # timm's addition: a drawn operation is applied half of the ti
 EXAMPLE = "rand-m9-mstd0.5-inc1"
 
 Fill = tuple[int, ...]
-Op = Callable[[Image.Image, float, int, Fill], Image.Image]
+Op = Callable[[Image.Image, float, Fill], Image.Image]  # of RGB; how strong, -1 to 1: those without a sign take abs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ def rand_augment(image: Image.Image, policy: Policy, fill: Fill, rng: np.random.
         if rng.random() < APPLY_PROB:
             magnitude = min(MAX_MAGNITUDE, max(0.0, rng.normal(policy.magnitude, policy.std)))
             sign = 1 if rng.random() < 0.5 else -1
-            image = OPS[name](image, magnitude, sign, fill)
+            image = OPS[name](image, sign * (magnitude / MAX_MAGNITUDE), fill)
     return image
 
 
@@ -61,72 +61,40 @@ def _affine(image: Image.Image, matrix: tuple[float, ...], fill: Fill) -> Image.
     )
 
 
-def _rotate(image: Image.Image, magnitude: float, sign: int, fill: Fill) -> Image.Image:
-    return image.rotate(sign * (magnitude / 10) * 30, resample=Image.Resampling.BICUBIC, fillcolor=fill)
+def _rotate(image: Image.Image, level: float, fill: Fill) -> Image.Image:
+    return image.rotate(level * 30, resample=Image.Resampling.BICUBIC, fillcolor=fill)
 
 
-def _shear_x(image: Image.Image, magnitude: float, sign: int, fill: Fill) -> Image.Image:
-    return _affine(image, (1, sign * (magnitude / 10) * 0.3, 0, 0, 1, 0), fill)
-
-
-def _shear_y(image: Image.Image, magnitude: float, sign: int, fill: Fill) -> Image.Image:
-    return _affine(image, (1, 0, 0, sign * (magnitude / 10) * 0.3, 1, 0), fill)
-
-
-def _translate_x(image: Image.Image, magnitude: float, sign: int, fill: Fill) -> Image.Image:
-    return _affine(image, (1, 0, sign * (magnitude / 10) * 0.45 * image.width, 0, 1, 0), fill)
-
-
-def _translate_y(image: Image.Image, magnitude: float, sign: int, fill: Fill) -> Image.Image:
-    return _affine(image, (1, 0, 0, 0, 1, sign * (magnitude / 10) * 0.45 * image.height), fill)
-
-
-def _auto_contrast(image: Image.Image, magnitude: float, sign: int, fill: Fill) -> Image.Image:
-    return ImageOps.autocontrast(image)
-
-
-def _equalize(image: Image.Image, magnitude: float, sign: int, fill: Fill) -> Image.Image:
-    return ImageOps.equalize(image)
-
-
-def _invert(image: Image.Image, magnitude: float, sign: int, fill: Fill) -> Image.Image:
-    return ImageOps.invert(image)
-
-
-def _posterize(image: Image.Image, magnitude: float, sign: int, fill: Fill) -> Image.Image:
+def _posterize(image: Image.Image, level: float, fill: Fill) -> Image.Image:
     # Not ImageOps.posterize: at full strength no bit is left, which Pillow 13 refuses.
-    dropped = 4 + int(magnitude / 10 * 4)
+    dropped = 4 + int(abs(level) * 4)
     return image.point([v >> dropped << dropped for v in range(256)] * 3)
 
 
-def _solarize(image: Image.Image, magnitude: float, sign: int, fill: Fill) -> Image.Image:
-    return ImageOps.solarize(image, 256 - int(magnitude / 10 * 256))
-
-
-def _solarize_add(image: Image.Image, magnitude: float, sign: int, fill: Fill) -> Image.Image:
-    added = int(magnitude / 10 * 110)
+def _solarize_add(image: Image.Image, level: float, fill: Fill) -> Image.Image:
+    added = int(abs(level) * 110)
     table = [min(255, v + added) if v < 128 else v for v in range(256)]
     return image.point(table * 3)
 
 
-def _enhance(enhancer: type, image: Image.Image, magnitude: float, sign: int, fill: Fill) -> Image.Image:
-    return enhancer(image).enhance(1 + sign * (magnitude / 10) * 0.9)
+def _enhancing(enhancer: type) -> Op:
+    return lambda image, level, fill: enhancer(image).enhance(1 + level * 0.9)
 
 
 OPS: dict[str, Op] = {
-    "AutoContrast": _auto_contrast,
-    "Equalize": _equalize,
-    "Invert": _invert,
+    "AutoContrast": lambda image, level, fill: ImageOps.autocontrast(image),
+    "Equalize": lambda image, level, fill: ImageOps.equalize(image),
+    "Invert": lambda image, level, fill: ImageOps.invert(image),
     "Rotate": _rotate,
     "PosterizeIncreasing": _posterize,
-    "SolarizeIncreasing": _solarize,
+    "SolarizeIncreasing": lambda image, level, fill: ImageOps.solarize(image, 256 - int(abs(level) * 256)),
     "SolarizeAdd": _solarize_add,
-    "ColorIncreasing": functools.partial(_enhance, ImageEnhance.Color),
-    "ContrastIncreasing": functools.partial(_enhance, ImageEnhance.Contrast),
-    "BrightnessIncreasing": functools.partial(_enhance, ImageEnhance.Brightness),
-    "SharpnessIncreasing": functools.partial(_enhance, ImageEnhance.Sharpness),
-    "ShearX": _shear_x,
-    "ShearY": _shear_y,
-    "TranslateXRel": _translate_x,
-    "TranslateYRel": _translate_y,
+    "ColorIncreasing": _enhancing(ImageEnhance.Color),
+    "ContrastIncreasing": _enhancing(ImageEnhance.Contrast),
+    "BrightnessIncreasing": _enhancing(ImageEnhance.Brightness),
+    "SharpnessIncreasing": _enhancing(ImageEnhance.Sharpness),
+    "ShearX": lambda image, level, fill: _affine(image, (1, level * 0.3, 0, 0, 1, 0), fill),
+    "ShearY": lambda image, level, fill: _affine(image, (1, 0, 0, level * 0.3, 1, 0), fill),
+    "TranslateXRel": lambda image, level, fill: _affine(image, (1, 0, level * 0.45 * image.width, 0, 1, 0), fill),
+    "TranslateYRel": lambda image, level, fill: _affine(image, (1, 0, 0, 0, 1, level * 0.45 * image.height), fill),
 }

@@ -72,7 +72,19 @@ def check_same_classes(*pair: Data) -> None:
         raise InputError(f"data: {where} differ in their classes ({odd[0]}); both need the same")
 
 
-class Subset:
+class Labelled:
+    """What sources that know their labels without reading have in common."""
+
+    _labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def labels(self) -> np.ndarray:
+        return self._labels
+
+
+class Subset(Labelled):
     """The same number of images of each class, in the order of `source`."""
 
     def __init__(self, source: Source, per_class: int, seed: int) -> None:
@@ -92,20 +104,14 @@ class Subset:
         self._indices = np.sort(np.concatenate(chosen)) if chosen else np.zeros(0, np.int64)
         self._labels = labels[self._indices]
 
-    def __len__(self) -> int:
-        return len(self._indices)
-
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self._source[int(self._indices[index])]
 
     def describe(self, index: int) -> str:
         return self._source.describe(int(self._indices[index]))
 
-    def labels(self) -> np.ndarray:
-        return self._labels
 
-
-class Digits:
+class Digits(Labelled):
     """scikit-learn's 1,797 scanned digits, 8x8, as uint8 RGB."""
 
     classes = tuple("0123456789")
@@ -121,20 +127,14 @@ class Digits:
         self._labels = digits.target[part].astype(np.int64)
         self._split = data.split
 
-    def __len__(self) -> int:
-        return len(self._labels)
-
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"image": self._images[index], "label": int(self._labels[index])}
 
     def describe(self, index: int) -> str:
         return f"image {index} of digits {self._split}"
 
-    def labels(self) -> np.ndarray:
-        return self._labels
 
-
-class Folder:
+class Folder(Labelled):
     """An ImageFolder tree, `path/split/<class>/<image>`; classes are numbered in the order of their names."""
 
     def __init__(self, data: Data) -> None:
@@ -168,9 +168,6 @@ class Folder:
         except Exception as error:  # each bucket's library has its own
             raise InputError(f"{folder}: cannot be listed ({reason(error)}); mend it") from error
 
-    def __len__(self) -> int:
-        return len(self._files)
-
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
             image = self._storage.cat_file(self.describe(index))  # of a bucket, in one request; a path takes three
@@ -180,9 +177,6 @@ class Folder:
 
     def describe(self, index: int) -> str:
         return f"{self._root}/{self._files[index]}"
-
-    def labels(self) -> np.ndarray:
-        return self._labels
 
 
 def _visible(folder: str, paths: Iterable[str]) -> list[str]:

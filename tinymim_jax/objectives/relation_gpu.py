@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from tinymim_jax.objectives.kernels import HIDDEN, Arrays, dot, per_device
+from tinymim_jax.objectives.kernels import HIDDEN, Arrays, dot
 
 Widths = tuple[int, int]  # E of teacher and student
 
@@ -32,18 +32,11 @@ def supports(tq: jax.Array, q: jax.Array) -> bool:
     return _rows(tq, q) >= TILE
 
 
-def forward(tq: jax.Array, tk: jax.Array, q: jax.Array, k: jax.Array, interpret: bool = False) -> jax.Array:
-    """KL(teacher || student) summed over heads and queries: [B, H, N, E] each -> [B], float32."""
-    return per_device(functools.partial(_call, False, interpret), tq, tk, q, k)[0]
+def kl_sums(gradient: bool, *arrays: jax.Array, interpret: bool = False) -> Arrays:
+    """KL(teacher || student) summed over heads and queries, [B], float32; with `gradient` also those by q and k.
 
-
-def both(tq: jax.Array, tk: jax.Array, q: jax.Array, k: jax.Array, interpret: bool = False) -> Arrays:
-    """`forward` and its gradients by q and k."""
-    return per_device(functools.partial(_call, True, interpret), tq, tk, q, k)
-
-
-def _call(gradient: bool, interpret: bool, *arrays: jax.Array) -> Arrays:
-    """KL [B], and with `gradient` dq and dk, of one device's [B, H, N, E]; ValueError if they are not supported."""
+    Of one device's tq, tk, q, k [B, H, N, E]; raises ValueError if they are not supported.
+    """
     tq, _, q, k = arrays
     b, h, n, width = q.shape
     rows, widths = _rows(tq, q), (tq.shape[-1], width)

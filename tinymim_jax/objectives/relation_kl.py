@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from tinymim_jax.objectives import relation_gpu, relation_tpu
+from tinymim_jax.objectives.kernels import Arrays, per_device
 
 Pair = tuple[jax.Array, jax.Array]
 Platforms = tuple[str, ...]  # those with a kernel
@@ -49,19 +50,18 @@ def with_kernel(kernel: Kernel, tq: jax.Array, q: jax.Array) -> Platforms:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _kl(rows: int, platforms: Platforms, tq: jax.Array, tk: jax.Array, q: jax.Array, k: jax.Array) -> jax.Array:
     """Summed over heads and queries: [B, H, N, E] each -> [B]."""
-    kernels = {p: KERNELS[p].forward for p in platforms}
-    return _route(kernels, lambda *arrays: _in_blocks(rows, *arrays)[0])(tq, tk, q, k)
+    return _route(platforms, False, lambda *arrays: _in_blocks(rows, *arrays)[:1], tq, tk, q, k)[0]
 
 
 def _forward(rows: int, platforms: Platforms, *arrays: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    kernels = {p: KERNELS[p].both for p in platforms}
-    kl, dq, dk = _route(kernels, functools.partial(_in_blocks, rows))(*arrays)
+    kl, dq, dk = _route(platforms, True, functools.partial(_in_blocks, rows), *arrays)
     return kl, (dq, dk)
 
 
-def _route(kernels: dict[str, Callable], plain: Callable) -> Callable:
+def _route(platforms: Platforms, gradient: bool, plain: Callable[..., Arrays], *arrays: jax.Array) -> Arrays:
     """Chosen when a program is compiled for a platform: that may be another than the one it is traced on."""
-    return functools.partial(jax.lax.platform_dependent, **kernels, default=plain) if kernels else plain
+    ours = {p: functools.partial(per_device, functools.partial(KERNELS[p].kl_sums, gradient)) for p in platforms}
+    return jax.lax.platform_dependent(*arrays, **ours, default=plain) if ours else plain(*arrays)
 
 
 def _backward(rows: int, platforms: Platforms, kept: tuple, grad: jax.Array) -> tuple[None, None, jax.Array, jax.Array]:

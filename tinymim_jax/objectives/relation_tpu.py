@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from tinymim_jax.objectives.kernels import HIDDEN, Arrays, dot, per_device
+from tinymim_jax.objectives.kernels import HIDDEN, Arrays, dot
 
 LANES = 128
 TILE = 16  # rows of a register of bfloat16
@@ -30,18 +30,9 @@ def supports(tq: jax.Array, q: jax.Array) -> bool:
     return _block_size(tq, q)[0] > 0
 
 
-def forward(tq: jax.Array, tk: jax.Array, q: jax.Array, k: jax.Array, interpret: bool = False) -> jax.Array:
-    """KL(teacher || student) summed over heads and queries: [B, H, N, E] each -> [B], float32."""
-    return per_device(functools.partial(_call, False, interpret), tq, tk, q, k)[0]
-
-
-def both(tq: jax.Array, tk: jax.Array, q: jax.Array, k: jax.Array, interpret: bool = False) -> Arrays:
-    """`forward` and its gradients by q and k, hardly dearer than these alone."""
-    return per_device(functools.partial(_call, True, interpret), tq, tk, q, k)
-
-
-def _call(gradient: bool, interpret: bool, tq: jax.Array, tk: jax.Array, q: jax.Array, k: jax.Array) -> Arrays:
-    """KL [B], and with `gradient` dq and dk, of one device's [B, H, N, E]; ValueError if they are not supported."""
+def kl_sums(gradient: bool, *arrays: jax.Array, interpret: bool = False) -> Arrays:
+    """As `relation_gpu.kl_sums`; the KL is hardly dearer than its gradients alone."""
+    tq, _, q, k = arrays
     b, h, n, width = q.shape
     heads, lanes = _block_size(tq, q)
     if not heads:
@@ -70,7 +61,7 @@ def _call(gradient: bool, interpret: bool, tq: jax.Array, tk: jax.Array, q: jax.
         cost_estimate=_cost(gradient, tq, q),
         interpret=interpret,
         name="relation_kl_gradient" if gradient else "relation_kl",
-    )(*[x.swapaxes(2, 3).reshape(b * h, -1, n) for x in (tq, tk, q, k)])
+    )(*[x.swapaxes(2, 3).reshape(b * h, -1, n) for x in arrays])
     return kl.reshape(b, -1).sum(axis=1), *[g.reshape(b, h, width, n).swapaxes(2, 3) for g in grads]
 
 

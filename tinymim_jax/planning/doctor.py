@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from importlib import metadata
-from typing import Any
 
 import jax
 import numpy as np
@@ -24,7 +23,7 @@ from tinymim_jax.planning import dry_run
 from tinymim_jax.planning.estimate import plans
 from tinymim_jax.runtime import distributed, multihost
 from tinymim_jax.runtime.errors import InputError
-from tinymim_jax.runtime.sharding import make_mesh
+from tinymim_jax.runtime.sharding import check_batch, make_mesh
 from tinymim_jax.runtime.workdir_lock import WorkdirLock
 from tinymim_jax.weights.handoff import flatten
 
@@ -50,17 +49,19 @@ def examine(cfg: Config | None, workdir: Path, env: Mapping[str, str]) -> Iterat
     yield from versions()
     yield from devices(env)
     yield from processes(env)
-    error = ""
     if cfg is not None:
         yield mesh(cfg)
         fixes = []
         for finding in data(cfg):
             yield finding
             fixes += [finding.fix] if finding.fix else []
-        error = unworkable(cfg, workdir)
-        if error and not any(fix in error for fix in fixes):
-            yield Finding(f"the stages of {cfg.name}", error)
-    yield from room(None if error else cfg, workdir)
+        try:
+            dry_run.describe_chain(cfg, workdir)
+        except InputError as error:
+            if not any(fix in str(error) for fix in fixes):
+                yield Finding(f"the stages of {cfg.name}", str(error))
+            cfg = None  # whose checkpoints have no size
+    yield from room(cfg, workdir)
 
 
 def versions() -> Iterator[Finding]:
@@ -112,15 +113,6 @@ def processes(env: Mapping[str, str]) -> Iterator[Finding]:
         yield Finding(f"{proxies[0]} is set", "unset it if processes hang at the start")
 
 
-def unworkable(cfg: Config, workdir: Path) -> str:
-    """Why the stages cannot be worked out, or ""."""
-    try:
-        dry_run.describe_chain(cfg, workdir)
-    except InputError as error:
-        return str(error)
-    return ""
-
-
 def room(cfg: Config | None, workdir: Path) -> Iterator[Finding]:
     """Whether the workdir is free, can be written to, and has room."""
     at = next(p for p in (workdir, *workdir.parents) if p.exists())
@@ -158,16 +150,14 @@ def _size(count: float) -> str:
 
 def mesh(cfg: Config) -> Finding:
     """Whether the devices fill the grid and share each batch."""
+    what = f"mesh {cfg.mesh.data} x {cfg.mesh.fsdp}"
     try:
         grid = make_mesh(cfg.mesh.data, cfg.mesh.fsdp)
         for name, stage in cfg.stages.items():
-            if stage.run.batch_size // stage.optim.accum_steps % grid.size:
-                return Finding(
-                    f"batch {stage.run.batch_size} of {name} on {grid.size} devices",
-                    "make it a multiple of devices times accum_steps",
-                )
+            what = f"mesh {grid.shape['data']} x {grid.shape['fsdp']}, stage {name}"
+            check_batch(stage.run.batch_size, grid, stage.optim.accum_steps)
     except InputError as error:
-        return Finding(f"mesh {cfg.mesh.data} x {cfg.mesh.fsdp}", str(error))
+        return Finding(what, str(error))
     return Finding(f"mesh {grid.shape['data']} x {grid.shape['fsdp']}")
 
 
@@ -206,7 +196,7 @@ def report(cfg: Config | None, workdir: Path, env: Mapping[str, str]) -> int:
         for finding in bad if jax.process_index() else []:  # whose standard output nobody sees
             print(finding, file=sys.stderr)
         return len(bad)
-    found = _grouped(multihost.gather(_told(bad)))
+    found = _grouped(multihost.gather(json.dumps([socket.gethostname(), [str(finding) for finding in bad]])))
     for finding, where in found.items():
         if any(where):
             print(f"{_named(where)}: {finding}", flush=True)
@@ -218,26 +208,19 @@ def _is_even() -> bool:
     return len(set(collections.Counter(device.process_index for device in jax.devices()).values())) == 1
 
 
-def _told(findings: list[Finding]) -> str:
-    """What a process must mend, for the first one to read."""
-    return json.dumps({"host": socket.gethostname(), "findings": [[f.what, f.fix] for f in findings]})
-
-
-def _grouped(told: list[str]) -> dict[Finding, dict[int, str]]:
+def _grouped(told: list[str]) -> dict[str, dict[int, str]]:
     """Each finding once, with the processes that have it and their hosts."""
     found = collections.defaultdict(dict)
-    for index, text in enumerate(told):
-        one = json.loads(text)
-        for halves in one["findings"]:
-            found[Finding(*halves)][index] = one["host"]
+    for index, (host, lines) in enumerate(map(json.loads, told)):
+        for line in lines:
+            found[line][index] = host
     return found
 
 
 def _named(where: Mapping[int, str]) -> str:
     """Process 3 (host), or processes 1, 2 (one host, another)."""
-    numbers, hosts = _listed(list(where)), _listed(list(dict.fromkeys(where.values())))
+    numbers, hosts = (
+        ", ".join(map(str, values[:MAX_NAMED])) + (" ..." if len(values) > MAX_NAMED else "")
+        for values in (list(where), list(dict.fromkeys(where.values())))
+    )
     return f"process{'es' if len(where) > 1 else ''} {numbers} ({hosts})"
-
-
-def _listed(values: list[Any]) -> str:
-    return ", ".join(map(str, values[:MAX_NAMED])) + (" ..." if len(values) > MAX_NAMED else "")

@@ -43,7 +43,7 @@ CHIPS = {
     "H100": Chip(989e12, 80e9, 3350e9, 900e9),
     "H200": Chip(989e12, 141e9, 4800e9, 900e9),
 }
-SHAPES = {"v4": (3, None), "v5p": (3, None), "v5e": (2, 16), "v6e": (2, 16)}  # dimensions, and chips along each
+SHAPES = {"v4": (3, 0), "v5e": (2, 16), "v5p": (3, 0), "v6e": (2, 16)}  # dimensions; the most chips along one, if any
 KINDS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}  # as jax calls them
 
 
@@ -55,14 +55,12 @@ def devices_of(topology: str) -> list[Any]:
     if not topology:
         return jax.devices()
     match = TOPOLOGY.fullmatch(topology)
-    if match and match[1] in SHAPES:
-        sizes, (count, most) = [int(n) for n in match[2].split("x")], SHAPES[match[1]]
-        if len(sizes) != count or (most and max(sizes) > most):
-            limit = f" of at most {most} chips each" if most else ""
-            raise InputError(f"--topology={topology}: there is none; {match[1]} has {count} numbers{limit}")
-    if not match or match[1] not in CHIPS:
-        names = ", ".join(name for name in CHIPS if name.startswith("v"))
-        raise InputError(f"--topology={topology}: write it like v5e:16x16; the chips are {names}")
+    if not match or match[1] not in SHAPES:
+        raise InputError(f"--topology={topology}: write it like v5e:16x16; the chips are {', '.join(SHAPES)}")
+    sizes, (count, most) = [int(n) for n in match[2].split("x")], SHAPES[match[1]]
+    if len(sizes) != count or (most and max(sizes) > most):
+        limit = f" of at most {most} chips each" if most else ""
+        raise InputError(f"--topology={topology}: there is none; {match[1]} has {count} numbers{limit}")
     # This machine is none of its hosts; without these libtpu asks around, complains, and lets one process in.
     quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost"}
     quiet["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
@@ -114,15 +112,12 @@ def compile_for(setup: StageSetup, mesh: jax.sharding.Mesh) -> Any:
     split = mesh_lib.batch_sharding(mesh, axis=int(not setup.shares_batches))
     where = {name: mesh_lib.replicated(mesh) if name == "held" else split for name in batch}
 
-    def placed(tree: Any, where: Any) -> Any:
-        where = jax.tree.broadcast(where, tree)
-        return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, where)
-
-    arguments = (
-        placed(state, shardings),
-        placed(setup.frozen, mesh_lib.state_sharding(mesh, setup.frozen)),
-        placed(batch, where),
-        placed(key, mesh_lib.replicated(mesh)),
+    trees = (state, setup.frozen, batch, key)
+    places = (shardings, mesh_lib.state_sharding(mesh, setup.frozen), where, mesh_lib.replicated(mesh))
+    arguments = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        trees,
+        jax.tree.broadcast(places, trees),
     )
     return jit_step(setup, mesh, shardings).lower(*arguments).compile()
 
@@ -191,12 +186,11 @@ def advise(cfg: Config, name: str, workdir: Path, devices: list[Any]) -> str:
     for words, fields in changes(cfg, name, len(devices)):
         other = copy.deepcopy(cfg)
         stage = other.stages[name]
-        stage.optim.accum_steps = fields.get("accum_steps", stage.optim.accum_steps)
-        stage.model.remat = fields.get("remat", stage.model.remat)
-        other.mesh.fsdp = fields.get("fsdp", other.mesh.fsdp)
-        mesh = mesh_lib.make_mesh(other.mesh.data, other.mesh.fsdp, devices)
+        owners = {"accum_steps": stage.optim, "remat": stage.model, "fsdp": other.mesh}
+        for field, value in fields.items():
+            setattr(owners[field], field, value)
         ((_, plan),) = plans(other, workdir, name)
-        if forecast(plan, mesh)["fits"]:
+        if forecast(plan, mesh_lib.make_mesh(other.mesh.data, other.mesh.fsdp, devices))["fits"]:
             return words
     return "more or larger devices, or a smaller batch"
 
@@ -245,11 +239,10 @@ def _row(name: str, f: dict[str, Any]) -> list[str]:
     if "total_bytes" not in f:
         return [*start, f"**over {f['memory_bytes'] / 1e9:.0f}**; {f['advice']}", flops, *[""] * 4]
     fits = "" if f.get("fits", True) else f" **of {f['memory_bytes'] / 1e9:.0f}**; {f.get('advice', '')}"
-    sent = {kind: _decimals(c["bytes"] / 1e6, 0) for kind, c in f["collectives"].items()}
-    collectives = ", ".join(f"{c['count']} {kind} ({sent[kind]} MB)" for kind, c in f["collectives"].items())
+    collectives = [f"{c['count']} {kind} ({_decimals(c['bytes'] / 1e6, 0)} MB)" for kind, c in f["collectives"].items()]
     times = [_decimals(1e3 * f["step_s"], 1), _decimals(f["hours"], 2)] if "step_s" in f else ["", ""]
     share = f"{f['xla_flops'] / f['model_flops']:.3f}"
-    return [*start, _decimals(f["total_bytes"] / 1e9, 1) + fits, flops, share, collectives or "none", *times]
+    return [*start, _decimals(f["total_bytes"] / 1e9, 1) + fits, flops, share, ", ".join(collectives) or "none", *times]
 
 
 def run(cfg: Config, only: str | None, topology: str, workdir: Path) -> dict[str, Any]:

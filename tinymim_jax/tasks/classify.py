@@ -84,7 +84,8 @@ class ClassifyTask(BaseTask):
         batch = {**batch, **{key: replace_by_partner(batch[key], batch["is_valid"]) for key in ("image", "label")}}
         targets = losses.smooth_one_hot(batch["label"], self.cfg.num_classes, self.task.label_smoothing)
         images = random_erasing(erase_rng, self.images(batch), self.task.erasing)
-        return mix(mix_rng, images, targets, self.task)
+        how = {name: getattr(self.task, name) for name in ("mixup", "cutmix", "mix_prob", "switch_prob")}
+        return mix(mix_rng, images, targets, **how)
 
     def loss(
         self, params: Params, model_state: Any, frozen: Frozen, batch: Batch, rngs: Rngs, *, train: bool
