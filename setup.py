@@ -29,7 +29,7 @@ setup(
         "fsspec",
         "grain>=0.2.15",
         "importlib_resources",  # tensorflow-datasets imports it and does not say so
-        "jax>=0.10,<0.12",
+        "jax>=0.10,<0.13",
         "matplotlib",
         "ml_collections>=1.1",
         "msgpack",

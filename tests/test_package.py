@@ -18,9 +18,14 @@ def test_importing_the_package_imports_nothing_heavy():
 def test_running_needs_neither_torch_nor_tensorflow():
     code = (
         "import sys; sys.modules['torch'] = sys.modules['tensorflow'] = None;"  # importing either is an error
-        "import tinymim_jax.commands.run, tinymim_jax.chain, tinymim_jax.report; print('ran')"
+        "import tinymim_jax.commands.run, tinymim_jax.training.chain, tinymim_jax.report.figures; print('ran')"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "ran\n"
+
+
+def test_a_dry_run_does_not_wait_for_torch():
+    code = "import sys, tinymim_jax.planning.dry_run; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
 def test_load_gives_a_model_with_relations(chain, mesh, tmp_path):

@@ -15,7 +15,7 @@ from etils.epath import Path
 from PIL import Image
 
 from tests.conftest import tiny_mae
-from tests.processes import environment, finish, free_port
+from tests.processes import ROOT, environment, finish, free_port
 from tinymim_jax.experiment.config import Config, Mesh
 from tinymim_jax.planning import doctor
 from tinymim_jax.runtime.workdir_lock import WorkdirLock
@@ -41,9 +41,12 @@ def test_a_machine_that_is_well(cfg, tmp_path, capsys):
 
 def test_versions_out_of_range(monkeypatch):
     monkeypatch.setattr(jax, "__version__", "0.9.1")
-    found = fixes(doctor.versions())
-    assert any("pip install 'jax>=0.10,<0.12'" in line for line in found)
-    assert any("pip install jaxlib==0.9.1" in line for line in found)
+    bound = re.search(r'"(jax>=[^"]+)"', (ROOT / "setup.py").read_text())[1]
+    assert fixes(doctor.versions()) == [f"jax 0.9.1: it was tried with 0.10 to 0.12: pip install '{bound}'"]
+    monkeypatch.setattr(jax, "__version__", bound.split("<")[1] + ".0")
+    assert len(fixes(doctor.versions())) == 1
+    monkeypatch.setattr(jax, "__version__", "0.12.0.1")
+    assert not fixes(doctor.versions())
 
 
 def test_an_accelerator_that_is_not_used(monkeypatch):

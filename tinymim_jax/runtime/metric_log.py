@@ -7,8 +7,6 @@ from typing import Any
 
 import jax
 from etils.epath import Path
-from tensorboardX import SummaryWriter
-from tensorboardX.record_writer import register_writer_factory
 
 from tinymim_jax.runtime import storage
 from tinymim_jax.runtime.errors import InputError
@@ -30,11 +28,13 @@ class MetricLog:
         self.lock, self.closed = threading.Lock(), threading.Event()
         self.flush()
         threading.Thread(target=self._follow, daemon=True).start()  # training does not wait for a bucket
+        import tensorboardX.record_writer  # imports PyTorch where it can, for seconds: a dry run does without
+
         for scheme in (*storage.EXTRAS, "file"):
-            register_writer_factory(scheme, EventFile)
+            tensorboardX.record_writer.register_writer_factory(scheme, EventFile)
         storage.make(folder / "tensorboard")
         url = storage.files(folder).unstrip_protocol(str(folder / "tensorboard"))
-        self.board = SummaryWriter(url, purge_step=start + 1)
+        self.board = tensorboardX.SummaryWriter(url, purge_step=start + 1)
 
     def has(self, step: int, part: str) -> bool:
         """Whether a line of `step` with a name that contains `part` was there when this writer, active, was made."""
