@@ -96,9 +96,7 @@ def test_a_trunk_computes_what_the_whole_does(block, heads):
 def test_computing_like_another():
     other = ViT(16, 1, 2, image_size=32, patch_size=8, dtype="bfloat16", attention="cudnn", remat=True)
     teacher = dataclasses.replace(TINY, remat=True, last_block_heads=None)
-    expected = dataclasses.replace(
-        teacher, image_size=32, dtype="bfloat16", attention="cudnn", remat=False
-    )
+    expected = dataclasses.replace(teacher, image_size=32, dtype="bfloat16", attention="cudnn", remat=False)
     assert teacher.computing_like(other) == expected
     assert teacher.image_size == 16  # left as it was
     with pytest.raises(InputError, match="the teacher: attention 'cudnn' takes .* 4 heads are 6 wide"):

@@ -81,8 +81,8 @@ def test_a_permutation_and_its_gradient():
     value, gradient = jax.value_and_grad(lambda x: (weights * mae.permute(x, order)).sum())(x)
     np.testing.assert_allclose(value, plain(x), rtol=1e-5)
     expected = np.zeros_like(x)
-    for b, l in np.ndindex(2, 16):
-        expected[b, order[b, l]] += weights[b, l]
+    for b, i in np.ndindex(2, 16):
+        expected[b, order[b, i]] += weights[b, i]
     np.testing.assert_allclose(gradient, expected, rtol=1e-6)
 
 
