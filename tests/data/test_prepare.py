@@ -11,8 +11,8 @@ import pytest
 from etils.epath import Path
 from PIL import Image
 
+from tests.data.test_fast_jpeg import jpeg, picture
 from tests.data.test_sources import write_tfds
-from tests.data.test_turbo import jpeg, picture
 from tinymim_jax.data import manifest
 from tinymim_jax.data.decode import decode
 from tinymim_jax.data.manifest import Settings

@@ -13,7 +13,7 @@ EIGHT = """
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from tests.objectives.exact import operands, run
-from tinymim_jax import hlo
+from tinymim_jax.runtime import hlo_stats
 from tinymim_jax.objectives import relation_gpu, relation_tpu
 mesh = jax.make_mesh((4, 2), ("data", "fsdp"), (AxisType.Auto, AxisType.Auto))
 for module in (relation_gpu, relation_tpu):
@@ -21,7 +21,7 @@ for module in (relation_gpu, relation_tpu):
         args = operands(images, 1, 17, (8, 8))
         placed = jax.device_put(args, NamedSharding(mesh, spec))
         compiled = jax.jit(lambda *x: module.both(*x, interpret=True)).lower(*placed).compile()
-        assert not hlo.collectives(compiled.as_text())
+        assert not hlo_stats.collectives(compiled.as_text())
         for actual, expected in zip(compiled(*placed), run(module.both, *args), strict=True):
             assert actual.sharding.spec == spec
             np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
