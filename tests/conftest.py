@@ -16,7 +16,7 @@ import jax
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
-from tinymim_jax.evals.contract import Evaluator, Predict, measure
+from tinymim_jax.evals.contract import Evaluator, Measurement
 from tinymim_jax.experiment import recipes
 from tinymim_jax.experiment.config import (
     Classification,
@@ -28,7 +28,6 @@ from tinymim_jax.experiment.config import (
     Optim,
     Run,
     Stage,
-    Teacher,
     ViT,
 )
 from tinymim_jax.runtime.sharding import make_mesh
@@ -57,7 +56,7 @@ def tiny_distill(source: str = "mae", block: int = 2) -> Stage:
     """Four steps of distillation into a narrower ViT."""
     model = ViT(16, 2, 2, last_block_heads=6, drop_path=0.1, **IMAGE)
     model.width = 12
-    return _short(recipes.distill(model, Teacher(Init(source), block), TRAIN))
+    return _short(recipes.distill(model, Init(source), TRAIN, block=block))
 
 
 def tiny_classify(source: str | None = "distill") -> Stage:
@@ -72,10 +71,9 @@ def tiny_classify(source: str | None = "distill") -> Stage:
     return stage
 
 
-def measured(evaluator: Evaluator, predict: Predict, variables: Any, frozen: Any) -> dict[str, float]:
+def measured(evaluator: Evaluator, variables: Any, frozen: Any) -> dict[str, float]:
     """All that one evaluator finds."""
-    results = measure({"x": evaluator}, predict, variables, frozen, "x")
-    return {name.removeprefix("x/"): value for name, value in results.items()}
+    return Measurement({"x": evaluator}).run(variables, frozen, "x")()["x"].scalars
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@ import dataclasses
 import io
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -18,7 +19,8 @@ from tests.processes import ROOT
 from tinymim_jax.data import pipeline
 from tinymim_jax.data.augment import transform
 from tinymim_jax.data.decode import decode
-from tinymim_jax.data.pipeline import EvalRows, TrainRows, epoch_order, eval_batches, image_rng
+from tinymim_jax.data.fields import IMAGE_LABEL
+from tinymim_jax.data.pipeline import EvalRows, ReplicaRows, TrainRows, epoch_order, eval_batches, image_rng
 from tinymim_jax.data.sources import open_source
 from tinymim_jax.experiment.config import Data
 from tinymim_jax.runtime import sharding as mesh_lib
@@ -148,7 +150,7 @@ def test_order_does_not_depend_on_threads_or_workers(mesh):
     source = open_source(Data("digits"))
     runs = [
         train(mesh, Data("digits", image_size=10, threads=t, workers=w, prefetch=p), source, stop=5)
-        for t, w, p in ((1, 0, 1), (4, 0, 5), (0, 0, 0), (2, 2, 4))
+        for t, w, p in ((1, 0, 1), (4, 0, 5), (2, 2, 4))
     ]
     for run in runs[1:]:
         assert_same(runs[0], run)
@@ -188,8 +190,8 @@ def test_processes_share_the_same_global_batch(num_processes):
     evaluation = Data("digits", image_size=10, transform="eval")
     few = open_source(Data("digits", per_class=1))  # 10 images: the last processes have nothing but padding
     for make, step in (
-        (lambda p, n: TrainRows(data, source, 8, p, n, 3), 200),
-        (lambda p, n: EvalRows(evaluation, few, 8, p, n), 1),
+        (lambda p, n: TrainRows(data, source, 8, p, n, IMAGE_LABEL, 3), 200),
+        (lambda p, n: EvalRows(evaluation, few, 8, p, n, IMAGE_LABEL), 1),
     ):
         parts = [make(p, num_processes)(step) for p in range(num_processes)]
         assert all(len(part["index"]) == 8 // num_processes for part in parts)
@@ -250,8 +252,6 @@ def test_errors_are_raised_at_the_call(mesh):
     arguments = {"batch_size": 8, "seed": 0, "start": 0, "stop": 1, "mesh": mesh}
     with pytest.raises(InputError, match="batch_size 8 is more than the 7 images"):
         train_batches(data, Numbered(7), **arguments)
-    with pytest.raises(InputError, match=r"run\.seed is -1"):
-        train_batches(data, Numbered(8), **{**arguments, "seed": -1})
     with pytest.raises(InputError, match="batch_size 8 is not a multiple of the 3 devices"):
         train_batches(data, Numbered(8), **{**arguments, "mesh": types.SimpleNamespace(size=3)})
     with pytest.raises(InputError, match="set it to 'eval'"):
@@ -310,9 +310,40 @@ def test_batches_of_a_call_are_stacked(mesh):
         np.testing.assert_array_equal(np.concatenate([stack[name] for stack in stacks]), expected)
 
 
+def replicas(seeds=(3, 9), **sizes):
+    data = Data("digits", image_size=6)
+    return ReplicaRows(tuple(pipeline.train_rows(data, Numbered(sizes.get(str(s), 21)), 8, s) for s in seeds))
+
+
+@pytest.mark.parametrize("per_call", [1, 2])
+def test_batches_of_replicas_are_those_of_each_stacked(mesh, per_call):
+    rows = replicas()
+    alone = [list(pipeline.train_batches(one, 1, 5, mesh)) for one in rows.each]
+    assert not np.array_equal(alone[0][0]["index"], alone[1][0]["index"])
+    found = list(pipeline.train_batches(rows, 1, 5, mesh, StopRequest(), per_call))
+    for name in alone[0][0]:
+        expected = np.stack([np.stack([batch[name] for batch in pair]) for pair in zip(*alone, strict=True)])
+        join = np.stack if per_call == 1 else np.concatenate
+        np.testing.assert_array_equal(join([batch[name] for batch in found]), expected)
+    assert found[0]["stop"].shape == (2, 8) if per_call == 1 else (1, 2, 8)
+
+
+def test_replicas_reach_workers_by_pickle():
+    rows = replicas()
+    sent = pickle.loads(pickle.dumps(rows))
+    assert (sent.replicas, sent.batch_size) == (2, 8)
+    jax.tree.map(np.testing.assert_array_equal, sent(2), rows(2))
+    assert not sent.empty()["is_valid"].any() and sent.empty()["index"].shape == (2, 8)
+
+
+def test_replicas_read_as_many_images_each():
+    with pytest.raises(InputError, match=r"replicas read \[21, 24\] images.*set data\.subset_seed$"):
+        replicas(**{"9": 24})
+
+
 KILLED = """
 import multiprocessing, os, signal
-from tinymim_jax.config import Data
+from tinymim_jax.experiment.config import Data
 from tinymim_jax.data import pipeline, sources
 
 data = Data("digits", image_size=6, workers=2)

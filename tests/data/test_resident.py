@@ -126,6 +126,20 @@ def test_a_wish_to_stop_travels_with_the_batch(mesh):
     assert (np.asarray(batches(DIGITS, 0, 1, mesh, request=request)[0]["stop"]) == FAILED).all()
 
 
+@pytest.mark.parametrize("per_call", [1, 2])
+def test_batches_of_replicas_are_those_of_each(mesh, per_call):
+    rows = pipeline.ReplicaRows((rows_of(DIGITS, seed=3), rows_of(DIGITS, seed=9)))
+    alone = [list(resident.train_batches(one, 1, 3, mesh)) for one in rows.each]
+    found = list(resident.train_batches(rows, 1, 3, mesh, per_call=per_call))
+    join = np.stack if per_call == 1 else np.concatenate
+    numbers = join([batch["numbers"] for batch in found])
+    np.testing.assert_array_equal(numbers, [[batch["numbers"] for batch in both] for both in zip(*alone, strict=True)])
+    for r, own in enumerate(alone):
+        jax.tree.map(
+            lambda of_all, one, r=r: np.testing.assert_array_equal(of_all[r], one), found[0]["held"], own[0]["held"]
+        )
+
+
 def test_steps_of_a_call_are_stacked(mesh):
     one = list(resident.train_batches(rows_of(DIGITS), 1, 4, mesh))
     first, second = resident.train_batches(rows_of(DIGITS), 1, 4, mesh, per_call=2)

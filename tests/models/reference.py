@@ -98,10 +98,12 @@ def attention(p, x, heads):
 
 def block(p, x, heads):
     """Everything on the way, as a dict with the names of a trace."""
-    attn_out, (q, k, v) = attention(p["attn"], layer_norm(p["norm1"], x), heads)
-    x = x + attn_out
-    mlp_out = linear(p["mlp"]["fc2"], gelu(linear(p["mlp"]["fc1"], layer_norm(p["norm2"], x))))
-    return {"q": q, "k": k, "v": v, "attn_out": attn_out, "mlp_out": mlp_out, "out": x + mlp_out}
+    norm1 = layer_norm(p["norm1"], x)
+    attn_out, (q, k, v) = attention(p["attn"], norm1, heads)
+    mid = x + attn_out
+    mlp_out = linear(p["mlp"]["fc2"], gelu(linear(p["mlp"]["fc1"], layer_norm(p["norm2"], mid))))
+    after = {"attn_out": attn_out, "mid": mid, "mlp_out": mlp_out, "out": mid + mlp_out}
+    return {"norm1": norm1, "q": q, "k": k, "v": v, **after}
 
 
 def vit(p, images, patch_size, heads, keep=None):
@@ -132,7 +134,7 @@ def mae(p, images, noise, *, patch_size, ratio, heads, decoder_heads):
     order, mask = random_mask(np.asarray(noise), ratio)
     trace = vit(p["encoder"], images, patch_size, heads, order)
     tokens = layer_norm(p["encoder"]["norm"], trace[-1]["out"])
-    dec = p["decoder"]
+    dec = p["pretext"]["decoder"]
     seen = linear(dec["embed"], tokens)
     x = np.tile(f64(dec["mask_token"]), (len(seen), 1 + noise.shape[1], 1))
     x[:, 0] = seen[:, 0]

@@ -10,7 +10,7 @@ import pytest
 from tests.models import reference
 from tinymim_jax.experiment import recipes
 from tinymim_jax.experiment.config import ViT
-from tinymim_jax.models import posembed, vit
+from tinymim_jax.models import posembed
 from tinymim_jax.runtime.errors import InputError
 
 TINY = ViT(24, 3, 3, last_block_heads=6, image_size=16, patch_size=4)
@@ -80,12 +80,6 @@ def test_shapes():
     assert shapes(recipes.vit("huge"))["pos_embed"].shape == (1, 257, 1280)
 
 
-def test_heads_of():
-    cfg = ViT(48, 3, 4, last_block_heads=6)
-    assert [vit.heads_of(cfg, i) for i in (1, 2, 3)] == [4, 4, 6]
-    assert [vit.heads_of(ViT(48, 3, 4), i) for i in (1, 3)] == [4, 4]
-
-
 # Initial values
 
 
@@ -111,6 +105,28 @@ def test_initial_values():
         assert name.endswith(("/scale", "/bias")), name
         assert (value == name.endswith("/scale")).all(), name
     assert not np.array_equal(kernels["block1/attn/proj"], kernels["block2/attn/proj"])
+
+
+def test_initial_values_of_deit():
+    """timm: normal of std 0.02 for linear layers, heads, tokens and positions; the patch embedding as torch has it."""
+    cfg = ViT(96, 2, 3, image_size=32, patch_size=16, num_classes=300, weight_init="deit", posembed="trainable")
+    drawn = jax.jit(cfg.build().init)(jax.random.key(0), pictures(size=32))["params"]
+    params = {name: np.asarray(value) for name, value in flat(drawn).items()}
+    for name in ("kernel", "bias"):
+        is_uniform(params.pop(f"patch_embed/{name}"), (16 * 16 * 3) ** -0.5)
+    is_normal(params.pop("cls_token"), 0.02, tolerance=0.35)
+    is_normal(params.pop("pos_embed"), 0.02, tolerance=0.15)
+    for name in [name for name in params if name.endswith("/kernel")]:
+        is_normal(params.pop(name), 0.02)
+    for name, value in params.items():
+        assert name.endswith(("/scale", "/bias")), name
+        assert (value == name.endswith("/scale")).all(), name
+
+
+def test_fixed_positions_are_never_drawn():
+    model = dataclasses.replace(TINY, depth=1, last_block_heads=None, weight_init="deit").build()
+    params = jax.jit(model.init)(jax.random.key(1), pictures())["params"]
+    np.testing.assert_array_equal(params["pos_embed"], posembed.sincos(4, 24))
 
 
 def is_uniform(values, bound):

@@ -104,3 +104,27 @@ def test_soft_distillation_is_deit_s(temperature):
     found = losses.soft_distillation(jnp.asarray(student), jnp.asarray(teacher), temperature)
     assert found.shape == (4,) and float(found.mean()) == pytest.approx(expected, rel=1e-5)
     assert np.allclose(losses.soft_distillation(jnp.asarray(student), jnp.asarray(student), temperature), 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("beta", [2.0, 0.5])
+def test_smooth_l1_and_its_gradient_are_torch_s(beta):
+    torch = pytest.importorskip("torch", reason="measured against PyTorch; install tinymim_jax[test]")
+    pred, target = normal(3, 4, 6), normal(3, 4, 6, seed=1)
+    pred[0, 0, :2] = target[0, 0, :2] + [beta, 0]  # where the two parts meet, and at the bottom
+    theirs = torch.tensor(pred, requires_grad=True)
+    value = torch.nn.functional.smooth_l1_loss(theirs, torch.tensor(target), beta=beta)
+    value.backward()
+    found = losses.smooth_l1(pred, target, beta)
+    assert found.shape == (3,) and found.dtype == jnp.float32
+    np.testing.assert_allclose(found.mean(), value.item(), rtol=1e-6)
+    for i in range(3):  # image by image
+        np.testing.assert_allclose(found[i], losses.smooth_l1(pred[i : i + 1], target[i : i + 1], beta)[0], rtol=1e-6)
+    gradient = jax.grad(lambda x: losses.smooth_l1(x, target, beta).mean())(pred)
+    np.testing.assert_allclose(gradient, theirs.grad, rtol=1e-5, atol=1e-8)
+    assert {*np.sign(np.abs(pred - target) - beta).ravel()} >= {-1, 1}  # both parts are met
+
+
+def test_smooth_l1_is_of_equal_shapes_and_in_float32():
+    with pytest.raises(AssertionError):
+        losses.smooth_l1(normal(2, 3), normal(2, 4), 1.0)
+    assert losses.smooth_l1(jnp.asarray(normal(2, 3), jnp.bfloat16), normal(2, 3), 1.0).dtype == jnp.float32

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.models import reference
-from tinymim_jax.experiment.config import Distill
+from tinymim_jax.experiment.config import Relation
 from tinymim_jax.objectives import relations
 
 SHAPE = (2, 5, 3, 4)  # B, N, H, E
@@ -37,7 +37,7 @@ def test_pair_of_an_unknown_relation():
 
 
 def test_the_config_offers_every_relation():
-    choices = Distill.__annotations__["relations"].__args__[0].__args__
+    choices = Relation.__annotations__["relations"].__args__[0].__args__
     assert set(choices) == relations.PAIRS.keys()
 
 

@@ -1,48 +1,41 @@
 """Tiny stages and batches for the tests of tasks."""
 
 import functools
-import re
 
-import flax.traverse_util
 import jax
 import numpy as np
 
 from tests.models import reference
 from tinymim_jax.experiment import config
-from tinymim_jax.tasks import make_task
-from tinymim_jax.tasks.contract import STREAMS
+from tinymim_jax.tasks.contract import STREAMS, Context
+from tinymim_jax.weights.parameters import flatten
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DATA = config.Data("digits", image_size=16, mean=MEAN, std=STD)
 TEACHER = config.ViT(24, 4, 3, image_size=16, patch_size=4)
+LABEL_TEACHER = config.ViT(24, 2, 3, image_size=16, patch_size=4, pool="mean", num_classes=5)
 
 
 def vit(**changes):
     return config.ViT(**{"width": 16, "depth": 2, "num_heads": 2, "image_size": 16, "patch_size": 4, **changes})
 
 
-def stage(task, model):
-    return config.Stage(task, model, DATA, config.Optim(lr=1e-3), config.Run(batch_size=4, steps=1))
-
-
 def mae(task=None, **model):
     task = config.Mae(**{"decoder": config.Decoder(12, 1, 3), **(task or {})})
-    return make_task(stage(task, vit(**model)))
+    return task.build(Context(vit(**model), DATA))
 
 
-def distill_stage(task=None, teacher=None, init=None, **model):
+def distill(targets=None, teacher=TEACHER, color_jitter=0.4, **model):
     """The teacher's block 3 of 4 has 3 heads, and so has the student's last."""
-    teacher = config.Teacher(**{"init": config.Init(stage="t", **(init or {})), "block": 3, **(teacher or {})})
-    task = config.Distill(**{"teacher": teacher, "student_block": 3, **(task or {})})
-    return stage(task, vit(**{"width": 12, "depth": 3, "last_block_heads": 3, **model}))
+    targets = {"relation": config.Relation(3, 3)} if targets is None else targets
+    task = config.Distill(config.Init(stage="t"), targets, color_jitter)
+    model = vit(**{"width": 12, "depth": 3, "last_block_heads": 3, **model})
+    return task.build(Context(model, DATA, sources={"teacher": teacher}))
 
 
-def distill(*args, **kwargs):
-    return make_task(distill_stage(*args, **kwargs), TEACHER)
-
-
-def classify(task=None, **model):
-    return make_task(stage(config.Classify(**(task or {})), vit(**{"num_classes": 5, **model})))
+def classify(task=None, teacher=LABEL_TEACHER, freeze=(), **model):
+    model = vit(**{"num_classes": 5, **model})
+    return config.Classify(**(task or {})).build(Context(model, DATA, freeze, {"teacher": teacher}))
 
 
 def batch(size=4, seed=0, is_valid=None):
@@ -71,12 +64,20 @@ def weights(task, seed=0):
     return params, frozen
 
 
+def fresh(task, seed=0):
+    """(variables, frozen) as `init` draws them."""
+    return jax.jit(task.init)(jax.random.key(seed), batch())
+
+
 class Compiled:
     """A task's functions, each compiled once for a value of `train`."""
 
     def __init__(self, task):
         self.task = task
         self.params, self.frozen = weights(task)
+        collections = dict(jax.eval_shape(task.init, jax.random.key(0), batch())[0])
+        self.state = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), collections | {"params": {}})
+        del self.state["params"]
         self._loss = {
             train: jax.jit(lambda *args, train=train: task.loss(*args, train=train)) for train in (False, True)
         }
@@ -86,15 +87,15 @@ class Compiled:
     def loss(self, data, seed=0, *, train=True):
         """(loss, aux)."""
         with jax.default_matmul_precision("highest"):
-            return self._loss[train](self.params, {}, self.frozen, data, rngs(seed))
+            return self._loss[train](self.params, self.state, self.frozen, data, rngs(seed))
 
     def gradients(self, data):
         """In training, of the parameters."""
-        return self._gradients(self.params, {}, self.frozen, data, rngs())[0]
+        return self._gradients(self.params, self.state, self.frozen, data, rngs())[0]
 
     def predict(self, data):
         with jax.default_matmul_precision("highest"):
-            return self._predict({"params": self.params}, self.frozen, data)
+            return self._predict({"params": self.params, **self.state}, self.frozen, data)
 
 
 MAKE = {
@@ -110,12 +111,17 @@ def standard(kind):
     return Compiled(MAKE[kind]())
 
 
-def zero_gradients(run):
-    """({parameter whose gradient is 0 everywhere}, {all parameters}), names joined by "/"."""
-    flat = flax.traverse_util.flatten_dict(run.gradients(batch()), sep="/")
-    return {name for name, value in flat.items() if not np.any(value)}, set(flat)
+def check_untrained(task):
+    """Raises AssertionError unless `is_untrained` holds of the fixed positions and of what has no gradient, alone.
 
-
-def declared(task, names):
-    """Those of `names` that `task.untrained` matches."""
-    return {name for name in names if any(re.fullmatch(pattern, name) for pattern in task.untrained)}
+    Returns (names that it holds of, all names).
+    """
+    gradients = flatten(Compiled(task).gradients(batch()))
+    zero = {name for name, value in gradients.items() if not np.any(value)}
+    fixed = {name for name in gradients if name in ("encoder/pos_embed", "pretext/decoder/pos_embed")}
+    if task.cfg.posembed == "trainable":
+        fixed -= {"encoder/pos_embed"}
+    assert not fixed & zero  # they are read, and must be named to stay as they are
+    untrained = {name for name in gradients if task.is_untrained(name)}
+    assert untrained == zero | fixed
+    return untrained, set(gradients)

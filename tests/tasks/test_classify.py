@@ -10,9 +10,10 @@ from tests.models import reference
 from tests.tasks import stages
 from tinymim_jax.data.device_augment import partner
 from tinymim_jax.experiment import config, recipes
-from tinymim_jax.models import flops
+from tinymim_jax.models.contract import EncoderOutput
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.tasks import classify
+from tinymim_jax.tasks.contract import Context
 
 PLAIN = {"mixup": 0.0, "cutmix": 0.0, "erasing": 0.0}
 
@@ -95,7 +96,7 @@ def test_images_are_normalised_then_erased_then_mixed(monkeypatch):
 
 
 def stages_output(logits):
-    return classify.vit.ViTOutput(jnp.zeros((4, 17, 16)), {}, logits)
+    return EncoderOutput(jnp.zeros((4, 17, 16)), {}, (), logits, (logits,))
 
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
@@ -127,33 +128,13 @@ def test_drop_path_in_training_only():
     assert len({float(run.loss(batch, seed)[0]) for seed in range(4)}) > 1
 
 
-def test_untrained():
-    zero, names = stages.zero_gradients(stages.standard("classify"))
-    assert not zero  # positions are read too, and must be named to stay as they are
-    assert stages.declared(stages.classify(), names) == {"encoder/pos_embed"}
-    assert stages.declared(stages.classify(posembed="trainable"), names) == set()
-    assert "encoder/norm/scale" in names and "encoder/fc_norm/scale" not in names
-
-
-def test_untrained_with_mean_pooling():
-    zero, names = stages.zero_gradients(compiled("mean"))
-    assert not zero
-    assert stages.declared(stages.classify(pool="mean"), names) == {"encoder/pos_embed"}
-    assert "encoder/norm/scale" not in names and "encoder/fc_norm/scale" in names
-
-
-def test_flops():
-    task = stages.classify()
-    assert task.flops_per_image() == flops.forward_backward(stages.vit(num_classes=5))
-
-
 def test_flops_of_a_linear_probe():
     """Forward through frozen blocks, and the head's own backward pass."""
     stage = recipes.linear_probe(stages.vit(num_classes=5), config.Init(path="p"), stages.DATA, stages.DATA)
     head = 2.0 * stage.model.width * 5
-    task = classify.Classify(stage)
+    task = stage.task.build(Context(stage.model, stage.data, stage.optim.freeze))
     assert task.frozen_blocks == stage.model.depth
-    assert task.flops_per_image() == pytest.approx(flops.forward(stage.model) + 2 * head)
+    assert task.flops_per_image() == pytest.approx(stage.model.forward_flops() + 2 * head)
 
 
 def test_bfloat16_loss_is_float32():
@@ -166,29 +147,22 @@ def test_bfloat16_loss_is_float32():
 # Labels from a teacher
 
 
-TEACHER = config.ViT(24, 2, 3, image_size=16, patch_size=4, pool="mean", num_classes=5)
+TEACHER = stages.LABEL_TEACHER
 
 
 def distilled(labels="hard", **teacher):
-    from tinymim_jax.experiment.config import Init, LabelTeacher
-    from tinymim_jax.tasks import make_task
-
-    task = config.Classify(**PLAIN, label_smoothing=0.1, teacher=LabelTeacher(Init("t"), labels=labels, **teacher))
-    return make_task(stages.stage(task, stages.vit(num_classes=5, dist_token=True, pool="mean")), TEACHER)
+    teacher = config.LabelTeacher(config.Init("t"), labels=labels, **teacher)
+    return stages.classify({**PLAIN, "label_smoothing": 0.1, "teacher": teacher}, dist_token=True, pool="mean")
 
 
-@pytest.mark.parametrize("labels", ["hard", "soft"])
-@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(("labels", "weight"), [("hard", 0.3), ("soft", 0.6), ("hard", 0.0), ("soft", 1.0)])
 def test_the_distillation_token_learns_from_the_teacher(labels, weight):
     """DeiT: (1 - a) CE(head, label) + a teacher's loss on the other head; the teacher sees the same images."""
     task, batch = distilled(labels, weight=weight, temperature=2.0), stages.batch()
-    variables, frozen = jax.jit(task.init)(jax.random.key(0), batch)
-    params = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(1), x.shape), variables["params"])
-    frozen = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(2), x.shape), frozen)
-    loss, aux = task.loss(params, {}, frozen, batch, stages.rngs(), train=True)
-    images = task._clean(batch)
-    out = task.model.apply({"params": params["encoder"]}, images)
-    teacher = task.teacher_cfg.build().apply({"params": frozen["encoder"]}, images).logits
+    run, images = stages.Compiled(task), task.images(batch)
+    loss, aux = run.loss(batch)
+    out = jax.jit(task.model.apply)({"params": run.params["encoder"]}, images)
+    teacher = jax.jit(task.teacher_cfg.build().apply)({"params": run.frozen["teacher"]["encoder"]}, images).logits
     smooth = np.full((4, 5), 0.02) + 0.9 * np.eye(5)[batch["label"]]
     own = -(smooth * reference.log_softmax(reference.f64(out.heads[0]))).sum(axis=1)
     log_p = reference.log_softmax(reference.f64(out.heads[1]))
@@ -203,8 +177,8 @@ def test_the_distillation_token_learns_from_the_teacher(labels, weight):
 
 def test_inference_averages_both_heads():
     task, batch = distilled(), stages.batch()
-    variables, frozen = task.init(jax.random.key(0), batch)
-    out = task.model.apply({"params": variables["params"]["encoder"]}, task._clean(batch))
+    variables, frozen = stages.fresh(task)
+    out = task.model.apply({"params": variables["params"]["encoder"]}, task.images(batch))
     np.testing.assert_allclose(task.predict(variables, frozen, batch).logits, sum(out.heads) / 2, rtol=1e-6)
 
 
@@ -216,12 +190,21 @@ def test_a_teacher_attends_as_the_stage_does():
         classify.check_teacher(student, dataclasses.replace(TEACHER, num_heads=2))
 
 
+def test_models_that_cannot_classify():
+    cfg = config.Classify(teacher=config.LabelTeacher(config.Init("t")))
+    with pytest.raises(InputError, match=r"^task: classify needs model.num_classes of at least 2, got 1$"):
+        cfg.check("task", stages.vit(num_classes=1))
+    with pytest.raises(InputError, match=r"^task.teacher labels a distillation token: set model.dist_token=True$"):
+        cfg.check("task", stages.vit(num_classes=5))
+    cfg.check("task", stages.vit(num_classes=5, dist_token=True))
+
+
 @pytest.mark.parametrize(
     ("student", "teacher", "message"),
     [
-        ({"dist_token": False}, {}, "set model.dist_token=True"),
         ({}, {"num_classes": 7}, "the teacher has 7 classes and model.num_classes is 5"),
         ({}, {"num_classes": 0}, "the teacher has 0 classes"),
+        ({}, {"head_norm": True}, "the teacher has a BatchNorm before its head"),
         ({}, {"image_size": 32}, "the teacher sees 32 px, the student 16"),
     ],
 )
@@ -238,15 +221,20 @@ def test_a_probe_normalises_features_and_keeps_their_statistics():
     """BatchNorm without affine: the batch's statistics in training, running ones (momentum 0.1 of torch) in evaluation."""
     task = stages.classify(PLAIN, head_norm=True, pool="cls")
     batch = stages.batch()
-    variables, _ = task.init(jax.random.key(0), batch)
+    variables, _ = stages.fresh(task)
     assert set(variables) == {"params", "batch_stats"} and "head_norm" not in variables["params"]["encoder"]
     model_state = {"batch_stats": variables["batch_stats"]}
-    _, aux = task.loss(variables["params"], model_state, {}, batch, stages.rngs(), train=True)
+    losses = [
+        jax.jit(functools.partial(task.loss, train=train))(variables["params"], model_state, {}, batch, stages.rngs())
+        for train in (False, True)
+    ]
+    (_, same), (_, aux) = losses
     cls = np.asarray(
-        task.model.apply({**model_state, "params": variables["params"]["encoder"]}, task._clean(batch)).tokens[:, 0]
+        jax.jit(task.model.apply)({**model_state, "params": variables["params"]["encoder"]}, task.images(batch)).tokens[
+            :, 0
+        ]
     )
     stats = aux.model_state["batch_stats"]["head_norm"]
     np.testing.assert_allclose(stats["mean"], 0.1 * cls.mean(axis=0), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(stats["var"], 0.9 + 0.1 * cls.var(axis=0), rtol=1e-4)
-    _, same = task.loss(variables["params"], model_state, {}, batch, stages.rngs(), train=False)
     jax.tree.map(np.testing.assert_array_equal, same.model_state, model_state)

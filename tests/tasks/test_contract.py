@@ -9,19 +9,21 @@ import pytest
 
 from tests.tasks import stages
 from tests.tasks.stages import MAKE, standard
+from tinymim_jax.data.fields import Fields
 from tinymim_jax.experiment import config
-from tinymim_jax.models import flops
+from tinymim_jax.models.contract import Outputs
 from tinymim_jax.objectives.metrics import Mean
 from tinymim_jax.tasks import TASKS
-from tinymim_jax.tasks.contract import STREAMS, Aux, Outputs, Task
+from tinymim_jax.tasks.contract import STREAMS, Aux, Context, TaskConfig
+from tinymim_jax.tasks.targets import TARGETS
 
 TASK = pytest.mark.parametrize("kind", MAKE)
 
 
 def test_no_task_is_untested():
-    assert MAKE.keys() == TASKS.keys()
-    for kind, make in MAKE.items():
-        assert type(make()) is TASKS[kind]
+    assert MAKE.keys() == TASKS.keys() == {cfg.kind for cfg in TASKS.values()}
+    assert all(issubclass(cfg, TaskConfig) for cfg in TASKS.values())
+    assert {kind: cfg.kind for kind, cfg in TARGETS.items()} == {kind: kind for kind in TARGETS}
 
 
 def test_streams():
@@ -31,13 +33,12 @@ def test_streams():
 @TASK
 def test_contract(kind):
     task = MAKE[kind]()
-    for name in ("init", "loss", "predict", "flops_per_image"):
-        assert callable(getattr(task, name)) and hasattr(Task, name)
-    assert isinstance(task.untrained, tuple) and all(isinstance(p, str) for p in task.untrained)
+    assert isinstance(task.fields, Fields)
     assert isinstance(task.flops_per_image(), float) and task.flops_per_image() > 0
     variables, frozen = jax.eval_shape(task.init, jax.random.key(0), stages.batch(1))
     assert set(variables) == {"params"}
-    assert bool(jax.tree.leaves(frozen)) == (kind == "distill")
+    assert set(variables["params"]) == ({"encoder", "pretext"} if kind == "mae" else {"encoder"})
+    assert frozen.keys() == ({"teacher"} if kind == "distill" else set())
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
 
 
@@ -123,11 +124,34 @@ def test_predict(kind):
     assert (out.logits is None) == (kind != "classify")
 
 
-@TASK
-def test_untrained_names_parameters(kind):
-    params = stages.weights(MAKE[kind]())[0]
-    names = set(stages.flax.traverse_util.flatten_dict(params, sep="/"))
-    assert stages.declared(MAKE[kind](), names) < names
+POSITIONS = {"encoder/pos_embed"}
+TRAINABLE = {"posembed": "trainable"}
+PLAIN = {"mixup": 0.0, "cutmix": 0.0, "erasing": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("make", "untrained"),
+    [
+        (stages.mae, {*POSITIONS, "pretext/decoder/pos_embed"}),
+        (functools.partial(stages.mae, **TRAINABLE), {"pretext/decoder/pos_embed"}),
+        (functools.partial(stages.classify, PLAIN), POSITIONS),
+        (functools.partial(stages.classify, PLAIN, pool="mean", neck=8, **TRAINABLE), set()),
+        (functools.partial(stages.classify, {**PLAIN, "teacher": config.LabelTeacher(config.Init("t"))},
+                           pool="mean", dist_token=True), POSITIONS),
+    ],
+    ids=["mae", "mae trained positions", "classify", "classify with a neck", "classify with a teacher"],
+)  # fmt: skip
+def test_untrained_is_what_has_no_gradient(make, untrained):
+    """Of distillation, where most of it is: tests of its targets."""
+    assert stages.check_untrained(make())[0] == untrained
+
+
+@pytest.mark.parametrize("lie", [lambda name: False, lambda name: name == "encoder/cls_token"])
+def test_a_task_that_is_wrong_about_it_is_caught(lie):
+    task = stages.mae()
+    task.is_untrained = lie
+    with pytest.raises(AssertionError):
+        stages.check_untrained(task)
 
 
 WIDE = {"width": 256, "depth": 2, "num_heads": 4, "image_size": 64, "patch_size": 8}
@@ -143,12 +167,8 @@ WIDE = {"width": 256, "depth": 2, "num_heads": 4, "image_size": 64, "patch_size"
 )
 def test_flops_against_xla(task, extra):
     """The cost of a gradient, element-wise work included, is at most 5 % above the matmuls counted by hand."""
-    model = config.ViT(**WIDE, **extra)
-    data = config.Data("digits", image_size=64)
-    stage = config.Stage(task, model, data, config.Optim(lr=1.0), config.Run(batch_size=4, steps=1))
-    ratio = flops_ratio(TASKS[task.kind](stage), 4)
-    assert 0.95 < ratio < 1.05
-    assert flops.num_tokens(model) == 65
+    context = Context(config.ViT(**WIDE, **extra), config.Data("digits", image_size=64))
+    assert 0.95 < flops_ratio(task.build(context), 4) < 1.05
 
 
 def flops_ratio(task, batch_size):

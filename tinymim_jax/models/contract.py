@@ -93,6 +93,11 @@ class Encoder(abc.ABC):
     def layer_id(self, name: str) -> int:
         """0 for embeddings, i for block i, depth + 1 for what follows; InputError if there is no such parameter."""
 
+    def block_of(self, name: str) -> int | None:
+        """The block that parameter `name` belongs to; None: it stands in front of the blocks or behind them."""
+        layer = self.layer_id(name)
+        return layer if 1 <= layer <= self.depth else None
+
     @abc.abstractmethod
     def is_behind_qkv(self, name: str) -> bool:
         """Whether the q, k and v of the block that parameter `name` belongs to do not depend on it."""
