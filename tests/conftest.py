@@ -16,7 +16,7 @@ import jax
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
-from tinymim_jax.evals.contract import Evaluator, Measurement
+from tinymim_jax.evals.contract import Evaluator, Measurement, scalars
 from tinymim_jax.experiment import recipes
 from tinymim_jax.experiment.config import (
     Classification,
@@ -31,6 +31,7 @@ from tinymim_jax.experiment.config import (
     ViT,
 )
 from tinymim_jax.runtime.sharding import make_mesh
+from tinymim_jax.training.loop import run_stage
 
 TRAIN = Data("digits", image_size=16, per_class=4, hflip=0.0)
 TEST = dataclasses.replace(TRAIN, split="test", transform="eval", crop_pct=1.0)
@@ -71,16 +72,30 @@ def tiny_classify(source: str | None = "distill") -> Stage:
     return stage
 
 
-def measured(evaluator: Evaluator, variables: Any, frozen: Any) -> dict[str, float]:
+def measured(evaluator: Evaluator, variables: Any, frozen: Any = None) -> dict[str, float]:
     """All that one evaluator finds."""
-    return Measurement({"x": evaluator}).run(variables, frozen, "x")()["x"].scalars
+    found = scalars(Measurement({"x": evaluator}).run(variables, frozen, "x")())
+    return {name.removeprefix("x/"): value for name, value in found.items()}
+
+
+def tiny_chain() -> Config:
+    """mae -> distill -> finetune, four steps each."""
+    return Config("tiny", {"mae": tiny_mae(), "distill": tiny_distill(), "finetune": tiny_classify()})
 
 
 @pytest.fixture
 def chain() -> Config:
     """mae -> distill -> finetune, four steps each."""
-    stages = {"mae": tiny_mae(), "distill": tiny_distill(), "finetune": tiny_classify()}
-    return Config("tiny", stages)
+    return tiny_chain()
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, mesh):
+    """The workdir of that chain, all of it run; to be read only."""
+    workdir = tmp_path_factory.mktemp("finished")
+    for name, stage in tiny_chain().stages.items():
+        run_stage(stage, name, workdir, mesh)
+    return workdir
 
 
 @pytest.fixture(scope="session")

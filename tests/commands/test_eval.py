@@ -1,14 +1,11 @@
-from tests.conftest import tiny_mae
 from tinymim_jax.__main__ import main
-from tinymim_jax.training.loop import run_stage
 
 
-def test_a_checkpoint_is_measured(mesh, tmp_path, capsys):
-    run_stage(tiny_mae(), "mae", tmp_path, mesh)
-    assert main(["eval", str(tmp_path / "mae"), "--suite=probe"]) == 0
+def test_a_checkpoint_is_measured(finished, tmp_path, capsys):
+    assert main(["eval", str(finished / "mae"), "--suite=probe", f"--out={tmp_path}"]) == 0
     out = capsys.readouterr().out
-    assert "| logistic/top1 |" in out and f"and {tmp_path / 'mae' / 'eval' / 'eval.md'}" in out
-    assert main(["eval", str(tmp_path / "mae"), "--suite=imagenet"]) == 2
+    assert "| logistic/top1 |" in out and f"wrote {tmp_path}/eval.json and {tmp_path}/eval.md" in out
+    assert main(["eval", str(finished / "mae"), "--suite=imagenet"]) == 2
     assert "needs a model with a head" in capsys.readouterr().err
 
 

@@ -8,7 +8,7 @@ from sklearn.datasets import load_digits
 
 from tests.conftest import measured
 from tinymim_jax.evals.classification import Classification, count_correct, restrict
-from tinymim_jax.experiment import config
+from tinymim_jax.evals.contract import Context
 from tinymim_jax.experiment.config import Data
 from tinymim_jax.runtime import sharding
 from tinymim_jax.runtime.errors import InputError
@@ -31,7 +31,7 @@ def always(scores):
 
 
 def evaluate(predict, batch_size=64, data=DIGITS):
-    return measured(Classification(config.Classification(data, batch_size=batch_size), ONE), predict, {}, {})
+    return measured(Classification(data, batch_size=batch_size).build(Context(ONE, predict)), {}, {})
 
 
 @pytest.mark.parametrize("batch_size", [64, 500, 512, 33])
@@ -73,14 +73,13 @@ def test_fewer_than_five_classes(tmp_path):
 
 
 def test_evaluating_twice_gives_the_same():
-    evaluator = Classification(config.Classification(DIGITS, batch_size=96), ONE)
-
     def predict(variables, frozen, batch):
         pixels = batch["image"].reshape(len(batch["image"]), -1).astype(jnp.float32)
         return Outputs(pixels, pixels[:, :10] - variables["w"] + frozen["b"])
 
-    first = measured(evaluator, predict, {"w": 1.0}, {"b": 2.0})
-    assert first == measured(evaluator, predict, {"w": 1.0}, {"b": 2.0}) and first["images"] == 500.0
+    evaluator = Classification(DIGITS, batch_size=96).build(Context(ONE, predict))
+    first = measured(evaluator, {"w": 1.0}, {"b": 2.0})
+    assert first == measured(evaluator, {"w": 1.0}, {"b": 2.0}) and first["images"] == 500.0
 
 
 def test_a_model_without_a_head_is_bad_input():
@@ -146,8 +145,8 @@ def test_a_subset_s_labels_are_columns(tmp_path):
     data = Data("folder", path=str(tmp_path), split="a", image_size=8, transform="eval")
     scores = np.zeros(1000)
     scores[0], scores[columns[7]] = 9.0, 5.0
-    evaluator = Classification(config.Classification(data, subset="imagenet_a"), ONE)
-    result = measured(evaluator, always(scores), {}, {})
+    evaluator = Classification(data, subset="imagenet_a").build(Context(ONE, always(scores)))
+    result = measured(evaluator, {}, {})
     assert (result["top1"], result["images"]) == (50.0, 2)
 
 

@@ -13,9 +13,8 @@ import pytest
 
 from tests.conftest import measured
 from tinymim_jax.data.sources import open_source
-from tinymim_jax.evals.contract import Batches
-from tinymim_jax.evals.probes import Knn, Logistic, extract, knn_predict, stack
-from tinymim_jax.experiment import config
+from tinymim_jax.evals.contract import Context
+from tinymim_jax.evals.probes import Knn, Logistic, knn_predict, stack
 from tinymim_jax.experiment.config import Data
 from tinymim_jax.runtime import sharding
 from tinymim_jax.runtime.errors import InputError
@@ -54,8 +53,7 @@ def vote(query, bank, bank_labels, k, temperature):
 
 
 def evaluate(batch_size=16, queries=QUERIES, bank=BANK, **cfg):
-    evaluator = Knn(config.Knn(queries, bank, batch_size=batch_size, **cfg), ONE)
-    return measured(evaluator, predict, {"w": MATRIX}, {})
+    return measured(Knn(queries, bank, batch_size=batch_size, **cfg).build(Context(ONE, predict)), {"w": MATRIX}, {})
 
 
 def test_knn_is_that_of_a_plain_loop():
@@ -72,7 +70,7 @@ def test_knn_is_that_of_a_plain_loop():
 
 
 def test_the_temperature_is_that_of_dino():
-    assert (config.Knn(QUERIES, BANK).temperature, config.Knn(QUERIES, BANK).k) == (0.07, (10, 20, 100, 200))
+    assert (Knn(QUERIES, BANK).temperature, Knn(QUERIES, BANK).k) == (0.07, (10, 20, 100, 200))
 
 
 def test_the_batch_size_changes_nothing():
@@ -81,8 +79,8 @@ def test_the_batch_size_changes_nothing():
 
 
 def test_evaluating_twice_gives_the_same():
-    evaluator = Knn(config.Knn(QUERIES, BANK, k=(1, 7)), ONE)
-    assert measured(evaluator, predict, {"w": MATRIX}, {}) == measured(evaluator, predict, {"w": MATRIX}, {})
+    evaluator = Knn(QUERIES, BANK, k=(1, 7)).build(Context(ONE, predict))
+    assert measured(evaluator, {"w": MATRIX}, {}) == measured(evaluator, {"w": MATRIX}, {})
 
 
 def test_an_image_is_its_own_neighbour():
@@ -95,23 +93,20 @@ def test_a_class_that_the_bank_lacks():
     def scalar(variables, frozen, batch):
         return Outputs(jnp.ones((len(batch["label"]), 2)))
 
-    evaluator = Knn(config.Knn(QUERIES, dataclasses.replace(BANK, per_class=1), k=(1,)), ONE)
-    assert measured(evaluator, scalar, {}, {}) == {"top1_k1": 10.0}
+    evaluator = Knn(QUERIES, dataclasses.replace(BANK, per_class=1), k=(1,)).build(Context(ONE, scalar))
+    assert measured(evaluator, {}, {}) == {"top1_k1": 10.0}
 
 
 def test_more_neighbours_than_the_bank_holds():
-    with pytest.raises(InputError, match="knn: k 151 is more than the 150 images of the bank"):
-        Knn(config.Knn(QUERIES, BANK, k=(10, 151)), ONE)
-    Knn(config.Knn(QUERIES, BANK, k=(10, 150)), ONE)
+    with pytest.raises(InputError, match="knn: k 151 is not among the 150 images of the bank"):
+        Knn(QUERIES, BANK, k=(10, 151)).build(Context(ONE, predict))
+    Knn(QUERIES, BANK, k=(10, 150)).build(Context(ONE, predict))
 
 
-def test_extract():
-    extracting = extract(Batches(QUERIES, 16, ONE), predict, {"w": MATRIX}, {})
-    for _ in range(4):  # batches
-        next(extracting)
-    with pytest.raises(StopIteration) as end:
-        next(extracting)
-    found, labels = stack(end.value.value)
+def test_features_are_of_unit_length_and_only_of_the_valid():
+    evaluator = Knn(QUERIES, BANK, k=(1,), batch_size=16).build(Context(ONE, predict))
+    update = jax.jit(evaluator.update)
+    found, labels = stack([jax.device_get(update({"w": MATRIX}, {}, batch)) for batch in evaluator.passes["data"]])
     expected, expected_labels = features(QUERIES)
     assert found.shape == (60, 5) and found.dtype == np.float32
     np.testing.assert_allclose(found, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-5)
@@ -146,37 +141,27 @@ def test_a_low_temperature_does_not_overflow():
 TWO_PROCESSES = """
     import sys
     import jax
-    import jax.numpy as jnp
 
     jax.distributed.initialize("127.0.0.1:" + sys.argv[1], 2, int(sys.argv[2]))
     from tests.conftest import measured
-    from tinymim_jax import config, mesh
-    from tinymim_jax.config import Data
-    from tinymim_jax.evals import make_evaluator
-    from tinymim_jax.evals.base import Batches, make_predict
-    from tinymim_jax.tasks.base import Outputs
+    from tinymim_jax.evals.contract import Context
+    from tinymim_jax.experiment.config import Classification, Data, Knn
+    from tinymim_jax.runtime import sharding
+    from tinymim_jax.tasks.contract import Outputs
 
-    def tell(*values):  # in one piece: Gloo prints to the same stream
-        sys.stdout.write("\\nRESULT " + " ".join(map(str, values)) + "\\n")
-        sys.stdout.flush()
+    def predict(variables, frozen, batch):
+        return Outputs(batch["image"].reshape(len(batch["image"]), -1) / 255, jax.nn.one_hot(batch["label"], 10))
 
-    class Pixels:
-        def predict(self, variables, frozen, batch):
-            return Outputs(batch["image"].reshape(len(batch["image"]), -1) / 255, jax.nn.one_hot(batch["label"], 10))
-
-    grid = sharding.make_mesh()
     data = Data("digits", split="test", image_size=8, transform="eval", crop_pct=1.0, per_class=3)
-    batch = next(iter(Batches(data, 8, grid)))
-    features = make_predict(Pixels(), grid)({}, {}, batch).features
-    tell("whole", features.is_fully_replicated, features.shape, batch["label"].is_fully_addressable)
-    for cfg in (config.Classification(data, batch_size=8), config.Knn(data, data, k=(1,), batch_size=8)):
-        tell(measured(make_evaluator(cfg, grid), make_predict(Pixels(), grid), {}, {}))
+    context = Context(sharding.make_mesh(), predict)
+    for cfg in (Classification(data, batch_size=8), Knn(data, data, k=(1,), batch_size=8)):
+        # In one piece: Gloo prints to the same stream.
+        sys.stdout.write("\\nRESULT " + str(measured(cfg.build(context), {}, {})) + "\\n")
+        sys.stdout.flush()
 """
 
 
-@pytest.fixture(scope="module")
-def two():
-    """What each of two processes with one device prints: its results, and its last errors."""
+def test_in_two_processes_each_reads_its_own_rows_and_both_know_the_result():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -189,23 +174,11 @@ def two():
     finally:
         for process in running:
             process.kill()
-    return [([line for line in out.splitlines() if line.startswith("RESULT")], err[-1500:]) for out, err in ended]
-
-
-def test_predictions_are_whole_in_both_of_two_processes(two):
-    for lines, errors in two:
-        assert lines[:1] == ["RESULT whole True (8, 192) False"], errors
-
-
-def test_classification_in_two_processes(two):
-    """Each reads its own rows; both know the result."""
-    for lines, errors in two:
-        assert lines[1:2] == ["RESULT {'top1': 100.0, 'top5': 100.0, 'images': 30.0}"], errors
-
-
-def test_knn_in_two_processes(two):
-    for lines, errors in two:
-        assert lines[2:] == ["RESULT {'top1_k1': 100.0}"], errors
+    for out, err in ended:
+        assert [line for line in out.splitlines() if line.startswith("RESULT")] == [
+            "RESULT {'top1': 100.0, 'top5': 100.0, 'images': 30.0}",
+            "RESULT {'top1_k1': 100.0}",
+        ], err[-1500:]
 
 
 def test_logistic_regression_is_scikit_learn_s_on_standardised_unit_features():
@@ -216,6 +189,6 @@ def test_logistic_regression_is_scikit_learn_s_on_standardised_unit_features():
     mean, std = bank.mean(axis=0), bank.std(axis=0)
     model = LogisticRegression(C=0.5, max_iter=1000).fit((bank - mean) / std, bank_labels)
     expected = 100 * (model.predict((queries - mean) / std) == labels).mean()
-    evaluator = Logistic(config.Logistic(QUERIES, BANK, c=0.5), ONE)
-    found = measured(evaluator, predict, {"w": MATRIX}, {})["top1"]
+    evaluator = Logistic(QUERIES, BANK, c=0.5).build(Context(ONE, predict))
+    found = measured(evaluator, {"w": MATRIX}, {})["top1"]
     assert found == pytest.approx(expected, abs=2) and 20 < found < 100

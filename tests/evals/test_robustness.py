@@ -5,8 +5,8 @@ import pytest
 from tests.conftest import measured
 from tinymim_jax.data.corruptions import ALEXNET_ERROR
 from tinymim_jax.evals import robustness
+from tinymim_jax.evals.contract import Context
 from tinymim_jax.evals.robustness import Corruptions
-from tinymim_jax.experiment import config
 from tinymim_jax.experiment.config import Data
 from tinymim_jax.runtime import sharding
 from tinymim_jax.runtime.errors import InputError
@@ -37,9 +37,9 @@ def test_alexnet_has_an_mce_of_100():
 
 def test_made_corruptions_are_counted_over_all_images():
     pytest.importorskip("imagecorruptions", reason="corruptions are made by imagecorruptions-imaug, extra [robust]")
-    evaluator = Corruptions(config.Corruptions(DIGITS, severities=(1, 5), batch_size=4), ONE)
     predict = lambda variables, frozen, batch: Outputs(None, jax.nn.one_hot(batch["label"] * 0, 10))  # noqa: E731
-    results = measured(evaluator, predict, {}, {})
+    evaluator = Corruptions(DIGITS, severities=(1, 5), batch_size=4).build(Context(ONE, predict))
+    results = measured(evaluator, {}, {})
     assert len(results) == 15 * 2 + 15 + 2
     assert results["mean_error"] == pytest.approx(90) and results["snow_5"] == pytest.approx(
         90
@@ -47,7 +47,7 @@ def test_made_corruptions_are_counted_over_all_images():
 
 
 def test_each_corruption_and_severity_is_made():
-    cfg = config.Corruptions(DIGITS)
+    cfg = Corruptions(DIGITS)
     found = [robustness.corrupted(cfg, name, severity) for name in ALEXNET_ERROR for severity in cfg.severities]
     assert [(d.corruption, d.severity) for d in found] == [(n, s) for n in ALEXNET_ERROR for s in range(1, 6)]
     assert all(d.source == "digits" and d.split == "test" for d in found)
@@ -64,7 +64,7 @@ def stored(root, names=ALEXNET_ERROR, severities=(1, 2)):
             Image.fromarray(np.full((8, 8, 3), value, np.uint8)).save(folder / "0.png")
             (folder.parent / "b").mkdir()
             Image.fromarray(np.full((8, 8, 3), 255, np.uint8)).save(folder.parent / "b" / "0.png")
-    return config.Corruptions(
+    return Corruptions(
         Data("folder", path=str(root), image_size=8, transform="eval"), stored=True, severities=severities
     )
 
@@ -79,7 +79,7 @@ def test_stored_corruptions_are_read_from_their_folders(tmp_path):
         wrong = pixel == 10 * list(ALEXNET_ERROR).index("fog") + 2
         return Outputs(None, jax.nn.one_hot(jax.numpy.where(pixel == 255, 1, wrong), 2))
 
-    results = measured(Corruptions(cfg, ONE), predict, {}, {})
+    results = measured(cfg.build(Context(ONE, predict)), {}, {})
     assert {name: results[name] for name in ("fog_1", "fog_2", "fog", "frost_2")} == {
         "fog_1": 0.0, "fog_2": 50.0, "fog": 25.0, "frost_2": 0.0
     }  # fmt: skip
@@ -88,9 +88,9 @@ def test_stored_corruptions_are_read_from_their_folders(tmp_path):
 def test_missing_corruptions_are_named(tmp_path):
     cfg = stored(tmp_path, names=[n for n in ALEXNET_ERROR if n != "frost"])
     with pytest.raises(InputError, match="there is no frost/1, frost/2; complete the copy of ImageNet-C"):
-        Corruptions(cfg, ONE)
+        cfg.build(Context(ONE, None))
 
 
 def test_tfds_names_each_corruption():
-    cfg = config.Corruptions(Data("tfds", name="imagenet2012_corrupted", split="validation"), stored=True)
+    cfg = Corruptions(Data("tfds", name="imagenet2012_corrupted", split="validation"), stored=True)
     assert robustness.corrupted(cfg, "glass_blur", 4).name == "imagenet2012_corrupted/glass_blur_4"

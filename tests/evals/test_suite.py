@@ -6,59 +6,47 @@ import pytest
 from PIL import Image
 
 from tests.conftest import measured, tiny_classify, tiny_mae
+from tinymim_jax.commands.eval import subject_of
 from tinymim_jax.data.device_augment import normalize, to_float
 from tinymim_jax.evals import suite
+from tinymim_jax.evals.contract import Context
 from tinymim_jax.evals.suite import Sets
 from tinymim_jax.experiment import recipes, stage_file
-from tinymim_jax.experiment.config import Classification, Corruptions
+from tinymim_jax.experiment.config import Classification, Corruptions, Knn
 from tinymim_jax.runtime.errors import InputError
-from tinymim_jax.training import chain as chain_lib
-from tinymim_jax.weights import handoff
 
 
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    from tests.conftest import tiny_classify, tiny_distill, tiny_mae
-    from tinymim_jax.experiment.config import Config
-
-    folder = tmp_path_factory.mktemp("evaluate")
-    stages = {"mae": tiny_mae(), "distill": tiny_distill(), "finetune": tiny_classify()}
-    chain_lib.run_chain(Config("tiny", stages), folder)
-    return folder
-
-
-def test_the_clean_score_is_the_stage_s_own(workdir, mesh, tmp_path):
-    report = suite.evaluate(workdir / "finetune", "imagenet", Sets(), mesh, tmp_path)
-    own = json.loads((workdir / "finetune" / "DONE").read_text())["metrics"]
+def test_the_clean_score_is_the_stage_s_own(finished, mesh, tmp_path):
+    report = suite.evaluate(subject_of(finished / "finetune"), "imagenet", Sets(), mesh, tmp_path)
+    own = json.loads((finished / "finetune" / "DONE").read_text())["metrics"]
     assert report["results"]["imagenet/top1"] == own["val/top1"]
     assert report["results"]["imagenet/images"] == 40
+    assert report["checkpoint"] == str(finished / "finetune") and report["model"]["width"] == 12
 
 
-@pytest.mark.parametrize("name", ["mae", "distill"])
-def test_a_model_without_a_head_is_probed(workdir, mesh, name, tmp_path):
-    report = suite.evaluate(workdir / name, "all", Sets(), mesh, tmp_path)
+def test_a_model_without_a_head_is_probed(finished, mesh, tmp_path):
+    report = suite.evaluate(subject_of(finished / "distill"), "all", Sets(), mesh, tmp_path)
     assert set(report["results"]) == {"knn/top1_k10", "knn/top1_k20", "logistic/top1"}
     assert 0 <= report["results"]["logistic/top1"] <= 100
 
 
-def test_probes_see_the_features_of_the_online_evaluator(workdir, mesh):
-    own = json.loads((workdir / "mae" / "DONE").read_text())["metrics"]["knn/top1_k3"]
-    clean, bank = suite.data_sets(workdir / "mae", suite.stage_file.read_model(workdir / "mae"), Sets())
-    knn = suite.make_evaluator(suite.Knn(clean, bank, k=(3,)), mesh)
-    model = suite.stage_file.read_model(workdir / "mae")
-    predict = suite.make_predict(workdir / "mae", model, clean, mesh)
-    assert measured(knn, predict, suite.handoff.read_variables(workdir / "mae"), {})["top1_k3"] == own
+def test_probes_see_the_features_of_the_stage_s_own_evals(finished, mesh):
+    own = json.loads((finished / "mae" / "DONE").read_text())["metrics"]["knn/top1_k3"]
+    subject = subject_of(finished / "mae")
+    clean, bank = suite.data_sets(subject, Sets())
+    knn = Knn(clean, bank, k=(3,)).build(Context(mesh, suite.predict_of(subject, clean)))
+    assert measured(knn, subject.variables)["top1_k3"] == own
 
 
-@pytest.mark.parametrize("suite", ["imagenet", "robust"])
-def test_a_head_is_needed(workdir, mesh, suite, tmp_path):
-    with pytest.raises(InputError, match=f"--suite={suite} needs a model with a head"):
-        suite.evaluate(workdir / "distill", suite, Sets(), mesh, tmp_path)
+@pytest.mark.parametrize("name", ["imagenet", "robust"])
+def test_a_head_is_needed(finished, mesh, name, tmp_path):
+    with pytest.raises(InputError, match=f"--suite={name} needs a model with a head"):
+        suite.evaluate(subject_of(finished / "distill"), name, Sets(), mesh, tmp_path)
 
 
-def test_an_unknown_suite(workdir, mesh, tmp_path):
+def test_an_unknown_suite(finished, mesh, tmp_path):
     with pytest.raises(InputError, match="--suite=x: unknown; choose one of imagenet, robust, probe, all"):
-        suite.evaluate(workdir / "finetune", "x", Sets(), mesh, tmp_path)
+        suite.evaluate(subject_of(finished / "finetune"), "x", Sets(), mesh, tmp_path)
 
 
 def test_the_table_has_the_paper_beside_it(tmp_path):
@@ -71,12 +59,11 @@ def test_the_table_has_the_paper_beside_it(tmp_path):
     assert json.loads((tmp_path / "out" / "eval.json").read_text()) == report
 
 
-def test_features_of_a_student_are_those_before_its_half_trained_block(workdir, mesh):
-    model, variables = stage_file.load(workdir / "distill")
-    data = dataclasses.replace(tiny_mae().evals["knn"].data)
+def test_features_of_a_student_are_those_before_its_half_trained_block(finished):
+    model, variables = stage_file.load(finished / "distill")
+    subject, data = subject_of(finished / "distill"), tiny_mae().evals["knn"].data
     batch = {"image": np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)}
-    predict = suite.make_predict(workdir / "distill", stage_file.read_model(workdir / "distill"), data, mesh)
-    found = predict(handoff.read_variables(workdir / "distill"), {}, batch)
+    found = suite.predict_of(subject, data)(subject.variables, {}, batch)
     pixels = normalize(to_float(batch["image"]), data.mean, data.std)
     trace = model.apply(variables, pixels, capture=(1, 2)).trace
     np.testing.assert_allclose(found.features, trace[1].out[:, 1:].mean(axis=1), rtol=1e-5, atol=1e-6)
@@ -93,13 +80,13 @@ def tree(root, splits=("train", "val"), classes=10, images=3):
     return str(root)
 
 
-def test_another_tree(workdir, mesh, tmp_path):
+def test_another_tree(finished, mesh, tmp_path):
     data = tree(tmp_path / "tree")
     sets = Sets(data, per_class=2, bank_per_class=1)
-    report = suite.evaluate(workdir / "finetune", "imagenet", sets, mesh, tmp_path / "out")
+    report = suite.evaluate(subject_of(finished / "finetune"), "imagenet", sets, mesh, tmp_path / "out")
     assert report["results"]["imagenet/images"] == 20
     assert json.loads((tmp_path / "out" / "eval.json").read_text()) == report
-    clean, bank = suite.data_sets(workdir / "finetune", stage_file.read_model(workdir / "finetune"), sets)
+    clean, bank = suite.data_sets(subject_of(finished / "finetune"), sets)
     assert (clean.split, clean.per_class, bank.split, bank.per_class) == ("val", 2, "train", 1)
     for splits, classes, message in (
         (("train",), 10, "has no folder val/ or test/ or validation/"),
@@ -107,15 +94,15 @@ def test_another_tree(workdir, mesh, tmp_path):
     ):
         other = tree(tmp_path / f"other{classes}{len(splits)}", splits, classes, 1)
         with pytest.raises(InputError, match=message):
-            suite.evaluate(workdir / "finetune", "imagenet", Sets(other), mesh, tmp_path / "out")
+            suite.evaluate(subject_of(finished / "finetune"), "imagenet", Sets(other), mesh, tmp_path / "out")
     # Probes learn the classes of another data set.
-    report = suite.evaluate(workdir / "finetune", "probe", Sets(other), mesh, tmp_path / "out")
+    report = suite.evaluate(subject_of(finished / "finetune"), "probe", Sets(other), mesh, tmp_path / "out")
     assert set(report["results"]) == {"knn/top1_k1", "logistic/top1"}
 
 
-def test_a_stage_without_evals_has_a_held_out_set_of_its_own(workdir, mesh, tmp_path):
-    assert stage_file.read_stage(workdir / "distill").evals == {}
-    clean, bank = suite.data_sets(workdir / "distill", stage_file.read_model(workdir / "distill"), Sets())
+def test_a_stage_without_evals_has_a_held_out_set_of_its_own(finished, mesh, tmp_path):
+    assert stage_file.read_stage(finished / "distill").evals == {}
+    clean, bank = suite.data_sets(subject_of(finished / "distill"), Sets())
     assert (clean.split, clean.per_class, bank.split, bank.per_class) == ("test", None, "train", 4)
     imagenet = recipes.imagenet(True)
     assert suite._held_out(imagenet).split == "validation" and suite._held_out(imagenet).num_examples is None
@@ -123,7 +110,7 @@ def test_a_stage_without_evals_has_a_held_out_set_of_its_own(workdir, mesh, tmp_
     assert suite._held_out(folder).split == "val"
 
 
-def test_the_clean_set_is_not_a_corrupted_one(workdir):
+def test_the_clean_set_is_not_a_corrupted_one(finished):
     stage = tiny_classify()
     clean = stage.evals["val"].data
     others = {
@@ -134,7 +121,7 @@ def test_the_clean_set_is_not_a_corrupted_one(workdir):
     assert [suite._is_clean(cfg) for cfg in (*others.values(), stage.evals["val"])] == [False, False, False, True]
 
 
-def test_a_folder_that_cannot_be_written_is_found_before_anything_is_measured(workdir, mesh, tmp_path):
+def test_a_folder_that_cannot_be_written_is_found_before_anything_is_measured(finished, mesh, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written to"):
-        suite.evaluate(workdir / "finetune", "imagenet", Sets(), mesh, tmp_path / "file")
+        suite.evaluate(subject_of(finished / "finetune"), "imagenet", Sets(), mesh, tmp_path / "file")

@@ -8,78 +8,33 @@ from pathlib import Path
 import pytest
 
 import tinymim_jax
+from tests.experiment.stages import EVAL_DATA, full_config, make_distill, make_stage
 from tinymim_jax.experiment.config import (
     Classification,
     Classify,
-    Compare,
     Config,
-    Corruptions,
     Data,
-    Decoder,
     Distill,
+    Feature,
     Init,
     Knn,
-    LabelTeacher,
-    Logistic,
     Mae,
     Mesh,
     Optim,
+    Relation,
     Run,
     Stage,
-    Teacher,
     ViT,
-    sources,
 )
-from tinymim_jax.models.vit import VisionTransformer
-from tinymim_jax.runtime import codec, config
-from tinymim_jax.runtime.codec import differences, from_dict, to_dict
+from tinymim_jax.runtime.codec import RUNTIME_FIELDS, differences, from_dict, to_dict
 from tinymim_jax.runtime.errors import InputError
 
-EVAL_DATA = Data("digits", split="test", image_size=8, transform="eval")
 
-
-def make_stage(**changes):
-    parts = {
-        "task": Classify(mixup=0.0),
-        "model": ViT(8, 2, 2, image_size=8, patch_size=4, num_classes=10),
-        "data": Data("digits", image_size=8),
-        "optim": Optim(lr=1e-3),
-        "run": Run(batch_size=4, epochs=1.0),
-    }
-    return Stage(**{**parts, **changes})
-
-
-def make_distill(teacher, block=2):
-    return make_stage(
-        task=Distill(Teacher(teacher, block=1), student_block=block), model=ViT(8, 2, 2, image_size=8, patch_size=4)
-    )
-
-
-def full_config():
-    """Every dataclass and every kind of every union, no field at its default where that is easy."""
-    mae = make_stage(
-        task=Mae(decoder=Decoder(16, 1, 2), mask_ratio=0.5, norm_pix_loss=False),
-        model=ViT(8, 2, 2, image_size=8, patch_size=4),
-        evals={"knn": Knn(EVAL_DATA, dataclasses.replace(EVAL_DATA, split="train"), k=(3,), temperature=0.1)},
-    )
-    distill = make_distill(Init("mae", rename={"a": "b"}, skip=("x", "y"), fresh=("z",), regroup_heads=True))
-    tuned = make_stage(
-        init=Init(path="/somewhere", resize_posembed=True),
-        optim=Optim(1e-3, lr_batch=None, clip_norm=1.0, ema=0.9, freeze=("q",)),
-        run=Run(4, steps=7),
-        evals={
-            "val": Classification(EVAL_DATA, batch_size=3),
-            "logistic": Logistic(EVAL_DATA, dataclasses.replace(EVAL_DATA, split="train"), c=0.1),
-            "corruptions": Corruptions(EVAL_DATA, severities=(1, 3)),
-        },
-        task=Classify(teacher=LabelTeacher(Init("mae"), labels="soft", weight=0.3, temperature=2.0)),
-    )
-    stages = {"mae": mae, "distill": distill, "tuned": tuned}
-    return Config("all", stages, Mesh(2, 4), {"T": Compare("val/top1", {"row": ("tuned",)})})
-
-
-def dataclasses_of_config():
-    return [v for v in vars(config).values() if dataclasses.is_dataclass(v) and v.__module__ == config.__name__]
+def kinds_of(value):
+    """Every dataclass that a type names, from `Config` down."""
+    if dataclasses.is_dataclass(value):
+        return {value}.union(*(kinds_of(hint) for hint in typing.get_type_hints(value).values()))
+    return set().union(*(kinds_of(arg) for arg in typing.get_args(value)))
 
 
 def edit(plain, path, value):
@@ -114,7 +69,8 @@ def test_round_trip_through_json():
     assert type(back.stages["tuned"].task) is Classify
     assert type(back.stages["mae"].evals["knn"]) is Knn
     assert type(back.stages["tuned"].evals["val"]) is Classification
-    assert back.stages["distill"].task.teacher.init.skip == ("x", "y")  # a tuple again
+    assert type(back.stages["distill"].task.targets["feature"]) is Feature
+    assert back.stages["distill"].task.teacher.skip == ("x", "y")  # a tuple again
     assert back.compare["T"].rows["row"] == ("tuned",)
     assert back.stages["mae"].init is None
 
@@ -131,7 +87,16 @@ def test_the_round_trip_meets_every_dataclass():
             visit(item)
 
     visit(full_config())
-    assert seen == set(dataclasses_of_config())
+    assert seen == kinds_of(Config)
+
+
+def changed_number(kind, name, value):
+    """Another number within the field's bounds."""
+    bounds = next(f for f in dataclasses.fields(kind) if f.name == name).metadata.get("bounds", {})
+    limit = bounds.get("at_most", bounds.get("below"))
+    return (
+        type(value)(value + 1) if limit is None else type(value)((value + limit) / 2) if value != limit else value / 2
+    )
 
 
 def test_every_field_survives_when_changed():
@@ -143,7 +108,8 @@ def test_every_field_survives_when_changed():
         (Run, to_dict(Run(1))),
         (Init, to_dict(Init("a"))),
         (Mae, to_dict(Mae())),
-        (Distill, to_dict(Distill(Teacher(Init("a"), 1)))),
+        (Distill, to_dict(Distill(Init("a"), {"relation": Relation(1)}))),
+        (Relation, to_dict(Relation(1))),
         (Classify, to_dict(Classify())),
         (Mesh, to_dict(Mesh())),
         (Knn, to_dict(Knn(EVAL_DATA, EVAL_DATA))),
@@ -154,7 +120,7 @@ def test_every_field_survives_when_changed():
             if isinstance(value, bool):
                 new = not value
             elif isinstance(value, (int, float)):
-                new = type(value)(value + 1)
+                new = changed_number(kind, name, value)
             elif isinstance(value, str) and hints[name] is str:
                 new = value + "x"
             else:
@@ -187,8 +153,8 @@ def test_an_int_is_a_float_but_not_the_reverse():
     optim = from_dict(Optim, {"lr": 1, "clip_norm": 3})
     assert (optim.lr, optim.clip_norm) == (1.0, 3.0)
     assert type(optim.lr) is float and type(optim.clip_norm) is float
-    assert from_dict(Data, {"source": "digits", "crop_scale": [0, 1]}).crop_scale == (0.0, 1.0)
-    assert type(from_dict(Data, {"source": "digits", "crop_scale": [0, 1]}).crop_scale[0]) is float
+    assert from_dict(Data, {"source": "digits", "crop_ratio": [1, 2]}).crop_ratio == (1.0, 2.0)
+    assert type(from_dict(Data, {"source": "digits", "crop_ratio": [1, 2]}).crop_ratio[0]) is float
 
 
 # Errors of from_dict
@@ -199,9 +165,9 @@ ERRORS = [
     ("nmae", "x", ["config.nmae: no such field", "Config has name, stages, mesh, compare"]),
     ("stages.mae.model.pool", "max", ["config.stages.mae.model.pool: unknown choice 'max'", "'cls', 'mean'"]),
     (
-        "stages.distill.task.relations",
+        "stages.distill.task.targets.relation.relations",
         ["qk", "kv"],
-        ["config.stages.distill.task.relations[1]: unknown choice 'kv'", "'qk', 'vv', 'qq', 'kk'"],
+        ["config.stages.distill.task.targets.relation.relations[1]: unknown choice 'kv'", "'qk', 'vv', 'qq', 'kk'"],
     ),
     (
         "stages.mae.task.kind",
@@ -231,11 +197,15 @@ ERRORS = [
     ("stages.mae.evals", ["knn"], ["config.stages.mae.evals: expected a dict, got ['knn']"]),
     ("stages.mae.init", "distill", ["config.stages.mae.init: expected the fields of Init, got 'distill'"]),
     (
-        "stages.distill.task.teacher.init.rename.a",
+        "stages.distill.task.teacher.rename.a",
         1,
-        ["config.stages.distill.task.teacher.init.rename.a: expected str, got 1"],
+        ["config.stages.distill.task.teacher.rename.a: expected str, got 1"],
     ),
     ("compare.T.rows.row", "mae", ["config.compare.T.rows.row: expected a tuple", "'mae'"]),
+    ("stages.mae.optim.b1", 1.0, ["config.stages.mae.optim.b1 is 1.0; it must be at least 0 and below 1"]),
+    ("stages.mae.optim.b1", float("nan"), ["config.stages.mae.optim.b1 is nan; it must be finite"]),
+    ("stages.mae.task.decoder.width", 0, ["config.stages.mae.task.decoder.width is 0; it must be at least 1"]),
+    ("stages.mae.evals.knn.k", [3, 0], ["config.stages.mae.evals.knn.k is (3, 0); it must be at least 1"]),
     ("mesh", [1, 2], ["config.mesh: expected the fields of Mesh, got [1, 2]"]),
     ("name", ..., ["config.name: Config needs this field"]),
     ("stages.mae.optim.lr", ..., ["config.stages.mae.optim.lr: Optim needs this field"]),
@@ -267,23 +237,20 @@ def test_an_input_error_is_a_value_error():
     assert issubclass(InputError, ValueError)
 
 
-# check
-
-
-# What else would end in a traceback, or in an error only after the training
-
-
 # sources and differences
 
 
-def test_sources_are_the_initial_weights_then_the_teacher():
+def test_the_checkpoints_that_feed_a_stage_by_field():
     own, teacher = Init(path="own"), Init(path="teacher")
-    assert list(sources(make_stage())) == []
-    assert list(sources(make_stage(init=own))) == [own]
-    assert list(sources(make_distill(teacher))) == [teacher]
+    assert list(make_stage().inits()) == []
+    assert list(make_stage(init=own).inits()) == [("init", own)]
     both = make_distill(teacher)
+    assert list(both.inits()) == [("task.teacher", teacher)]
     both.init = own
-    assert [s.path for s in sources(both)] == ["own", "teacher"]
+    assert {where: init.path for where, init in both.inits()} == {"init": "own", "task.teacher": "teacher"}
+    assert both.task_inits() == {"teacher": teacher} and both.eval_inits("val") == {}
+    tuned = full_config().stages["tuned"]
+    assert [where for where, _ in tuned.inits()] == ["task.teacher", "init"]  # a LabelTeacher's is named by its place
 
 
 def test_differences():
@@ -307,7 +274,7 @@ def test_differences_ignore_what_changes_no_result():
     new["data"].update(threads=7, workers=7, prefetch=7, num_examples=7)
     new["run"].update(log_every=7, checkpoint_every=7, keep=7)
     assert differences(old, new) == []
-    assert set(codec.RUNTIME_FIELDS) == {
+    assert set(RUNTIME_FIELDS) == {
         "threads",
         "workers",
         "prefetch",
@@ -321,42 +288,28 @@ def test_differences_ignore_what_changes_no_result():
 
 
 def test_runtime_fields_exist():
-    names = {f.name for kind in dataclasses_of_config() for f in dataclasses.fields(kind)}
-    assert set(codec.RUNTIME_FIELDS) <= names
+    names = {f.name for kind in kinds_of(Config) for f in dataclasses.fields(kind)}
+    assert set(RUNTIME_FIELDS) <= names
 
 
 # Style rule 15: nothing unused survives
 
 
 def attributes_read():
-    """Every attribute name that the package reads outside config.py."""
-    root = Path(tinymim_jax.__file__).parent
+    """Every attribute name that the package reads."""
     names = set()
-    for file in root.rglob("*.py"):
-        if file != root / "config.py":
-            nodes = ast.walk(ast.parse(file.read_text()))
-            names |= {n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
+    for file in Path(tinymim_jax.__file__).parent.rglob("*.py"):
+        nodes = ast.walk(ast.parse(file.read_text()))
+        names |= {n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
     return names
 
 
-# Fields that are read by a name in a string: optim.rules looks up "decay" and "no_decay".
+# Fields that are read by a name in a string.
 READ_BY_NAME = {("Optim", "decay"), ("Optim", "no_decay")}
 
 
 def test_every_field_is_read():
     read = attributes_read()
-    for kind in dataclasses_of_config():
-        if kind is ViT:  # expanded whole into VisionTransformer
-            continue
+    for kind in kinds_of(Config):
         for field in dataclasses.fields(kind):
             assert field.name in read or (kind.__name__, field.name) in READ_BY_NAME, f"{kind.__name__}.{field.name}"
-
-
-def test_the_fields_of_a_vit_are_those_of_the_module():
-    ours = {f.name: f.default for f in dataclasses.fields(ViT)}
-    theirs = {f.name: f.default for f in dataclasses.fields(VisionTransformer) if f.name not in ("parent", "name")}
-    assert ours == theirs
-
-
-def test_the_fields_of_a_vit_are_read():
-    assert {f.name for f in dataclasses.fields(ViT)} <= attributes_read()

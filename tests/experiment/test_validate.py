@@ -3,94 +3,85 @@ import dataclasses
 
 import pytest
 
-from tests.test_config import EVAL_DATA, full_config, make_distill, make_stage
+from tests.experiment.stages import EVAL_DATA, SIZE, full_config, make_distill, make_stage
 from tinymim_jax.experiment.config import (
     Classification,
     Compare,
     Config,
+    Corruptions,
     Data,
     Decoder,
     Distill,
+    Feature,
     Init,
     Knn,
     Mae,
     Mesh,
     Optim,
+    Relation,
     Run,
-    Teacher,
     ViT,
 )
 from tinymim_jax.experiment.validate import check
 from tinymim_jax.runtime.errors import InputError
 
-SIZE = {"image_size": 8, "patch_size": 4}
+
+def distill(*targets, **init):
+    return Distill(Init(**init), {str(i): target for i, target in enumerate(targets)})
+
+
+FIELDS = [
+    # One of each sort of range; tests/runtime/test_codec.py has the rest.
+    ({"run.seed": -1}, "config.stages.s.run.seed is -1; it must be at least 0"),
+    ({"run.epochs": float("inf")}, "config.stages.s.run.epochs is inf; it must be finite"),
+    ({"run.batch_size": 0}, "config.stages.s.run.batch_size is 0; it must be at least 1"),
+    ({"run.replicas": 0}, "config.stages.s.run.replicas is 0; it must be at least 1"),
+    ({"data.crop_pct": 1.1}, "config.stages.s.data.crop_pct is 1.1; it must be above 0 and at most 1"),
+    ({"model.drop_path": 1.0}, "config.stages.s.model.drop_path is 1.0; it must be at least 0 and below 1"),
+    ({"model.num_heads": 0}, "config.stages.s.model.num_heads is 0; it must be at least 1"),
+    ({"optim.ema": 1.5}, "config.stages.s.optim.ema is 1.5; it must be above 0 and below 1"),
+    ({"data.std": (1.0, 0.0, 1.0)}, "config.stages.s.data.std is (1.0, 0.0, 1.0); it must be above 0"),
+    ({"task": Mae(mask_ratio=1.5)}, "config.stages.s.task.mask_ratio is 1.5; it must be above 0 and below 1"),
+    (
+        {"task": distill(Relation(1, 0), path="p")},
+        "config.stages.s.task.targets.0.student_block is 0; it must be at least 1",
+    ),
+]
 SEMANTIC = [
     ({"model.image_size": 10}, "stages.s.model: image_size 10 is not a multiple of patch_size 4"),
     ({"data.image_size": 16}, "stages.s: data.image_size 16 differs from model.image_size 8"),
     ({"model.width": 6}, "stages.s.model: width 6 is not a multiple of 4"),
     ({"model.num_heads": 3}, "stages.s.model: width 8 is not a multiple of num_heads 3"),
-    ({"model.num_heads": 0}, "stages.s.model: width 8 is not a multiple of num_heads 0"),
     ({"model.last_block_heads": 5}, "stages.s.model: width 8 is not a multiple of last_block_heads 5"),
-    ({"model.last_block_heads": 0}, "stages.s.model: width 8 is not a multiple of last_block_heads 0"),
+    ({"model.neck": 4}, "stages.s.model: neck 4 needs pool 'mean' and num_classes"),
     ({"run.steps": 3}, "stages.s.run: set exactly one of epochs and steps"),
     ({"run.epochs": None}, "stages.s.run: set exactly one of epochs and steps"),
+    (
+        {"optim.warmup_epochs": 1.0, "optim.warmup_steps": 5},
+        "stages.s.optim: set warmup_epochs or warmup_steps, and the other to 0",
+    ),
     ({"optim.accum_steps": 3}, "stages.s: batch_size 4 is not a multiple of accum_steps 3"),
-    ({"run.batch_size": 0}, "stages.s: batch_size 0 is not a multiple of accum_steps 1"),
-    ({"run.batch_size": -4}, "stages.s: batch_size -4 is not a multiple of accum_steps 1"),
+    ({"run.steps_per_call": 4}, "stages.s.run: log_every 50 is not a multiple of steps_per_call 4"),
     ({"init": Init()}, "stages.s.init needs exactly one of stage and path"),
     ({"init": Init("a", path="b")}, "stages.s.init needs exactly one of stage and path"),
-    (
-        {"task": Distill(Teacher(Init(), 1), student_block=1)},
-        "stages.s.task.teacher.init needs exactly one of stage and path",
-    ),
-    ({"model.num_classes": 1}, "stages.s.model: classify needs num_classes of at least 2, got 1"),
-    ({"model.num_classes": 0}, "stages.s.model: classify needs num_classes of at least 2, got 0"),
-    (
-        {"task": Distill(Teacher(Init(path="p"), 1), student_block=3)},
-        "stages.s.task: student_block 3 is beyond the student's 2 blocks",
-    ),
-    (
-        {"task": Distill(Teacher(Init(path="p"), 1), student_block=0)},
-        "stages.s.task: student_block 0 is beyond the student's 2 blocks",
-    ),
-    ({"run.seed": -1}, "stages.s.run.seed is -1; it must be at least 0"),
-    ({"run.epochs": float("inf")}, "stages.s.run.epochs is inf; it must be at least 0, and finite"),
-    ({"optim.lr": float("inf")}, "stages.s.optim.lr is inf; it must be at least 0, and finite"),
-    ({"optim.min_lr": -1.0}, "stages.s.optim.min_lr is -1.0; it must be at least 0, and finite"),
-    ({"optim.warmup_epochs": -5.0}, "stages.s.optim.warmup_epochs is -5.0; it must be at least 0, and finite"),
-    ({"optim.weight_decay": -1.0}, "stages.s.optim.weight_decay is -1.0; it must be at least 0, and finite"),
-    ({"run.steps_per_call": 0}, "stages.s.run.steps_per_call is 0; it must be at least 1"),
-    ({"run.steps_per_call": 4}, "stages.s.run: log_every 50 is not a multiple of steps_per_call 4"),
-    ({"run.log_every": 0}, "stages.s.run.log_every is 0; it must be at least 1"),
-    ({"run.checkpoint_every": 0}, "stages.s.run.checkpoint_every is 0; it must be at least 1"),
-    ({"run.keep": 0}, "stages.s.run.keep is 0; it must be at least 1"),
-    ({"optim.accum_steps": 0}, "stages.s.optim.accum_steps is 0; it must be at least 1"),
-    ({"data.crop_pct": 0.0}, "stages.s.data.crop_pct is 0.0; it must be above 0 and at most 1"),
-    ({"data.crop_pct": 1.1}, "stages.s.data.crop_pct is 1.1; it must be above 0 and at most 1"),
-    ({"data.threads": 0}, "stages.s.data.threads is 0; it must be at least 1"),
-    ({"data.workers": -1}, "stages.s.data.workers is -1; it must be at least 0"),
-    ({"data.prefetch": 0}, "stages.s.data.prefetch is 0; it must be at least 1"),
-    ({"model.drop_path": 1.0}, "stages.s.model.drop_path is 1.0; it must be at least 0 and below 1"),
+    ({"init": Init(path="b", rename={"(": ""})}, "stages.s.init: '(' is not a regular expression"),
+    ({"task": distill(Relation(1, 1))}, "stages.s.task.teacher needs exactly one of stage and path"),
     ({"optim.freeze": ("encoder/(",)}, "stages.s: 'encoder/(' is not a regular expression"),
-    ({"optim.ema": 1.5}, "stages.s.optim.ema is 1.5"),
-    ({"optim.clip_norm": -1.0}, "stages.s.optim.clip_norm is -1.0"),
-    ({"optim.layer_decay": 0.0}, "stages.s.optim.layer_decay is 0.0"),
-    ({"optim.lr": -1.0}, "stages.s.optim.lr is -1.0"),
-    ({"optim.b2": 1.0}, "stages.s.optim.b2 is 1.0"),
-    ({"data.std": (1.0, 0.0, 1.0)}, "stages.s.data.std is (1.0, 0.0, 1.0)"),
-    ({"data.crop_scale": (1.0, 0.2)}, "stages.s.data.crop_scale is (1.0, 0.2)"),
-    ({"data.hflip": 3.0}, "stages.s.data.hflip is 3.0"),
-    ({"task": Mae(mask_ratio=1.5), "model.num_classes": 0}, "stages.s.task.mask_ratio is 1.5"),
+    ({"optim.lr_scale": {"encoder/(": 2.0}}, "stages.s: 'encoder/(' is not a regular expression"),
+    ({"optim.lr_scale": {"x": -1.0}}, "stages.s.optim.lr_scale: the factor of 'x' is -1.0; it must be at least 0"),
+    ({"data.crop_scale": (1.0, 0.2)}, "stages.s.data.crop_scale is (1.0, 0.2); it must be (low, high)"),
+    (
+        {"data.resident": True, "data.rand_augment": "rand-m9-mstd0.5-inc1"},
+        "stages.s.data.rand_augment is made on the host",
+    ),
+    ({"model.num_classes": 1}, "stages.s.task: classify needs model.num_classes of at least 2, got 1"),
+    ({"task": Mae()}, "stages.s.task: mae needs model.pool 'cls'"),
     ({"task": Mae(decoder=Decoder(16, 1, 3)), "model.num_classes": 0}, "stages.s.task.decoder: width 16"),
-    ({"task": Mae()}, "stages.s.model: mae needs pool 'cls'"),
     (
-        {"task": Distill(Teacher(Init(path="p"), 1), student_block=1, relations=())},
-        "stages.s.task.relations () must name at least one relation",
+        {"task": distill(Relation(1, 1), Feature(1, 3), path="p")},
+        "stages.s.task.targets.1: student_block 3 is beyond the student's 2 blocks",
     ),
-    (
-        {"task": Distill(Teacher(Init(path="p"), 1), student_block=1, relations=("qk", "qk"))},
-        "stages.s.task.relations ('qk', 'qk') must name at least one relation, each once",
-    ),
+    ({"task": distill(path="p")}, "stages.s.task.targets is empty: name what the student is to match"),
     (
         {"model.attention": "cudnn"},
         "stages.s.model: attention 'cudnn' does not compute in float32; set model.dtype=bfloat16",
@@ -110,7 +101,6 @@ SEMANTIC = [
         "stages.s.task.decoder: attention 'cudnn' takes heads of a width that is a multiple of 8 and at most 128, and"
         " 4 heads are 4 wide",
     ),
-    ({"model.drop_path": -0.1}, "stages.s.model.drop_path is -0.1; it must be at least 0 and below 1"),
 ]
 
 
@@ -159,9 +149,10 @@ def test_check_makes_ints_floats_and_lists_tuples():
     assert checked.optim.freeze == ("x",)
 
 
-def check_fails(cfg):
+def check_fails(*args):
+    """The message; of a config, or of the stages and more that one is made of, which is where ranges are looked at."""
     with pytest.raises(InputError) as error:
-        check(cfg)
+        check(args[0] if isinstance(args[0], Config) else Config("c", *args))
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -173,19 +164,19 @@ def test_check_finds_wrong_types_with_the_whole_path():
 
 
 def test_check_finds_stages_that_are_not_earlier():
-    unknown = check_fails(Config("c", {"a": make_stage(init=Init("zzz"))}))
+    unknown = check_fails({"a": make_stage(init=Init("zzz"))})
     assert "stages.a" in unknown and "'zzz'" in unknown and "those are: none" in unknown
-    later = check_fails(Config("c", {"a": make_stage(init=Init("b")), "b": make_stage()}))
+    later = check_fails({"a": make_stage(init=Init("b")), "b": make_stage()})
     assert "stages.a" in later and "'b'" in later
-    own = check_fails(Config("c", {"x": make_stage(), "a": make_stage(init=Init("a"))}))
+    own = check_fails({"x": make_stage(), "a": make_stage(init=Init("a"))})
     assert "stages.a" in own and "those are: x" in own
-    teacher = check_fails(Config("c", {"x": make_stage(), "y": make_stage(), "a": make_distill(Init("q"))}))
+    teacher = check_fails({"x": make_stage(), "y": make_stage(), "a": make_distill(Init("q"))})
     assert "'q'" in teacher and "those are: x, y" in teacher
     check(Config("c", {"x": make_stage(), "a": make_distill(Init("x")), "b": make_stage(init=Init("a"))}))
 
 
 def test_check_finds_unknown_stages_in_tables():
-    cfg = Config("c", {"a": make_stage()}, compare={"T": Compare("m", {"r": ("a", "b")})})
+    cfg = Config("c", {"a": make_stage()}, compare={"T": Compare("m", {"r": ("b",)})})
     assert check_fails(cfg) == "compare.T: there is no stage 'b'"
 
 
@@ -199,36 +190,27 @@ def test_check_finds_metrics_that_no_eval_measures():
         assert check_fails(cfg) == error
 
 
-@pytest.mark.parametrize(("changes", "expected"), SEMANTIC, ids=[str(c)[:60] for c, _ in SEMANTIC])
+@pytest.mark.parametrize(("changes", "expected"), FIELDS + SEMANTIC, ids=[str(c)[:60] for c, _ in FIELDS + SEMANTIC])
 def test_check_finds_what_does_not_fit_together(changes, expected):
-    assert check_fails(Config("c", {"s": changed(changes)})).startswith(expected)
+    assert check_fails({"s": changed(changes)}).startswith(expected)
 
 
 def test_check_allows_the_borders():
     good = [
         {"data.crop_pct": 1.0, "data.workers": 0, "data.threads": 1, "data.prefetch": 1},
-        {"run.seed": 0, "run.log_every": 1, "run.checkpoint_every": 1, "run.keep": 1},
+        {"run.seed": 0, "data.subset_seed": None, "run.log_every": 1, "run.checkpoint_every": 1, "run.keep": 1},
         {"model.drop_path": 0.0, "model.last_block_heads": 8, "optim.accum_steps": 4},
         {"model.num_classes": 2},
         {"run.epochs": None, "run.steps": 0},
-        {"task": Distill(Teacher(Init(path="p"), 1), student_block=2), "model.num_classes": 0},
+        {"task": distill(Relation(1, 2), path="p"), "model.num_classes": 0},
     ]
     for changes in good:
         check(Config("c", {"s": changed(changes)}))
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"model.patch_size": 0}, {"model.depth": 0}, {"run.epochs": None, "run.steps": -1}, {"run.epochs": -1.0}],
-    ids=str,
-)
-def test_check_refuses_impossible_sizes(changes):
-    assert "stages.s" in check_fails(Config("c", {"s": changed(changes)}))
-
-
-@pytest.mark.parametrize("mesh", [Mesh(fsdp=0), Mesh(fsdp=-1)], ids=str)
+@pytest.mark.parametrize("mesh", [Mesh(fsdp=0), Mesh(data=0), Mesh(data=-2)], ids=str)
 def test_check_refuses_an_impossible_mesh(mesh):
-    assert "fsdp" in check_fails(Config("c", {"s": make_stage()}, mesh))
+    assert "it must be at least 1" in check_fails({"s": make_stage()}, mesh)
 
 
 @pytest.mark.parametrize(
@@ -238,17 +220,54 @@ def test_check_refuses_an_impossible_mesh(mesh):
         (make_stage(evals={"v": Classification(dataclasses.replace(EVAL_DATA, image_size=16))}), "image_size"),
         (make_stage(evals={"v": Knn(EVAL_DATA, dataclasses.replace(EVAL_DATA, image_size=16))}), "image_size"),
         (make_stage(evals={"v": Classification(EVAL_DATA, batch_size=0)}), "batch_size"),
-        (make_stage(evals={"v": Knn(EVAL_DATA, EVAL_DATA, k=())}), "k"),
+        (make_stage(evals={"v": Corruptions(EVAL_DATA, severities=())}), "severities are empty"),
+        (make_stage(evals={"v": Classification(EVAL_DATA, subset="imagenet_a")}), "ImageNet's 1000 classes"),
         (
-            make_stage(
-                task=Mae(), evals={"v": Classification(EVAL_DATA)}, model=ViT(8, 2, 2, image_size=8, patch_size=4)
-            ),
+            make_stage(task=Mae(), evals={"v": Classification(EVAL_DATA)}, model=ViT(8, 2, 2, **SIZE)),
             "num_classes",
         ),
     ],
-    ids=["transform", "image_size", "bank image_size", "batch_size", "no k", "no head"],
+    ids=["transform", "image_size", "bank image_size", "batch_size", "no severity", "subset", "no head"],
 )
 def test_check_refuses_evals_that_cannot_run(stage, expected):
     """Otherwise the error comes after the training, and mending the config makes the stage one "run with another"."""
-    message = check_fails(Config("c", {"s": stage}))
+    message = check_fails({"s": stage})
     assert "stages.s.evals.v" in message and expected in message
+
+
+def replicas(count=1, **changes):
+    return make_stage(run=Run(4, epochs=1.0, replicas=count), **changes)
+
+
+@pytest.mark.parametrize(
+    ("stage", "expected"),
+    [
+        (
+            replicas(1, init=Init("three")),
+            "stages.s.init is a stage of 3 replicas: choose one with stages.s.init.replica",
+        ),
+        (replicas(2, init=Init("three")), "stages.s.init is a stage of 3 replicas"),
+        (make_distill(Init("three")), "stages.s.task.teacher is a stage of 3 replicas"),
+        # As many replicas: initial weights come one from one, a teacher is the same for all.
+        (make_distill(Init("three"), run=Run(4, 1.0, replicas=3)), "stages.s.task.teacher is a stage of 3 replicas"),
+        (replicas(1, init=Init("three", replica=3)), "stages.s.init.replica is 3, and its stage has 3 (run.replicas)"),
+        (replicas(1, init=Init("one", replica=1)), "stages.s.init.replica is 1, and its stage has 1 (run.replicas)"),
+        (replicas(1, init=Init("one", replica=-1)), "config.stages.s.init.replica is -1; it must be at least 0"),
+    ],
+    ids=["none chosen", "other number", "teacher", "teacher of as many", "beyond", "beyond one", "negative"],
+)
+def test_check_refuses_replicas_that_are_not_there(stage, expected):
+    assert check_fails({"one": make_stage(), "three": replicas(3), "s": stage}).startswith(expected)
+
+
+def test_check_allows_replicas_that_are_chosen_or_paired():
+    stages = {
+        "one": make_stage(),
+        "three": replicas(3),
+        "paired": replicas(3, init=Init("three")),
+        "from one": replicas(3, init=Init("one")),
+        "of one": replicas(1, init=Init("three", replica=2)),
+        "all of one": replicas(2, init=Init("three", replica=2)),
+        "taught": make_distill(Init("three", replica=0), run=Run(4, 1.0, replicas=2)),
+    }
+    check(Config("c", stages))

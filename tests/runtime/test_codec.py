@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 
-from tinymim_jax.runtime.codec import differences, from_dict, to_dict
+from tinymim_jax.runtime.codec import differences, from_dict, ranged, to_dict, walk
 from tinymim_jax.runtime.errors import InputError
 
 
@@ -71,3 +71,53 @@ def test_differences_leave_out_what_changes_no_weights():
     old = {"lr": 1.0, "data": {"threads": 2, "split": "train"}}
     new = {"lr": 2.0, "data": {"threads": 4, "split": "val"}, "more": None}
     assert differences(old, new) == ["lr: 1.0 -> 2.0", 'data.split: "train" -> "val"']
+
+
+@dataclasses.dataclass
+class Cage:
+    height: float = ranged(above=0, below=2)
+    door: int | None = ranged(None, at_least=1)
+    bars: tuple[int, ...] = ranged((2, 3), at_least=1, at_most=5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"height": 0}, "cage.height is 0.0; it must be above 0 and below 2"),
+        ({"height": 2}, "cage.height is 2.0; it must be above 0 and below 2"),
+        ({"height": float("nan")}, "cage.height is nan; it must be finite"),
+        ({"height": float("-inf")}, "cage.height is -inf; it must be finite"),
+        ({"height": None}, "cage.height: expected float, got None"),
+        ({"door": 0}, "cage.door is 0; it must be at least 1"),
+        ({"door": 1.5}, "cage.door: expected int, got 1.5"),
+        ({"bars": [1, 6]}, "cage.bars is (1, 6); it must be at least 1 and at most 5"),
+    ],
+)
+def test_numbers_keep_within_their_range(change, message):
+    with pytest.raises(InputError) as error:
+        from_dict(Cage, {"height": 1.0, **change}, "cage")
+    assert str(error.value) == message
+
+
+def test_what_lies_within_a_range():
+    assert from_dict(Cage, {"height": 1.999, "door": None, "bars": [1, 5]}) == Cage(1.999, None, (1, 5))
+    assert from_dict(Cage, {"height": 1, "door": 1, "bars": []}) == Cage(1.0, 1, ())
+    with pytest.raises(InputError, match="config.height: Cage needs this field"):
+        from_dict(Cage, {})
+
+
+@dataclasses.dataclass
+class Zoo:
+    first: Home
+    homes: dict[str, Home]
+    guest: Dog | None = None
+
+
+def test_walk_finds_every_instance_with_its_path_in_the_order_of_the_fields():
+    other = Home(Dog(2.0))
+    zoo = Zoo(HOME, {"b": other, "a": HOME}, Dog(3.0))
+    assert list(walk(zoo, Cat)) == [("first.pet", Cat(9)), ("homes.a.pet", Cat(9))]
+    assert list(walk(zoo, Dog)) == [("homes.b.pet", Dog(2.0)), ("guest", Dog(3.0))]
+    assert [where for where, _ in walk(zoo, Home)] == ["first", "homes.b", "homes.a"]
+    assert list(walk(HOME, Home)) == [("", HOME)] and list(walk(zoo, Cage)) == []
+    assert next(walk(zoo, Cat))[1] is HOME.pet

@@ -15,6 +15,7 @@ from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.training import optim
 from tinymim_jax.weights import checkpoint
 from tinymim_jax.weights.checkpoint import Checkpoints, restore
+from tinymim_jax.weights.parameters import paths
 
 
 def state(seed=0, updates=3):
@@ -27,7 +28,9 @@ def state(seed=0, updates=3):
         }
     }
     cfg = Optim(0.1, None, freeze=(".*/scale",), clip_norm=1.0)
-    tx = optim.make_optimizer(cfg, lambda _: 0.1, optim.rules(params, cfg), jax.tree.map(lambda _: 1.0, params))
+    tx = optim.make_optimizer(
+        cfg, lambda _: 0.1, optim.rules(params, cfg, lambda _: False), jax.tree.map(lambda _: 1.0, params)
+    )
     opt_state, start = tx.init(params), params
     for _ in range(updates):
         grads = jax.tree.map(lambda p: jnp.asarray(draw.normal(size=p.shape), jnp.float32), params)
@@ -131,7 +134,7 @@ def test_model_shapes(tmp_path):
 
 
 def named(tree):
-    return jax.tree.leaves(optim.paths(tree)), jax.tree.leaves(tree)
+    return jax.tree.leaves(paths(tree)), jax.tree.leaves(tree)
 
 
 def test_read_model_gives_numpy_of_the_newest(tmp_path):
@@ -167,19 +170,19 @@ SAVE_ON_FOUR = """
     import sys, json
     from pathlib import Path
     import jax, jax.numpy as jnp, numpy as np, optax
-    from tinymim_jax import config, mesh
-    from tinymim_jax.checkpoint import Checkpoints, restore
+    from tinymim_jax.runtime import sharding
+    from tinymim_jax.weights.checkpoint import Checkpoints
 
-    grid = mesh.make_mesh(fsdp=2)
+    grid = sharding.make_mesh(fsdp=2)
     params = {"kernel": jnp.arange(256 * 512, dtype=jnp.float32).reshape(256, 512), "bias": jnp.arange(5.0)}
     tree = {"params": params, "opt": optax.adam(1.0).init(params)}
-    shardings = mesh.state_sharding(grid, tree)
+    shardings = sharding.state_sharding(grid, tree)
     placed = jax.device_put(tree, shardings)
     kernel = placed["params"]["kernel"]
     print("RESULT" + json.dumps([list(kernel.addressable_shards[0].data.shape), len(kernel.sharding.device_set)]))
     with Checkpoints(Path(sys.argv[1]), keep=1) as checkpoints:
         model = {"params": placed["params"], "model_state": {}, "ema": {}}
-        optimizer = {"opt_state": placed["opt"], "step": jax.device_put(2, mesh.replicated(grid))}
+        optimizer = {"opt_state": placed["opt"], "step": jax.device_put(2, sharding.replicated(grid))}
         checkpoints.save(2, {"model": model, "optim": optimizer}, {})
 """
 

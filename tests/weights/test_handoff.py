@@ -9,11 +9,10 @@ import pytest
 import tinymim_jax
 from tinymim_jax.experiment import config, stage_file
 from tinymim_jax.experiment.config import Classify, Data, Init, Optim, Run, Stage, ViT
-from tinymim_jax.runtime import codec
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.weights import handoff
 from tinymim_jax.weights.checkpoint import Checkpoints
-from tinymim_jax.weights.parameters import flatten, fold, shapes_of
+from tinymim_jax.weights.parameters import flatten, fold, shapes_of, unflatten
 
 SMALL = ViT(width=12, depth=1, num_heads=2, image_size=8, patch_size=4)
 
@@ -62,9 +61,27 @@ def test_fresh_and_skipped():
 
 
 def test_what_may_be_left_out_is_loaded_where_it_fits():
-    init = Init("a", skip=(".*",), fresh=(".*",))
-    report = handoff.match(source_shapes(), source_shapes(), init)
+    report = handoff.match(source_shapes(), source_shapes(), Init("a", skip=(".*",)))
     assert len(report.moves) == 9 and not report.fresh and not report.skipped
+
+
+def test_fresh_is_fresh_whatever_the_source_has():
+    """A head of other classes, or of the same; the source's own are excused."""
+    for classes in (3, 5):
+        target = {**source_shapes(), "encoder/head/kernel": (12, 3), "encoder/new": (1,)}
+        source = {**source_shapes(), "encoder/head/kernel": (12, classes), "encoder/head/bias": (classes,)}
+        report = handoff.match(target, source, Init("a", fresh=("encoder/(head/.*|new)",)))
+        assert report.fresh == ["encoder/head/kernel", "encoder/new"]
+        assert report.skipped == ["encoder/head/kernel", "encoder/head/bias"] and len(report.moves) == 9
+
+
+def test_pretext_is_neither_taken_nor_missed():
+    target = {**source_shapes(), "pretext/relation/kernel": (3,), "pretext/decoder/x": (2,)}
+    source = {**source_shapes(), "pretext/decoder/x": (2,), "pretext/decoder/y": (2,)}
+    report = handoff.match(target, source, Init("a"))
+    assert len(report.moves) == 9 and report.fresh == ["pretext/relation/kernel", "pretext/decoder/x"]
+    assert report.skipped == ["pretext/decoder/x", "pretext/decoder/y"]
+    assert report.lines()[1:] == ["re-initialised: pretext", "skipped: pretext"]
 
 
 def test_a_missing_key_is_bad_input():
@@ -194,18 +211,7 @@ def test_fold(keys, others, expected):
 def transfer(target, source, init):
     """Both flat."""
     report = handoff.match({k: v.shape for k, v in target.items()}, {k: np.shape(v) for k, v in source.items()}, init)
-    return flatten(handoff.transfer(nested(target), nested(source), report))
-
-
-def nested(flat):
-    tree = {}
-    for key, value in flat.items():
-        *parents, last = key.split("/")
-        node = tree
-        for part in parents:
-            node = node.setdefault(part, {})
-        node[last] = value
-    return tree
+    return flatten(handoff.transfer(unflatten(target), unflatten(source), report))
 
 
 def test_transfer_moves_values_and_keeps_the_rest():
@@ -282,7 +288,7 @@ def write_stage(folder, stage, params, *, ema=None, done=True, untrained=()):
         model = {"params": params, "model_state": {}, "ema": ema or {}}
         optimizer = {"opt_state": {"m": np.zeros(2)}, "step": np.asarray(3)}
         checkpoints.save(3, {"model": model, "optim": optimizer}, {})
-    (folder / "stage.json").write_text(json.dumps({"stage": codec.to_dict(stage), "untrained": list(untrained)}))
+    (folder / "stage.json").write_text(json.dumps(stage_file.describe(stage, untrained)))
     if done:
         (folder / "DONE").write_text("{}")
 
@@ -292,7 +298,7 @@ def params():
     images = jnp.zeros((1, 8, 8, 3))
     return {
         "encoder": jax.jit(SMALL.build().init)(jax.random.key(0), images)["params"],
-        "decoder": {"x": jnp.ones(3)},
+        "pretext": {"decoder": {"x": jnp.ones(3)}},
     }
 
 
@@ -320,13 +326,16 @@ def test_a_damaged_stage(tmp_path, text):
 
 
 def test_a_stage_of_another_version(tmp_path):
-    saved = codec.to_dict(make_stage())
-    saved["optim"]["nesterov"] = True
-    (tmp_path / "stage.json").write_text(json.dumps({"stage": saved, "untrained": []}))
+    content = stage_file.describe(make_stage(), [])
+    file = tmp_path / "stage.json"
+    file.write_text(json.dumps({**content, "stage": {**content["stage"], "optim": {"lr": 1.0, "nesterov": True}}}))
     with pytest.raises(InputError, match=r"stage\.json\.optim\.nesterov: no such field; Optim has lr"):
         stage_file.read_stage(tmp_path)
-    (tmp_path / "stage.json").write_text(json.dumps({"stage": None, "untrained": []}))
+    file.write_text(json.dumps({**content, "stage": None}))
     with pytest.raises(InputError, match=r"stage\.json: expected the fields of Stage"):
+        stage_file.read_stage(tmp_path)
+    file.write_text(json.dumps({**content, "format": 3}))
+    with pytest.raises(InputError, match=r"written by a newer tinymim_jax \(format 3, this one reads 2\); update it"):
         stage_file.read_stage(tmp_path)
 
 
@@ -342,7 +351,7 @@ def test_read_params(tmp_path, params):
 def test_read_params_prefers_the_average(tmp_path, params):
     average = jax.tree.map(lambda p: p + 1, params)
     write_stage(tmp_path, make_stage(), params, ema=average)
-    np.testing.assert_array_equal(handoff.read_params(tmp_path)["decoder"]["x"], 2.0)
+    np.testing.assert_array_equal(handoff.read_params(tmp_path)["pretext"]["decoder"]["x"], 2.0)
 
 
 def test_an_unfinished_stage_is_bad_input(tmp_path, params):
@@ -377,6 +386,28 @@ def test_load_where_there_is_nothing(tmp_path):
         tinymim_jax.load(tmp_path)
 
 
+def test_replicas_of_a_source(tmp_path, params):
+    """One that is chosen, else the one of the same number; of a stage without replicas, the stage."""
+    for number in (0, 1):
+        write_stage(
+            tmp_path / "seeds" / f"replica_{number}", make_stage(), jax.tree.map(lambda x, n=number: x + n, params)
+        )
+    for name in ("seeds", "single"):
+        write_stage(tmp_path / name, make_stage(), params)
+    assert handoff.replicas(tmp_path / "seeds") == ["replica_0", "replica_1"] and not handoff.replicas(
+        tmp_path / "single"
+    )
+    for init in (Init("seeds", replica=1), Init(path=str(tmp_path / "seeds"), replica=1)):
+        assert handoff.source_folder(init, tmp_path) == tmp_path / "seeds" / "replica_1"
+        assert handoff.source_folder(init, tmp_path, 0) == tmp_path / "seeds" / "replica_1"
+    assert handoff.source_folder(Init("seeds"), tmp_path, 0) == tmp_path / "seeds" / "replica_0"
+    assert handoff.source_folder(Init("single"), tmp_path, 1) == tmp_path / "single"
+    found = handoff.read_params(tmp_path / "seeds" / "replica_1")
+    np.testing.assert_array_equal(found["pretext"]["decoder"]["x"], 2.0)
+    with pytest.raises(InputError, match=r"seeds has 2 replicas; choose one, e\.g\. .*replica_0 \(init\.replica=0\)"):
+        handoff.read_params(tmp_path / "seeds")
+
+
 def test_source_folder(tmp_path, monkeypatch):
     assert handoff.source_folder(Init("mae"), tmp_path) == tmp_path / "mae"
     assert handoff.source_folder(Init(path="/runs/x"), tmp_path).as_posix() == "/runs/x"
@@ -409,17 +440,8 @@ def test_the_first_blocks_alone(k):
     target = shapes_of(
         {"encoder": jax.eval_shape(model.build().init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]}
     )
-    report = handoff.match(target, target, Init("a", keep_blocks=k))
+    report = handoff.match(target, target, Init("a", keep_blocks=k), layer_id=model.layer_id)
     kept = {key.split("/")[1] for key in report.moves}
     assert kept == {"cls_token", "pos_embed", "patch_embed", *(f"block{i}" for i in range(1, k + 1))}
     assert set(report.fresh) == set(target) - set(report.moves) == set(report.skipped)
     assert len(handoff.match(target, target, Init("a")).moves) == len(target)
-
-
-def test_what_does_not_fit_may_be_skipped_and_fresh():
-    """Positions of another number of tokens in front, say; what does fit is loaded all the same."""
-    target, source = {"a/pos_embed": (1, 6, 4), "a/b": (2,)}, {"a/pos_embed": (1, 5, 4), "a/b": (2,)}
-    report = handoff.match(target, source, Init("s", skip=("a/.*",), fresh=("a/.*",)))
-    assert (list(report.moves), report.fresh, report.skipped) == (["a/b"], ["a/pos_embed"], ["a/pos_embed"])
-    with pytest.raises(InputError, match="the two models differ in size"):
-        handoff.match(target, source, Init("s", fresh=("a/.*",)))

@@ -96,6 +96,11 @@ class Stage:
         """Those of the frozen networks that the task reads, by their field in the task."""
         return {where.removeprefix("task."): init for where, init in self.inits() if where.startswith("task.")}
 
+    def eval_inits(self, name: str) -> dict[str, Init]:
+        """Those of the checkpoints that eval `name` reads, by their field in it."""
+        prefix = f"evals.{name}."
+        return {where.removeprefix(prefix): init for where, init in self.inits() if where.startswith(prefix)}
+
     def data_sets(self) -> list[Data]:
         """What it reads and can be opened as it stands: its training data, then that of its evals."""
         return [self.data, *(data for cfg in self.evals.values() for data in cfg.opened())]

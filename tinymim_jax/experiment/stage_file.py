@@ -1,6 +1,7 @@
 """`stage.json`: what a folder of weights says of itself, so that a teacher is rebuilt from its own words."""
 
 import json
+import re
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path as LocalPath
@@ -54,16 +55,29 @@ def read_untrained(folder: Path) -> list[str]:
 
 def check_resumable(folder: Path) -> None:
     """Raises InputError if an older version has begun the stage in `folder` and not finished it."""
-    made = json.loads((folder / "stage.json").read_text()).get("format", FORMAT)
-    if made in MADE_BY:
+    if older := MADE_BY.get(_parsed(folder)[0]):
         raise InputError(
-            f"{folder} was begun by {MADE_BY[made]}, whose checkpoints this version does not go on from; finish it with"
+            f"{folder} was begun by {older}, whose checkpoints this version does not go on from; finish it with"
             f" that, or delete {folder} to run the stage again"
         )
 
 
+def changes(folder: Path, stage: Stage) -> list[str]:
+    """Lines "field: old -> new" between the stage that was run in `folder` and `stage`."""
+    found = codec.differences(codec.to_dict(read_stage(folder)), codec.to_dict(stage))
+    if _parsed(folder)[0] == FORMAT:
+        return found
+    # What a hand-over leaves out was said in other words, and of a stage that is finished it is past.
+    return [line for line in found if not re.match(r"(.*\.)?(init|teacher)\.(skip|fresh|regroup_heads): ", line)]
+
+
 def read(folder: Path) -> dict[str, Any]:
     """The contents of `stage.json` in today's format; raises InputError that says what `folder` is instead."""
+    return _parsed(folder)[1]
+
+
+def _parsed(folder: Path) -> tuple[int, dict[str, Any]]:
+    """The format that `stage.json` has, and its contents in today's."""
     file = folder / "stage.json"
     if not folder.exists():
         raise InputError(f"{folder} does not exist; run that stage first, or name the folder of a stage that was run")
@@ -78,13 +92,13 @@ def read(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder} is not the folder of a stage: {advice}")
     try:
         content = json.loads(file.read_text())
-        made = content.get("format", 1 if "stage" in content else FORMAT)
+        made = content.get("format", FORMAT if "converted" in content else 1)
         if made > FORMAT:
             raise InputError(
                 f"{folder} was written by a newer tinymim_jax (format {made}, this one reads {FORMAT}); update it"
             )
         if ("stage" in content or "converted" in content) and isinstance(content["untrained"], list):
-            return _upgraded(content) if made < FORMAT else content
+            return made, _upgraded(content) if made < FORMAT else content
     except InputError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -74,6 +74,9 @@ def _check_run(where: str, stage: Stage) -> None:
         raise InputError(f"{where}.run: set exactly one of epochs and steps")
     if optim.warmup_epochs and optim.warmup_steps:
         raise InputError(f"{where}.optim: set warmup_epochs or warmup_steps, and the other to 0")
+    for pattern, factor in optim.lr_scale.items():
+        if factor < 0:
+            raise InputError(f"{where}.optim.lr_scale: the factor of {pattern!r} is {factor}; it must be at least 0")
     if run.batch_size % optim.accum_steps:
         raise InputError(f"{where}: batch_size {run.batch_size} is not a multiple of accum_steps {optim.accum_steps}")
     for field in ("log_every", "checkpoint_every", "eval_every"):

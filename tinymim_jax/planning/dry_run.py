@@ -12,7 +12,6 @@ from tinymim_jax.experiment import stage_file
 from tinymim_jax.experiment.config import Config, Stage
 from tinymim_jax.models.contract import Encoder
 from tinymim_jax.planning.preflight import foreign, read_foreign, source_models
-from tinymim_jax.runtime import codec
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.runtime.metric_log import read_done
 from tinymim_jax.runtime.sharding import make_mesh
@@ -100,7 +99,7 @@ def check_unedited(stage: Stage, folder: Path) -> None:
         )
     if not handoff.finished(folder):
         stage_file.check_resumable(folder)
-    changes = codec.differences(codec.to_dict(stage_file.read_stage(folder)), codec.to_dict(stage))
+    changes = stage_file.changes(folder, stage)
     mendable = not handoff.finished(folder) and all(c.split(":")[0] in MENDABLE_FIELDS for c in changes)
     if changes and not mendable:
         raise InputError(

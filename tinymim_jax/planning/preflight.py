@@ -25,12 +25,13 @@ def check_ready(cfg: Config, to_run: list[str], workdir: Path, mesh: jax.shardin
     """Raises InputError if one of the stages `to_run` could not start after the others: devices, data, weights."""
     for name in to_run:
         try:
-            _check_stage(cfg.stages[name], to_run, workdir, mesh)
+            _check_stage(cfg, name, to_run, workdir, mesh)
         except InputError as error:
             raise InputError(f"stage {name}: {error}") from None
 
 
-def _check_stage(stage: Stage, to_run: list[str], workdir: Path, mesh: jax.sharding.Mesh) -> None:
+def _check_stage(cfg: Config, name: str, to_run: list[str], workdir: Path, mesh: jax.sharding.Mesh) -> None:
+    stage = cfg.stages[name]
     check_batch(stage.run.batch_size, mesh, stage.optim.accum_steps)
     for where, init in stage.inits():
         folder = handoff.source_folder(init, workdir)
@@ -39,8 +40,10 @@ def _check_stage(stage: Stage, to_run: list[str], workdir: Path, mesh: jax.shard
         if not where.startswith("evals."):
             check_pixels(stage, init, workdir)
     sources.open_source(stage.data)
-    for cfg in stage.evals.values():
-        cfg.build(Context(mesh, _no_model))
+    for eval_name, measure in stage.evals.items():
+        inits = stage.eval_inits(eval_name)
+        models = {field: (source_model(cfg, init, workdir), {}) for field, init in inits.items()}
+        measure.build(Context(mesh, _no_model, models))
     check_classes(stage)
 
 

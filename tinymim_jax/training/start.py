@@ -84,10 +84,8 @@ def make_evaluators(setup: StageSetup, workdir: Path, mesh: jax.sharding.Mesh) -
     """The stage's evaluators, with the checkpoints that they name."""
     evaluators = {}
     for name, cfg in setup.stage.evals.items():
-        prefix = f"evals.{name}."
-        named = {where.removeprefix(prefix): i for where, i in setup.stage.inits() if where.startswith(prefix)}
         models = {}
-        for field, init in named.items():
+        for field, init in setup.stage.eval_inits(name).items():
             folder = handoff.source_folder(init, workdir)
             variables = jax.device_put(handoff.read_variables(folder), sharding.replicated(mesh))
             models[field] = stage_file.read_model(folder), variables

@@ -1,0 +1,70 @@
+"""Small configs, among them one that has every kind of every part."""
+
+import dataclasses
+
+from tinymim_jax.experiment.config import (
+    Classification,
+    Classify,
+    Compare,
+    Config,
+    Corruptions,
+    Data,
+    Decoder,
+    Distill,
+    Feature,
+    Init,
+    Knn,
+    LabelTeacher,
+    Logistic,
+    Mae,
+    Mesh,
+    Optim,
+    Relation,
+    Run,
+    Stage,
+    ViT,
+)
+
+EVAL_DATA = Data("digits", split="test", image_size=8, transform="eval")
+SIZE = {"image_size": 8, "patch_size": 4}
+
+
+def make_stage(**changes):
+    parts = {
+        "task": Classify(mixup=0.0),
+        "model": ViT(8, 2, 2, num_classes=10, **SIZE),
+        "data": Data("digits", image_size=8),
+        "optim": Optim(lr=1e-3),
+        "run": Run(batch_size=4, epochs=1.0),
+    }
+    return Stage(**{**parts, **changes})
+
+
+def make_distill(teacher, block=2, **changes):
+    task = Distill(teacher, {"relation": Relation(1, block)})
+    return make_stage(**{"task": task, "model": ViT(8, 2, 2, **SIZE), **changes})
+
+
+def full_config():
+    """Every dataclass and every kind of every union, no field at its default where that is easy."""
+    mae = make_stage(
+        task=Mae(decoder=Decoder(16, 1, 2), mask_ratio=0.5, norm_pix_loss=False),
+        model=ViT(8, 2, 2, **SIZE),
+        evals={"knn": Knn(EVAL_DATA, dataclasses.replace(EVAL_DATA, split="train"), k=(3,), temperature=0.1)},
+    )
+    distill = make_distill(Init("mae", rename={"a": "b"}, skip=("x", "y"), fresh=("z",), regroup_heads=True))
+    distill.task.targets["feature"] = Feature(2, 1, beta=1.0, weight=0.5)
+    tuned = make_stage(
+        init=Init(path="/somewhere", resize_posembed=True),
+        model=ViT(8, 2, 2, num_classes=10, dist_token=True, **SIZE),
+        optim=Optim(1e-3, lr_batch=None, clip_norm=1.0, ema=0.9, freeze=("q",), lr_scale={"encoder/head/.*": 10.0}),
+        run=Run(4, steps=7),
+        evals={
+            "val": Classification(EVAL_DATA, batch_size=3),
+            "logistic": Logistic(EVAL_DATA, dataclasses.replace(EVAL_DATA, split="train"), c=0.1),
+            "corruptions": Corruptions(EVAL_DATA, severities=(1, 3)),
+        },
+        task=Classify(teacher=LabelTeacher(Init("mae"), labels="soft", weight=0.3, temperature=2.0)),
+    )
+    stages = {"mae": mae, "distill": distill, "tuned": tuned}
+    return Config("all", stages, Mesh(2, 4), {"T": Compare("val/top1", {"row": ("tuned",)})})

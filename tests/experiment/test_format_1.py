@@ -1,0 +1,105 @@
+"""Stages that version 0.1 ran: format_1.json has the stage.json of tests/tiny_chain.py, and its parameters' shapes."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import tinymim_jax
+from tests.tiny_chain import get_config
+from tinymim_jax.experiment import stage_file
+from tinymim_jax.planning import dry_run
+from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.training import start
+from tinymim_jax.weights import checkpoint, handoff
+from tinymim_jax.weights.parameters import flatten, unflatten
+
+MADE = json.loads(Path(__file__).with_name("format_1.json").read_text())
+
+
+def arrays(name, seed=0):
+    draw = np.random.default_rng(seed)
+    return {key: draw.normal(size=shape).astype(np.float32) for key, shape in MADE[name]["params"].items()}
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """Finished stages; the last one kept an average."""
+    folder = tmp_path_factory.mktemp("format_1")
+    for name, made in MADE.items():
+        average = unflatten(arrays(name, 1)) if name == "finetune" else None
+        checkpoint.save_model(folder / name, unflatten(arrays(name)), ema=average)
+        for file in ("stage.json", "DONE"):
+            (folder / name / file).write_text(json.dumps(made[file]))
+    return folder
+
+
+def test_a_finished_chain_is_that_of_today_s_config(workdir):
+    """Distillation had one target, written into the task, and MAE's decoder lay beside the encoder."""
+    cfg = get_config()
+    for name in ("mae", "distill"):
+        assert stage_file.read_stage(workdir / name) == cfg.stages[name]
+    assert stage_file.read_untrained(workdir / "mae") == ["pretext/decoder/pos_embed", "encoder/pos_embed"]
+    text = dry_run.describe_chain(cfg, workdir)
+    assert text.count("status: finished, would be skipped") == 3
+    cfg.stages["distill"].task.targets["relation"].teacher_block = 1
+    with pytest.raises(InputError, match=r"another config \(task\.targets\.relation\.teacher_block: 2 -> 1\)"):
+        dry_run.describe_chain(cfg, workdir)
+
+
+def test_load(workdir):
+    for name, seed in (("mae", 0), ("distill", 0), ("finetune", 1)):
+        model, variables = tinymim_jax.load(workdir / name)
+        expected = {key: value for key, value in arrays(name, seed).items() if key.startswith("encoder/")}
+        found = flatten({"encoder": variables["params"]})
+        assert set(found) == set(expected)
+        for key, value in expected.items():
+            np.testing.assert_array_equal(found[key], value)
+    out = model.apply(variables, np.zeros((1, 16, 16, 3), np.float32), capture=(2,))
+    assert out.logits.shape == (1, 10) and out.trace[2].q.shape == (1, 5, 2, 6)
+
+
+def test_a_teacher(workdir, mesh):
+    """Its decoder, its third block and its norm are left out."""
+    loaded = start.load(get_config().stages["distill"], "new", workdir, mesh)
+    teacher = flatten(loaded.frozen["teacher"])
+    assert len(teacher) == 28 and not [key for key in teacher if "block3" in key or "norm/" in key[:13]]
+    for key, value in teacher.items():
+        np.testing.assert_array_equal(value, arrays("mae")[key])
+
+
+def test_initial_weights(workdir, mesh):
+    """6 heads of the last block become 2 of the same channels; norm is left out, fc_norm and head are new."""
+    stage = get_config().stages["finetune"]
+    begun = start.begin(start.load(stage, "new", workdir, mesh), workdir)
+    params, source = flatten(jax.device_get(begun.state.params)), arrays("distill")
+    taken = [key for key in params if "/fc_norm/" not in key and "/head/" not in key]
+    assert len(taken) == 28
+    for key in taken:
+        np.testing.assert_array_equal(params[key], source[key].reshape(params[key].shape))
+    with_decoder = dataclasses.replace(stage, model=dataclasses.replace(stage.model, width=24, depth=3, num_heads=6))
+    with_decoder.init.stage = "mae"
+    target = flatten(
+        jax.eval_shape(with_decoder.model.build().init, jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))
+    )
+    target = {key.replace("params/", "encoder/", 1): leaf.shape for key, leaf in target.items()}
+    report = handoff.match(target, handoff.read_shapes(workdir / "mae"), with_decoder.init)
+    assert "skipped: encoder/norm, pretext" in report.lines()
+
+
+def test_one_that_is_half_done_is_refused(workdir, tmp_path):
+    shutil.copytree(workdir / "mae", tmp_path / "mae")
+    (tmp_path / "mae" / "DONE").unlink()
+    with pytest.raises(InputError) as error:
+        dry_run.describe_chain(get_config(), tmp_path)
+    assert str(error.value) == (
+        f"stage mae: {tmp_path}/mae was begun by tinymim_jax 0.1, whose checkpoints this version does not go on from;"
+        f" finish it with that, or delete {tmp_path}/mae to run the stage again"
+    )
+    (tmp_path / "mae" / "stage.json").write_text("{")
+    with pytest.raises(InputError, match=r"mae/stage\.json is damaged; delete .*mae and make it again"):
+        dry_run.describe_chain(get_config(), tmp_path)
