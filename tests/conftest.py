@@ -16,7 +16,7 @@ import jax
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
-from tinymim_jax.evals.contract import Evaluator, Predict, measure
+from tinymim_jax.evals.contract import Evaluator, Measurement, scalars
 from tinymim_jax.experiment import recipes
 from tinymim_jax.experiment.config import (
     Classification,
@@ -28,10 +28,10 @@ from tinymim_jax.experiment.config import (
     Optim,
     Run,
     Stage,
-    Teacher,
     ViT,
 )
 from tinymim_jax.runtime.sharding import make_mesh
+from tinymim_jax.training.loop import run_stage
 
 TRAIN = Data("digits", image_size=16, per_class=4, hflip=0.0)
 TEST = dataclasses.replace(TRAIN, split="test", transform="eval", crop_pct=1.0)
@@ -57,7 +57,7 @@ def tiny_distill(source: str = "mae", block: int = 2) -> Stage:
     """Four steps of distillation into a narrower ViT."""
     model = ViT(16, 2, 2, last_block_heads=6, drop_path=0.1, **IMAGE)
     model.width = 12
-    return _short(recipes.distill(model, Teacher(Init(source), block), TRAIN))
+    return _short(recipes.distill(model, Init(source), TRAIN, block=block))
 
 
 def tiny_classify(source: str | None = "distill") -> Stage:
@@ -72,17 +72,30 @@ def tiny_classify(source: str | None = "distill") -> Stage:
     return stage
 
 
-def measured(evaluator: Evaluator, predict: Predict, variables: Any, frozen: Any) -> dict[str, float]:
+def measured(evaluator: Evaluator, variables: Any, frozen: Any = None) -> dict[str, float]:
     """All that one evaluator finds."""
-    results = measure({"x": evaluator}, predict, variables, frozen, "x")
-    return {name.removeprefix("x/"): value for name, value in results.items()}
+    found = scalars(Measurement({"x": evaluator}).run(variables, frozen, "x")())
+    return {name.removeprefix("x/"): value for name, value in found.items()}
+
+
+def tiny_chain() -> Config:
+    """mae -> distill -> finetune, four steps each."""
+    return Config("tiny", {"mae": tiny_mae(), "distill": tiny_distill(), "finetune": tiny_classify()})
 
 
 @pytest.fixture
 def chain() -> Config:
     """mae -> distill -> finetune, four steps each."""
-    stages = {"mae": tiny_mae(), "distill": tiny_distill(), "finetune": tiny_classify()}
-    return Config("tiny", stages)
+    return tiny_chain()
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, mesh):
+    """The workdir of that chain, all of it run; to be read only."""
+    workdir = tmp_path_factory.mktemp("finished")
+    for name, stage in tiny_chain().stages.items():
+        run_stage(stage, name, workdir, mesh)
+    return workdir
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """A chain of seconds on the embedded digits, for runs in processes of their own: steps=N, fsdp=N, every=N, workers=N,
 resident."""
 
-from tests.conftest import tiny_classify, tiny_distill, tiny_mae
+from tests import conftest
 from tinymim_jax.experiment import recipes
 from tinymim_jax.experiment.config import Config, Mesh
 from tinymim_jax.runtime import sharding
@@ -11,7 +11,7 @@ sharding.FSDP_MIN_SIZE = 64  # so that small arrays are split too
 
 def get_config(arg: str = "") -> Config:
     o = recipes.options(arg, steps="4", fsdp="1", every="2", workers="0", resident=False)
-    stages = {"mae": tiny_mae(), "distill": tiny_distill(), "finetune": tiny_classify()}
+    stages = conftest.tiny_chain().stages
     for stage in stages.values():
         stage.run.steps, stage.run.checkpoint_every, stage.run.keep = int(o["steps"]), int(o["every"]), 3
         stage.run.eval_every = int(o["every"]) + 1
