@@ -8,10 +8,12 @@ import pytest
 
 from tinymim_jax.experiment import config, recipes
 from tinymim_jax.experiment.config import Optim
-from tinymim_jax.models import mae
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.training import optim
-from tinymim_jax.weights.handoff import flatten
+from tinymim_jax.training.setup import make_setup
+from tinymim_jax.weights.parameters import flatten, unflatten
+
+TWO_BLOCKS = config.ViT(8, 2, 2)
 
 
 def encoder_shapes(model):
@@ -27,8 +29,7 @@ def data():
 
 @pytest.fixture(scope="module")
 def pretrain(data):
-    teacher = recipes.teacher_from("base", config.Init("b"), "small")
-    stage = recipes.distill(recipes.student("small"), teacher, data)
+    stage = recipes.distill(recipes.student("small"), config.Init("b"), data, **recipes.target("base", "small"))
     return stage, encoder_shapes(stage.model)
 
 
@@ -36,25 +37,6 @@ def pretrain(data):
 def tuned():
     stage = recipes.finetune_imagenet("small", config.Init("s"))
     return stage, encoder_shapes(stage.model)
-
-
-# Paths
-
-
-QKV = "encoder/block1/attn/qkv/kernel"
-
-
-def test_paths():
-    tree = {"encoder": {"norm": {"scale": 0}, "block1": {"attn": {"qkv": {"kernel": 0}}}}}
-    assert optim.paths(tree) == {
-        "encoder": {"norm": {"scale": "encoder/norm/scale"}, "block1": {"attn": {"qkv": {"kernel": QKV}}}}
-    }
-
-
-def test_matches_the_whole_name():
-    assert optim.matches(("x", ".*/kernel"), QKV)
-    assert not optim.matches(("kernel",), QKV) and not optim.matches(("encoder/block1",), QKV)
-    assert not optim.matches((), QKV)
 
 
 # Schedule (spec A.4: MAE util/lr_sched.py)
@@ -96,6 +78,41 @@ def test_schedule_is_that_of_mae(min_lr, warmup, epochs, steps_per_epoch):
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-9)
 
 
+def rates(total, steps, **fields):
+    """A peak of 8 after two steps of warm-up."""
+    schedule = jax.jit(optim.make_schedule(Optim(8.0, lr_batch=None, warmup_steps=2, **fields), 256, 10, total))
+    return [float(schedule(step)) for step in steps]
+
+
+def test_poly_by_hand():
+    assert rates(10, (0, 1, 2, 6, 10, 12), schedule="poly", min_lr=1.0) == pytest.approx([0, 4, 8, 4.5, 1, 1])
+    assert rates(10, (2, 4, 6, 8, 10), schedule="poly", power=2.0) == pytest.approx([8, 4.5, 2, 0.5, 0])
+
+
+def test_step_by_hand():
+    """Drops at half and three quarters of the 8 steps behind the warm-up, each to a tenth."""
+    steps = (0, 1, 2, 5, 6, 7, 8, 10)
+    expected = [0, 4, 8, 8, 0.8, 0.8, 0.08, 0.08]
+    assert rates(10, steps, schedule="step", drops=(0.5, 0.75)) == pytest.approx(expected)
+    assert rates(10, (6, 8), schedule="step", drops=(0.5, 0.75), drop_factor=0.5) == pytest.approx([4, 2])
+    assert rates(10, (5, 10), schedule="step") == [8, 8]
+
+
+def test_constant_by_hand():
+    assert rates(10, (0, 1, 2, 9, 10), schedule="constant", min_lr=1.0) == [0, 4, 8, 8, 8]
+
+
+def test_the_rate_is_that_of_the_updates_made():
+    """What `keep_if_bad` leaves out is not counted by the optimiser."""
+    params, cfg = {"a": {"kernel": jnp.ones(3)}}, Optim(8.0, None, warmup_steps=2)
+    schedule = optim.make_schedule(cfg, 1, 5, 10)
+    tx = optim.make_optimizer(cfg, schedule, optim.rules(params, cfg), {"a": {"kernel": 1.0}})
+    state = tx.init(params)
+    assert float(optim.current_lr(schedule, state)) == 0.0
+    state = tx.update(params, state, params)[1]
+    assert float(optim.current_lr(schedule, state)) == 4.0
+
+
 def test_schedule_without_steps():
     optim.make_schedule(Optim(1e-3, warmup_epochs=5), 256, 10, 0)  # a stage that only evaluates
 
@@ -126,8 +143,8 @@ def by_label(labels):
 def test_rules_of_pretraining(pretrain):
     """Spec A.3 and A.4: nothing behind q, k, v of block 12 is trained; CLS is decayed."""
     stage, shapes = pretrain
-    untrained = ("encoder/block12/(attn/proj|norm2|mlp)/.*", "encoder/norm/.*", "encoder/pos_embed")
-    found = by_label(optim.rules(shapes, stage.optim, untrained))
+    task = make_setup(stage, "s", {"teacher": recipes.student("base")}, 10_000).task
+    found = by_label(optim.rules(shapes, stage.optim, task.is_untrained))
     first = range(1, 12)
     assert found["decay"] == {"encoder/cls_token", "encoder/patch_embed/kernel", *names(first, BLOCK_KERNELS)} | {
         "encoder/block12/attn/qkv/kernel"
@@ -169,17 +186,24 @@ def test_vectors_are_never_decayed(pretrain, tuned):
         assert flatten(shapes)["encoder/block12/attn/qkv/bias"].ndim == 3
 
 
-def test_rules_of_mae(data):
+def test_rules_of_mae():
     """Spec B.1: both tokens are decayed, both tables of positions are fixed."""
-    stage = recipes.mae(config.ViT(16, 2, 2, image_size=32), data)
-    model = mae.build(stage.model, stage.task)
-    args = (jax.random.key(0), jnp.zeros((1, 32, 32, 3)), jnp.zeros((1, 4)))
-    shapes = jax.eval_shape(model.init, *args)["params"]
-    found = by_label(optim.rules(shapes, stage.optim, ("(encoder|decoder)/pos_embed",)))
-    assert found["freeze"] == {"encoder/pos_embed", "decoder/pos_embed"}
-    assert {"encoder/cls_token", "decoder/mask_token", "decoder/embed/kernel", "decoder/pred/kernel"} <= found["decay"]
-    assert {"decoder/norm/scale", "decoder/embed/bias", "decoder/block1/attn/qkv/bias"} <= found["no_decay"]
-    assert sum(map(len, found.values())) == len(flatten(shapes))
+    stage = recipes.mae(config.ViT(16, 2, 2, image_size=32), recipes.imagenet(True, image_size=32))
+    setup = make_setup(stage, "mae", {}, 10_000)
+    found = by_label(setup.labels)
+    assert found["freeze"] == {"encoder/pos_embed", "pretext/decoder/pos_embed"}
+    assert {
+        "encoder/cls_token",
+        "pretext/decoder/mask_token",
+        "pretext/decoder/embed/kernel",
+        "pretext/decoder/pred/kernel",
+    } <= found["decay"]
+    assert {
+        "pretext/decoder/norm/scale",
+        "pretext/decoder/embed/bias",
+        "pretext/decoder/block1/attn/qkv/bias",
+    } <= found["no_decay"]
+    assert sum(map(len, found.values())) == len(flatten(setup.params))
 
 
 def test_a_parameter_without_a_rule():
@@ -197,7 +221,7 @@ def test_a_parameter_with_two_rules():
 
 def test_freezing_comes_first():
     params = {"a": {"kernel": 0, "gamma": 0, "bias": 0}, "b": {"kernel": 0}}
-    labels = optim.rules(params, Optim(1.0, freeze=("a/(gamma|kernel)",)), ("b/.*",))
+    labels = optim.rules(params, Optim(1.0, freeze=("a/(gamma|kernel)",)), lambda name: name.startswith("b/"))
     assert labels == {"a": {"kernel": "freeze", "gamma": "freeze", "bias": "no_decay"}, "b": {"kernel": "freeze"}}
 
 
@@ -205,8 +229,8 @@ def test_freezing_comes_first():
 
 
 def test_layer_decay(tuned):
-    _, shapes = tuned
-    scales = flatten(optim.lr_scales(shapes, 0.65, 12))
+    stage, shapes = tuned
+    scales = flatten(optim.lr_scales(shapes, stage.optim, stage.model))
     assert set(scales) == set(flatten(shapes))
     for name, scale in scales.items():
         part = name.split("/")[1]
@@ -222,18 +246,26 @@ def test_layer_decay(tuned):
     assert scales["encoder/head/kernel"] == scales["encoder/fc_norm/bias"] == 1.0
 
 
-def test_layer_decay_of_the_last_norm():
-    assert optim.lr_scales({"encoder": {"norm": {"scale": 0}}}, 0.5, 2) == {"encoder": {"norm": {"scale": 1.0}}}
+def test_layer_decay_of_the_last_norm_and_of_what_is_no_encoder():
+    params = {"encoder": {"norm": {"scale": 0}}, "pretext": {"adapter": {"kernel": 0}}}
+    scales = optim.lr_scales(params, Optim(1.0, layer_decay=0.5), TWO_BLOCKS)
+    assert scales == {"encoder": {"norm": {"scale": 1.0}}, "pretext": {"adapter": {"kernel": 1.0}}}
 
 
-def test_no_layer_decay_takes_any_parameter():
-    assert optim.lr_scales({"decoder": {"x": 0}}, 1.0, 12) == {"decoder": {"x": 1.0}}
+def test_layer_decay_of_an_unknown_parameter():
+    with pytest.raises(InputError, match=r"encoder/x"):
+        optim.lr_scales({"encoder": {"x": 0}}, Optim(1.0, layer_decay=0.9), TWO_BLOCKS)
 
 
-@pytest.mark.parametrize("name", ["decoder", "encoder_block1"])
-def test_layer_decay_of_an_unknown_parameter(name):
-    with pytest.raises(InputError, match=rf"optim\.layer_decay knows no layer for parameter {name}/x"):
-        optim.lr_scales({name: {"x": 0}}, 0.9, 12)
+def test_rates_by_name_multiply_layer_decay():
+    params = {"encoder": {"block1": {"norm1": {"scale": 0}}, "head": {"kernel": 0}}}
+    cfg = Optim(1.0, layer_decay=0.5, lr_scale={".*/head/.*": 10.0, "encoder/.*": 3.0})
+    scales = flatten(optim.lr_scales(params, cfg, TWO_BLOCKS))
+    assert scales == {"encoder/block1/norm1/scale": 3 * 0.25, "encoder/head/kernel": 30.0}
+    optim.rules(params, cfg)
+    cfg.lr_scale["encoder/heads/.*"] = 2.0
+    with pytest.raises(InputError, match=r"optim\.lr_scale: 'encoder/heads/\.\*' matches no parameter"):
+        optim.rules(params, cfg)
 
 
 # AdamW
@@ -274,11 +306,13 @@ SCALES = dict(zip(SHAPES, (0.5**3, 0.5**2, 0.5, 0.5, 1.0), strict=True))
 @pytest.mark.parametrize("eps", [1e-8, 0.1])
 def test_adamw(clip_norm, eps):
     draw = np.random.default_rng(0)
-    cfg = Optim(2e-2, None, 1e-3, 0.5, 0.9, 0.95, eps, weight_decay=0.3, layer_decay=0.5, clip_norm=clip_norm)
+    cfg = Optim(
+        2e-2, None, min_lr=1e-3, warmup_epochs=0.5, eps=eps, weight_decay=0.3, layer_decay=0.5, clip_norm=clip_norm
+    )
     reference = {key: draw.normal(size=shape) for key, shape in SHAPES.items()}
     params = unflatten({k: jnp.asarray(v, jnp.float32) for k, v in reference.items()})
     schedule = optim.make_schedule(cfg, 1, 8, 20)
-    tx = optim.make_optimizer(cfg, schedule, optim.rules(params, cfg), optim.lr_scales(params, 0.5, 2))
+    tx = optim.make_optimizer(cfg, schedule, optim.rules(params, cfg), optim.lr_scales(params, cfg, TWO_BLOCKS))
     state = tx.init(params)
     adamw = Reference(0.9, 0.95, eps)
     decays = {key: 0.3 if key.endswith("kernel") else 0.0 for key in SHAPES}
@@ -294,17 +328,6 @@ def test_adamw(clip_norm, eps):
         moved = reference[key] - start[key]
         assert np.abs(moved).max() > 1e-3
         np.testing.assert_allclose(value - start[key].astype(np.float32), moved, atol=3e-6, err_msg=key)
-
-
-def unflatten(flat):
-    tree = {}
-    for key, value in flat.items():
-        *parents, last = key.split("/")
-        node = tree
-        for part in parents:
-            node = node.setdefault(part, {})
-        node[last] = value
-    return tree
 
 
 def test_the_first_step_moves_nothing():

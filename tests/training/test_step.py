@@ -7,8 +7,9 @@ import pytest
 
 from tinymim_jax.bench import step as bench
 from tinymim_jax.experiment.config import Classify
+from tinymim_jax.runtime import keys
 from tinymim_jax.training.setup import make_setup
-from tinymim_jax.training.step import create_state, make_train_step
+from tinymim_jax.training.step import create_state, host_keys, make_train_step
 from tinymim_jax.weights.parameters import flatten
 
 
@@ -30,8 +31,8 @@ def plain_classify(chain, **optim):
 
 
 def one_step(stage, batch, steps=1):
-    plan = make_setup(stage, None, 40)
-    state = create_state(plan, jax.random.key(0))
+    plan = make_setup(stage, "stage", {}, 40)
+    state = create_state(plan, host_keys(plan, keys.INIT))
     step = jax.jit(make_train_step(plan))
     for _ in range(steps):
         state, metrics = step(state, {}, batch, jax.random.key(1))
@@ -42,7 +43,7 @@ def one_step(stage, batch, steps=1):
 def test_a_step_writes_its_state_where_the_one_before_lay(chain, mesh, per_call):
     stage = plain_classify(chain)
     stage.run.steps_per_call = per_call
-    compiled, (state, *_) = bench.compile_step(make_setup(stage, None, 40), mesh)
+    compiled, (state, *_) = bench.compile_step(make_setup(stage, "stage", {}, 40), mesh)
     assert compiled.memory_analysis().alias_size_in_bytes == sum(x.nbytes for x in jax.tree.leaves(state))
 
 
@@ -70,8 +71,8 @@ def test_accumulation_weighs_micro_batches_by_their_valid_images(chain):
 
 def test_ema_follows_the_weights(chain):
     stage = plain_classify(chain, ema=0.9)
-    plan = make_setup(stage, None, 40)
-    start = create_state(plan, jax.random.key(0)).params
+    plan = make_setup(stage, "stage", {}, 40)
+    start = create_state(plan, host_keys(plan, keys.INIT)).params
     state, _ = one_step(stage, batch_of(stage), steps=1)
     expected = jax.tree.map(lambda old, new: 0.9 * np.float64(old) + 0.1 * np.float64(new), start, state.params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), state.ema, expected)
@@ -81,8 +82,8 @@ def test_ema_follows_the_weights(chain):
 def test_frozen_and_untrained_parameters_keep_their_values(chain, mesh, tmp_path):
     chain.stages["mae"].optim.freeze = ("encoder/block1/.*",)
     stage = chain.stages["mae"]
-    plan = make_setup(stage, None, 40)
-    start = flatten(create_state(plan, jax.random.key(0)).params)
+    plan = make_setup(stage, "stage", {}, 40)
+    start = flatten(create_state(plan, host_keys(plan, keys.INIT)).params)
     state, _ = one_step(stage, batch_of(stage), steps=3)
     for name, value in flatten(state.params).items():
         moved = bool(jnp.any(value != start[name]))

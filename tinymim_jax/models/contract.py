@@ -122,11 +122,6 @@ class Encoder(abc.ABC):
         """Matmul FLOPs of what stands behind the blocks."""
         return 2.0 * self.width_of(self.depth) * self.num_classes
 
-    def block_of(self, name: str) -> int | None:
-        """The block, from 1, that parameter `name` belongs to; None if it is of none."""
-        layer = self.layer_id(name)
-        return layer if 1 <= layer <= self.depth else None
-
     @property
     def grid(self) -> int:
         """Patches a side."""
