@@ -1,4 +1,3 @@
-import functools
 import json
 
 import jax
@@ -12,7 +11,7 @@ from tinymim_jax.experiment.config import Classify, Data, Init, Optim, Run, Stag
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.weights import handoff
 from tinymim_jax.weights.checkpoint import Checkpoints
-from tinymim_jax.weights.parameters import flatten, fold, shapes_of, unflatten
+from tinymim_jax.weights.parameters import flatten, shapes_of, unflatten
 
 SMALL = ViT(width=12, depth=1, num_heads=2, image_size=8, patch_size=4)
 
@@ -184,27 +183,6 @@ def test_lines_of_several_regroupings():
     ]
 
 
-# fold
-
-
-@pytest.mark.parametrize(
-    ("keys", "others", "expected"),
-    [
-        ([], ["a/x"], ""),
-        (["a/x"], [], "a"),
-        (["a/x"], ["a/y"], "a/x"),
-        (["a/x", "a/y"], ["b/x"], "a"),
-        (["b/x", "a/y"], ["a/x"], "b, a/y"),
-        (["block1/n/s", "block1/n/b", "block2/n/s", "block2/n/b"], ["block1/q", "block2/q"], "block1-2/n"),
-        ([f"block{i}/n" for i in (2, 1, 4, 7, 8)], [f"block{i}/q" for i in range(1, 9)], "block1-2+4+7-8/n"),
-        ([f"e/block{i}/n" for i in range(1, 13)], ["e/head"], "e/block1-12"),
-        (["ab/x"], ["a/x"], "ab"),
-    ],
-)
-def test_fold(keys, others, expected):
-    assert fold(keys, [*keys, *others]) == expected
-
-
 # transfer
 
 
@@ -302,43 +280,6 @@ def params():
     }
 
 
-def test_read_stage(tmp_path, params):
-    write_stage(tmp_path, make_stage(), params, untrained=["encoder/pos_embed"])
-    assert stage_file.read_stage(tmp_path) == make_stage()
-    assert stage_file.read_untrained(tmp_path) == ["encoder/pos_embed"]
-    assert handoff.finished(tmp_path)
-
-
-def test_read_stage_where_there_is_none(tmp_path):
-    for read in (stage_file.read_stage, stage_file.read_untrained):
-        with pytest.raises(InputError, match=r"is not the folder of a stage: it has no stage\.json"):
-            read(tmp_path)
-    with pytest.raises(InputError, match="nowhere does not exist"):
-        stage_file.read_stage(tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize("text", ["", '{"stage": {', "[]", "3", "null", "{}", '{"other": 1}', "\xff\xfe"])
-def test_a_damaged_stage(tmp_path, text):
-    (tmp_path / "stage.json").write_bytes(text.encode("latin1"))
-    for read in (stage_file.read_stage, stage_file.read_untrained):
-        with pytest.raises(InputError, match=r"stage\.json is damaged; delete .* and make it again"):
-            read(tmp_path)
-
-
-def test_a_stage_of_another_version(tmp_path):
-    content = stage_file.describe(make_stage(), [])
-    file = tmp_path / "stage.json"
-    file.write_text(json.dumps({**content, "stage": {**content["stage"], "optim": {"lr": 1.0, "nesterov": True}}}))
-    with pytest.raises(InputError, match=r"stage\.json\.optim\.nesterov: no such field; Optim has lr"):
-        stage_file.read_stage(tmp_path)
-    file.write_text(json.dumps({**content, "stage": None}))
-    with pytest.raises(InputError, match=r"stage\.json: expected the fields of Stage"):
-        stage_file.read_stage(tmp_path)
-    file.write_text(json.dumps({**content, "format": 3}))
-    with pytest.raises(InputError, match=r"written by a newer tinymim_jax \(format 3, this one reads 2\); update it"):
-        stage_file.read_stage(tmp_path)
-
-
 def test_read_params(tmp_path, params):
     write_stage(tmp_path, make_stage(), params)
     found = flatten(handoff.read_params(tmp_path))
@@ -360,29 +301,6 @@ def test_an_unfinished_stage_is_bad_input(tmp_path, params):
     with pytest.raises(InputError, match="has no finished stage: run that stage first"):
         handoff.read_params(tmp_path)
     with pytest.raises(InputError, match="has no finished stage"):
-        tinymim_jax.load(tmp_path)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def apply(model, variables, images):
-    return model.apply(variables, images, capture=(1,))
-
-
-def test_load(tmp_path, params):
-    write_stage(tmp_path, make_stage(), params)
-    images = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
-    expected = apply(SMALL.build(), {"params": params["encoder"]}, images)
-    for path in (tmp_path, str(tmp_path)):
-        model, variables = tinymim_jax.load(path)
-        assert set(variables) == {"params"}
-        out = apply(model, variables, images)
-        np.testing.assert_array_equal(out.tokens, expected.tokens)
-        np.testing.assert_array_equal(out.trace[1].q, expected.trace[1].q)
-        assert out.trace[1].q.shape == (2, 5, 2, 6) and out.logits is None
-
-
-def test_load_where_there_is_nothing(tmp_path):
-    with pytest.raises(InputError, match="is not the folder of a stage"):
         tinymim_jax.load(tmp_path)
 
 

@@ -1,6 +1,7 @@
-"""Stages that version 0.1 ran: format_1.json has the stage.json of tests/tiny_chain.py, and its parameters' shapes."""
+"""What `stage.json` says; format_1.json has those that version 0.1 wrote for tests/tiny_chain.py, and its shapes."""
 
 import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -11,12 +12,83 @@ import pytest
 
 import tinymim_jax
 from tests.tiny_chain import get_config
+from tests.weights.test_handoff import SMALL, make_stage, write_stage
 from tinymim_jax.experiment import stage_file
 from tinymim_jax.planning import dry_run
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.training import start
 from tinymim_jax.weights import checkpoint, handoff
 from tinymim_jax.weights.parameters import flatten, unflatten
+
+
+@pytest.fixture(scope="module")
+def params():
+    images = np.zeros((1, 8, 8, 3), np.float32)
+    return {"encoder": jax.jit(SMALL.build().init)(jax.random.key(0), images)["params"]}
+
+
+def test_read_stage(tmp_path, params):
+    write_stage(tmp_path, make_stage(), params, untrained=["encoder/pos_embed"])
+    assert stage_file.read_stage(tmp_path) == make_stage()
+    assert stage_file.read_untrained(tmp_path) == ["encoder/pos_embed"]
+    assert handoff.finished(tmp_path)
+
+
+def test_read_stage_where_there_is_none(tmp_path):
+    for read in (stage_file.read_stage, stage_file.read_untrained):
+        with pytest.raises(InputError, match=r"is not the folder of a stage: it has no stage\.json"):
+            read(tmp_path)
+    with pytest.raises(InputError, match="nowhere does not exist"):
+        stage_file.read_stage(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("text", ["", '{"stage": {', "[]", "3", "null", "{}", '{"other": 1}', "\xff\xfe"])
+def test_a_damaged_stage(tmp_path, text):
+    (tmp_path / "stage.json").write_bytes(text.encode("latin1"))
+    for read in (stage_file.read_stage, stage_file.read_untrained):
+        with pytest.raises(InputError, match=r"stage\.json is damaged; delete .* and make it again"):
+            read(tmp_path)
+
+
+def test_a_stage_of_another_version(tmp_path):
+    content = stage_file.describe(make_stage(), [])
+    file = tmp_path / "stage.json"
+    file.write_text(json.dumps({**content, "stage": {**content["stage"], "optim": {"lr": 1.0, "nesterov": True}}}))
+    with pytest.raises(InputError, match=r"stage\.json\.optim\.nesterov: no such field; Optim has lr"):
+        stage_file.read_stage(tmp_path)
+    file.write_text(json.dumps({**content, "stage": None}))
+    with pytest.raises(InputError, match=r"stage\.json: expected the fields of Stage"):
+        stage_file.read_stage(tmp_path)
+    file.write_text(json.dumps({**content, "format": 3}))
+    with pytest.raises(InputError, match=r"written by a newer tinymim_jax \(format 3, this one reads 2\); update it"):
+        stage_file.read_stage(tmp_path)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply(model, variables, images):
+    return model.apply(variables, images, capture=(1,))
+
+
+def test_load(tmp_path, params):
+    write_stage(tmp_path, make_stage(), params)
+    images = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
+    expected = apply(SMALL.build(), {"params": params["encoder"]}, images)
+    for path in (tmp_path, str(tmp_path)):
+        model, variables = tinymim_jax.load(path)
+        assert set(variables) == {"params"}
+        out = apply(model, variables, images)
+        np.testing.assert_array_equal(out.tokens, expected.tokens)
+        np.testing.assert_array_equal(out.trace[1].q, expected.trace[1].q)
+        assert out.trace[1].q.shape == (2, 5, 2, 6) and out.logits is None
+
+
+def test_load_where_there_is_nothing(tmp_path):
+    with pytest.raises(InputError, match="is not the folder of a stage"):
+        tinymim_jax.load(tmp_path)
+
+
+# Stages that version 0.1 ran
+
 
 MADE = json.loads(Path(__file__).with_name("format_1.json").read_text())
 
@@ -51,7 +123,7 @@ def test_a_finished_chain_is_that_of_today_s_config(workdir):
         dry_run.describe_chain(cfg, workdir)
 
 
-def test_load(workdir):
+def test_load_of_format_1(workdir):
     for name, seed in (("mae", 0), ("distill", 0), ("finetune", 1)):
         model, variables = tinymim_jax.load(workdir / name)
         expected = {key: value for key, value in arrays(name, seed).items() if key.startswith("encoder/")}
