@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from tinymim_jax.planning import preflight
+from tinymim_jax.runtime import storage
 from tinymim_jax.runtime.errors import InputError
 
 
@@ -26,7 +27,7 @@ def from_folder(data, path, split=None):
 
 def test_everything_that_a_stage_reads(chain):
     stage = chain.stages["mae"]
-    assert list(preflight.data_sets(stage)) == [stage.data, stage.evals["knn"].data, stage.evals["knn"].bank]
+    assert stage.data_sets() == [stage.data, stage.evals["knn"].data, stage.evals["knn"].bank]
 
 
 def test_classes_are_compared_where_labels_are(chain, tmp_path):
@@ -46,10 +47,10 @@ def test_pre_training_needs_no_labels(chain, tmp_path):
 
 
 def test_a_workdir_is_made_and_left_empty(tmp_path):
-    preflight.check_writable(tmp_path / "a" / "b")
+    storage.check_writable(tmp_path / "a" / "b")
     assert list((tmp_path / "a" / "b").iterdir()) == []
     with pytest.raises(InputError, match="cannot be written to"):
-        preflight.check_writable(Path("/proc/gone"))
+        storage.check_writable(Path("/proc/gone"))
 
 
 @pytest.mark.parametrize("is_converted", [False, True])
