@@ -1,4 +1,7 @@
-"""Every file in configs/ loads, and shrunk to a few pixels runs two steps of each stage, interrupted after the first."""
+"""Every file in configs/ loads and fits together; one chain of each kind of stage runs, shrunk to a few pixels, and resumes.
+
+That all files do is the slow tests' part.
+"""
 
 import ast
 import dataclasses
@@ -8,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tinymim_jax.experiment import config
-from tinymim_jax.experiment.config import Classification, Data, Decoder, Distill, Knn, Mae
+from tinymim_jax.experiment.config import Classification, Config, Data, Decoder, Distill, Knn, Mae, Relation
 from tinymim_jax.experiment.validate import check
 from tinymim_jax.planning import dry_run
 from tinymim_jax.runtime.errors import InputError
@@ -21,10 +23,17 @@ ROOT = Path(__file__).parent.parent / "configs"
 FILES = sorted(str(p.relative_to(ROOT)) for p in ROOT.rglob("*.py"))
 CHAINS = [
     "cifar10/chain.py",
+    "cifar10/chain.py:short",
     "digits/chain.py",
     "imagenet/chain.py",
     "imagenet/chain.py:code",
 ]
+OPTIONS = [
+    "imagenet/tables.py:row=deit_t",
+    "imagenet/tables.py:row=tinymim_star_t,teacher=x/finetune_b",
+    "imagenet/transfer.py:sgd",
+]
+SINGLE = [*(f for f in FILES if f not in CHAINS), *OPTIONS]
 WIDTH = 48  # every head count in use divides it
 
 
@@ -46,8 +55,10 @@ def shrink_block(block, depth):
 
 def shrink_data(data):
     split = "test" if data.transform == "eval" else "train"
-    where = Data("digits", split=split, image_size=16, per_class=2, transform=data.transform)
-    return dataclasses.replace(where, rand_augment=data.rand_augment, crop_scale=data.crop_scale)
+    kept = {
+        name: getattr(data, name) for name in ("transform", "rand_augment", "crop_scale", "resident", "subset_seed")
+    }
+    return Data("digits", split=split, image_size=16, per_class=2, **kept)
 
 
 def shrink(stage, teacher_depth):
@@ -59,37 +70,38 @@ def shrink(stage, teacher_depth):
     if isinstance(stage.task, Mae):
         stage.task.decoder = Decoder(16, 1, 4)
     if isinstance(stage.task, Distill):
-        stage.task.student_block = shrink_block(stage.task.student_block, depth)
-        stage.task.teacher.block = shrink_block(stage.task.teacher.block, teacher_depth)
+        for target in stage.task.targets.values():
+            assert isinstance(target, Relation)
+            target.student_block = shrink_block(target.student_block, depth)
+            target.teacher_block = shrink_block(target.teacher_block, teacher_depth)
     stage.data = shrink_data(stage.data)
-    steps = 0 if stage.run.epochs == 0 else 2
-    stage.run = dataclasses.replace(stage.run, batch_size=8, epochs=None, steps=steps, steps_per_call=1, eval_every=0)
+    steps, replicas = 0 if stage.run.epochs == 0 else 2, min(stage.run.replicas, 2)
+    short = {"epochs": None, "steps": steps, "steps_per_call": 1, "eval_every": 0, "replicas": replicas}
+    stage.run = dataclasses.replace(stage.run, batch_size=8, **short)
     stage.optim.warmup_epochs = 0.1
     for cfg in stage.evals.values():
-        cfg.data = shrink_data(cfg.data)
-        if isinstance(cfg, Knn):
-            cfg.bank, cfg.k = shrink_data(cfg.bank), (3,)
+        for name, data in cfg.sets().items():
+            setattr(cfg, name, shrink_data(data))
         cfg.batch_size = 16
+        if isinstance(cfg, Knn):
+            cfg.k = (3,)
     return stage
 
 
-def shrink_chain(cfg, sources=None):
-    """All stages but repetitions with another seed; `sources` is where stages named by path lie."""
+def shrink_chain(cfg):
+    """All stages but repetitions with another seed. What lies in another chain's folder is named as its stage."""
     depths = {name: stage.model.depth for name, stage in cfg.stages.items()}
     stages = {}
     for name, stage in cfg.stages.items():
         if name[-1] in "123456789":
             continue
-        teacher_depth = 0
-        for init in config.sources(stage):
+        for _, init in stage.inits():
             if init.path is not None:
-                init.path = str(sources / Path(init.path).name)
-                depths[Path(init.path).name] = 24 if init.path.endswith("mae_l") else 12
-        if isinstance(stage.task, Distill):
-            init = stage.task.teacher.init
-            teacher_depth = depths[init.stage or Path(init.path).name]
-        stages[name] = shrink(stage, teacher_depth)
-    return check(config.Config(cfg.name, stages))
+                init.stage, init.path = Path(init.path).name, None
+                depths[init.stage] = 24 if init.stage == "mae_l" else 12
+        is_distilled = isinstance(stage.task, Distill)
+        stages[name] = shrink(stage, depths[stage.task.teacher.stage] if is_distilled else 0)
+    return Config(cfg.name, stages)
 
 
 def run_interrupted(cfg, workdir, stop_at):
@@ -105,28 +117,57 @@ def run_interrupted(cfg, workdir, stop_at):
 
 
 @pytest.fixture(scope="module")
-def imagenet(tmp_path_factory):
-    """Where the shrunk ImageNet chain was run, for the files that start from one of its stages."""
-    return tmp_path_factory.mktemp("imagenet")
+def imagenet():
+    """The stages of the ImageNet chain, shrunk."""
+    return shrink_chain(load("imagenet/chain.py")).stages
+
+
+def behind(imagenet, name):
+    """The stages of a file, and before them those of ImageNet's chain that it starts from."""
+    cfg = shrink_chain(load(name))
+    return check(Config(cfg.name, {**imagenet, **cfg.stages})), list(cfg.stages)
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_a_single_stage_fits_what_it_starts_from(name, imagenet, tmp_path):
+    cfg, names = behind(imagenet, name)
+    for stage in names[:2]:
+        assert f"{stage}: " in dry_run.describe_chain(cfg, tmp_path, stage)
 
 
 @pytest.mark.parametrize("name", CHAINS)
-def test_a_chain_runs_and_resumes(name, imagenet, tmp_path, stop_at):
-    workdir = imagenet if name == "imagenet/chain.py" else tmp_path
-    run_interrupted(shrink_chain(load(name)), workdir, stop_at)
+def test_a_chain_fits_together(name, tmp_path):
+    cfg = shrink_chain(load(name))
+    assert dry_run.describe_chain(check(cfg), tmp_path).count("status: would start") == len(cfg.stages)
 
 
-OPTIONS = [
-    "imagenet/tables.py:row=deit_t",
-    "imagenet/tables.py:row=tinymim_star_t,teacher=x/finetune_b",
-    "imagenet/transfer.py:sgd",
-]
+def test_a_stage_of_each_kind_runs_and_resumes(imagenet, tmp_path, stop_at):
+    names = ("mae_l", "distill_b", "finetune_b")
+    run_interrupted(Config("imagenet", {name: imagenet[name] for name in names}), tmp_path, stop_at)
 
 
-@pytest.mark.parametrize("name", [*(f for f in FILES if f not in CHAINS), *OPTIONS])
-def test_a_single_stage_runs_and_resumes(name, imagenet, tmp_path, stop_at):
-    cfg = shrink_chain(load(name), imagenet)
-    assert "status: would start" in dry_run.describe_chain(cfg, tmp_path)
+@pytest.fixture(scope="module")
+def trained(imagenet, tmp_path_factory, mesh):
+    """Where the shrunk ImageNet chain was run, for the files that start from one of its stages."""
+    workdir = tmp_path_factory.mktemp("imagenet")
+    for name, stage in imagenet.items():
+        run_stage(stage, name, workdir, mesh)
+    return workdir
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_chain_runs_and_resumes(name, tmp_path, stop_at):
+    run_interrupted(shrink_chain(load(name)), tmp_path, stop_at)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SINGLE)
+def test_a_single_stage_runs_and_resumes(name, trained, tmp_path, stop_at):
+    cfg = shrink_chain(load(name))
+    for _, init in (found for stage in cfg.stages.values() for found in stage.inits()):
+        init.stage, init.path = None, str(trained / init.stage)
+    assert "status: would start" in dry_run.describe_chain(check(cfg), tmp_path)
     run_interrupted(cfg, tmp_path, stop_at)
 
 
@@ -137,7 +178,7 @@ def test_the_single_stages_are_those_of_the_chain():
     assert sorted(names) == [f for f in FILES if f.startswith("imagenet/") and f not in others]
     for name in names:
         for stage_name, stage in load(name).stages.items():
-            for init in config.sources(stage):
+            for _, init in stage.inits():
                 init.stage, init.path = Path(init.path).name, None
             assert stage == chain.stages[stage_name], name
 
@@ -169,7 +210,7 @@ def test_the_plan_of_the_imagenet_chain(tmp_path):
 def test_a_trained_teacher_replaces_the_first_stage():
     chain = load("imagenet/chain.py:teacher=somewhere/mae_l,data=tree")
     assert "mae_l" not in chain.stages
-    assert chain.stages["distill_b"].task.teacher.init.path == "somewhere/mae_l"
+    assert chain.stages["distill_b"].task.teacher.path == "somewhere/mae_l"
     assert chain.stages["distill_b"].data.source == "folder" and chain.stages["distill_b"].data.path == "tree"
 
 
@@ -188,11 +229,6 @@ def test_every_row_of_the_tables_loads():
         assert list(check(tables.get_config(f"row={row}")).stages) == [row]
     with pytest.raises(InputError, match="row=x: unknown; choose one of deit_t"):
         tables.get_config("row=x")
-
-
-def test_the_short_chain_can_start(tmp_path):
-    cfg = shrink_chain(load("cifar10/chain.py:short"))
-    assert dry_run.describe_chain(cfg, tmp_path).count("status: would start") == len(cfg.stages)
 
 
 def test_the_first_blocks_are_swept():

@@ -22,9 +22,12 @@ from tinymim_jax.bridge import convert, formats
 from tinymim_jax.bridge.torch_reference import mae as torch_mae
 from tinymim_jax.bridge.torch_reference import vit as torch_vit
 from tinymim_jax.experiment import config
-from tinymim_jax.experiment.config import Decoder, ViT
-from tinymim_jax.models import layers, posembed
+from tinymim_jax.experiment.config import Data, Decoder, ViT
+from tinymim_jax.models import layers, mae, posembed
 from tinymim_jax.objectives import losses
+from tinymim_jax.tasks.contract import BaseTask, Context
+from tinymim_jax.tasks.mae import MaeTask
+from tinymim_jax.weights import handoff, resize
 
 torch.set_num_threads(1)  # of models this small, threads only wait for each other
 
@@ -44,12 +47,26 @@ def reference_mae(cfg: ViT, task: config.Mae, seed: int = 0) -> torch_mae.MAE:
     return files.build(lambda: torch_mae.MAE(cfg, task), seed)
 
 
+def mae_name(key: str) -> str:
+    """PyTorch's name of our parameter."""
+    return formats.mae_name(key.removeprefix("pretext/"))
+
+
+def mae_task(cfg: ViT, decoder: Decoder, norm_pix: bool = True) -> MaeTask:
+    data = Data("digits", image_size=cfg.image_size)
+    return config.Mae(decoder=decoder, norm_pix_loss=norm_pix).build(Context(cfg, data))
+
+
+def shapes_of(task: BaseTask) -> Any:
+    """The parameters of a task, as shapes."""
+    batch = task.fields.batch(task.data, 1)
+    return jax.eval_shape(task.init, jax.random.key(0), batch)[0]["params"]
+
+
 def in_our_layout(tensors: dict[str, Any], shapes: Any) -> dict[str, np.ndarray]:
     """{our key: array} of PyTorch's weights or gradients, for every key of `shapes`."""
     flat = flatten(shapes)
-    return {
-        key: formats.from_mae(key, tensors[formats.mae_name(key)].numpy(), leaf.shape) for key, leaf in flat.items()
-    }
+    return {key: formats.from_mae(key, tensors[mae_name(key)].numpy(), leaf.shape) for key, leaf in flat.items()}
 
 
 def params_of(model: torch.nn.Module, shapes: Any) -> Any:
@@ -106,7 +123,9 @@ MODELS = {
 def ours_and_theirs(cfg: ViT, model: torch_vit.ViT) -> tuple[dict[str, Any], dict[str, Any]]:
     """Everything that a ViT computes, on both sides."""
     images = pictures()
-    module, params = cfg.build(), params_of(model, convert.shapes(cfg, None))
+    module = cfg.build()
+    shapes = jax.eval_shape(module.init, jax.random.key(0), images)["params"]
+    params = params_of(model, {"encoder": shapes})
     blocks = tuple(range(1, cfg.depth + 1))
     out = jax.jit(lambda p, x: module.apply({"params": p}, x, capture=blocks))(params["encoder"], images)
     with torch.no_grad():
@@ -142,18 +161,21 @@ def test_small_activations(case):
 
 
 def our_mae(cfg: ViT, decoder: Decoder, params: Any, images: Any, noise: Any, norm_pix: bool) -> dict[str, Any]:
-    out = jax.jit(cfg, config.Mae(decoder=decoder).build().apply)({"params": params}, images, noise)
+    task = mae_task(cfg, decoder, norm_pix)
+    pred, is_masked = jax.jit(task.reconstruct)(params, images, noise)
     target = layers.patchify(jnp.asarray(images), cfg.patch_size)
     target = losses.normalize_patches(target) if norm_pix else target
-    loss = losses.masked_mse(out.pred, target, out.is_masked).mean()
-    return {"loss": loss, "reconstruction": out.pred, "mask": out.is_masked, "encoded": out.encoded.tokens}
+    keep = mae.mask_by_noise(jnp.asarray(noise), task.task.mask_ratio)[0]
+    encoded = jax.jit(task.model.apply)({"params": params["encoder"]}, images, keep=keep).tokens
+    loss = losses.masked_mse(pred, target, is_masked).mean()
+    return {"loss": loss, "reconstruction": pred, "mask": is_masked, "encoded": encoded}
 
 
 @pytest.mark.parametrize("norm_pix", [True, False])
 def test_mae(norm_pix):
     images, noise = pictures(), draws()
     model = reference_mae(ENCODER, config.Mae(decoder=DECODER, norm_pix_loss=norm_pix))
-    ours = our_mae(ENCODER, DECODER, params_of(model, convert.shapes(ENCODER, DECODER)), images, noise, norm_pix)
+    ours = our_mae(ENCODER, DECODER, params_of(model, shapes_of(mae_task(ENCODER, DECODER))), images, noise, norm_pix)
     with torch.no_grad():
         loss, pred, mask = model(channels_first(images), torch.from_numpy(noise))
         keep = torch_mae.random_masking(torch.from_numpy(noise), 0.75)[0]
@@ -175,7 +197,7 @@ def test_bicubic_resize(new):
     table = np.random.default_rng(0).normal(size=(1, 197, 6)).astype(np.float32)
     square = torch.from_numpy(table[:, 1:]).double().view(1, 14, 14, 6).permute(0, 3, 1, 2)
     expected = torch.nn.functional.interpolate(square, size=(new, new), mode="bicubic", align_corners=False)
-    resized = posembed.resize(table, new)
+    resized = resize.resize(table, new)
     assert difference(resized[:, 1:], expected.permute(0, 2, 3, 1).flatten(1, 2)) < 1e-6
     np.testing.assert_array_equal(resized[:, 0], table[:, 0])
 
@@ -229,7 +251,7 @@ def test_hugging_face_mae(norm_pix, tmp_path):
     model.save_pretrained(tmp_path)
     found, images, noise = convert.read(tmp_path), pictures(), draws()
     layout = found.layout
-    ours = our_mae(layout.model, layout.decoder, found.params, images, noise, layout.norm_pix_loss)
+    ours = our_mae(layout.model, layout.decoder, handoff.grouped(found.params), images, noise, layout.norm_pix_loss)
     with torch.no_grad():
         expected = model(channels_first(images), noise=torch.from_numpy(noise))
     del ours["encoded"]

@@ -27,15 +27,15 @@ from tests.test_parity import (
     channels_first,
     difference,
     in_our_layout,
+    mae_name,
     params_of,
     reference_mae,
     reference_vit,
 )
-from tinymim_jax.bridge import formats
 from tinymim_jax.bridge.torch_reference import distill
 from tinymim_jax.data import pipeline, sources
 from tinymim_jax.experiment import config, recipes
-from tinymim_jax.experiment.config import Init, Run, Teacher, ViT
+from tinymim_jax.experiment.config import Init, Run, ViT
 from tinymim_jax.runtime.sharding import make_mesh
 from tinymim_jax.tasks.contract import STREAMS
 from tinymim_jax.training import optim
@@ -64,7 +64,7 @@ class Pair:
 
     @property
     def frozen(self) -> Any:
-        return params_of(self.teacher, self.plan.frozen) if self.teacher else {}
+        return {"teacher": params_of(self.teacher, self.plan.frozen["teacher"])} if self.teacher else {}
 
     def reference_loss(self, model: torch.nn.Module, batch: Any, step: int) -> torch.Tensor:
         """Of `model` on the batch of `step`."""
@@ -74,7 +74,7 @@ class Pair:
         if stage.task.kind == "mae":
             return model(images, torch.from_numpy(noise_at(step)))[0]
         if stage.task.kind == "distill":
-            return distill.loss(self.teacher, stage.task.teacher.block, model, images, images)
+            return distill.loss(self.teacher, stage.task.targets["relation"].teacher_block, model, images, images)
         labels = torch.from_numpy(np.array(batch["label"])).long()
         return torch.nn.functional.cross_entropy(model(images).logits, labels, label_smoothing=0.1)
 
@@ -85,7 +85,11 @@ def plan_of(stage: config.Stage, teacher: ViT | None = None, lr: float = 2e-3) -
         setattr(stage.task, name, 0.0)
     stage.data, stage.run = TRAIN, Run(batch_size=BATCH, steps=STEPS)
     stage.optim = dataclasses.replace(stage.optim, lr=lr, lr_batch=None, min_lr=1e-5, warmup_epochs=1.0)
-    return make_setup(stage, teacher, IMAGES)
+    return setup_of(stage, teacher, IMAGES)
+
+
+def setup_of(stage: config.Stage, teacher: ViT | None, num_examples: int) -> StageSetup:
+    return make_setup(stage, "stage", {"teacher": teacher} if teacher else {}, num_examples)
 
 
 @functools.cache
@@ -97,7 +101,7 @@ def pair(kind: str) -> Pair:
         return Pair(plan_of(stage), reference_mae(stage.model, stage.task))
     if kind == "distill":  # from the middle of a teacher
         student, teacher = ViT(12, 2, 2, last_block_heads=4, **IMAGE), ViT(24, 3, 4, **IMAGE)
-        stage = recipes.distill(student, Teacher(Init("teacher"), 2), TRAIN)
+        stage = recipes.distill(student, Init("teacher"), TRAIN, block=2)
         return Pair(plan_of(stage, teacher), reference_vit(student), reference_vit(teacher, seed=1))
     model = dataclasses.replace(ENCODER, pool="mean", num_classes=10, posembed="trainable")
     stage = recipes.finetune(model, None, TRAIN, TRAIN, code=True)
@@ -137,7 +141,7 @@ def test_gradient_of_every_parameter(kind):
     both.model.zero_grad()
     both.reference_loss(both.model, batch, 0).backward()
     grads = {name: p.grad for name, p in both.model.named_parameters()}
-    trained = {key: g for key, g in ours.items() if grads[formats.mae_name(key)] is not None}
+    trained = {key: g for key, g in ours.items() if grads[mae_name(key)] is not None}
     assert set(ours) - set(trained) == set(both.plan.untrained())
     assert not any(np.any(g) for key, g in ours.items() if key not in trained)
     assert_close(trained, in_our_layout(grads, flax.traverse_util.unflatten_dict(trained, sep="/")), 1e-4)
@@ -235,7 +239,7 @@ def recipe(kind: str) -> tuple[config.Stage, ViT | None]:
     if kind == "mae":
         return recipes.mae(model, TRAIN), None
     if kind == "distill":
-        return recipes.distill(model, Teacher(Init("teacher"), 12), TRAIN), model
+        return recipes.distill(model, Init("teacher"), TRAIN, block=12), model
     fixed = {"pool": "mean", "num_classes": 10, "posembed": "trainable"}
     extra = {"dist_token": True, "neck": 20} if kind == "finetune TinyMIM*" else {}
     return recipes.finetune(dataclasses.replace(model, **fixed, **extra), None, TRAIN, TRAIN), None
@@ -248,7 +252,7 @@ RECIPES = ("mae", "distill", "finetune", "finetune TinyMIM*")
 def test_learning_rate_of_every_step(kind, steps_per_epoch):
     stage = recipe(kind)[0]
     cfg, run = stage.optim, stage.run
-    plan = make_setup(stage, recipe(kind)[1], steps_per_epoch * run.batch_size)
+    plan = setup_of(*recipe(kind), steps_per_epoch * run.batch_size)
     steps = np.arange(plan.total_steps)
     peak = cfg.lr * run.batch_size / 256
     theirs = [
@@ -267,7 +271,7 @@ def test_learning_rate_of_every_step(kind, steps_per_epoch):
 def treatments(kind: str) -> tuple[StageSetup, dict[str, tuple[float, float]]]:
     """Our plan; {our name: (weight decay, factor on the learning rate)} of PyTorch's groups."""
     stage, teacher = recipe(kind)
-    plan = make_setup(stage, teacher, 10**6)
+    plan = setup_of(stage, teacher, 10**6)
     model = reference_mae(stage.model, stage.task) if kind == "mae" else reference_vit(stage.model)
     if kind.startswith("finetune"):
         groups = torch_optim.layer_decay_groups(model, 0.05, 0.65)
@@ -276,7 +280,7 @@ def treatments(kind: str) -> tuple[StageSetup, dict[str, tuple[float, float]]]:
     found = {id(p): (g["weight_decay"], g.get("lr_scale", 1.0)) for g in groups for p in g["params"]}
     tensors = {name: found.get(id(p)) for name, p in model.named_parameters()}
     assert len(tensors) == len(flatten(plan.params))
-    return plan, {key: tensors[formats.mae_name(key)] for key in flatten(plan.params)}
+    return plan, {key: tensors[mae_name(key)] for key in flatten(plan.params)}
 
 
 @pytest.mark.parametrize("kind", RECIPES)
@@ -293,7 +297,7 @@ def test_weight_decay_of_every_parameter(kind):
 @pytest.mark.parametrize("kind", RECIPES)
 def test_learning_rate_factor_of_every_parameter(kind):
     plan, theirs = treatments(kind)
-    scales = flatten(optim.lr_scales(plan.params, plan.stage.optim.layer_decay, plan.stage.model.depth))
+    scales = flatten(optim.lr_scales(plan.params, plan.stage.optim, plan.stage.model))
     ours = {key: scale for key, scale in scales.items() if theirs[key]}
     assert ours == pytest.approx({key: theirs[key][1] for key in ours}, rel=1e-12)
     assert len(set(ours.values())) == (14 if kind.startswith("finetune") else 1)

@@ -85,7 +85,7 @@ BAD = {
     "unknown --stage": (["{config}", "--stage=x"], "no such stage; choose one of mae, distill, finetune"),
     "missing stage": (["{config}", "--stage=distill"], "takes weights from work/mae, which has no finished stage: run that stage first"),
     "missing checkpoint": (
-        ["{config}", f"{STAGE}.distill.task.teacher.init.stage=none", f"{STAGE}.distill.task.teacher.init.path=gone", "--stage=distill"],
+        ["{config}", f"{STAGE}.distill.task.teacher.stage=none", f"{STAGE}.distill.task.teacher.path=gone", "--stage=distill"],
         "gone does not exist; run that stage first, or name the folder of a stage",
     ),
     "head mismatch": (
@@ -116,10 +116,10 @@ BAD = {
     "accumulation does not divide": (["{config}", f"{STAGE}.mae.optim.accum_steps=3"], "not a multiple of accum_steps 3"),
     "batch larger than data": (["{config}", f"{STAGE}.mae.run.batch_size=64"], "batch_size 64 is more than the 40 images"),
     "target block beyond depth": (
-        ["{config}", "--dry_run", f"{STAGE}.distill.task.teacher.block=4"],
-        "teacher.block 4 is beyond the teacher's 3 blocks",
+        ["{config}", "--dry_run", f"{STAGE}.distill.task.targets.relation.teacher_block=4"],
+        "teacher_block 4 is beyond the teacher's 3 blocks",
     ),
-    "student block beyond depth": (["{config}", f"{STAGE}.distill.task.student_block=3"], "beyond the student's 2 blocks"),
+    "student block beyond depth": (["{config}", f"{STAGE}.distill.task.targets.relation.student_block=3"], "beyond the student's 2 blocks"),
     "freezes nothing": (["{config}", f"{STAGE}.mae.optim.freeze=('encoder/blok.*',)"], "matches no parameter"),
     "bad RandAugment": (["{config}", f"{STAGE}.mae.data.rand_augment=foo"], "data.rand_augment"),
     "loss is not finite": (["{config}", f"{STAGE}.mae.optim.lr=1e38"], "is not finite at step 2 (its images: work/mae/bad_steps.jsonl); what was saved before is kept"),

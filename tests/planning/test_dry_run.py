@@ -2,10 +2,10 @@ import dataclasses
 
 import pytest
 
+from tinymim_jax.commands.run import run_chain
 from tinymim_jax.experiment.validate import check
 from tinymim_jax.planning.dry_run import describe_chain
 from tinymim_jax.runtime.errors import InputError
-from tinymim_jax.training.chain import run_chain
 
 
 def test_a_description_says_what_would_happen_and_touches_nothing(chain, tmp_path):
@@ -15,7 +15,7 @@ def test_a_description_says_what_would_happen_and_touches_nothing(chain, tmp_pat
         "mae: mae, 4 steps of 8 images",
         "model: width 12, 2 blocks, 2 heads (6 in the last block), 16 px in patches of 8, float32;",
         "teacher mae: block 2 of 3, 6 heads",
-        "skipped: decoder, encoder/block3, encoder/norm",
+        "skipped: encoder/block3, encoder/norm, pretext/decoder",
         "regrouped 6 -> 2 heads: encoder/block2/attn/qkv",
         "not trained by the source: encoder/block2/attn/proj, encoder/block2/mlp, encoder/block2/norm2",
         "status: would start",

@@ -25,7 +25,7 @@ def from_folder(data, path, split=None):
 
 def test_everything_that_a_stage_reads(chain):
     stage = chain.stages["mae"]
-    assert list(preflight.data_sets(stage)) == [stage.data, stage.evals["knn"].data, stage.evals["knn"].bank]
+    assert stage.data_sets() == [stage.data, stage.evals["knn"].data, stage.evals["knn"].bank]
 
 
 def test_classes_are_compared_where_labels_are(chain, tmp_path):

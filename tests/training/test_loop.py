@@ -1,8 +1,9 @@
 import errno
+import itertools
 import json
 import os
 import re
-import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.conftest import tiny_distill, tiny_mae
 from tests.processes import log
 from tinymim_jax.experiment import stage_file
 from tinymim_jax.runtime import metric_log
 from tinymim_jax.runtime.errors import InputError, Unavailable
 from tinymim_jax.runtime.preemption import Interrupted
-from tinymim_jax.training import loop
+from tinymim_jax.training import loop, start
 from tinymim_jax.training import step as step_lib
 from tinymim_jax.training.loop import run_stage
 from tinymim_jax.weights import checkpoint, handoff
@@ -31,18 +33,28 @@ def assert_same_tree(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.parametrize("step", [1, 2, 3])
-def test_an_interrupted_chain_ends_like_an_uninterrupted_one(chain, mesh, tmp_path, stop_at, step):
+@pytest.fixture
+def stage():
+    """MAE, with nothing to evaluate."""
+    stage = tiny_mae()
+    stage.evals = {}
+    return stage
+
+
+STOPS = {"mae": (1, 3), "distill": (2,), "finetune": (3,)}  # of one stage twice; at a step that is saved anyway
+
+
+def test_an_interrupted_chain_ends_like_an_uninterrupted_one(chain, mesh, tmp_path, stop_at):
     chain.stages["finetune"].optim.ema = 0.9
     chain.stages["mae"].run.eval_every = 1
-    names = list(chain.stages)
-    whole = run_chain_of(chain, tmp_path / "whole", mesh, names)
-    for name in names:
-        stop_at(step)
-        with pytest.raises(Interrupted, match=f"step {step} of 4"):
-            run_stage(chain.stages[name], name, tmp_path / "cut", mesh)
-        assert not handoff.finished(tmp_path / "cut" / name)
-        assert checkpoint.steps(tmp_path / "cut" / name)[-1] == step
+    whole = run_chain_of(chain, tmp_path / "whole", mesh, STOPS)
+    for name, stops in STOPS.items():
+        for step in stops:
+            stop_at(step)
+            with pytest.raises(Interrupted, match=f"step {step} of 4"):
+                run_stage(chain.stages[name], name, tmp_path / "cut", mesh)
+            assert not handoff.finished(tmp_path / "cut" / name)
+            assert checkpoint.steps(tmp_path / "cut" / name)[-1] == step
         assert run_stage(chain.stages[name], name, tmp_path / "cut", mesh) == whole[name]
         folders = [tmp_path / side / name for side in ("whole", "cut")]
         assert_same_tree(*[checkpoint.read_model(folder) for folder in folders])
@@ -57,21 +69,22 @@ def test_a_stage_writes_what_the_design_says(chain, mesh, tmp_path):
     assert {p.name for p in folder.iterdir()} == {"stage.json", "metrics.jsonl", "tensorboard", "checkpoints", "DONE"}
     assert json.loads((folder / "DONE").read_text()) == {"step": 4, "metrics": results}
     assert stage_file.read_stage(folder) == chain.stages["mae"]
-    assert stage_file.read_untrained(folder) == ["decoder/pos_embed", "encoder/pos_embed"]
+    assert stage_file.read_untrained(folder) == ["encoder/pos_embed", "pretext/decoder/pos_embed"]
     logged = [line for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "lr" in line]
     assert [line["step"] for line in logged] == [3, 4]
     assert {"loss", "lr", "epoch", "grad_norm", "images_per_s", "data_wait"} <= set(logged[0])
     assert checkpoint.steps(folder) == [2, 4]
 
 
-def test_own_checkpoint_comes_before_init_and_scratch_needs_no_init(chain, mesh, tmp_path, capsys, stop_at):
-    run_chain_of(chain, tmp_path, mesh, ["mae", "distill"])
+def test_own_checkpoint_comes_before_init(chain, mesh, tmp_path, capsys, stop_at, finished):
+    stage = chain.stages["finetune"]
+    stage.init.stage, stage.init.path = None, str(finished / "distill")
     capsys.readouterr()
     stop_at(2)
     with pytest.raises(Interrupted):
-        run_stage(chain.stages["finetune"], "finetune", tmp_path, mesh)
+        run_stage(stage, "finetune", tmp_path, mesh)
     assert "init from" in capsys.readouterr().out
-    run_stage(chain.stages["finetune"], "finetune", tmp_path, mesh)
+    run_stage(stage, "finetune", tmp_path, mesh)
     out = capsys.readouterr().out
     assert "resumed at step 2 of 4" in out and "init from" not in out
 
@@ -82,18 +95,17 @@ def test_a_missing_source_is_an_error_not_scratch(chain, mesh, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_teacher_is_rebuilt_from_its_own_folder_and_not_saved(chain, mesh, tmp_path):
-    run_chain_of(chain, tmp_path, mesh, ["mae", "distill"])
-    runner = loop.Runner(chain.stages["distill"], "distill", tmp_path, mesh)
-    teacher = handoff.read_params(tmp_path / "mae")["encoder"]
-    assert set(runner.frozen["encoder"]) == {"block1", "block2", "cls_token", "pos_embed", "patch_embed"}
-    assert_same_tree(runner.frozen["encoder"], {key: teacher[key] for key in runner.frozen["encoder"]})
-    saved = checkpoint.read_model(tmp_path / "distill")["params"]["encoder"]
+def test_the_teacher_is_rebuilt_from_its_own_folder_and_not_saved(finished, mesh):
+    loaded = start.load(tiny_distill(), "distill", finished, mesh)
+    teacher = handoff.read_params(finished / "mae")["encoder"]
+    frozen = loaded.frozen["teacher"]["encoder"]
+    assert set(frozen) == {"block1", "block2", "cls_token", "pos_embed", "patch_embed"}
+    assert_same_tree(frozen, {key: teacher[key] for key in frozen})
+    saved = checkpoint.read_model(finished / "distill")["params"]["encoder"]
     assert saved["patch_embed"]["kernel"].shape[-1] == 12  # the student's
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(chain, mesh, tmp_path, stop_at):
-    stage = chain.stages["mae"]
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(stage, mesh, tmp_path, stop_at):
     stop_at(2)
     with pytest.raises(Interrupted):
         run_stage(stage, "mae", tmp_path, mesh)
@@ -113,9 +125,9 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(chai
 
 def poison(monkeypatch, at):
     """The loss of the steps `at` is not a number."""
-    from tinymim_jax.tasks.mae import Mae
+    from tinymim_jax.tasks.mae import MaeTask
 
-    loss = Mae.loss
+    loss = MaeTask.loss
 
     def poisoned(self, params, model_state, frozen, batch, rngs, *, train):
         value, aux = loss(self, params, model_state, frozen, batch, rngs, train=train)
@@ -123,35 +135,36 @@ def poison(monkeypatch, at):
         metrics = {name: m.replace(sum=m.sum * factor) for name, m in aux.metrics.items()}
         return value * factor, aux.replace(metrics=metrics)
 
-    monkeypatch.setattr(Mae, "loss", poisoned)
+    monkeypatch.setattr(MaeTask, "loss", poisoned)
 
 
-def test_an_update_that_is_not_finite_is_left_out(chain, mesh, tmp_path, monkeypatch, capfd):
-    stage = chain.stages["mae"]
-    runner = loop.Runner(stage, "mae", tmp_path, mesh)
-    bad = int(runner.rows.numbers(1)[1][0])  # the first image of step 2
-    start = runner.start()[0]
+def test_an_update_that_is_not_finite_is_left_out(stage, mesh, tmp_path, monkeypatch, capfd):
+    loaded = start.load(stage, "mae", tmp_path, mesh)
+    bad = int(loaded.rows.numbers(1)[1][0])  # the first image of step 2
+    target = start.begin(loaded, tmp_path).state
     poison(monkeypatch, jnp.array([bad]))
-    stage.run.on_nan, stage.run.checkpoint_every, stage.run.keep = "skip", 1, 4
+    stage.run.on_nan, stage.run.checkpoint_every, stage.run.keep, stage.run.log_every = "skip", 1, 4, 1
     results = run_stage(stage, "mae", tmp_path, mesh)
     assert results["skipped"] == 1 and np.isfinite(results["loss"])
     assert "the loss is not finite at step 2 (its images: " in capfd.readouterr().err
     line = json.loads((tmp_path / "mae" / "bad_steps.jsonl").read_text())
-    assert line["not_finite"] == "loss" and line["records"][0] == runner.source.describe(bad)
+    assert line["not_finite"] == "loss" and line["records"][0] == loaded.rows.source.describe(bad)
 
     def params(step):
-        shapes = jax.eval_shape(lambda: start)
+        shapes = jax.eval_shape(lambda: target)
         items, _ = checkpoint.restore(tmp_path / "mae", step, step_lib.to_items(shapes))
         assert int(items["optim"]["step"]) == step
         return items["model"]["params"]
 
+    rates = {line["step"]: line["lr"] for line in log(tmp_path / "mae") if "lr" in line}
+    expected = {1: 0, 3: 1, 4: 2}  # how many updates were made before
+    assert rates == {step: pytest.approx(float(loaded.setup.schedule(count))) for step, count in expected.items()}
     assert_same_tree(params(1), params(2))
     changed = jax.tree.map(lambda a, b: bool((a != b).any()), params(2), params(3))
     assert any(jax.tree.leaves(changed))
 
 
-def test_updates_are_left_out_up_to_a_bound(chain, mesh, tmp_path, monkeypatch):
-    stage = chain.stages["mae"]
+def test_updates_are_left_out_up_to_a_bound(stage, mesh, tmp_path, monkeypatch):
     poison(monkeypatch, jnp.arange(40))
     stage.run.on_nan, stage.run.max_skipped = "skip", 2
     with pytest.raises(InputError, match=r"at step 3 .*, after 2 such updates were left out \(run\.max_skipped\)"):
@@ -159,11 +172,9 @@ def test_updates_are_left_out_up_to_a_bound(chain, mesh, tmp_path, monkeypatch):
     assert not handoff.finished(tmp_path / "mae")
 
 
-@pytest.mark.parametrize("is_resident", [False, True])
-def test_steps_in_one_call_are_those_one_by_one(chain, mesh, tmp_path, stop_at, is_resident):
+def test_steps_in_one_call_are_those_one_by_one(chain, mesh, tmp_path, stop_at):
     """Stopped between calls, and with a last call that is short."""
     stage = chain.stages["mae"]
-    stage.data.resident = is_resident
     stage.run.steps, stage.run.log_every, stage.run.eval_every = 5, 2, 2
     one = run_stage(stage, "mae", tmp_path / "one", mesh)
     stage.run.steps_per_call = 2
@@ -204,10 +215,10 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(chain, mesh, tmp_path, st
         run_stage(chain.stages["distill"], "distill", tmp_path / "cut", mesh)
 
 
-def test_a_store_that_fails_is_no_damage(chain, mesh, tmp_path, stop_at, monkeypatch):
+def test_a_store_that_fails_is_no_damage(stage, mesh, tmp_path, stop_at, monkeypatch):
     stop_at(3)
     with pytest.raises(Interrupted):
-        run_stage(chain.stages["mae"], "mae", tmp_path, mesh)
+        run_stage(stage, "mae", tmp_path, mesh)
     before = checkpoint.steps(tmp_path / "mae")
 
     def restore(*_, **__):
@@ -215,17 +226,17 @@ def test_a_store_that_fails_is_no_damage(chain, mesh, tmp_path, stop_at, monkeyp
 
     monkeypatch.setattr(checkpoint.ocp.StandardCheckpointHandler, "restore", restore)
     with pytest.raises(Unavailable, match=r"step 3 could not be read \(Stale file handle\); mend the storage"):
-        run_stage(chain.stages["mae"], "mae", tmp_path, mesh)
+        run_stage(stage, "mae", tmp_path, mesh)
     assert checkpoint.steps(tmp_path / "mae") == before
 
 
-def test_without_a_whole_checkpoint_the_user_decides(chain, mesh, tmp_path, stop_at):
+def test_without_a_whole_checkpoint_the_user_decides(stage, mesh, tmp_path, stop_at):
     stop_at(1)
     with pytest.raises(Interrupted):
-        run_stage(chain.stages["mae"], "mae", tmp_path, mesh)
+        run_stage(stage, "mae", tmp_path, mesh)
     damage(tmp_path / "mae", 1)
     with pytest.raises(InputError, match="step 1 is damaged .* there is no older one; delete .*mae to run the stage"):
-        run_stage(chain.stages["mae"], "mae", tmp_path, mesh)
+        run_stage(stage, "mae", tmp_path, mesh)
     assert checkpoint.steps(tmp_path / "mae") == [1]
 
 
@@ -236,11 +247,12 @@ def test_labels_beyond_the_head_stop_the_run(chain, mesh, tmp_path):
         run_stage(stage, "finetune", tmp_path, mesh)
 
 
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(chain, mesh, tmp_path):
-    first = run_stage(chain.stages["mae"], "mae", tmp_path / "a", mesh)
-    assert run_stage(chain.stages["mae"], "mae", tmp_path / "b", mesh) == first
-    chain.stages["mae"].run.seed = 1
-    assert run_stage(chain.stages["mae"], "mae", tmp_path / "c", mesh)["loss"] != first["loss"]
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(stage, mesh, tmp_path):
+    first = run_stage(stage, "mae", tmp_path / "a", mesh)
+    assert run_stage(stage, "mae", tmp_path / "b", mesh) == first
+    assert run_stage(stage, "another", tmp_path / "b", mesh)["loss"] != first["loss"]
+    stage.run.seed = 1
+    assert run_stage(stage, "mae", tmp_path / "c", mesh)["loss"] != first["loss"]
 
 
 def test_zero_steps_evaluate_the_initial_weights(chain, mesh, tmp_path):
@@ -273,17 +285,14 @@ def test_what_a_finished_stage_has_measured_is_in_its_log_before_it_is_done(chai
     assert evaluated and {"step": 4, **evaluated} in seen
 
 
-@pytest.mark.parametrize("name", ["mae", "finetune"])
-def test_a_resident_data_set_resumes_like_the_uninterrupted_run(chain, mesh, tmp_path, stop_at, name):
-    stage = chain.stages[name]
-    stage.init, stage.data.resident = None, True
-    run_stage(stage, name, tmp_path / "whole", mesh)
-    for step in (1, 3):
-        stop_at(step)
-        with pytest.raises(Interrupted, match=f"step {step} of 4"):
-            run_stage(stage, name, tmp_path / "cut", mesh)
-    run_stage(stage, name, tmp_path / "cut", mesh)
-    folders = [tmp_path / side / name for side in ("whole", "cut")]
+def test_a_resident_data_set_resumes_like_the_uninterrupted_run(stage, mesh, tmp_path, stop_at):
+    stage.data.resident = True
+    run_stage(stage, "mae", tmp_path / "whole", mesh)
+    stop_at(1)
+    with pytest.raises(Interrupted, match="step 1 of 4"):
+        run_stage(stage, "mae", tmp_path / "cut", mesh)
+    run_stage(stage, "mae", tmp_path / "cut", mesh)
+    folders = [tmp_path / side / "mae" for side in ("whole", "cut")]
     assert_same_tree(*[checkpoint.read_model(folder) for folder in folders])
     assert log(folders[0]) == log(folders[1])
 
@@ -298,7 +307,7 @@ def test_an_evaluation_that_was_due_when_the_run_was_killed_is_made_up_for(chain
         raise MemoryError
 
     with monkeypatch.context() as patched, pytest.raises(MemoryError):
-        patched.setattr(loop.Online, "start", killed)
+        patched.setattr(loop.Evaluations, "begin", killed)
         run_stage(stage, "mae", tmp_path / "cut", mesh)
     assert checkpoint.steps(tmp_path / "cut" / "mae") == [2]
     run_stage(stage, "mae", tmp_path / "cut", mesh)
@@ -307,36 +316,36 @@ def test_an_evaluation_that_was_due_when_the_run_was_killed_is_made_up_for(chain
     assert logs[0] == logs[1]
 
 
-def test_an_evaluation_under_way_when_a_run_stops_is_made_again(chain, mesh, tmp_path, stop_at, capsys):
-    """The weights being evaluated are no longer those of the state."""
+@pytest.mark.parametrize(("which", "step"), [(0, 2), (1, 4)])
+def test_an_evaluation_during_which_a_run_stops_is_made_again(which, step, chain, mesh, tmp_path, monkeypatch):
+    """The one of step 2, and that of the end."""
     stage = chain.stages["mae"]
-    stage.run.eval_every, stage.run.keep = 2, 1
-    run_stage(stage, "mae", tmp_path / "whole", mesh)
-    stop_at(3)
-    with pytest.raises(Interrupted, match="step 3 of 4"):
-        run_stage(stage, "mae", tmp_path / "cut", mesh)
-    assert checkpoint.steps(tmp_path / "cut" / "mae") == [3]
-    assert not any("/" in name for line in log(tmp_path / "cut" / "mae") for name in line)
-    shutil.copytree(tmp_path / "cut", tmp_path / "damaged")
-    run_stage(stage, "mae", tmp_path / "cut", mesh)
-    logs = [log(tmp_path / side / "mae") for side in ("whole", "cut")]
-    assert logs[0] == logs[1] and [line["step"] for line in logs[0] if "knn/top1_k3" in line] == [2, 4]
+    stage.run.eval_every = 2
+    whole = run_stage(stage, "mae", tmp_path / "whole", mesh)
+    run, calls = loop.Measurement.run, itertools.count()
 
-    damage(tmp_path / "damaged" / "mae", 3, "evaluated")
-    capsys.readouterr()
-    run_stage(stage, "mae", tmp_path / "damaged", mesh)
-    assert "step 3 is damaged" in (out := capsys.readouterr().out) and "evaluation of step 2 is left out" in out
-    assert log(tmp_path / "damaged" / "mae") == [line for line in logs[0] if line["step"] != 2 or "loss" in line]
+    def interrupted(self, variables, frozen, title, check):
+        if next(calls) == which:
+            os.kill(os.getpid(), signal.SIGINT)
+        return run(self, variables, frozen, title, check)
+
+    monkeypatch.setattr(loop.Measurement, "run", interrupted)
+    with pytest.raises(Interrupted, match="stage mae stopped (at step 2 of 4|while it was evaluated)"):
+        run_stage(stage, "mae", tmp_path / "cut", mesh)
+    assert checkpoint.steps(tmp_path / "cut" / "mae")[-1] == step
+    assert not any("/" in name for line in log(tmp_path / "cut" / "mae") if line["step"] == step for name in line)
+    assert run_stage(stage, "mae", tmp_path / "cut", mesh) == whole
+    assert log(tmp_path / "whole" / "mae") == log(tmp_path / "cut" / "mae")
 
 
 def test_there_is_one_loop_and_one_place_that_takes_gradients():
-    package = Path(loop.__file__).parent
+    package = Path(loop.__file__).parent.parent
     files = [p for p in sorted(package.rglob("*.py")) if p.parent.name != "bench"]
     found = {
         word: [p.name for p in files if re.search(word, p.read_text())]
         for word in (r"StepTraceAnnotation", r"jax\.(value_and_)?grad\(")
     }
-    assert found == {r"StepTraceAnnotation": ["train.py"], r"jax\.(value_and_)?grad\(": ["step.py"]}
+    assert found == {r"StepTraceAnnotation": ["loop.py"], r"jax\.(value_and_)?grad\(": ["step.py"]}
 
 
 FOUR_DEVICES = """
@@ -344,30 +353,32 @@ import sys
 from pathlib import Path
 import jax
 from tests.conftest import tiny_distill, tiny_mae
-from tinymim_jax import config, mesh as mesh_lib
-from tinymim_jax.train import Runner, run_stage
+from tinymim_jax.runtime import sharding
+from tinymim_jax.training import start
+from tinymim_jax.training.loop import run_stage
 
-mesh_lib.FSDP_MIN_SIZE = 64
-mesh = mesh_lib.make_mesh(fsdp=2)
+sharding.FSDP_MIN_SIZE = 64
+mesh = sharding.make_mesh(data=-1, fsdp=2)
 assert mesh.shape == {"data": 2, "fsdp": 2}
-stages = {"mae": tiny_mae(), "distill": tiny_distill()}
-for name, stage in stages.items():
-    stage.optim.accum_steps = 2
-    run_stage(stage, name, Path(sys.argv[1]), mesh)
-runner = Runner(stages["distill"], "distill", Path(sys.argv[1]), mesh)
-state, _ = runner.start()
-for tree in (state.params, state.opt_state, runner.frozen):
+stage = tiny_distill()
+stage.task.teacher.stage, stage.task.teacher.path = None, sys.argv[2]
+stage.optim.accum_steps = 2
+run_stage(stage, "distill", Path(sys.argv[1]), mesh)
+loaded = start.load(stage, "distill", Path(sys.argv[1]), mesh)
+state = start.begin(loaded, Path(sys.argv[1])).state
+for tree in (state.params, state.opt_state, loaded.frozen):
     assert any(not x.is_fully_replicated for x in jax.tree.leaves(tree))
 """
 
 
-def test_four_devices_with_split_parameters_train_like_one(chain, mesh, tmp_path):
-    for name in ("mae", "distill"):
-        chain.stages[name].optim.accum_steps = 2
-        run_stage(chain.stages[name], name, tmp_path / "one", mesh)
+def test_four_devices_with_split_parameters_train_like_one(mesh, tmp_path, finished):
+    stage = tiny_distill()
+    stage.task.teacher.stage, stage.task.teacher.path = None, str(finished / "mae")
+    stage.optim.accum_steps = 2
+    run_stage(stage, "distill", tmp_path / "one", mesh)
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    subprocess.run([sys.executable, "-c", FOUR_DEVICES, str(tmp_path / "four")], env=env, check=True)
-    for name in ("mae", "distill"):
-        one, four = [log(tmp_path / side / name) for side in ("one", "four")]
-        for a, b in zip(one, four, strict=True):
-            assert {key: pytest.approx(value, rel=1e-3) for key, value in a.items()} == b
+    command = [sys.executable, "-c", FOUR_DEVICES, str(tmp_path / "four"), str(finished / "mae")]
+    subprocess.run(command, env=env, check=True)
+    one, four = [log(tmp_path / side / "distill") for side in ("one", "four")]
+    for a, b in zip(one, four, strict=True):
+        assert {key: pytest.approx(value, rel=1e-3) for key, value in a.items()} == b

@@ -115,11 +115,12 @@ def _describe_stage(
     setup = make_setup(stage, name, models, stage.data.num_examples or len(sources.open_source(stage.data)))
     lines = [_length(setup), _model(setup), _optimizer(setup), *_data(stage), *_evals(stage)]
     for field, init in stage.task_inits().items():
-        report = _match(setup.frozen[field], handoff.for_teacher(init), models[field], workdir, setups)
+        report = _match(setup.frozen[field], handoff.for_teacher(init), models[field], workdir, setups, None)
         lines.append(f"{field} {init.stage or init.path}: {setup.task.describe_source(field)}")
         lines += [*(f"  {line}" for line in report.lines()), *_foreign_lines(stage, init, workdir)]
     if stage.init:
-        report = _match(setup.params, stage.init, stage.model, workdir, setups)
+        first = 0 if stage.run.replicas > 1 else None
+        report = _match(setup.params, stage.init, stage.model, workdir, setups, first)
         lines += [f"init from {stage.init.stage or stage.init.path}", *(f"  {line}" for line in report.lines())]
         lines += _foreign_lines(stage, stage.init, workdir)
     else:
@@ -127,19 +128,23 @@ def _describe_stage(
     return setup, [*lines, *setup.untrained_line(), _status(workdir / name)]
 
 
-def _match(target: Any, init: Init, model: Encoder, workdir: Path, setups: dict[str, StageSetup]) -> handoff.Report:
-    source, untrained = _source(init, workdir, setups)
+def _match(
+    target: Any, init: Init, model: Encoder, workdir: Path, setups: dict[str, StageSetup], replica: int | None
+) -> handoff.Report:
+    source, untrained = _source(init, workdir, setups, replica)
     return handoff.match(shapes_of(target), source, init, untrained, model.layer_id)
 
 
-def _source(init: Init, workdir: Path, setups: dict[str, StageSetup]) -> tuple[handoff.Shapes, list[str]]:
-    """Shapes of what `init` loads, and which of it was not trained."""
+def _source(
+    init: Init, workdir: Path, setups: dict[str, StageSetup], replica: int | None
+) -> tuple[handoff.Shapes, list[str]]:
+    """Shapes of what `init` loads for `replica`, and which of it was not trained."""
     if init.stage is not None:
         return shapes_of(setups[init.stage].params), setups[init.stage].untrained()
     if path := foreign(init, workdir):
         converted = read_foreign(path)
         return shapes_of(converted.params), converted.untrained
-    folder = handoff.source_folder(init, workdir)
+    folder = handoff.source_folder(init, workdir, replica)
     untrained = stage_file.read_untrained(folder)  # says best what is wrong with the folder
     if not handoff.finished(folder):
         raise InputError(f"{folder} has no finished stage: run that stage to its end first")

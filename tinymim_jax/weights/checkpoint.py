@@ -1,9 +1,8 @@
 """Whole training states on disk, written asynchronously by orbax.
 
 A checkpoint has the items `model` (params, model_state, ema), which later stages read, `optim`
-(opt_state, step), and `log` (averages not yet written); `evaluated`, too, if weights were being evaluated
-that are not those of its step. The step is also the position in the data and, with the stage's seed, the
-source of every random number.
+(opt_state, step), and `log` (averages not yet written). The step is also the position in the data and, with
+the stage's seed and name, the source of every random number.
 """
 
 import contextlib

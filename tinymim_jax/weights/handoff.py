@@ -230,10 +230,15 @@ def read_variables(folder: Path) -> dict[str, Any]:
     """A finished stage's collections as numpy arrays; `params` are the averaged ones if it kept an average."""
     if not finished(folder):
         raise InputError(f"{folder} has no finished stage: run that stage first")
-    if names := replicas(folder):
-        raise InputError(f"{folder} has {len(names)} replicas; choose one, e.g. {folder / names[0]} (init.replica=0)")
+    check_one(folder)
     model = checkpoint.read_model(folder)
     return {"params": grouped(model["ema"] or model["params"]), **model["model_state"]}
+
+
+def check_one(folder: Path) -> None:
+    """Raises InputError if the stage in `folder` has several replicas."""
+    if names := replicas(folder):
+        raise InputError(f"{folder} has {len(names)} replicas; choose one, e.g. {folder / names[0]} (init.replica=0)")
 
 
 def read_params(folder: Path) -> Any:
@@ -243,6 +248,7 @@ def read_params(folder: Path) -> Any:
 
 def read_shapes(folder: Path) -> Shapes:
     """The shapes of a finished stage's parameters, by name."""
+    check_one(folder)
     tree = grouped(checkpoint.model_shapes(folder)["params"])
     return {key: tuple(leaf.shape) for key, leaf in flatten(tree).items()}
 
