@@ -71,7 +71,7 @@ def test_attention(dtype):
         expected[b, h] = reference.softmax(q[b, h] @ k[b, h].T / 2) @ v[b, h]
     np.testing.assert_allclose(reference.f64(out), expected, rtol=1e-4 if dtype == "float32" else 0.02, atol=2e-2)
     if dtype == "float32":
-        reference.close(out, expected)
+        reference.close(out, expected, 1e-4)  # logits of 200, as sums of 4, are off by up to 3e-5
 
 
 def exact_attention(q, k, v, cotangent):
@@ -94,8 +94,8 @@ def test_attention_and_its_gradient_against_float64(route, heads, n, width, scal
         out, pull = jax.vjp(route, q, k, v)
         return out, *pull(cotangent)
 
-    # On the CPU nothing but the results is rounded; elsewhere weights are, too.
-    bound = 2e-5 if dtype == "float32" else 2**-8 if route is layers.attention else 2**-5
+    # Logits of up to 300 are off by 2e-5 and more. On the CPU nothing but the results is rounded; elsewhere weights are.
+    bound = 1e-4 + (0 if dtype == "float32" else 2**-8 if route is layers.attention else 2**-5)
     found = jax.jit(both)(*args, cotangent)
     for actual, wanted in zip(found, exact_attention(*map(reference.f64, (*args, cotangent))), strict=True):
         assert actual.dtype == dtype
