@@ -17,7 +17,7 @@ CROP_ATTEMPTS = 10  # as torchvision
 def load(image: bytes | np.ndarray, name: str, data: Data, rng: np.random.Generator) -> np.ndarray:
     """A record's image as `transform` makes it, uint8 [S, S, 3]; raises InputError that begins with `name`.
 
-    With `data.fast_crop`, training crops of JPEGs show the same part, made by `turbo`.
+    With `data.fast_crop`, training crops of JPEGs show the same part, made by `fast_jpeg`.
     """
     is_fast = data.fast_crop and data.transform == "train" and isinstance(image, bytes)
     header = fast_jpeg.read_header(image) if is_fast else None
