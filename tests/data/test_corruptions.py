@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from tinymim_jax.data import corruptions
+from tinymim_jax.data.fields import IMAGE_LABEL
 from tinymim_jax.data.pipeline import EvalRows
 from tinymim_jax.data.sources import open_source
 from tinymim_jax.experiment.config import Data
@@ -51,10 +52,12 @@ def test_the_fifteen_and_their_constants():
 def test_evaluation_rows_are_corrupted_the_same_in_any_batch():
     data = Data("digits", image_size=32, split="test", transform="eval", corruption="shot_noise", severity=2)
     source = open_source(data)
-    rows = [EvalRows(data, source, size, 0, 1) for size in (4, 2)]
+    rows = [EvalRows(data, source, size, 0, 1, IMAGE_LABEL) for size in (4, 2)]
     whole, parts = rows[0](0)["image"], np.concatenate([rows[1](0)["image"], rows[1](1)["image"]])
     np.testing.assert_array_equal(whole, parts)
-    clean = EvalRows(Data("digits", image_size=32, split="test", transform="eval"), source, 4, 0, 1)(0)["image"]
+    clean = EvalRows(Data("digits", image_size=32, split="test", transform="eval"), source, 4, 0, 1, IMAGE_LABEL)(0)[
+        "image"
+    ]
     assert np.abs(whole.astype(int) - clean).mean() > 1
 
 

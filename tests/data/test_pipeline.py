@@ -325,7 +325,7 @@ def test_batches_of_replicas_are_those_of_each_stacked(mesh, per_call):
         expected = np.stack([np.stack([batch[name] for batch in pair]) for pair in zip(*alone, strict=True)])
         join = np.stack if per_call == 1 else np.concatenate
         np.testing.assert_array_equal(join([batch[name] for batch in found]), expected)
-    assert found[0]["stop"].shape == (2, 8) if per_call == 1 else (1, 2, 8)
+    assert found[0]["stop"].shape == ((2, 8) if per_call == 1 else (1, 2, 8))
 
 
 def test_replicas_reach_workers_by_pickle():

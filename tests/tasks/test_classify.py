@@ -218,7 +218,7 @@ def test_teachers_that_cannot_label(student, teacher, message):
 
 
 def test_a_probe_normalises_features_and_keeps_their_statistics():
-    """BatchNorm without affine: the batch's statistics in training, running ones (momentum 0.1 of torch) in evaluation."""
+    """BatchNorm without affine: the batch's statistics in training, running ones (torch's momentum 0.1) behind it."""
     task = stages.classify(PLAIN, head_norm=True, pool="cls")
     batch = stages.batch()
     variables, _ = stages.fresh(task)

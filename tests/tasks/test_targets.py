@@ -64,7 +64,7 @@ def test_default_relations():
 
 @pytest.mark.parametrize("block", [2, 4])
 def test_a_teacher_is_read_as_if_its_block_had_that_many_heads(block):
-    """Bit for bit: block 2 or 4 has 3 heads and is read with 4; so is a teacher built that way from the same weights."""
+    """Bit for bit: a block of 3 heads, read with 4, is that of a teacher built so from the same weights."""
     task = stages.distill({"relation": Relation(block, 3, heads=4)}, last_block_heads=4)
     params, frozen = stages.weights(task)
     teacher, student = task.traces(params, frozen, stages.batch(), stages.rngs(), train=False)
