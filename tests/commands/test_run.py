@@ -12,7 +12,7 @@ from tinymim_jax.__main__ import main
 
 CONFIG = """
 from tests.conftest import tiny_classify, tiny_distill, tiny_mae
-from tinymim_jax.config import Config
+from tinymim_jax.experiment.config import Config
 
 def get_config(arg=""):
     return Config("tiny", {"mae": tiny_mae(), "distill": tiny_distill(), "finetune": tiny_classify()})
