@@ -47,7 +47,7 @@ def test_rows_at_a_time(capsys):
 
 
 def test_a_kernel_that_does_not_run_here_is_not_named(capsys):
-    assert main([*CALL, "--config.stages.distill_t.task.relation_kernel=pallas"]) == 0
+    assert main([*CALL, "--config.stages.distill_t.task.targets.relation.kernel=pallas"]) == 0
     assert json.loads(capsys.readouterr().out)["tokens"]["17"]["kernel"] == "xla"
 
 

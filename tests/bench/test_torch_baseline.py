@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import shutil
 import sys
@@ -117,8 +118,8 @@ def test_a_task_without_counterpart():
         (tiny_mae(), "optim.accum_steps", 2),
         (tiny_mae(), "optim.ema", 0.9),
         (tiny_mae(), "optim.name", "lars"),
-        (tiny_distill(), "task.relations", ["qk"]),
-        (tiny_distill(), "task.student_block", 1),
+        (tiny_distill(), "task.targets.relation.relations", ["qk"]),
+        (tiny_distill(), "task.targets.relation.student_block", 1),
         (tiny_classify(), "optim.freeze", [".*"]),
         (tiny_classify(), "model.head_norm", True),
         (tiny_classify(), "task.teacher", LabelTeacher(Init("x"))),
@@ -126,8 +127,11 @@ def test_a_task_without_counterpart():
 )
 def test_a_step_that_pytorch_does_not_have_is_refused(stage, field, value):
     torch_baseline.check("x", stage, "cpu", 1)
-    part, name = field.split(".")
-    setattr(getattr(stage, part), name, value)
+    *parts, name = field.split(".")
+    owner = functools.reduce(
+        lambda node, part: node[part] if isinstance(node, dict) else getattr(node, part), parts, stage
+    )
+    setattr(owner, name, value)
     with pytest.raises(InputError, match=rf"PyTorch's step knows {field}=.* only, .* set --config\.stages\.x\.{field}"):
         torch_baseline.check("x", stage, "cpu", 1)
 

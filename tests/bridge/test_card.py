@@ -5,17 +5,17 @@ import shutil
 
 import pytest
 
-from tests.bridge.test_export import TEACHER, random_params, stage
+from tests.bridge.test_export import DISTILL, random_params, stage
 from tests.conftest import tiny_classify, tiny_distill, tiny_mae
 from tests.weights.test_handoff import write_stage
 from tinymim_jax.bridge import card, convert
 from tinymim_jax.bridge.export import export
 from tinymim_jax.bridge.layout import Told
+from tinymim_jax.commands.run import run_chain
 from tinymim_jax.experiment import config
 from tinymim_jax.experiment.config import Config
 from tinymim_jax.experiment.validate import check
 from tinymim_jax.runtime.errors import InputError
-from tinymim_jax.training.chain import run_chain
 from tinymim_jax.weights import handoff
 
 MAE = "MAE pre-training, 4 steps of digits, batch 8"
@@ -44,7 +44,7 @@ def test_lines_of_a_teacher(workdir):
         f"{workdir}/mae: {MAE}, finished",
         "model: ViT, width 24, 3 blocks, 6 heads, 16 px in patches of 8, no head",
         "with a decoder",
-        "not trained: decoder/pos_embed, encoder/pos_embed",
+        "not trained: encoder/pos_embed, pretext/decoder/pos_embed",
         "block 3: trained like the others",
         "made from:",
         f"  - mae: {MAE}",
@@ -150,7 +150,7 @@ def test_usage_and_no_word_of_regrouping(form, name, usage, workdir, tmp_path):
 
 
 def test_usage_of_a_model_without_a_pooler(tmp_path):
-    made = stage(config.Distill(TEACHER, student_block=2))
+    made = stage(DISTILL)
     write_stage(tmp_path / "ours", made, random_params(made.model))
     export(tmp_path / "ours", tmp_path / "out", "hf")
     text = (tmp_path / "out" / "README.md").read_text()
@@ -173,7 +173,7 @@ def student(workdir, tmp_path):
     init = config.Init(path=str(tmp_path / "x.safetensors"))
     folder = handoff.source_folder(init, tmp_path / "work")
     convert.write(dataclasses.replace(converted, layout=licensed), folder)
-    made = stage(config.Distill(config.Teacher(init, block=2), student_block=2))
+    made = stage(config.Distill(init, {"relation": config.Relation(2, 2)}))
     write_stage(tmp_path / "work" / "student", made, random_params(made.model), untrained=keys(2, BLOCK[2:]))
     return tmp_path / "work" / "student"
 

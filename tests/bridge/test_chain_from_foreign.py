@@ -18,6 +18,7 @@ from tests import torch_files as files
 from tests.conftest import IMAGE, tiny_classify, tiny_distill, tiny_mae
 from tests.training.test_chain import snapshot
 from tinymim_jax.bridge import convert
+from tinymim_jax.commands.run import run_chain
 from tinymim_jax.experiment.config import Config, Decoder, Init, ViT
 from tinymim_jax.experiment.validate import check
 from tinymim_jax.planning import dry_run, preflight
@@ -44,7 +45,7 @@ def converted(path, workdir):
 def config(path, *, finetune=False):
     """distill (-> finetune), with the file as the teacher of block 2."""
     stages = {"distill": tiny_distill()}
-    stages["distill"].task.teacher.init = Init(path=str(path))
+    stages["distill"].task.teacher = Init(path=str(path))
     if finetune:
         stages["finetune"] = tiny_classify()
     return check(Config("tiny", stages))
@@ -77,7 +78,7 @@ def finished(tmp_path_factory):
     """(the file, the workdir of a chain that ran with it, its results)."""
     root = tmp_path_factory.mktemp("foreign")
     path = write(root / "files" / "x.pth")
-    results = chain_lib.run_chain(config(path), root / "work")
+    results = run_chain(config(path), root / "work")
     return path, root / "work", results
 
 
@@ -90,7 +91,7 @@ def test_the_file_is_converted_once(finished, capsys):
         np.testing.assert_array_equal(value, flatten(expected.params)[key])
     assert list(results["stages"]) == ["distill"] and results["stages"]["distill"]["loss"] > 0
     before = snapshot(workdir)
-    assert chain_lib.run_chain(config(path), workdir) == results
+    assert run_chain(config(path), workdir) == results
     out = capsys.readouterr().out
     assert "distill: finished, skipped" in out and "converted" not in out
     assert snapshot(workdir) == before
@@ -99,11 +100,11 @@ def test_the_file_is_converted_once(finished, capsys):
 def test_the_file_is_the_teacher(finished, tmp_path, capsys):
     """The same as with the converted folder, and other than with another file."""
     path, workdir, results = finished
-    assert chain_lib.run_chain(config(converted(path, workdir)), tmp_path / "a")["stages"] == results["stages"]
+    assert run_chain(config(converted(path, workdir)), tmp_path / "a")["stages"] == results["stages"]
     assert not (tmp_path / "a" / "converted").exists()
     other = write(tmp_path / "files" / "x.pth", seed=1)
     capsys.readouterr()
-    assert chain_lib.run_chain(config(other), tmp_path / "b")["stages"] != results["stages"]
+    assert run_chain(config(other), tmp_path / "b")["stages"] != results["stages"]
     out = capsys.readouterr().out
     assert f"{other}: TinyMIM, pre-trained\n" in out and "6 heads, as its arguments name" in out
     assert f"converted into {converted(other, tmp_path / 'b')}" in out
@@ -111,22 +112,22 @@ def test_the_file_is_the_teacher(finished, tmp_path, capsys):
 
 def test_the_file_may_be_gone_afterwards(tmp_path):
     path, workdir = write(tmp_path / "x.pth"), tmp_path / "work"
-    chain_lib.convert_sources(config(path), ["distill"], workdir)
+    preflight.convert_sources(config(path), ["distill"], workdir)
     path.unlink()
     before = snapshot(converted(path, workdir))
     assert "block 2 of 3, 6 heads" in dry_run.describe_chain(config(path), workdir)
-    assert chain_lib.run_chain(config(path), workdir)["stages"]["distill"]["loss"] > 0
+    assert run_chain(config(path), workdir)["stages"]["distill"]["loss"] > 0
     assert snapshot(converted(path, workdir)) == before
 
 
 def test_another_file_under_the_same_name_is_an_error(tmp_path):
     path, workdir = write(tmp_path / "x.pth"), tmp_path / "work"
-    chain_lib.convert_sources(config(path), ["distill"], workdir)
+    preflight.convert_sources(config(path), ["distill"], workdir)
     before, size = snapshot(workdir), path.stat().st_size
     write(path, seed=1)
     assert path.stat().st_size == size  # only the contents differ
     message = "stage distill: .*converted/x-.* was converted from another file than .*x.pth; delete it to convert again"
-    for call in (dry_run.describe_chain, chain_lib.run_chain):
+    for call in (dry_run.describe_chain, run_chain):
         with pytest.raises(InputError, match=message):
             call(config(path, finetune=True), workdir)
     assert snapshot(workdir) == before
@@ -151,7 +152,7 @@ def test_no_process_keeps_what_it_has_read(tmp_path, monkeypatch):
     monkeypatch.setattr(convert, "read", noted)
     monkeypatch.setattr(multihost, "run_on_primary", in_the_first_process)
     monkeypatch.setattr(chain_lib, "run_stage", lambda *_: during.append([ref() for ref in held]))
-    chain_lib.run_chain(config(path), tmp_path / "work")
+    run_chain(config(path), tmp_path / "work")
     assert handoff.finished(converted(path, tmp_path / "work"))
     assert during == [[None, None]]
 
@@ -161,7 +162,7 @@ def test_two_files_of_one_name_in_a_chain(tmp_path):
     paths = [write(tmp_path / "a" / "x.pth"), write(tmp_path / "b" / "x.pth", seed=1)]
     cfg = config(paths[0])
     cfg.stages |= classifier(paths[1]).stages
-    chain_lib.convert_sources(cfg, ["distill", "finetune"], tmp_path / "work")
+    preflight.convert_sources(cfg, ["distill", "finetune"], tmp_path / "work")
     tokens = [handoff.read_params(converted(path, tmp_path / "work"))["encoder"]["cls_token"] for path in paths]
     assert not np.array_equal(*tokens)
     for path, token in zip(paths, tokens, strict=True):
@@ -176,7 +177,7 @@ def test_a_stage_starts_from_a_file(tmp_path):
     torch.save({"model": model.state_dict(), "tinymim_jax": known}, path)
     stage = tiny_mae()
     stage.init, stage.evals, stage.run.steps = Init(path=str(path)), {}, 0
-    chain_lib.run_chain(check(Config("tiny", {"mae": stage})), tmp_path / "work")
+    run_chain(check(Config("tiny", {"mae": stage})), tmp_path / "work")
     ours, theirs = (flatten(p) for p in (handoff.read_params(tmp_path / "work" / "mae"), convert.read(path).params))
     assert ours.keys() == theirs.keys() and len(ours) == 62
     for key, value in ours.items():
@@ -193,7 +194,7 @@ def test_a_folder_is_converted_too_and_may_be_gone_afterwards(tmp_path, capsys):
     folder = converted(path, workdir)
     assert folder.name.startswith("vit.small-")
     assert f"teacher {path}: block 2 of 3, 6 heads" in dry_run.describe_chain(config(path), workdir)
-    chain_lib.convert_sources(config(path), ["distill"], workdir)
+    preflight.convert_sources(config(path), ["distill"], workdir)
     assert f"converted into {folder}" in capsys.readouterr().out
     assert stage_file.read_model(folder).num_heads == 6
     shutil.rmtree(path)
@@ -206,7 +207,7 @@ def test_only_what_is_needed_is_converted(tmp_path):
     cfg = config(write(tmp_path / "x.pth"))
     cfg.stages = {"mae": tiny_mae(), **cfg.stages}
     cfg.stages["mae"].evals, cfg.stages["mae"].run.steps = {}, 0
-    chain_lib.run_chain(cfg, tmp_path / "work", only="mae")
+    run_chain(cfg, tmp_path / "work", only="mae")
     assert handoff.finished(tmp_path / "work" / "mae")
     assert not (tmp_path / "work" / "converted").exists()
 
@@ -220,7 +221,7 @@ def test_only_what_is_needed_is_converted(tmp_path):
         (lambda path: files.mae_encoder(path, TEACHER), "how many heads .* cannot be seen .* convert .* --num_heads=N"),
         (
             lambda path: files.tinymim_pretrained(path, ViT(24, 1, 6, **IMAGE), NAME),
-            "stage distill: task.teacher.block 2 is beyond the teacher's 1 blocks",
+            "stage distill: teacher_block 2 is beyond the teacher's 1 blocks",
         ),
         (
             lambda path: files.tinymim_pretrained(path, ViT(24, 3, 6, image_size=16, patch_size=4), NAME),
@@ -234,6 +235,6 @@ def test_a_file_that_will_not_do_is_found_before_anything_runs(damage, message, 
     cfg = config(path)
     cfg.stages = {"mae": tiny_mae(), **cfg.stages}
     with pytest.raises(InputError, match=message) as error:
-        chain_lib.run_chain(cfg, tmp_path / "work")
+        run_chain(cfg, tmp_path / "work")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "work").exists()

@@ -136,10 +136,10 @@ def test_every_array_arrives(tmp_path):
     equal(params["encoder/block2/attn/qkv/kernel"].reshape(24, 72), state["blocks.1.attn.qkv.weight"].T)
     equal(params["encoder/patch_embed/bias"], state["patch_embed.proj.bias"])
     equal(params["encoder/pos_embed"], state["pos_embed"])
-    equal(params["decoder/mask_token"], state["mask_token"])
-    equal(params["decoder/pos_embed"], state["decoder_pos_embed"])
-    equal(params["decoder/pred/kernel"], state["decoder_pred.weight"].T)
-    equal(params["decoder/block1/norm2/scale"], state["decoder_blocks.0.norm2.weight"])
+    equal(params["pretext/decoder/mask_token"], state["mask_token"])
+    equal(params["pretext/decoder/pos_embed"], state["decoder_pos_embed"])
+    equal(params["pretext/decoder/pred/kernel"], state["decoder_pred.weight"].T)
+    equal(params["pretext/decoder/block1/norm2/scale"], state["decoder_blocks.0.norm2.weight"])
 
 
 @pytest.mark.parametrize("told", [Told(num_heads=4), Told(num_heads=3, last_block_heads=4)])
@@ -366,7 +366,7 @@ def test_stage_json_says_where_it_came_from(tmp_path):
     converted = convert.read(path)
     convert.write(converted, tmp_path / "converted")
     content = json.loads((tmp_path / "converted" / "stage.json").read_text())
-    assert set(content) == {"converted", "untrained", "versions"}
+    assert set(content) == {"format", "converted", "untrained", "versions"}
     assert set(content["versions"]) == {"jax", "flax", "orbax-checkpoint"}
     facts = stage_file.read_converted(tmp_path / "converted")
     assert facts["source"] == {

@@ -31,11 +31,11 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 DECODER = config.Decoder(16, 2, 2)
 SIZE = {"image_size": 16, "patch_size": 8}
 ENCODER = config.ViT(24, 2, 3, posembed="trainable", drop_path=0.1, drop_path_shape="linear", **SIZE)
-TEACHER = config.Teacher(config.Init(path="/gone/teacher"), block=2)
+DISTILL = config.Distill(config.Init(path="/gone/teacher"), {"relation": config.Relation(2, 2)})
 OURS = {  # name -> task, fields of the model
     "mae": (config.Mae(decoder=DECODER), {}),
-    "encoder": (config.Distill(TEACHER, student_block=2), {}),
-    "distilled": (config.Distill(TEACHER, student_block=2), {"last_block_heads": 4}),
+    "encoder": (DISTILL, {}),
+    "distilled": (DISTILL, {"last_block_heads": 4}),
     "cls": (config.Classify(), {"num_classes": 5}),
     "mean": (config.Classify(), {"num_classes": 5, "pool": "mean"}),
     "dist": (config.Classify(), {"num_classes": 5, "dist_token": True}),
@@ -114,7 +114,7 @@ def test_there_and_back(name, form, folder, tmp_path):
     converted = convert.read(next(f for f in files if f.suffix == ".pth") if form == "mae" else tmp_path / "out")
     found, params = converted.layout, handoff.read_params(folder(name))
     if form == "timm":
-        params.pop("decoder", None)
+        params.pop("pretext", None)
     assert list(flatten(converted.params)) and shapes_of(converted.params) == shapes_of(params)
     jax.tree.map(np.testing.assert_array_equal, converted.params, params)
     model = stage_file.read_model(folder(name))
@@ -131,7 +131,7 @@ def test_there_and_back(name, form, folder, tmp_path):
 
 def test_fixed_positions_stay_fixed(tmp_path):
     model = dataclasses.replace(ENCODER, posembed="fixed")
-    made = dataclasses.replace(stage(config.Distill(TEACHER, student_block=2)), model=model)
+    made = dataclasses.replace(stage(DISTILL), model=model)
     params = random_params(model)
     params["encoder"]["pos_embed"] = reference_vit.sincos(2, 24).numpy()
     write_stage(tmp_path / "ours", made, params)

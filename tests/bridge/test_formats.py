@@ -33,14 +33,14 @@ ENCODER = {
     "encoder/norm/bias": ("norm.bias", "vit.layernorm.bias"),
 }
 DECODER = {
-    "decoder/mask_token": ("mask_token", "decoder.mask_token"),
-    "decoder/pos_embed": ("decoder_pos_embed", "decoder.decoder_pos_embed"),
-    "decoder/embed/kernel": ("decoder_embed.weight", "decoder.decoder_embed.weight"),
-    "decoder/embed/bias": ("decoder_embed.bias", "decoder.decoder_embed.bias"),
-    "decoder/norm/scale": ("decoder_norm.weight", "decoder.decoder_norm.weight"),
-    "decoder/norm/bias": ("decoder_norm.bias", "decoder.decoder_norm.bias"),
-    "decoder/pred/kernel": ("decoder_pred.weight", "decoder.decoder_pred.weight"),
-    "decoder/pred/bias": ("decoder_pred.bias", "decoder.decoder_pred.bias"),
+    "pretext/decoder/mask_token": ("mask_token", "decoder.mask_token"),
+    "pretext/decoder/pos_embed": ("decoder_pos_embed", "decoder.decoder_pos_embed"),
+    "pretext/decoder/embed/kernel": ("decoder_embed.weight", "decoder.decoder_embed.weight"),
+    "pretext/decoder/embed/bias": ("decoder_embed.bias", "decoder.decoder_embed.bias"),
+    "pretext/decoder/norm/scale": ("decoder_norm.weight", "decoder.decoder_norm.weight"),
+    "pretext/decoder/norm/bias": ("decoder_norm.bias", "decoder.decoder_norm.bias"),
+    "pretext/decoder/pred/kernel": ("decoder_pred.weight", "decoder.decoder_pred.weight"),
+    "pretext/decoder/pred/bias": ("decoder_pred.bias", "decoder.decoder_pred.bias"),
 }
 HEADS = {
     "encoder/head/kernel": ("head.weight", "classifier.weight"),
@@ -74,7 +74,7 @@ def single(table):
 MAE_B = {
     **single(ENCODER | DECODER),
     **stack("encoder", "blocks", "vit.encoder.layer", 12),
-    **stack("decoder", "decoder_blocks", "decoder.decoder_layers", 8),
+    **stack("pretext/decoder", "decoder_blocks", "decoder.decoder_layers", 8),
 }
 
 
@@ -161,10 +161,10 @@ TORCH = {  # spec B.3: [out, in], and the fused rows of q, k, v
     "encoder/cls_token": (1, 1, 24),
     "encoder/head/kernel": (5, 24),
     "encoder/neck/kernel": (40, 24),
-    "decoder/embed/kernel": (16, 24),
-    "decoder/pred/kernel": (48, 16),
-    "decoder/block1/attn/qkv/kernel": (48, 16),
-    "decoder/pos_embed": (1, 17, 16),
+    "pretext/decoder/embed/kernel": (16, 24),
+    "pretext/decoder/pred/kernel": (48, 16),
+    "pretext/decoder/block1/attn/qkv/kernel": (48, 16),
+    "pretext/decoder/pos_embed": (1, 17, 16),
 }
 
 

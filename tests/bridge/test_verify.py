@@ -49,8 +49,8 @@ def test_what_is_compared(name, outputs, tmp_path):
         ("encoder/block1/attn/qkv/bias", "block 1 tokens"),
         ("encoder/block2/mlp/fc2/bias", "block 2 tokens"),
         ("encoder/norm/scale", "tokens"),
-        ("decoder/pred/kernel", "reconstruction"),
-        ("decoder/mask_token", "reconstruction"),
+        ("pretext/decoder/pred/kernel", "reconstruction"),
+        ("pretext/decoder/mask_token", "reconstruction"),
         ("encoder/pos_embed", "block 1 tokens"),
     ],
 )

@@ -14,7 +14,7 @@ from tinymim_jax.bench.timing import Clock, clock_of, conditions, in_turn, ratio
 from tinymim_jax.data.pipeline import stacked
 from tinymim_jax.experiment.config import Config, Stage
 from tinymim_jax.models.contract import Encoder
-from tinymim_jax.runtime import hlo_stats, keys
+from tinymim_jax.runtime import codec, hlo_stats, keys
 from tinymim_jax.runtime import sharding as mesh_lib
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.training.setup import StageSetup, example_batch, make_setup, step_batch
@@ -62,11 +62,7 @@ def step(cfg: Config, name: str, rounds: int, vs: str | None = None) -> dict[str
         "stage": name,
         **conditions(),
         "devices": mesh.size,
-        "dtype": stage.model.dtype,
-        "attention": stage.model.attention,
-        **({"relation_kernel": stage.task.relation_kernel} if stage.task.kind == "distill" else {}),
-        "batch_size": stage.run.batch_size,
-        "steps_per_call": stage.run.steps_per_call,
+        **_asked(stage),
         "images_per_s": stage.run.batch_size / seconds,
         "step_s": seconds,
         "model_flops": model_flops,
@@ -78,6 +74,17 @@ def step(cfg: Config, name: str, rounds: int, vs: str | None = None) -> dict[str
             f"torch_{variant}": _compared(other, found["step_s"], found[f"torch_{variant}_s"], stage)
             for variant, other in others.items()
         },
+    }
+
+
+def _asked(stage: Stage) -> dict[str, Any]:
+    return {
+        "task": codec.to_dict(stage.task),
+        "dtype": stage.model.dtype,
+        "attention": getattr(stage.model, "attention", "xla"),
+        "batch_size": stage.run.batch_size,
+        "steps_per_call": stage.run.steps_per_call,
+        "replicas": stage.run.replicas,
     }
 
 

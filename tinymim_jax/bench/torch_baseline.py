@@ -4,8 +4,9 @@ It has an easier task than ours: images lie on the device as normalised floats, 
 that nothing is converted, jittered, mixed or erased, and no norms are logged.
 """
 
+import dataclasses
+import functools
 import math
-import operator
 import sys
 import time
 import types
@@ -15,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from tinymim_jax.bridge.files import need
-from tinymim_jax.experiment import config
 from tinymim_jax.experiment.config import Stage
+from tinymim_jax.models.contract import Encoder
 from tinymim_jax.runtime import storage
 from tinymim_jax.runtime.errors import InputError
 
@@ -31,19 +32,20 @@ FIXED = {
     "optim.freeze": (),
     "optim.accum_steps": 1,
     "optim.ema": None,
+    "run.replicas": 1,
 }
 
 
-def steps(stage: Stage, teacher: config.ViT | None) -> dict[str, "TorchStep"]:
+def steps(stage: Stage, sources: dict[str, Encoder]) -> dict[str, "TorchStep"]:
     """Each variant that works here, run once; of the others, standard error says why not."""
     variants = [v for v in VARIANTS if v != "graphs" or torch_module().cuda.is_available()]
-    tried = {variant: _tried(stage, teacher, variant) for variant in variants}
+    tried = {variant: _tried(stage, sources, variant) for variant in variants}
     return {variant: step for variant, step in tried.items() if step}
 
 
-def _tried(stage: Stage, teacher: config.ViT | None, variant: str) -> "TorchStep | None":
+def _tried(stage: Stage, sources: dict[str, Encoder], variant: str) -> "TorchStep | None":
     try:
-        step = TorchStep(stage, teacher, variant)
+        step = TorchStep(stage, sources, variant)
         step()
     except Exception as error:  # torch.compile needs a compiler and fails in many ways
         print(f"torch {variant} does not run here: {storage.reason(error)}", file=sys.stderr)
@@ -99,7 +101,8 @@ def check(name: str, stage: Stage, platform: str, devices: int) -> None:
     theirs = "gpu" if torch_module().cuda.is_available() else "cpu"
     _, own = LOSSES[stage.task.kind]
     for field, value in {**FIXED, **own(stage)}.items():
-        found = operator.attrgetter(field)(stage)
+        found = functools.reduce(lambda node, part: node.get(part) if isinstance(node, dict) else getattr(node, part),
+                                 field.split("."), stage)  # fmt: skip
         if (tuple(found) if isinstance(found, list) else found) != value:
             raise InputError(
                 f"--vs=torch: PyTorch's step knows {field}={value!r} only, and stage {name} has {found!r}; choose"
@@ -115,14 +118,14 @@ def check(name: str, stage: Stage, platform: str, devices: int) -> None:
 class TorchStep:
     """A stage's step on images of its own; calling it trains once and waits for the device."""
 
-    def __init__(self, stage: Stage, teacher: config.ViT | None, variant: str):
+    def __init__(self, stage: Stage, sources: dict[str, Encoder], variant: str):
         """Of a stage that `check` lets pass."""
         torch = torch_module()
         torch.manual_seed(0)
         self.torch = torch
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.is_compiled, self.dtype = variant != "eager", _dtype(torch, stage, variant, self.device)
-        self.models, loss = LOSSES[stage.task.kind][0](stage, teacher)
+        self.models, loss = LOSSES[stage.task.kind][0](stage, sources)
         for model in self.models:
             model.to(self.device).train(model is self.models[-1])  # a teacher drops no paths
             for module in model.modules():
@@ -179,7 +182,7 @@ class TorchStep:
 Loss = Callable[[Any], Any]
 
 
-def _mae(stage: Stage, _: config.ViT | None) -> tuple[list[Any], Loss]:
+def _mae(stage: Stage, _: dict[str, Encoder]) -> tuple[list[Any], Loss]:
     import torch
 
     from tinymim_jax.bridge.torch_reference.mae import MAE
@@ -189,16 +192,18 @@ def _mae(stage: Stage, _: config.ViT | None) -> tuple[list[Any], Loss]:
     return [model], lambda images: model(images, torch.rand(len(images), patches, device=images.device))[0]
 
 
-def _distill(stage: Stage, teacher: config.ViT | None) -> tuple[list[Any], Loss]:
+def _distill(stage: Stage, sources: dict[str, Encoder]) -> tuple[list[Any], Loss]:
     from tinymim_jax.bridge.torch_reference import distill
     from tinymim_jax.bridge.torch_reference.vit import ViT
-    from tinymim_jax.tasks.distill import cut_teacher
 
-    theirs, own = ViT(cut_teacher(stage, teacher)), ViT(stage.model)
-    return [theirs, own], lambda images: distill.loss(theirs, stage.task.teacher.block, own, images, images)
+    target, teacher = stage.task.targets["relation"], sources["teacher"]
+    block = target.teacher_block
+    cut = dataclasses.replace(teacher.trunk(block), last_block_heads=target.heads or teacher.heads_of(block))
+    theirs, own = ViT(cut.computing_like(stage.model)), ViT(stage.model)
+    return [theirs, own], lambda images: distill.loss(theirs, block, own, images, images)
 
 
-def _classify(stage: Stage, _: config.ViT | None) -> tuple[list[Any], Loss]:
+def _classify(stage: Stage, _: dict[str, Encoder]) -> tuple[list[Any], Loss]:
     import torch
 
     from tinymim_jax.bridge.torch_reference.vit import ViT
@@ -213,13 +218,18 @@ def _classify(stage: Stage, _: config.ViT | None) -> tuple[list[Any], Loss]:
     return [model], loss
 
 
+def _relation_alone(stage: Stage) -> dict[str, Any]:
+    """One target, as the recipe has it."""
+    if list(stage.task.targets) != ["relation"]:
+        return {"task.targets": "relation alone"}
+    found = {"relations": ("qk", "vv"), "student_block": stage.model.depth, "kind": "relation"}
+    return {f"task.targets.relation.{field}": value for field, value in found.items()}
+
+
 # Of a task: its models and loss, and further fields that have one value here.
 LOSSES: dict[str, tuple[Callable, Callable[[Stage], dict[str, Any]]]] = {
     "mae": (_mae, lambda _: {}),
-    "distill": (
-        _distill,
-        lambda stage: {"task.relations": ("qk", "vv"), "task.student_block": stage.model.depth},
-    ),
+    "distill": (_distill, _relation_alone),
     "classify": (_classify, lambda _: {"task.teacher": None}),
 }
 
