@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 
-from tests.bridge.test_export import DISTILL, random_params, stage
+from tests.bridge.test_export import DISTILL as TASK
+from tests.bridge.test_export import random_params, stage
 from tests.conftest import tiny_classify, tiny_distill, tiny_mae
 from tests.weights.test_handoff import write_stage
 from tinymim_jax.bridge import card, convert
@@ -150,7 +151,7 @@ def test_usage_and_no_word_of_regrouping(form, name, usage, workdir, tmp_path):
 
 
 def test_usage_of_a_model_without_a_pooler(tmp_path):
-    made = stage(DISTILL)
+    made = stage(TASK)
     write_stage(tmp_path / "ours", made, random_params(made.model))
     export(tmp_path / "ours", tmp_path / "out", "hf")
     text = (tmp_path / "out" / "README.md").read_text()
