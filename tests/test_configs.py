@@ -195,8 +195,8 @@ def test_the_plan_of_the_imagenet_chain(tmp_path):
     for line in (
         "distill_b: distill, 300 epochs x 312 steps = 93600 steps of 4096 images",
         "optimiser: adamw, lr 0.0024 (0.00015 x 4096 / 256), warm-up 15 epochs, min lr 1e-05",
-        "teacher mae_l: block 18 of 24, 16 heads",
-        "teacher distill_b: block 12 of 12, 12 heads",
+        "teacher mae_l: qk+vv relations of block 18 of 24, 16 heads",
+        "teacher distill_b: qk+vv relations of block 12 of 12, 12 heads",
         "regrouped 16 -> 12 heads: encoder/block12/attn/qkv",
         "regrouped 12 -> 3 heads: encoder/block12/attn/qkv",
         "85,798,656 parameters",

@@ -13,9 +13,9 @@ def test_a_description_says_what_would_happen_and_touches_nothing(chain, tmp_pat
     assert not (tmp_path / "work").exists()
     for line in (
         "mae: mae, 4 steps of 8 images",
-        "model: width 12, 2 blocks, 2 heads (6 in the last block), 16 px in patches of 8, float32;",
-        "teacher mae: block 2 of 3, 6 heads",
-        "skipped: encoder/block3, encoder/norm, pretext/decoder",
+        "model: ViT, width 12, 2 blocks, 2 heads (6 in the last block), 16 px in patches of 8, no head, float32;",
+        "teacher mae: qk+vv relations of block 2 of 3, 6 heads",
+        "skipped: encoder/block3, encoder/norm, pretext",
         "regrouped 6 -> 2 heads: encoder/block2/attn/qkv",
         "not trained by the source: encoder/block2/attn/proj, encoder/block2/mlp, encoder/block2/norm2",
         "status: would start",
@@ -28,10 +28,14 @@ def test_a_description_says_what_would_happen_and_touches_nothing(chain, tmp_pat
 
 def test_a_description_of_other_devices_and_data_elsewhere(chain, tmp_path):
     chain.mesh.fsdp = 3
+    optim = chain.stages["distill"].optim
+    optim.schedule, optim.warmup_epochs, optim.warmup_steps, chain.stages["distill"].run.replicas = "poly", 0.0, 2, 2
     chain.stages["mae"].optim.accum_steps = 2
     chain.stages["mae"].data = dataclasses.replace(chain.stages["mae"].data, source="folder", path="/gone")
     chain.stages["mae"].data.num_examples = 16
     text = describe_chain(chain, tmp_path)
+    assert "distill, 4 steps of 8 images, 2 replicas (seeds 0 to 1)" in text
+    assert "warm-up 2 steps, poly schedule, min lr 0" in text
     assert "fsdp 3 does not fill 1 devices" in text
     assert "4 steps of 8 images in 2 micro-batches" in text
     assert "data: folder /gone, split train: not at hand" in text

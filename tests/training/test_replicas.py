@@ -51,9 +51,9 @@ def classify(**run) -> Stage:
 
 def resident() -> Stage:
     """As the digits' fine-tuning: own records, on the device, two steps in a call."""
-    stage = classify(steps_per_call=2)
-    stage.init = None
-    stage.data = dataclasses.replace(stage.data, resident=True, rand_augment="", subset_seed=None, per_class=3)
+    stage = mae()
+    stage.evals, stage.run.steps_per_call = {}, 2
+    stage.data = dataclasses.replace(stage.data, resident=True, subset_seed=None, per_class=3)
     stage.run.checkpoint_every = stage.run.log_every = 2
     return stage
 
@@ -98,6 +98,12 @@ def single(name: str, replica: int, folder, workdir, mesh) -> dict[str, float]:
     return run_stage(stage, name, workdir, mesh)
 
 
+def that_count(model):
+    """The weights but for biases of keys, which softmax cancels: what moves them is rounding."""
+    flat = {key: np.asarray(value) for key, value in flatten(model).items()}
+    return {key: value[[0, 2]] if key.endswith("/qkv/bias") else value for key, value in flat.items()}
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_a_replica_ends_like_the_single_run_with_its_seed(name, runs, mesh, tmp_path):
     folder = runs(name)
@@ -105,7 +111,7 @@ def test_a_replica_ends_like_the_single_run_with_its_seed(name, runs, mesh, tmp_
     for replica in (0, 2):
         alone = single(name, replica, folder, tmp_path / str(replica), mesh)
         own = folder / f"replica_{replica}"
-        theirs, ours = (flatten(checkpoint.read_model(f)) for f in (tmp_path / str(replica) / name, own))
+        theirs, ours = (that_count(checkpoint.read_model(f)) for f in (tmp_path / str(replica) / name, own))
         assert theirs.keys() == ours.keys()
         for key, value in theirs.items():
             np.testing.assert_allclose(ours[key], value, rtol=0, atol=1e-5 * np.abs(value).max() + 1e-9, err_msg=key)

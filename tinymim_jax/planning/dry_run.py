@@ -214,10 +214,11 @@ def _optimizer(setup: StageSetup) -> str:
     scaling = f" ({o.lr:g} x {batch} / {o.lr_batch})" if o.lr_batch else ""
     layers = f", layer decay {o.layer_decay:g}" if o.layer_decay != 1 else ""
     own = f"betas {o.b1:g} {o.b2:g}" if o.name == "adamw" else f"momentum {o.momentum:g}"
+    warmup = f"{o.warmup_steps} steps" if o.warmup_steps else f"{o.warmup_epochs:g} epochs"
+    shape = "" if o.schedule == "cosine" else f" {o.schedule} schedule,"
     return (
-        f"optimiser: {o.name}, lr {optim.peak_lr(o, batch):g}{scaling}, warm-up {o.warmup_epochs:g} epochs,"
-        f" min lr {o.min_lr:g},"
-        f" weight decay {o.weight_decay:g}, {own}{layers}"
+        f"optimiser: {o.name}, lr {optim.peak_lr(o, batch):g}{scaling}, warm-up {warmup},{shape}"
+        f" min lr {o.min_lr:g}, weight decay {o.weight_decay:g}, {own}{layers}"
     )
 
 

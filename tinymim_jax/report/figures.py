@@ -67,9 +67,8 @@ def loss_curves(workdir: Path, names: list[str]) -> matplotlib.figure.Figure:
 def panels_of(stage: Stage, name: str, workdir: Path) -> Panels | None:
     """What the task of a finished stage has to show; of several replicas, the first."""
     one_device = sharding.make_mesh(devices=jax.local_devices()[:1])
-    run = dataclasses.replace(stage.run, replicas=1, batch_size=1)
-    optim = dataclasses.replace(stage.optim, accum_steps=1, warmup_epochs=0.0, warmup_steps=0)
-    loaded = start.load(dataclasses.replace(stage, evals={}, run=run, optim=optim), name, workdir, one_device)
+    single = dataclasses.replace(stage, evals={}, run=dataclasses.replace(stage.run, replicas=1))
+    loaded = start.load(single, name, workdir, one_device)
     task, folder = loaded.setup.task, workdir / name
     folder = folder / handoff.replica_name(0) if handoff.replicas(folder) else folder
     variables = jax.tree.map(jnp.asarray, handoff.read_variables(folder))
