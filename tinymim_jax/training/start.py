@@ -127,8 +127,10 @@ def begin(loaded: Loaded, workdir: Path) -> Begun:
     report = []
     if multihost.run_on_primary(lambda: (folder / "stage.json").is_file()):
         report.append("there is no checkpoint from before: begins anew")
-    # The key is an argument: stages that differ by seed share one compilation.
-    state = jax.jit(lambda key: create_state(setup, key), out_shardings=shardings)(host_keys(setup, keys.INIT))
+    # It runs once. The key is an argument: stages that differ by seed share one compilation.
+    quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    create = jax.jit(lambda key: create_state(setup, key), out_shardings=shardings, compiler_options=quick)
+    state = create(host_keys(setup, keys.INIT))
     if setup.stage.init is not None:
         state, lines = _initialised(setup, state, shardings, mesh, workdir)
         report += lines
