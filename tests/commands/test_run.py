@@ -43,6 +43,7 @@ def test_a_run_from_start_to_end(config_file, tmp_path, capsys):
     assert "wrote work/report/distill_distill.png" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_program_is_compiled_once_and_found_by_the_next_process(tmp_path):
     own = ("JAX_COMPILATION_CACHE", "JAX_PERSISTENT")  # of the tests
     env = {name: value for name, value in environment().items() if not name.startswith(own)}
