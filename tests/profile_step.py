@@ -25,8 +25,8 @@ from tinymim_jax.bench.timing import Clock, clock_of, conditions
 from tinymim_jax.commands.flags import new_flags, parse
 from tinymim_jax.models import layers, vit
 from tinymim_jax.runtime.errors import InputError
-from tinymim_jax.tasks import distill
 from tinymim_jax.tasks.contract import STREAMS
+from tinymim_jax.tasks.targets import relation as relation_target
 from tinymim_jax.training import optim
 
 
@@ -43,6 +43,7 @@ class PlainAttention(nn.Module):
     num_heads: int
     dtype: jnp.dtype
     kind: str
+    kernel_init: Any = layers.xavier
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
@@ -58,6 +59,7 @@ class PlainMlp(nn.Module):
 
     hidden: int
     dtype: jnp.dtype
+    kernel_init: Any = layers.xavier
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -76,7 +78,7 @@ PLAIN = {
     "linear layers": [(layers, "Attention", PlainAttention), (layers, "Mlp", PlainMlp)],
     "GELU": [(layers, "gelu", functools.partial(nn.gelu, approximate=False))],
     "patches": [(vit, "optimization_barrier", lambda x: x)],
-    "relation loss": [(distill, "relation_kl", plain_kl)],
+    "relation loss": [(relation_target, "relation_kl", plain_kl)],
 }
 
 
@@ -121,8 +123,8 @@ def parts(plan: Any, mesh: jax.sharding.Mesh) -> dict[str, tuple[Any, ...]]:
 
     given = state.params, frozen, batch, rngs  # what is closed over is a constant, and computed while compiling
     return {
-        "teacher forward": (tokens(task.teacher, task.task.teacher.block), frozen, images),
-        "student forward": (tokens(task.student, task.task.student_block), state.params, images),
+        "teacher forward": (tokens(task.teacher, task.of_teacher.blocks[-1]), frozen["teacher"], images),
+        "student forward": (tokens(task.model, task.of_student.blocks[-1]), state.params, images),
         "loss": (loss, *given),
         "loss and gradient": (jax.value_and_grad(loss), *given),
         "update": (plan.tx.update, state.params, state.opt_state, state.params),

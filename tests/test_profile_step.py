@@ -22,9 +22,9 @@ def gradient():
     """A function that gives the text of the program for a distillation's loss and gradient, and these."""
     stage = tiny_distill()
     stage.model.drop_path = 0.0
-    plan = make_setup(stage, tiny_mae().model, 40)
+    plan = make_setup(stage, "distill", {"teacher": tiny_mae().model}, 40)
     key = jax.random.key(0)
-    batch = example_batch(stage)
+    batch = example_batch(plan.task, stage)
     batch["image"] = np.random.default_rng(0).integers(0, 256, batch["image"].shape, np.uint8)
     params, (_, frozen) = create_state(plan, key).params, plan.task.init(key, batch)
 

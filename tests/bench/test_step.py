@@ -29,7 +29,9 @@ def test_step_prints_one_json_object(capsys, monkeypatch):
     ("stage", "teacher"), [(tiny_mae(), None), (tiny_distill(), tiny_mae().model), (tiny_classify(), None)]
 )
 def test_every_task_can_be_timed(stage, teacher, mesh):
-    compiled, arguments = step.compile_step(make_setup(stage, teacher, 40), mesh)
+    compiled, arguments = step.compile_step(
+        make_setup(stage, "stage", {"teacher": teacher} if teacher else {}, 40), mesh
+    )
     steps = []
 
     def noted(*args):
@@ -45,6 +47,6 @@ def test_the_matmul_is_not_optimised_away():
 
 
 def test_augment_prints_one_json_object(capsys):
-    assert main(["bench", "augment", DIGITS, "--stage=finetune_chain_0", "--batch_size=8", "--rounds=1"]) == 0
+    assert main(["bench", "augment", DIGITS, "--stage=finetune_chain", "--batch_size=8", "--rounds=1"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["share"] == pytest.approx(1 - result["plain_step_s"] / result["step_s"])

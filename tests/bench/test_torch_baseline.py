@@ -23,10 +23,10 @@ torch = pytest.importorskip("torch")
     ("stage", "teacher"), [(tiny_mae(), None), (tiny_distill(), tiny_mae().model), (tiny_classify(), None)]
 )
 def test_a_step_has_our_parameters_and_changes_them(stage, teacher):
-    step = torch_baseline.TorchStep(stage, teacher, "eager")
+    step = torch_baseline.TorchStep(stage, {"teacher": teacher}, "eager")
     student = step.models[-1]
     before = {name: p.detach().clone() for name, p in student.named_parameters()}
-    ours = flatten(make_setup(stage, teacher, 40).params)
+    ours = flatten(make_setup(stage, "stage", {"teacher": teacher} if teacher else {}, 40).params)
     assert sum(p.numel() for p in before.values()) == sum(np.prod(leaf.shape) for leaf in ours.values())
     assert {formats.mae_name(key) for key in ours} == set(before)
     step()
@@ -36,7 +36,7 @@ def test_a_step_has_our_parameters_and_changes_them(stage, teacher):
 
 def test_a_teacher_drops_no_paths():
     teacher = dataclasses.replace(tiny_mae().model, drop_path=0.5)
-    step = torch_baseline.TorchStep(tiny_distill(), teacher, "eager")
+    step = torch_baseline.TorchStep(tiny_distill(), {"teacher": teacher}, "eager")
     assert [model.training for model in step.models] == [False, True]
     first, second = (step.models[0](step.images).tokens for _ in range(2))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
@@ -44,7 +44,7 @@ def test_a_teacher_drops_no_paths():
 
 def test_fused_attention_computes_the_same():
     stage, teacher = tiny_distill(), tiny_mae().model
-    eager = torch_baseline.TorchStep(stage, teacher, "eager")
+    eager = torch_baseline.TorchStep(stage, {"teacher": teacher}, "eager")
     for model in eager.models:
         model.eval()  # no drop path
     expected = eager.loss(eager.images)
@@ -70,7 +70,7 @@ def test_bench_step_compares(capsys, monkeypatch):
 def test_a_compiled_step_computes_the_same(variant):
     stage, teacher = tiny_distill(), tiny_mae().model
     stage.model.drop_path = 0.0
-    eager, compiled = (torch_baseline.TorchStep(stage, teacher, how) for how in ("eager", variant))
+    eager, compiled = (torch_baseline.TorchStep(stage, {"teacher": teacher}, how) for how in ("eager", variant))
     losses = []
     for step in (eager, compiled):
         step.optimizer.param_groups[0]["lr"] = 1e-2
@@ -85,7 +85,7 @@ def test_a_compiled_step_computes_the_same(variant):
 def test_gradients_are_clipped_as_ours():
     stage = tiny_classify()
     stage.optim.clip_norm = 1e-6
-    step = torch_baseline.TorchStep(stage, None, "eager")
+    step = torch_baseline.TorchStep(stage, {}, "eager")
     step()
     norms = torch.stack([p.grad.norm() for p in step.trained if p.grad is not None])
     torch.testing.assert_close(norms.norm(), torch.tensor(1e-6), rtol=0.05, atol=0)  # PyTorch adds 1e-6 to the norm
@@ -93,15 +93,15 @@ def test_gradients_are_clipped_as_ours():
 
 def test_a_variant_that_does_not_run_is_named(capsys, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda loss, mode: (_ for _ in ()).throw(RuntimeError("no C++ compiler")))
-    assert list(torch_baseline.steps(tiny_mae(), None)) == ["eager"]
+    assert list(torch_baseline.steps(tiny_mae(), {})) == ["eager"]
     assert "torch compiled does not run here: RuntimeError: no C++ compiler" in capsys.readouterr().err
 
 
 def test_cuda_graphs_are_for_gpus(monkeypatch):
     monkeypatch.setattr(torch_baseline, "_tried", lambda stage, teacher, variant: variant)
-    assert list(torch_baseline.steps(tiny_mae(), None)) == ["eager", "compiled"]
+    assert list(torch_baseline.steps(tiny_mae(), {})) == ["eager", "compiled"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert list(torch_baseline.steps(tiny_mae(), None)) == ["eager", "compiled", "graphs"]
+    assert list(torch_baseline.steps(tiny_mae(), {})) == ["eager", "compiled", "graphs"]
 
 
 def test_a_task_without_counterpart():

@@ -115,7 +115,8 @@ def keys(block, parts=BLOCK):
     ],
 )
 def test_the_last_block(depth, untrained, expected):
-    assert card.last_block(config.ViT(24, depth, 3), untrained) == expected
+    model = config.ViT(24, depth, 3)
+    assert card.last_block(model, convert.names(model), untrained) == expected
 
 
 # Model cards
@@ -224,12 +225,3 @@ def test_our_own_export_says_what_it_was_made_from(workdir, tmp_path):
     assert REMARK in text and any(line.startswith("not trained: encoder/") for line in text)
     assert text[-3].startswith("  - back: converted from checkpoint.pth (tinymim_jax's own export), sha256 ")
     assert text[-2:] == [f"    - distill: {DISTILL}", f"      - mae: {MAE}"]
-
-
-def test_half_trained_is_the_block_whose_queries_alone_were_trained():
-    model = config.ViT(24, 3, 2)
-    parts = [f"encoder/block{i}/{part}/kernel" for i in (1, 2, 3) for part in ("attn/qkv", "attn/proj", "mlp/fc1")]
-    assert card.half_trained(model, []) is None
-    assert card.half_trained(model, [parts[-2], parts[-1]]) == 3
-    assert card.half_trained(model, parts[4:]) == 2  # and nothing behind it
-    assert card.half_trained(model, parts) is None  # a linear probe's

@@ -64,7 +64,7 @@ def test_a_dry_run_touches_nothing(tmp_path):
     path = write(tmp_path / "files" / "x.pth")
     before = snapshot(tmp_path)
     text = dry_run.describe_chain(config(path, finetune=True), tmp_path / "work")
-    assert f"teacher {path}: block 2 of 3, 6 heads" in text
+    assert f"teacher {path}: qk+vv relations of block 2 of 3, 6 heads" in text
     assert "skipped: encoder/block3, encoder/norm" in text
     text = dry_run.describe_chain(classifier(path), tmp_path / "work")
     assert f"init from {path}" in text
@@ -193,7 +193,7 @@ def test_a_folder_is_converted_too_and_may_be_gone_afterwards(tmp_path, capsys):
     (path / "config.json").write_text('{"architecture": "vit_base_patch16_224", "model_args": {"num_heads": 6}}')
     folder = converted(path, workdir)
     assert folder.name.startswith("vit.small-")
-    assert f"teacher {path}: block 2 of 3, 6 heads" in dry_run.describe_chain(config(path), workdir)
+    assert f"teacher {path}: qk+vv relations of block 2 of 3, 6 heads" in dry_run.describe_chain(config(path), workdir)
     preflight.convert_sources(config(path), ["distill"], workdir)
     assert f"converted into {folder}" in capsys.readouterr().out
     assert stage_file.read_model(folder).num_heads == 6
@@ -225,7 +225,7 @@ def test_only_what_is_needed_is_converted(tmp_path):
         ),
         (
             lambda path: files.tinymim_pretrained(path, ViT(24, 3, 6, image_size=16, patch_size=4), NAME),
-            "stage distill: .*patch",
+            "stage distill: .*relations are between the same tokens",
         ),
     ],
 )  # fmt: skip

@@ -25,6 +25,7 @@ from tinymim_jax.bridge.torch_reference import mae as reference_mae
 from tinymim_jax.bridge.torch_reference import vit as reference_vit
 from tinymim_jax.experiment import config
 from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.tasks.contract import Context
 from tinymim_jax.weights import handoff
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -216,9 +217,9 @@ def test_hugging_face_gives_the_same(ours_name, theirs_name, folder, tmp_path):
 
 
 def reconstruction(path):
-    module = ENCODER, config.Mae(decoder=DECODER).build()
+    task = config.Mae(decoder=DECODER).build(Context(ENCODER, config.Data("digits")))
     with jax.default_matmul_precision("highest"):
-        return np.asarray(jax.jit(module.apply)({"params": handoff.read_params(path)}, IMAGES, NOISE).pred)
+        return np.asarray(jax.jit(task.reconstruct)(handoff.read_params(path), IMAGES, NOISE)[0])
 
 
 def test_hugging_face_gives_the_same_reconstruction(folder, tmp_path):

@@ -18,7 +18,7 @@ def test_this_machine(capsys, tmp_path, monkeypatch):
         (["doctor", "--process_id=1", "--num_processes=2"], "coordinator is missing"),
         (
             ["doctor", "--process_id=1", "--num_processes=2", "--coordinator=h:99999"],
-            "a port is a number from 1 to 65535",
+            "with a port from 1 to 65535",
         ),
         (["doctor", "--config=configs/digits/chain.py", "--config.mesh.fsdp=7"], "1 of these need mending"),
     ],

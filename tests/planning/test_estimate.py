@@ -101,7 +101,7 @@ for stage in stages.values():
     stage.data.per_class = 16
 report = estimate.run(Config("tiny", stages), None, "", Path("none"))
 if report["stages"]["mae"]["devices"] > 1:
-    estimate.mesh_lib.batch_sharding = estimate.mesh_lib.replicated
+    estimate.mesh_lib.batch_sharding = lambda mesh, axis=0: estimate.mesh_lib.replicated(mesh)
     report["twice"] = estimate.run(Config("tiny", stages), "distill", "", Path("none"))["stages"]["distill"]
 print(json.dumps(report))
 """
@@ -154,7 +154,7 @@ def test_chips_by_the_names_that_jax_has_for_them():
 
 def test_bounds_are_those_of_the_chip(cfg, mesh, monkeypatch):
     """A chip that computes nothing fast, then one that fits nothing."""
-    plan = make_setup(cfg.stages["mae"], None, 40)
+    plan = make_setup(cfg.stages["mae"], "mae", {}, 40)
     monkeypatch.setattr(
         estimate, "chip_of", lambda _: estimate.Chip(flops=1e3, memory=1e12, bandwidth=1e15, links=1e15)
     )
@@ -172,7 +172,7 @@ def test_bounds_are_those_of_the_chip(cfg, mesh, monkeypatch):
 
 
 def test_advice_is_what_was_seen_to_fit(cfg, mesh, monkeypatch, tmp_path):
-    plan = make_setup(cfg.stages["mae"], None, 40)
+    plan = make_setup(cfg.stages["mae"], "mae", {}, 40)
     total = estimate.forecast(plan, mesh)["total_bytes"]
 
     def chip(limit):
@@ -217,7 +217,7 @@ def test_a_batch_that_the_devices_do_not_share(cfg, mesh):
     with pytest.raises(
         InputError, match=r"batch_size 10 is not a multiple of the 1 devices times accum_steps 4; use 8"
     ):
-        estimate.compile_for(make_setup(stage, None, 40), mesh)
+        estimate.compile_for(make_setup(stage, "stage", {}, 40), mesh)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiling for a TPU needs libtpu")
@@ -235,7 +235,7 @@ def test_a_real_topology(cfg):
 def test_too_much_for_a_real_topology(cfg):
     stage = cfg.stages["mae"]
     stage.run.batch_size = stage.data.num_examples = 2**22
-    plan = make_setup(stage, None, 2**22)
+    plan = make_setup(stage, "stage", {}, 2**22)
     assert not estimate.forecast(plan, mesh_lib.make_mesh(devices=estimate.devices_of("v5e:2x2")))["fits"]
 
 

@@ -18,6 +18,7 @@ from tinymim_jax.bench.timing import Clock, clock_of, in_turn, processor, ratio,
 from tinymim_jax.data import fast_jpeg, pipeline, sources
 from tinymim_jax.data.augment import load
 from tinymim_jax.data.decode import decode
+from tinymim_jax.data.rows import image_rng
 from tinymim_jax.experiment.config import Config, Data
 
 IMAGES = 300  # of a measurement on one core
@@ -75,7 +76,7 @@ def _decode(image: bytes | np.ndarray, name: str, index: int) -> np.ndarray:
 
 
 def _loading(data: Data) -> Work:
-    return lambda image, name, index: load(image, name, data, pipeline.image_rng(0, 0, index))
+    return lambda image, name, index: load(image, name, data, image_rng(0, 0, index))
 
 
 def _one_core(source: sources.Source, work: dict[str, Work], rounds: int) -> dict[str, list[float]]:

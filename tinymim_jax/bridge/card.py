@@ -62,7 +62,7 @@ def lines(folder: Path) -> list[str]:
     kind = f"converted checkpoint, {converted['source']['kind']}" if converted else _task(stage_file.read_stage(folder))
     decoder = converted["decoder"] if converted else stage_file.read_stage(folder).task.reconstruction()
     state = "finished" if handoff.finished(folder) else "not finished"
-    names = list(convert.names(model))
+    names = list(handoff.read_shapes(folder)) if state == "finished" else convert.names(model)
     text = [f"{folder}: {kind}, {state}", f"model: {model.summary()}"]
     text.append("with a decoder" if decoder else "no decoder: it cannot reconstruct")
     if untrained:
