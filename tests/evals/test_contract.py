@@ -52,6 +52,8 @@ def test_data_is_opened_at_once():
 class Sums:
     """Of the labels of two passes, with how often `update` was traced."""
 
+    others = {}  # noqa: RUF012
+
     def __init__(self):
         self.passes = {
             "few": Batches(DIGITS, 8, ONE),
@@ -59,7 +61,7 @@ class Sums:
         }
         self.traced = 0
 
-    def update(self, variables, frozen, batch):
+    def update(self, variables, frozen, others, batch):
         self.traced += 1
         assert isinstance(batch["label"], jax.core.Tracer)
         labels = jnp.where(batch["is_valid"], batch["label"], 0)
@@ -133,12 +135,13 @@ class Distance(Eval):
 
 class Distances:
     def __init__(self, cfg, context):
-        self.predict, (self.other, self.variables) = context.predict, context.models["model"]
+        self.predict, (self.other, variables) = context.predict, context.models["model"]
+        self.others = {"model": variables}
         self.data, self.passes = cfg.data, {"data": Batches(cfg.data, cfg.batch_size, context.mesh)}
 
-    def update(self, variables, frozen, batch):
+    def update(self, variables, frozen, others, batch):
         images = normalize(to_float(batch["image"]), self.data.mean, self.data.std)
-        theirs = self.other.outputs(self.variables, images).features
+        theirs = self.other.outputs(others["model"], images).features
         ours = self.predict(variables, frozen, batch).features
         return jnp.linalg.norm(ours - theirs, axis=1), batch["is_valid"]
 

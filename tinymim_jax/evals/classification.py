@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from tinymim_jax.data import corruptions
 from tinymim_jax.data.config import Data
 from tinymim_jax.evals import subsets
-from tinymim_jax.evals.contract import Batches, Context, Eval, Result, Variables, needs_head
+from tinymim_jax.evals.contract import Batch, Batches, Context, Eval, Result, Variables, needs_head
 from tinymim_jax.models.contract import Encoder
 from tinymim_jax.objectives import metrics
 from tinymim_jax.objectives.metrics import Mean
@@ -46,6 +46,8 @@ class Classification(Eval):
 class Accuracy:
     """{"top1", "top5"} in percent and {"images"}, the number counted."""
 
+    others: Mapping[str, Variables] = {}
+
     def __init__(self, cfg: Classification, context: Context):
         if cfg.data.corruption:
             corruptions.check(cfg.data.corruption)
@@ -57,7 +59,7 @@ class Accuracy:
         if cfg.subset:
             self.subset = subsets.columns(cfg.subset), subsets.targets(cfg.subset, self.classes)
 
-    def update(self, variables: Variables, frozen: Any, batch: Mapping[str, jax.Array]) -> dict[str, Mean]:
+    def update(self, variables: Variables, frozen: Any, others: Any, batch: Batch) -> dict[str, Mean]:
         """Raises InputError if the model has no head, or other classes than the data."""
         logits = self.predict(variables, frozen, batch).logits
         if logits is None:

@@ -4,6 +4,7 @@ import abc
 import collections
 import contextlib
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, Protocol
@@ -22,7 +23,8 @@ from tinymim_jax.runtime.errors import InputError
 BATCHES_AHEAD = 3  # dispatched before the oldest result is fetched
 
 Variables = Mapping[str, Any]
-Predict = Callable[[Variables, Any, Mapping[str, jax.Array]], Outputs]  # (variables, frozen, batch), as a task's
+Batch = Mapping[str, jax.Array]
+Predict = Callable[[Variables, Any, Batch], Outputs]  # (variables, frozen, batch), as a task's
 
 
 @dataclasses.dataclass
@@ -39,7 +41,10 @@ class Evaluator(Protocol):
     passes: Mapping[Hashable, "Batches"]
     """The data sets to go over, by name."""
 
-    def update(self, variables: Variables, frozen: Any, batch: Mapping[str, jax.Array]) -> Any:
+    others: Mapping[str, Variables]
+    """The variables of the checkpoints that its config names by `Init`, by field."""
+
+    def update(self, variables: Variables, frozen: Any, others: Mapping[str, Variables], batch: Batch) -> Any:
         """Runs inside jit: a tree of small arrays, reduced over the batch where that can be."""
 
     def finish(self, found: Mapping[Hashable, list[Any]]) -> Result:
@@ -110,7 +115,7 @@ class Batches:
     def __len__(self) -> int:
         return -(-len(self.source) // self.args["batch_size"])
 
-    def __iter__(self) -> Iterator[Mapping[str, jax.Array]]:
+    def __iter__(self) -> Iterator[Batch]:
         return pipeline.eval_batches(self.data, self.source, **self.args)
 
 
@@ -141,7 +146,11 @@ class Measurement:
             for name, evaluator in self.evaluators.items():
                 with _named(name):
                     found[name] = {
-                        key: _fetched(self.updates[name], variables, frozen, batches, lambda: (bar.update(), check()))
+                        key: _fetched(
+                            functools.partial(self.updates[name], variables, frozen, evaluator.others),
+                            batches,
+                            lambda: (bar.update(), check()),
+                        )
                         for key, batches in evaluator.passes.items()
                     }
 
@@ -160,13 +169,11 @@ def scalars(results: Mapping[str, Result]) -> dict[str, float]:
     return {f"{name}/{key}": value for name, result in results.items() for key, value in result.scalars.items()}
 
 
-def _fetched(
-    update: Callable, variables: Variables, frozen: Any, batches: Batches, after_each: Callable[[], Any]
-) -> list[Any]:
+def _fetched(update: Callable, batches: Batches, after_each: Callable[[], Any]) -> list[Any]:
     """What `update` gives for each batch, on the host, which stays a few behind the devices so that nothing waits."""
     ahead, host = collections.deque(), []
     for batch in batches:
-        ahead.append(update(variables, frozen, batch))
+        ahead.append(update(batch))
         if len(ahead) > BATCHES_AHEAD:
             host.append(jax.device_get(ahead.popleft()))
         after_each()

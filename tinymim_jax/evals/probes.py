@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tinymim_jax.data.config import Data
-from tinymim_jax.evals.contract import Batches, Context, Eval, Result, Variables
+from tinymim_jax.evals.contract import Batch, Batches, Context, Eval, Result, Variables
 from tinymim_jax.runtime.codec import ranged
 from tinymim_jax.runtime.errors import InputError
 
@@ -69,11 +69,13 @@ class Logistic(Probe):
 class FeatureEvaluator(abc.ABC):
     """Features of both sets; `score` says what is made of them."""
 
+    others: Mapping[str, Variables] = {}
+
     def __init__(self, cfg: Any, context: Context):
         self.cfg, self.predict = cfg, context.predict
         self.passes = {name: Batches(data, cfg.batch_size, context.mesh) for name, data in cfg.sets().items()}
 
-    def update(self, variables: Variables, frozen: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
+    def update(self, variables: Variables, frozen: Any, others: Any, batch: Batch) -> tuple[jax.Array, ...]:
         """Features, labels and validity of each image."""
         return self.predict(variables, frozen, batch).features, batch["label"], batch["is_valid"]
 

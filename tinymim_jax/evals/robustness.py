@@ -4,14 +4,13 @@ import dataclasses
 from collections.abc import Hashable, Mapping
 from typing import Any, Literal
 
-import jax
 import numpy as np
 
 from tinymim_jax.data import corruptions
 from tinymim_jax.data.config import Data
 from tinymim_jax.data.corruptions import ALEXNET_ERROR
 from tinymim_jax.evals.classification import Accuracy, Classification, scores
-from tinymim_jax.evals.contract import Context, Eval, Result, Variables, needs_head
+from tinymim_jax.evals.contract import Batch, Context, Eval, Result, Variables, needs_head
 from tinymim_jax.models.contract import Encoder
 from tinymim_jax.objectives.metrics import Mean
 from tinymim_jax.runtime import storage
@@ -48,6 +47,8 @@ class Corruptions(Eval):
 class CorruptionErrors:
     """{"<corruption>" and "<corruption>_<severity>": top-1 error, "mean_error", "mce"}, in percent."""
 
+    others: Mapping[str, Variables] = {}
+
     def __init__(self, cfg: Corruptions, context: Context):
         """Raises InputError if stored corruptions are missing, or the library that makes them is."""
         if cfg.stored:
@@ -62,8 +63,8 @@ class CorruptionErrors:
         self.passes = {key: accuracy.passes["data"] for key, accuracy in each.items()}
         self.accuracy = next(iter(each.values()))  # of one kind for all
 
-    def update(self, variables: Variables, frozen: Any, batch: Mapping[str, jax.Array]) -> dict[str, Mean]:
-        return self.accuracy.update(variables, frozen, batch)
+    def update(self, variables: Variables, frozen: Any, others: Any, batch: Batch) -> dict[str, Mean]:
+        return self.accuracy.update(variables, frozen, others, batch)
 
     def finish(self, found: Mapping[Hashable, list[dict[str, Mean]]]) -> Result:
         return Result(summarise({key: 100 - scores(counts)["top1"] for key, counts in found.items()}))
