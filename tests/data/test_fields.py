@@ -7,11 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from tinymim_jax.data import pipeline, resident
+from tests.conftest import tiny_mae
+from tinymim_jax.data import pipeline
 from tinymim_jax.data.fields import IMAGE_LABEL, Fields
 from tinymim_jax.data.pipeline import EvalRows, TrainRows
 from tinymim_jax.experiment.config import Data
 from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.tasks.mae import MaeTask
+from tinymim_jax.training.setup import make_setup
 
 DATA = Data("digits", image_size=6)
 EVAL = dataclasses.replace(DATA, transform="eval")
@@ -118,7 +121,10 @@ def test_processes_share_a_batch():
     jax.tree.map(np.testing.assert_array_equal, joined, TrainRows(DATA, Segmented(), 4, 0, 1, VIEWS, 5)(1))
 
 
-def test_device_memory_holds_no_other_fields(mesh):
-    rows = pipeline.train_rows(dataclasses.replace(DATA, resident=True), Segmented(), 4, 0, MASKS)
-    with pytest.raises(InputError, match=r"this task wants more; set data\.resident=False"):
-        resident.train_batches(rows, 0, 1, mesh)
+def test_device_memory_holds_no_other_fields(monkeypatch):
+    """Said before anything runs."""
+    stage = tiny_mae()
+    stage.data.resident = True
+    monkeypatch.setattr(MaeTask, "fields", MASKS)
+    with pytest.raises(InputError, match=r"this task reads more; set data\.resident=False"):
+        make_setup(stage, "mae", {}, 40)

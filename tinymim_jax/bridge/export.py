@@ -34,8 +34,6 @@ class Weights:
         self.folder, self.model = folder, stage_file.read_model(folder)
         if self.model.has_state:
             raise InputError(f"{folder} has a BatchNorm before its head (linear probing), which no format here holds")
-        params = {k: a for k, a in flatten(handoff.read_params(folder)).items() if k.startswith(formats.HELD)}
-        self.arrays = {formats.mae_name(key): np.ascontiguousarray(formats.to_mae(key, a)) for key, a in params.items()}
         converted = stage_file.read_converted(folder)
         if converted:
             self.decoder, self.norm_pix = converted["decoder"], converted["norm_pix_loss"]
@@ -49,6 +47,9 @@ class Weights:
             self.pixels = {
                 key: codec.to_dict(getattr(stage.data, key)) for key in (*IMAGENET, "interpolation", "crop_pct")
             }
+        held = ("encoder/", formats.DECODER) if self.decoder else ("encoder/",)  # what others have a place for
+        params = {key: a for key, a in flatten(handoff.read_params(folder)).items() if key.startswith(held)}
+        self.arrays = {formats.mae_name(key): np.ascontiguousarray(formats.to_mae(key, a)) for key, a in params.items()}
         last = self.model.last_block_heads
         self.regrouped = regroup_heads and last not in (None, self.model.num_heads)
         self.left_out = ""  # for the model card

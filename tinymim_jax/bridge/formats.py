@@ -11,7 +11,6 @@ import numpy as np
 from tinymim_jax.runtime.errors import InputError
 
 DECODER = "pretext/decoder/"  # how our keys of MAE's decoder begin
-HELD = ("encoder/", DECODER)  # what other projects have a place for
 OURS_TO_MAE = (
     (r"^encoder/block(\d+)/", lambda m: f"blocks.{int(m[1]) - 1}."),
     (rf"^{DECODER}block(\d+)/", lambda m: f"decoder_blocks.{int(m[1]) - 1}."),

@@ -14,7 +14,6 @@ from tinymim_jax.data import sources
 from tinymim_jax.data.augment import CROP_ATTEMPTS
 from tinymim_jax.data.config import Data
 from tinymim_jax.data.decode import decode
-from tinymim_jax.data.fields import IMAGE_LABEL
 from tinymim_jax.data.pipeline import ReplicaRows, TrainRows, calls, stacked
 from tinymim_jax.data.sources import IDENTITY, Source
 from tinymim_jax.runtime import keys
@@ -38,11 +37,9 @@ def train_batches(
     """What `make_batch` makes the batches of steps start to stop - 1 from, inside the train step; stacked likewise.
 
     Its draws are its own, likewise a function of (seed, epoch, index, repeat). Raises InputError, here, if images
-    differ in size, take too much memory, or cannot be read, or the task wants more than images and labels.
+    differ in size, take too much memory, or cannot be read.
     """
     mesh_lib.check_batch(rows.batch_size, mesh)
-    if rows.fields is not IMAGE_LABEL:
-        raise InputError("data.resident holds images and labels, and this task wants more; set data.resident=False")
     each = rows.each if rows.replicas else (rows,)
     held = [{**_read(_identity(one.data), one.data.on_bad_image), "key": crop_key(one.seed)} for one in each]
     held = {name: np.stack([one[name] for one in held]) for name in held[0]} if rows.replicas else held[0]

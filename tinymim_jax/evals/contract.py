@@ -57,6 +57,7 @@ class Context:
 
     mesh: jax.sharding.Mesh
     predict: Predict
+    model: Encoder | None = None  # of what is measured, for evaluators that look into its blocks
     models: Mapping[str, tuple[Encoder, Variables]] = dataclasses.field(default_factory=dict)
 
 

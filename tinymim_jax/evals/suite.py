@@ -63,7 +63,7 @@ def evaluate(subject: Subject, suite: str, sets: Sets, mesh: jax.sharding.Mesh, 
     variables = jax.device_put(subject.variables, replicated(mesh))
     clean, bank = data_sets(subject, sets)
     chosen = evals(suite, model, clean, bank, sets)
-    context = Context(mesh, predict_of(subject, clean))
+    context = Context(mesh, predict_of(subject, clean), model)
     evaluators = {name: cfg.build(context) for name, cfg in chosen.items()}  # what is missing is said first
     storage.check_writable(out)
     check_names(chosen, model)

@@ -43,7 +43,7 @@ def _check_stage(cfg: Config, name: str, to_run: list[str], workdir: Path, mesh:
     for eval_name, measure in stage.evals.items():
         inits = stage.eval_inits(eval_name)
         models = {field: (source_model(cfg, init, workdir), {}) for field, init in inits.items()}
-        measure.build(Context(mesh, _no_model, models))
+        measure.build(Context(mesh, _no_model, stage.model, models))
     check_classes(stage)
 
 

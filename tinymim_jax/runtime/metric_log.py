@@ -130,9 +130,9 @@ def write_json(path: Path, value: Any) -> None:
         write_whole(path, json.dumps(value, indent=2) + "\n")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes `text` to `path`, which never holds half of it."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes `content` to `path`, which never holds half of it."""
     files, partial = storage.files(path), f"{path}.partial"
     with storage.writing(path):
-        files.pipe_file(partial, text.encode())
+        files.pipe_file(partial, content.encode() if isinstance(content, str) else content)
         files.mv(partial, str(path))

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import io
 import itertools
 import statistics
 import threading
@@ -18,7 +19,7 @@ from tinymim_jax.evals.contract import Measurement, Result, scalars
 from tinymim_jax.experiment import stage_file
 from tinymim_jax.experiment.config import Stage
 from tinymim_jax.runtime import keys, multihost, sharding, storage
-from tinymim_jax.runtime.metric_log import MetricLog, write_json
+from tinymim_jax.runtime.metric_log import MetricLog, write_json, write_whole
 from tinymim_jax.runtime.preemption import StopRequest
 from tinymim_jax.tasks.contract import Batch, Variables
 from tinymim_jax.training import start
@@ -85,9 +86,10 @@ class Evaluations:
             for name, result in found.items():
                 own = name if len(results) == 1 else f"{handoff.replica_name(replica)}_{name}"
                 if result.arrays and jax.process_index() == 0:
+                    buffer = io.BytesIO()
+                    np.savez(buffer, **result.arrays)
                     storage.make(self.log.path.parent / "evals")
-                    with (self.log.path.parent / "evals" / f"{own}.npz").open("wb") as file:
-                        np.savez(file, **result.arrays)
+                    write_whole(self.log.path.parent / "evals" / f"{own}.npz", buffer.getvalue())
         each = [scalars(found) for found in results]
         if len(each) == 1:
             return each[0]

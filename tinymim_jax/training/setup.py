@@ -10,6 +10,7 @@ import optax
 
 from tinymim_jax.data import randaugment
 from tinymim_jax.data.config import Data
+from tinymim_jax.data.fields import IMAGE_LABEL
 from tinymim_jax.experiment.config import Stage
 from tinymim_jax.models.contract import Encoder
 from tinymim_jax.runtime import keys
@@ -79,6 +80,8 @@ def make_setup(stage: Stage, name: str, sources: Mapping[str, Encoder], num_exam
     steps_per_epoch = num_examples // run.batch_size
     total_steps = run.steps if run.epochs is None else round(run.epochs * steps_per_epoch)
     task = stage.task.build(Context(stage.model, stage.data, stage.optim.freeze, sources))
+    if stage.data.resident and task.fields is not IMAGE_LABEL:
+        raise InputError("data.resident holds images and labels, and this task reads more; set data.resident=False")
     variables, frozen = jax.eval_shape(task.init, jax.random.key(0), example_batch(task, stage))
     params = variables["params"]
     labels = optim.rules(params, cfg, task.is_untrained)

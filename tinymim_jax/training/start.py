@@ -89,7 +89,7 @@ def make_evaluators(setup: StageSetup, workdir: Path, mesh: jax.sharding.Mesh) -
             folder = handoff.source_folder(init, workdir)
             variables = jax.device_put(handoff.read_variables(folder), sharding.replicated(mesh))
             models[field] = stage_file.read_model(folder), variables
-        evaluators[name] = cfg.build(Context(mesh, setup.task.predict, models))
+        evaluators[name] = cfg.build(Context(mesh, setup.task.predict, setup.stage.model, models))
     return evaluators
 
 
