@@ -10,8 +10,8 @@ import pytest
 from tests import profile_step
 from tests.conftest import tiny_distill, tiny_mae
 from tests.processes import ROOT, environment
-from tinymim_jax.tasks import distill
 from tinymim_jax.tasks.contract import STREAMS
+from tinymim_jax.tasks.targets import relation
 from tinymim_jax.training import optim
 from tinymim_jax.training.setup import example_batch, make_setup
 from tinymim_jax.training.step import create_state
@@ -63,7 +63,7 @@ def test_ratios_are_of_plain_steps_to_the_step_as_it_is(monkeypatch, capsys):
     """Which takes 2 s here, and 3 if its relation loss is plain."""
 
     def fake(*_):
-        return functools.partial(float, 3 if distill.relation_kl is profile_step.plain_kl else 2)
+        return functools.partial(float, 3 if relation.relation_kl is profile_step.plain_kl else 2)
 
     monkeypatch.setattr(profile_step, "step_clock", fake)
     monkeypatch.setattr(profile_step, "parts", lambda *_: {})

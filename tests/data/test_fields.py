@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import tiny_mae
 from tinymim_jax.data import pipeline
 from tinymim_jax.data.fields import IMAGE_LABEL, Fields
-from tinymim_jax.data.pipeline import EvalRows, TrainRows
+from tinymim_jax.data.rows import EvalRows, TrainRows, image_rng
 from tinymim_jax.experiment.config import Data
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.tasks.mae import MaeTask
@@ -102,7 +102,7 @@ def test_two_views_of_an_image_differ_and_are_drawn_from_its_own_generator():
     assert (views[:, 0] != views[:, 1]).any(axis=1).all()
     np.testing.assert_allclose(batch["area"], views.mean(axis=2), rtol=1e-6)
     for row, index in enumerate(batch["index"]):
-        own = read_views(Segmented()[int(index)], "", DATA, pipeline.image_rng(7, 1, int(index)))
+        own = read_views(Segmented()[int(index)], "", DATA, image_rng(7, 1, int(index)))
         np.testing.assert_array_equal(batch["image"][row], own["image"])
 
 

@@ -20,7 +20,8 @@ from tinymim_jax.data import pipeline
 from tinymim_jax.data.augment import transform
 from tinymim_jax.data.decode import decode
 from tinymim_jax.data.fields import IMAGE_LABEL
-from tinymim_jax.data.pipeline import EvalRows, ReplicaRows, TrainRows, epoch_order, eval_batches, image_rng
+from tinymim_jax.data.pipeline import eval_batches
+from tinymim_jax.data.rows import EvalRows, ReplicaRows, TrainRows, epoch_order, image_rng
 from tinymim_jax.data.sources import open_source
 from tinymim_jax.experiment.config import Data
 from tinymim_jax.runtime import sharding as mesh_lib
