@@ -15,6 +15,7 @@ from tinymim_jax.experiment import stage_file
 from tinymim_jax.experiment.config import Classification, Compare, Config, Stage
 from tinymim_jax.experiment.validate import check
 from tinymim_jax.planning import dry_run
+from tinymim_jax.report import figures
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.runtime.preemption import Interrupted
 from tinymim_jax.training import chain
@@ -206,3 +207,11 @@ def test_a_replica_whose_loss_is_not_finite_stops_the_run(mesh, tmp_path):
         run_stage(stage, "mae", tmp_path, mesh)
     line = json.loads((tmp_path / "mae" / "bad_steps.jsonl").read_text())
     assert len(line["records"]) == REPLICAS * stage.run.batch_size
+
+
+def test_pictures_are_of_the_first_replica_and_curves_of_all(runs):
+    folder = runs("mae")
+    panels = figures.panels_of(mae(), "mae", folder.parent)
+    assert len(panels.rows) == 3
+    curves = figures.loss_curves(folder.parent, ["mae"]).axes[0].get_lines()
+    assert sorted(curve.get_linewidth() for curve in curves) == [0.4] * REPLICAS + [1]
