@@ -116,7 +116,6 @@ def test_computing_like_another():
         ({"num_classes": 5, "pool": "mean"}, lambda tokens: tokens[:, 1:].mean(axis=1)),
         ({"num_classes": 5, "pool": "mean", "dist_token": True}, lambda tokens: tokens[:, 2:].mean(axis=1)),
     ],
-    ids=str,
 )
 def test_features_are_the_token_that_the_head_reads_or_the_mean_patch(fields, read):
     cfg = dataclasses.replace(TINY, **fields)
