@@ -1,5 +1,6 @@
 import json
 import shutil
+import warnings
 
 import numpy as np
 from PIL import Image
@@ -26,6 +27,14 @@ def test_the_curve_shows_the_logged_losses(finished):
     lines = [json.loads(line) for line in (finished / "mae" / "metrics.jsonl").read_text().splitlines()]
     drawn = figure.axes[0].get_lines()[0].get_ydata()
     np.testing.assert_array_equal(drawn, [line["loss"] for line in lines if "epoch" in line])
+
+
+def test_a_stage_of_no_steps_has_no_curve(finished, tmp_path):
+    (tmp_path / "mae").mkdir()
+    shutil.copy(finished / "mae" / "stage.json", tmp_path / "mae")
+    (tmp_path / "mae" / "metrics.jsonl").touch()
+    with warnings.catch_warnings(action="error"):  # matplotlib's, of a legend without lines
+        assert not figures.loss_curves(tmp_path, ["mae"]).axes[0].get_lines()
 
 
 def test_a_reconstruction_differs_from_the_original_in_the_masked_patches_only(finished):

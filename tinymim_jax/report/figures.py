@@ -60,7 +60,8 @@ def loss_curves(workdir: Path, names: list[str]) -> matplotlib.figure.Figure:
                 axes.plot(x, y, color=f"C{groups.index(group)}", **width)
         axes.set(title=kind, xlabel="epoch", ylabel="loss")
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.lines:  # stages of no steps have none
+            axes.legend()
     return figure
 
 
