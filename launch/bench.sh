@@ -73,7 +73,7 @@ steps() {  # STAGE BATCH, then more arguments of bench step: every way of comput
     step "$stage-$batch-$attention" "$stage" "$batch" "$attention" "$@"
   done
   if [[ $stage == distill_* ]]; then
-    step "$stage-$batch-pallas" "$stage" "$batch" "$fused" "$fields.task.relation_kernel=pallas" "$@"
+    step "$stage-$batch-pallas" "$stage" "$batch" "$fused" "$fields.task.targets.relation.kernel=pallas" "$@"
   fi
   if [[ $stage == *_t ]]; then
     step "$stage-$batch-scanned" "$stage" "$batch" "$fused" "$fields.run.steps_per_call=10" "$@"
@@ -87,7 +87,7 @@ for batch in "${batches[@]}"; do
   if [[ $batch == "${batches[0]}" ]]; then
     for kernel in xla pallas; do
       measure "relation-$kernel" relation "--config=$config" --stage=distill_b --batch_size=4 --tokens=197,1025,4097 \
-        "--config.stages.distill_b.task.relation_kernel=$kernel" "$@"
+        "--config.stages.distill_b.task.targets.relation.kernel=$kernel" "$@"
     done
     for rows in 64 256 1025; do
       measure "relation-rows-$rows" relation "--config=$config" --stage=distill_b --batch_size=4 --tokens=197,1025 \

@@ -10,8 +10,9 @@ import optax
 import pytest
 
 from tests.conftest import tiny_mae
-from tinymim_jax.data import pipeline, resident
+from tinymim_jax.data import resident
 from tinymim_jax.data.fields import IMAGE_LABEL
+from tinymim_jax.data.rows import epoch_order
 from tinymim_jax.objectives.metrics import Mean
 from tinymim_jax.runtime import keys
 from tinymim_jax.tasks.contract import STREAMS, Aux
@@ -84,7 +85,7 @@ def seeds_of_the_host(setup: StageSetup, monkeypatch) -> list[tuple[int, ...]]:
         found.append(tuple(np.random.SeedSequence(seed).generate_state(4).tolist()))
         return default_rng(seed)
 
-    pipeline.epoch_order.cache_clear()
+    epoch_order.cache_clear()
     with monkeypatch.context() as patched:
         patched.setattr(np.random, "default_rng", noted)
         rows = start.rows_of(setup)

@@ -56,7 +56,7 @@ def step(cfg: Config, name: str, rounds: int, vs: str | None = None) -> dict[str
     found = in_turn({"step_s": ours, **theirs, **peaks}, rounds)
     seconds = statistics.median(found["step_s"])
     measured = {name: statistics.median(found[name]) * mesh.size for name in peaks}
-    model_flops = setup.task.flops_per_image() * stage.run.batch_size
+    model_flops = setup.flops()
     return {
         "benchmark": "step",
         "stage": name,
@@ -81,7 +81,7 @@ def _asked(stage: Stage) -> dict[str, Any]:
     return {
         "task": codec.to_dict(stage.task),
         "dtype": stage.model.dtype,
-        "attention": getattr(stage.model, "attention", "xla"),
+        "attention": stage.model.attention,
         "batch_size": stage.run.batch_size,
         "steps_per_call": stage.run.steps_per_call,
         "replicas": stage.run.replicas,

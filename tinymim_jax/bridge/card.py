@@ -1,5 +1,6 @@
 """What is known of a checkpoint, for people: model cards and `inspect`."""
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -30,7 +31,8 @@ def provenance(folder: Path, depth: int = 0) -> list[str]:
         return [f"{indent}- {folder.name}: {GONE}"]
     lines = [f"{indent}- {folder.name}: {_task(stage)}"]
     for _, init in stage.inits():
-        lines += provenance(handoff.source_folder(init, folder.parent), depth + 1)
+        workdir = folder.parent.parent if re.fullmatch(r"replica_\d+", folder.name) else folder.parent
+        lines += provenance(handoff.source_folder(init, workdir), depth + 1)
     return lines
 
 

@@ -32,7 +32,7 @@ class Converted:
 
     source: files.Source
     layout: Layout
-    params: dict[str, Any]  # nested, numpy: encoder, and decoder if there is one
+    params: dict[str, Any]  # nested, numpy: encoder, and pretext/decoder if there is one
 
     @property
     def untrained(self) -> list[str]:

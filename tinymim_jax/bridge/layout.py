@@ -22,7 +22,8 @@ TIMM_ARGS = {  # of model_args, those that this project's ViT has, or that chang
     "dynamic_img_size",
 }  # fmt: skip
 LAYER_NORM_EPS = (1e-6, 1e-12)  # 1e-12: what transformers writes for weights that were trained with 1e-6
-UNSEEN = ("posembed", "drop_path", "drop_path_shape", "dtype", "remat", "attention")  # what only our own exports tell
+# What only our own exports tell.
+UNSEEN = ("posembed", "drop_path", "drop_path_shape", "weight_init", "dtype", "remat", "attention")
 Arrays = dict[str, np.ndarray]  # by MAE's names
 
 

@@ -18,7 +18,8 @@ from tinymim_jax.runtime.preemption import StopRequest
 
 CONFIG_USAGE = """
 --config=FILE[:options]: the experiment; options are listed at the top of FILE
---config.stages.NAME.FIELD=VALUE: changes one field; tinymim_jax/experiment/config.py says what they mean"""
+--config.stages.NAME.FIELD=VALUE: changes one field; what each means stands with the classes that
+tinymim_jax/experiment/config.py names"""
 
 
 class OrNone(flags.ArgumentParser):

@@ -15,10 +15,10 @@ Example = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Fields:
-    """A batch has these, and beside them is_valid bool [B] and index int32 [B]; functions of a module, as workers
-    get them by pickle.
+    """The fields of a batch, which also has is_valid bool [B] and index int32 [B].
 
-    Geometry is drawn once and applied to all fields of a record.
+    Both are functions of a module, because worker processes are sent them by pickle. `read` draws geometry once and
+    applies it to all fields of a record.
     """
 
     empty: Callable[[Data], Example]

@@ -41,6 +41,8 @@ def train_batches(
     """
     mesh_lib.check_batch(rows.batch_size, mesh)
     each = rows.each if rows.replicas else (rows,)
+    first = _read(_identity(each[0].data), each[0].data.on_bad_image)["image"]
+    _check_bytes(len(first) * len(each), first.shape[1:])
     held = [{**_read(_identity(one.data), one.data.on_bad_image), "key": crop_key(one.seed)} for one in each]
     held = {name: np.stack([one[name] for one in held]) for name in held[0]} if rows.replicas else held[0]
     held = {name: mesh_lib.put_tree(array, mesh_lib.replicated(mesh)) for name, array in held.items()}
@@ -137,8 +139,10 @@ def _check_bytes(count: int, shape: tuple[int, ...]) -> None:
         )
 
 
-def example_batch(data: Data, batch_size: int) -> Batch:
+def example_batch(data: Data, batch_size: int, replicas: int = 0) -> Batch:
     """jax.ShapeDtypeStructs of what `train_batches` yields, if all images are of the size of the first.
+
+    With `replicas`, of as many that do not share their batches.
 
     Raises InputError if that cannot be read, or all of them take too much memory.
     """
@@ -147,11 +151,13 @@ def example_batch(data: Data, batch_size: int) -> Batch:
         shape = np.asarray(decode(source[0]["image"], source.describe(0))).shape
     except InputError as error:
         raise InputError(f"{error}; with data.resident=True the size of an image must be known") from error
-    _check_bytes(len(source), shape)
+    _check_bytes(len(source) * max(replicas, 1), shape)
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
-    n, array = len(source), jax.ShapeDtypeStruct
-    held = {"image": array((n, *shape), np.uint8), "label": array((n,), np.int32), "is_valid": array((n,), bool)}
-    return {"held": {**held, "key": key}, "numbers": array((batch_size, 4), np.int32)}
+    n, front = len(source), (replicas,) if replicas else ()
+    shapes = {"image": ((n, *shape), np.uint8), "label": ((n,), np.int32), "is_valid": ((n,), bool)}
+    shapes["key"] = key.shape, key.dtype
+    held = {name: jax.ShapeDtypeStruct((*front, *size), dtype) for name, (size, dtype) in shapes.items()}
+    return {"held": held, "numbers": jax.ShapeDtypeStruct((*front, batch_size, 4), np.int32)}
 
 
 def make_batch(data: Data, batch: Batch) -> Batch:

@@ -129,12 +129,14 @@ class ReplicaRows:
 
     @property
     def replicas(self) -> int:
+        """How many."""
         return len(self.each)
 
     def __call__(self, step: int) -> Example:
         return stack_examples([rows(step) for rows in self.each])
 
     def empty(self) -> Example:
+        """This process's rows without a record."""
         return stack_examples([rows.empty() for rows in self.each])
 
 
@@ -142,6 +144,7 @@ Rows = EvalRows | ReplicaRows
 
 
 def stack_examples(examples: list[Example]) -> Example:
+    """Examples (or batches) of the same fields, with an axis of them in front."""
     return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
 
 

@@ -76,6 +76,8 @@ class Eval(abc.ABC):
         """Raises InputError on what would otherwise be found only after the training on `training`."""
         for name, data in self.sets().items():
             data.check(f"{where}.{name}")
+            if data.subset_seed is None:
+                raise InputError(f"{where}: {name}.subset_seed is none, which is the run's; give it a number")
             if data.transform != "eval":
                 raise InputError(f"{where}: {name}.transform is 'train', which is random; set it to 'eval'")
             for field in ("image_size", "mean", "std"):

@@ -97,6 +97,10 @@ class Neighbours(FeatureEvaluator):
             raise InputError(f"knn: k {max(cfg.k, default='()')} is not among the {images} images of the bank")
 
     def score(self, bank: Labelled, queries: Labelled) -> dict[str, float]:
+        if len(bank[0]) < max(self.cfg.k):
+            raise InputError(
+                f"knn: k {max(self.cfg.k)} is more than the {len(bank[0])} images of the bank that can be read"
+            )
         num_classes = int(max(bank[1].max(), queries[1].max())) + 1
         vectors, labels = jnp.asarray(bank[0]), jnp.asarray(bank[1])  # on the device once
         hits = dict.fromkeys(self.cfg.k, 0)
@@ -124,6 +128,8 @@ class Regression(FeatureEvaluator):
 def stack(found: list[tuple[np.ndarray, ...]]) -> Labelled:
     """Features [n, D] of unit length and labels [n] of the valid examples."""
     features, labels, is_valid = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    if not is_valid.any():
+        raise InputError("no image of a set could be read; mend the data")
     features = features[is_valid].astype(np.float32)
     return features / np.linalg.norm(features, axis=1, keepdims=True), labels[is_valid]
 

@@ -62,6 +62,10 @@ class CorruptionErrors:
         }
         self.passes = {key: accuracy.passes["data"] for key, accuracy in each.items()}
         self.accuracy = next(iter(each.values()))  # of one kind for all
+        odd = [key for key, accuracy in each.items() if accuracy.classes != self.accuracy.classes]
+        if odd:
+            name, severity = odd[0]
+            raise InputError(f"{name}, severity {severity}, has other classes than the others; complete the copy")
 
     def update(self, variables: Variables, frozen: Any, others: Any, batch: Batch) -> dict[str, Mean]:
         return self.accuracy.update(variables, frozen, others, batch)

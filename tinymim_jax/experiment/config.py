@@ -65,7 +65,7 @@ class Run:
     steps: int | None = ranged(None, at_least=0)
     seed: int = ranged(0, at_least=0)
     replicas: int = ranged(1, at_least=1)  # seeds trained at once: seed, seed + 1, ...
-    data_seed: int | None = ranged(None, at_least=0)  # of order and crops; None: seed. Replicas then share batches
+    data_seed: int | None = ranged(None, at_least=0)  # of order and crops; None: seed. If set, replicas share batches
     steps_per_call: int = ranged(1, at_least=1)  # scanned in one dispatch: for models whose step is shorter than one
     log_every: int = ranged(50, at_least=1)  # steps
     checkpoint_every: int = ranged(1000, at_least=1)  # steps
@@ -90,7 +90,8 @@ class Stage:
     def inits(self) -> Iterator[tuple[str, Init]]:
         """Every hand-over that feeds the stage, by its field: "init", "task.teacher", "evals.NAME.model", ..."""
         for where, init in walk(self, Init):
-            yield where.removesuffix(".init"), init
+            is_wrapped = where.startswith("task.") and where.count(".") > 1  # task.teacher.init: of the teacher
+            yield where.removesuffix(".init") if is_wrapped else where, init
 
     def task_inits(self) -> dict[str, Init]:
         """Those of the frozen networks that the task reads, by their field in the task."""

@@ -65,6 +65,7 @@ class Encoder(abc.ABC):
     num_classes: int  # 0: no head
     dtype: str  # of the computation
     remat: bool  # recompute each block in the backward pass
+    attention: Any = "xla"  # who computes attention, of those that layers.ATTENTIONS has
     num_prefix: ClassVar[Any]  # tokens in front of the patches
     patch_size: Any  # pixels a side of a token's patch
     export_formats: ClassVar[tuple[str, ...]] = ()  # of other projects, that can hold it (`bridge.export`)
@@ -163,12 +164,13 @@ class Encoder(abc.ABC):
         return layer < block or (layer == block and not (qkv_only and self.is_behind_qkv(name)))
 
     def half_trained(self, names: Iterable[str], untrained: Collection[str]) -> int | None:
-        """The first block of whose parameters, among `names`, some were trained and some were not; None if none is."""
-        blocks: dict[int, set[bool]] = {}
+        """The first block, with its parameters among `names`, of which nothing but q, k and v was trained, or None."""
+        frozen: dict[int, dict[bool, set[bool]]] = {}  # block -> whether a parameter is behind qkv -> whether untrained
         for name in names:
             if name.startswith("encoder/") and (block := self.block_of(name)):
-                blocks.setdefault(block, set()).add(name in untrained)
-        return min((block for block, found in blocks.items() if len(found) > 1), default=None)
+                parts = frozen.setdefault(block, {False: set(), True: set()})
+                parts[self.is_behind_qkv(name)].add(name in untrained)
+        return min((block for block, parts in frozen.items() if parts == {False: {False}, True: {True}}), default=None)
 
     def forward_flops(self, patches: int | None = None, block: int | None = None, *, qkv_only: bool = False) -> float:
         """Of one image's forward pass, a multiply-add counting as 2; up to `block`, or its q, k, v, if there is one."""

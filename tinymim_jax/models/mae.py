@@ -22,7 +22,7 @@ class Decoder:
 
     def build(self, encoder: Encoder) -> "PixelDecoder":
         """The module behind `encoder`, whose dtype and attention it shares."""
-        attention = getattr(encoder, "attention", "xla")
+        attention = encoder.attention
         sizes = (self.width, self.depth, self.num_heads)
         return PixelDecoder(*sizes, 3 * encoder.patch_size**2, encoder.num_prefix, encoder.dtype, attention)
 
@@ -30,7 +30,7 @@ class Decoder:
         """Raises InputError if it cannot be built."""
         if self.width % 4 or self.width % self.num_heads:
             raise InputError(f"{where}: width {self.width} must be a multiple of 4 and of its num_heads")
-        layers.check_attention(where, getattr(encoder, "attention", "xla"), encoder.dtype, self.width, {self.num_heads})
+        layers.check_attention(where, encoder.attention, encoder.dtype, self.width, {self.num_heads})
 
     def flops(self, encoder: Encoder, visible: int) -> float:
         """Matmul FLOPs of one image's forward pass, of which the encoder has seen `visible` patches."""

@@ -122,7 +122,7 @@ class ViT(Encoder):
         return dataclasses.replace(self, depth=block, last_block_heads=self.heads_of(block), **bare)
 
     def computing_like(self, other: Encoder) -> "ViT":
-        attention = getattr(other, "attention", "xla")
+        attention = other.attention
         sizes = {"image_size": other.image_size, "dtype": other.dtype}
         like = dataclasses.replace(self, **sizes, attention=attention, remat=False)
         like.check("the teacher")

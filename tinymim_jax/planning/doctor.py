@@ -137,7 +137,7 @@ def disk(cfg: Config | None, workdir: Path, at: Path) -> Finding:
     for _, plan in plans(cfg, workdir):
         size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in flatten(plan.params).values())
         copies = ADAM_COPIES + bool(plan.stage.optim.ema)
-        need += size * copies * (plan.stage.run.keep + 1)  # one more while it is written
+        need += size * copies * plan.stage.run.replicas * (plan.stage.run.keep + 1)  # one more while it is written
     fix = "make room, or choose another --workdir" if need > free else ""
     return Finding(f"{what}, checkpoints of all stages take up to {_size(need)}", fix)
 

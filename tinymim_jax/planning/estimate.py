@@ -108,7 +108,10 @@ def compile_for(setup: StageSetup, mesh: jax.sharding.Mesh) -> Any:
     key = jax.eval_shape(lambda: host_keys(setup, keys.STEPS))
     state = jax.eval_shape(lambda: create_state(setup, host_keys(setup, keys.INIT)))
     shardings = mesh_lib.state_sharding(mesh, state)
-    batch = resident.example_batch(stage.data, stage.run.batch_size) if stage.data.resident else step_batch(setup)
+    batch = step_batch(setup)
+    if stage.data.resident:
+        own = 0 if setup.shares_batches else stage.run.replicas
+        batch = resident.example_batch(stage.data, stage.run.batch_size, own)
     split = mesh_lib.batch_sharding(mesh, axis=int(not setup.shares_batches))
     where = {name: mesh_lib.replicated(mesh) if name == "held" else split for name in batch}
 
@@ -139,7 +142,7 @@ def forecast(plan: StageSetup, mesh: jax.sharding.Mesh) -> dict[str, Any]:
         "fsdp": mesh.shape["fsdp"],
         "accum_steps": plan.stage.optim.accum_steps,
         "batch_size": plan.stage.run.batch_size,
-        "model_flops": plan.task.flops_per_image() * plan.stage.run.batch_size,
+        "model_flops": plan.flops(),
         "steps": plan.total_steps,
     }
     try:
@@ -251,9 +254,10 @@ def run(cfg: Config, only: str | None, topology: str, workdir: Path) -> dict[str
     devices = devices_of(topology)
     mesh = mesh_lib.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, devices)
     stages = {}
-    for name, plan in plans(cfg, workdir, only):
+    for name in [only] if only else cfg.stages:
         print(f"{name}: compiling for {len(devices)} devices ...", flush=True)
         try:
+            ((_, plan),) = plans(cfg, workdir, name)
             stages[name] = forecast(plan, mesh)
             if not stages[name].get("fits", True):
                 stages[name]["advice"] = advise(cfg, name, workdir, devices)

@@ -37,6 +37,8 @@ def _check_stage(cfg: Config, name: str, to_run: list[str], workdir: Path, mesh:
         folder = handoff.source_folder(init, workdir)
         if init.stage not in to_run and not handoff.finished(folder) and not foreign(init, workdir):
             raise InputError(f"takes weights from {folder}, which has no finished stage: run that stage first")
+        for replica in range(stage.run.replicas if where == "init" else 0):
+            handoff.source_folder(init, workdir, replica)  # raises where a replica has no counterpart
         if not where.startswith("evals."):
             check_pixels(stage, init, workdir)
     sources.open_source(stage.data)

@@ -36,9 +36,9 @@ class MetricLog:
         url = storage.files(folder).unstrip_protocol(str(folder / "tensorboard"))
         self.board = tensorboardX.SummaryWriter(url, purge_step=start + 1)
 
-    def has(self, step: int, part: str) -> bool:
-        """Whether a line of `step` with a name that contains `part` was there when this writer, active, was made."""
-        return any(line["step"] == step and any(part in name for name in line) for line in self.kept)
+    def has(self, step: int, starts: tuple[str, ...]) -> bool:
+        """Whether a line of `step` with a name that begins so was there when this log, active, was made."""
+        return any(line["step"] == step and any(name.startswith(starts) for name in line) for line in self.kept)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """One line {"step": step, name: value, ...}; in the file after `EVERY` seconds, or `flush`."""

@@ -45,6 +45,11 @@ class Evaluations:
         every = self.setup.stage.run.eval_every
         return bool(self.measurement and every) and 0 < step < self.setup.total_steps and step % every == 0
 
+    def is_missing(self, step: int) -> bool:
+        """Whether the evaluation of a step that a run begins at was due and is not logged."""
+        names = tuple(f"{name}/" for name in self.setup.stage.evals)
+        return self.is_due(step) and not multihost.run_on_primary(lambda: self.log.has(step, names))
+
     def begin(self, step: int, state: TrainState) -> bool:
         """Evaluates the weights after `step`, all but the host's part; False if a stop was asked for meanwhile."""
         self.wait()
@@ -167,17 +172,18 @@ def run_stage(
         evaluations = Evaluations(loaded, log, stop)
 
         def save(step: int) -> None:
-            """Starts to write all that a run needs to go on from `step`."""
-            evaluations.wait()  # what is not logged then would be lost
+            """Starts to write all that a run needs to go on from `step`; then waits for what is evaluated."""
+            progress.collect()  # a state whose loss is not finite is never saved
             multihost.run_on_primary(lambda: (guard(), log.flush()))
             checkpoints.save(step, to_items(state), progress.state())
+            evaluations.wait()
+            multihost.run_on_primary(log.flush)
 
         def leave(step: int) -> None:
             checkpoints.wait()
             stop.obey(f"stage {name} stopped at step {step} of {total}")
 
-        is_missing = evaluations.is_due(first) and not multihost.run_on_primary(lambda: log.has(first, "/"))
-        if is_missing and not evaluations.begin(first, state):
+        if evaluations.is_missing(first) and not evaluations.begin(first, state):
             leave(first)
         for steps in pipeline.calls(first, total, run.steps_per_call):
             step = steps.stop  # how many are done then
@@ -191,7 +197,6 @@ def run_stage(
                 progress.log(step, {"epoch": step / setup.steps_per_epoch})
             asked = progress.is_asked()  # read once: what is not saved must not be left
             if step % run.checkpoint_every == 0 or last or asked:
-                progress.collect()  # a state whose loss is not finite is never saved
                 save(step)
             if asked and not last:
                 leave(step)
@@ -236,6 +241,8 @@ def write_replicas(
     guard: Callable[[], object],
 ) -> None:  # fmt: skip
     """A folder for each replica, like that of the finished stage that it is."""
+    init = setup.stage.init
+    is_paired = init is not None and bool(handoff.replicas(handoff.source_folder(init, folder.parent)))
     host = sharding.get_tree({"params": state.params, "model_state": state.model_state, "ema": state.ema}, mesh)
 
     def write(replica: int) -> None:
@@ -243,7 +250,7 @@ def write_replicas(
         own = folder / handoff.replica_name(replica)
         storage.remove(own)  # what a killed run has left
         save_model(own, **jax.tree.map(lambda x: x[replica], host))
-        single = stage_file.describe(setup.as_single(replica), setup.untrained())
+        single = stage_file.describe(setup.as_single(replica, is_paired), setup.untrained())
         write_json(own / "stage.json", single)
         prefix = replica_metric(replica, "")
         metrics = {key.removeprefix(prefix): value for key, value in results.items() if key.startswith(prefix)}
@@ -251,3 +258,5 @@ def write_replicas(
 
     for replica in range(setup.stage.run.replicas):
         multihost.run_on_primary(lambda replica=replica: write(replica))
+        done = folder / handoff.replica_name(replica) / "DONE"
+        multihost.raise_everywhere(lambda done=done: storage.wait_for(done))

@@ -1,4 +1,4 @@
-"""AdamW, its schedule, and the rules that say how each parameter is treated."""
+"""Optimisers, schedules, and the rules that say how each parameter is treated."""
 
 import math
 from collections.abc import Callable
@@ -24,13 +24,14 @@ def peak_lr(cfg: Optim, batch_size: int) -> float:
 def make_schedule(cfg: Optim, batch_size: int, steps_per_epoch: int, total_steps: int) -> Schedule:
     """Learning rate of each step: linear warm-up from 0, then what `cfg.schedule` names.
 
-    The cosine is MAE's (util/lr_sched.py), poly is (1 - progress)^power, both down to min_lr.
+    The cosine is MAE's (util/lr_sched.py) and begins behind the warm-up; poly, (1 - progress)^power, and step count
+    from the first step, as in mmcv. Cosine and poly end at min_lr.
     """
     peak, warmup = peak_lr(cfg, batch_size), cfg.warmup_epochs * steps_per_epoch + cfg.warmup_steps
     if total_steps and warmup >= total_steps:
         raise InputError(
-            f"warmup_epochs {cfg.warmup_epochs:g} is {warmup:.0f} steps, and the run has only {total_steps}; lower"
-            " optim.warmup_epochs (or warmup_steps), or train longer"
+            f"the warm-up of {warmup:.0f} steps is longer than the run, which has {total_steps}; lower"
+            f" optim.{'warmup_epochs' if cfg.warmup_epochs else 'warmup_steps'}, or train longer"
         )
     shapes: dict[str, Schedule] = {  # the share of the peak that is left at `progress`, from 0 to 1
         "cosine": lambda progress: 0.5 * (1 + jnp.cos(jnp.pi * progress)),
@@ -41,9 +42,11 @@ def make_schedule(cfg: Optim, batch_size: int, steps_per_epoch: int, total_steps
     end = cfg.min_lr if cfg.schedule in ("cosine", "poly") else 0.0
 
     def schedule(step: jax.Array | int) -> jax.Array:
-        rising = peak * step / max(warmup, 1)
-        progress = jnp.clip((step - warmup) / max(total_steps - warmup, 1), 0.0, 1.0)
-        return jnp.where(step < warmup, rising, end + (peak - end) * shapes[cfg.schedule](progress))
+        begin = warmup if cfg.schedule == "cosine" else 0.0  # the others count from the first step
+        progress = jnp.clip((step - begin) / max(total_steps - begin, 1), 0.0, 1.0)
+        rate = end + (peak - end) * shapes[cfg.schedule](progress)
+        top = peak if cfg.schedule == "cosine" else rate
+        return jnp.where(step < warmup, top * step / max(warmup, 1), rate)
 
     return schedule
 

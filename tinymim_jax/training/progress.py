@@ -114,7 +114,9 @@ class Progress:
             self._note_first()
         for step, values in (one for last, stack in pending for one in self._unstacked(last, stack)):
             self._hear(values)
-            self.totals[BAD_IMAGES] += int(np.sum(values[BAD_IMAGES].sum)) if BAD_IMAGES in values else 0
+            if BAD_IMAGES in values:  # replicas that share their batches count the same ones
+                bad = values[BAD_IMAGES].sum
+                self.totals[BAD_IMAGES] += int(bad[0] if self.run.data_seed is not None else np.sum(bad))
             for replica in range(self.replicas):
                 self._take(step, replica, {key: Mean(m.sum[replica], m.count[replica]) for key, m in values.items()})
         self.pending.clear()
@@ -131,7 +133,7 @@ class Progress:
             )
         bad = [k for k in FINITE if k in floats and not math.isfinite(floats[k].sum)]
         if bad:
-            self._skip(step, bad[0])
+            self._skip(step, bad[0] if self.replicas == 1 else f"{bad[0]} of replica {replica}")
             return
         self.window.pop(LR, None)
         self.window = metrics.merge([self.window, floats])
@@ -155,7 +157,7 @@ class Progress:
                 " out with run.on_nan=skip, and run again"
             )
         self.totals[SKIPPED] = self.totals.get(SKIPPED, 0) + 1
-        if self.totals[SKIPPED] > self.run.max_skipped:
+        if self.totals[SKIPPED] > self.run.max_skipped * self.replicas:
             raise InputError(
                 f"{told}, after {self.run.max_skipped} such updates were left out (run.max_skipped); the last good"
                 " checkpoint is kept: lower optim.lr or set optim.clip_norm, and run again"

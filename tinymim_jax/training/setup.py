@@ -57,16 +57,22 @@ class StageSetup:
         subset = seed if data.subset_seed is None else data.subset_seed
         return dataclasses.replace(data, subset_seed=subset), keys.stage_seed(seed, self.name)
 
+    def flops(self) -> float:
+        """Matmul FLOPs that one step needs, of all replicas; a teacher whose pass they share counts for each."""
+        return self.task.flops_per_image() * self.stage.run.batch_size * self.stage.run.replicas
+
     @property
     def shares_batches(self) -> bool:
         """Whether all replicas see the same batches."""
         return self.stage.run.replicas == 1 or self.stage.run.data_seed is not None
 
-    def as_single(self, replica: int) -> Stage:
-        """The stage that a replica is."""
-        run = self.stage.run
+    def as_single(self, replica: int, is_paired: bool = False) -> Stage:
+        """The stage that a replica is; `is_paired` if it began with that of its number of another stage."""
+        run, init = self.stage.run, self.stage.init
         run = dataclasses.replace(run, replicas=1, seed=run.seed + replica)
-        return dataclasses.replace(self.stage, run=run, data=self.data(replica)[0])
+        if init is not None and is_paired:
+            init = dataclasses.replace(init, replica=replica)
+        return dataclasses.replace(self.stage, run=run, data=self.data(replica)[0], init=init)
 
 
 def make_setup(stage: Stage, name: str, sources: Mapping[str, Encoder], num_examples: int) -> StageSetup:

@@ -87,7 +87,8 @@ def make_evaluators(setup: StageSetup, workdir: Path, mesh: jax.sharding.Mesh) -
         models = {}
         for field, init in setup.stage.eval_inits(name).items():
             folder = handoff.source_folder(init, workdir)
-            variables = jax.device_put(handoff.read_variables(folder), sharding.replicated(mesh))
+            variables = handoff.read_variables(folder)
+            variables = sharding.put_tree(variables, sharding.state_sharding(mesh, variables))
             models[field] = stage_file.read_model(folder), variables
         evaluators[name] = cfg.build(Context(mesh, setup.task.predict, setup.stage.model, models))
     return evaluators
@@ -110,9 +111,9 @@ def _hand_over(
 def begin(loaded: Loaded, workdir: Path) -> Begun:
     """The state to go on from, and its log: own checkpoint, else `init`, else scratch if `init` is None."""
     setup, mesh, folder = loaded.setup, loaded.mesh, workdir / loaded.setup.name
-    shapes_of = jax.eval_shape(lambda: create_state(setup, host_keys(setup, keys.INIT)))
-    shardings = sharding.state_sharding(mesh, shapes_of)
-    target = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes_of, shardings)
+    shapes = jax.eval_shape(lambda: create_state(setup, host_keys(setup, keys.INIT)))
+    shardings = sharding.state_sharding(mesh, shapes)
+    target = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings)
     # One process decides: a network's file system may show others an older folder.
     for step in reversed(multihost.run_on_primary(lambda: checkpoint.steps(folder))):
         multihost.raise_everywhere(lambda step=step: checkpoint.wait_for(folder, step))

@@ -211,7 +211,10 @@ def _without_another(folder: Path) -> Iterator[None]:
     except Unavailable:
         raise
     except InputError as error:
-        raise InputError(f"{error}; delete {folder / 'DONE'}, and its stage goes on from an older one") from None
+        stage = (
+            folder.parent if folder.name.startswith("replica_") else folder
+        )  # which makes its replicas' folders anew
+        raise InputError(f"{error}; delete {stage / 'DONE'}, and its stage goes on from an older one") from None
 
 
 def steps(folder: Path) -> list[int]:

@@ -41,15 +41,17 @@ class Init:
         """Raises InputError, naming fields by `where`, on values that do not fit together."""
         if (self.stage is None) == (self.path is None):
             raise InputError(f"{where} needs exactly one of stage and path; set the other to none")
-        for pattern in (*self.skip, *self.fresh, *self.rename):
+        for pattern in (*self.skip, *self.fresh):
             check_regex(where, pattern)
+        for pattern, replacement in self.rename.items():
+            check_regex(where, pattern, replacement)
 
 
-def check_regex(where: str, pattern: str) -> None:
-    """Raises InputError if `pattern` is no regular expression."""
+def check_regex(where: str, pattern: str, replacement: str = "") -> None:
+    """Raises InputError if `pattern` is no regular expression, or `replacement` names groups that it has not."""
     try:
-        re.compile(pattern)
-    except re.error as error:
+        re.sub(f"{pattern}|", replacement, "")
+    except (re.error, IndexError) as error:
         raise InputError(f"{where}: {pattern!r} is not a regular expression ({error})") from None
 
 
@@ -117,13 +119,16 @@ def match(
         raise InputError(
             f"the source lacks {fold(problems, target)}; name what may start from its initial values in init.fresh"
         )
-    unused = [key for new, key in renamed.items() if new not in report.moves]
+    unused = {new: key for new, key in renamed.items() if new not in report.moves}
+    fresh = (*init.fresh, f"{PRETEXT}.*")
     surplus = [
-        key for key in unused if not matches((*init.skip, *init.fresh, f"{PRETEXT}.*"), key) and not is_beyond(key)
+        key
+        for new, key in unused.items()
+        if not matches(init.skip, key) and not matches(fresh, new) and not is_beyond(new)
     ]
     if surplus:
         raise InputError(f"this model has no {fold(surplus, source)}; name what may be left out in init.skip")
-    report.skipped.extend(unused)
+    report.skipped.extend(unused.values())
     return report
 
 
@@ -156,7 +161,7 @@ def _rename(key: str, rename: Mapping[str, str]) -> str:
 
 def _is_regrouping(key: str, old: tuple[int, ...], new: tuple[int, ...]) -> bool:
     """The same fused qkv channels, [..., 3, H, E], split into other heads."""
-    return "/attn/qkv/" in key and old[:-2] == new[:-2] and old[-2] * old[-1] == new[-2] * new[-1]
+    return "/qkv/" in key and old[:-2] == new[:-2] and old[-2] * old[-1] == new[-2] * new[-1]
 
 
 def _is_resizing(old: tuple[int, ...], new: tuple[int, ...]) -> bool:
@@ -178,7 +183,7 @@ def transfer(target: Any, source: Any, report: Report) -> Any:
 
 def for_teacher(init: Init) -> Init:
     """`init` for a teacher: it is cut off after its target block, and what that leaves over is skipped."""
-    return dataclasses.replace(init, skip=(".*",), fresh=())
+    return dataclasses.replace(init, skip=(".*",), fresh=(), keep_blocks=None)
 
 
 def source_folder(init: Init, workdir: Path, replica: int | None = None) -> Path:
@@ -186,22 +191,26 @@ def source_folder(init: Init, workdir: Path, replica: int | None = None) -> Path
 
     Replica `replica` of a stage takes, where `init` does not say otherwise, that of its source.
     """
-    chosen = init.replica if init.replica is not None else replica
     if init.stage is not None:
-        return _replica(workdir / init.stage, chosen)
+        return _replica(workdir / init.stage, init.replica, replica)
     path = storage.path(init.path)
     storage.check(path)
     if (path / "stage.json").is_file():
-        return _replica(path, chosen)
+        return _replica(path, init.replica, replica)
     # Two files of one name are two checkpoints.
     digest = hashlib.sha256(init.path.encode()).hexdigest()[:6]
     converted = workdir / "converted" / f"{path.stem if path.suffix in WEIGHTS else path.name}-{digest}"
     return converted if is_foreign(path) or finished(converted) else path
 
 
-def _replica(folder: Path, chosen: int | None) -> Path:
-    """`folder`, or of a stage of several replicas that of the one that is `chosen`."""
-    return folder if chosen is None or not replicas(folder) else folder / replica_name(chosen)
+def _replica(folder: Path, asked: int | None, own: int | None) -> Path:
+    """`folder`, or of a stage of several replicas that of the one that is `asked` for, else the `own` one."""
+    names, chosen = replicas(folder), own if asked is None else asked
+    if (asked is not None and not names and finished(folder)) or (
+        names and chosen is not None and chosen >= len(names)
+    ):
+        raise InputError(f"{folder} has {len(names) or 'no'} replicas, and so no replica {chosen}; see init.replica")
+    return folder / replica_name(chosen) if names and chosen is not None else folder
 
 
 def replica_name(number: int) -> str:
@@ -211,7 +220,8 @@ def replica_name(number: int) -> str:
 
 def replicas(folder: Path) -> list[str]:
     """The folders of the replicas of the finished stage in `folder`; [] if it has none."""
-    return sorted((f.parent.name for f in folder.glob("replica_*/DONE")), key=lambda name: int(name.split("_")[1]))
+    names = [f.parent.name for f in folder.glob("replica_*/DONE")] if finished(folder) else []
+    return sorted(names, key=lambda name: int(name.split("_")[1]))
 
 
 def is_foreign(path: Path) -> bool:

@@ -44,6 +44,10 @@ class RelationLoss:
         if not cfg.relations or len(set(cfg.relations)) != len(cfg.relations):
             raise InputError(f"{where}.relations {cfg.relations} must name at least one relation, each once")
         tokens = [(model.num_prefix, model.grid) for model in (teacher, student)]
+        if any(model.label_heads > 1 for model in (teacher, student)) or student.num_prefix > 1:
+            raise InputError(
+                "relations are between CLS and patches; a model with a distillation token has no part in them"
+            )
         if tokens[0] != tokens[1]:
             raise InputError(
                 f"{where}: relations are between the same tokens, and the teacher has {tokens[0][0]} in front of"
