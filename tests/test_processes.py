@@ -41,6 +41,7 @@ def test_two_processes_with_two_devices_train_like_one(one, tmp_path):
     assert not (tmp_path / "run.lock").exists()
 
 
+@pytest.mark.slow
 def test_data_in_the_devices_memory_in_two_processes(tmp_path):
     for folder, shape in (("one", (1, 1)), ("two", (2, 2))):
         for status, _, err in run(tmp_path / folder, f"steps=4,fsdp={shape[0]},resident", *shape, "--stage=mae"):
@@ -48,6 +49,7 @@ def test_data_in_the_devices_memory_in_two_processes(tmp_path):
     assert difference(tmp_path / "one" / "mae", tmp_path / "two" / "mae") < 1e-6
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_of_two_processes_stops_both_at_one_step_and_the_run_goes_on_elsewhere(one, tmp_path):
     """Saved by two processes with a device each, restored by one with four."""
     running = start(tmp_path, "steps=400,every=400", 2, 1, "--stage=mae")
@@ -68,6 +70,7 @@ def test_sigterm_to_one_of_two_processes_stops_both_at_one_step_and_the_run_goes
     stopped[0].communicate()
 
 
+@pytest.mark.slow
 def test_a_cut_checkpoint_is_named_in_one_line(one, tmp_path):
     """Nothing of what orbax leaves behind is heard."""
     shutil.copytree(one / "mae", tmp_path / "mae")
@@ -105,6 +108,7 @@ checkpoint.ocp.StandardCheckpointHandler.restore = altered
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("patch", "why"), [(UNREADABLE, "cut short"), (OTHER_VALUES, "its values are not those")])
 def test_a_checkpoint_that_one_of_two_processes_cannot_read_is_passed_over_by_both(one, tmp_path, patch, why):
     shutil.copytree(one / "mae", tmp_path / "mae")
@@ -130,6 +134,7 @@ pipeline.load = load
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", ["train", "eval"])
 def test_an_image_that_one_of_two_processes_cannot_read_ends_both(tmp_path, transform):
     patches = {1: NO_IMAGE.format(transform=transform)}
@@ -155,6 +160,7 @@ loop.make_setup = broken
 """
 
 
+@pytest.mark.slow
 def test_a_bug_in_one_of_two_processes_leaves_nobody_waiting(tmp_path):
     """JAX would have both wait for five minutes."""
     ended = finish(start(tmp_path, "steps=4", 2, 1, "--stage=mae", patches={1: BUG}), timeout=200)
@@ -177,6 +183,7 @@ loop.measure = measure
 """
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_of_two_processes_during_the_final_evaluation(tmp_path):
     patches = {0: "from tinymim_jax.training import loop\nloop.CHECK_EVERY = 1", 1: TERMINATED}
     ended = finish(start(tmp_path, "steps=4", 2, 1, "--stage=mae", patches=patches))
@@ -185,6 +192,7 @@ def test_sigterm_to_one_of_two_processes_during_the_final_evaluation(tmp_path):
     assert checkpoint.steps(tmp_path / "mae")[-1] == 4 and not (tmp_path / "mae" / "DONE").exists()
 
 
+@pytest.mark.slow
 def test_processes_with_a_workdir_each(tmp_path):
     """The same path, on disks that are not shared."""
     patch = (
@@ -248,6 +256,7 @@ def test_a_signal_while_others_are_waited_for_is_heard_at_once(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_second_run_in_one_workdir(tmp_path):
     (first,) = start(tmp_path, "steps=2000,every=1000", 1, 1, "--stage=mae")
     deadline = time.monotonic() + 120

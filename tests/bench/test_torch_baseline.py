@@ -54,6 +54,7 @@ def test_fused_attention_computes_the_same():
     torch.testing.assert_close(eager.loss(eager.images), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_bench_step_compares(capsys, monkeypatch):
     monkeypatch.setattr(torch_baseline, "VARIANTS", {"eager": None})
     call = ["bench", "step", "--config=configs/digits/chain.py", "--stage=distill_t", "--batch_size=4", "--rounds=1"]
@@ -65,6 +66,7 @@ def test_bench_step_compares(capsys, monkeypatch):
     assert theirs["ratio"] == pytest.approx(result["images_per_s"] / theirs["images_per_s"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("variant", ["compiled", "graphs"])
 def test_a_compiled_step_computes_the_same(variant):

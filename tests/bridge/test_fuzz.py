@@ -331,6 +331,7 @@ def test_the_whole_files_are_good(tmp_path):
     assert not (tmp_path / "PROOF").exists()
 
 
+@pytest.mark.slow
 def test_damaged_files():
     counts, wrong, slowest = fuzz(500)
     print(f"converted {total(counts, 'converted')}, refused {total(counts, 'refused')}, slowest {slowest:.2f} s")

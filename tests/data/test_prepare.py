@@ -232,6 +232,7 @@ def wait_for_a_shard(process, out):
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kill", "status"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
 def test_killed_and_resumed_is_as_never_killed(tree, tmp_path, kill, status):
     for file in (tmp_path / "tree" / "train").glob("*/*.jpg"):

@@ -107,6 +107,7 @@ print(json.dumps(report))
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_share_the_work_and_reduce_gradients_alone():
     """No matmul twice (the optimiser's work each device does for itself); all that is sent are sums."""
     reports = {}
@@ -171,6 +172,7 @@ def test_bounds_are_those_of_the_chip(cfg, mesh, monkeypatch):
     assert linked["step_s"] == linked["bounds_s"]["links"] == 8 / 4
 
 
+@pytest.mark.slow
 def test_advice_is_what_was_seen_to_fit(cfg, mesh, monkeypatch, tmp_path):
     plan = make_setup(cfg.stages["mae"], "mae", {}, 40)
     total = estimate.forecast(plan, mesh)["total_bytes"]

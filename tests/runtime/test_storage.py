@@ -85,6 +85,7 @@ def both(bucket, tmp_path_factory):
     return local, copy
 
 
+@pytest.mark.slow
 def test_a_workdir_in_a_bucket_after_a_kill_is_bit_for_bit_that_on_a_disk(both):
     local, copy = both
     for name in ("mae", "distill", "finetune"):
@@ -96,6 +97,7 @@ def test_a_workdir_in_a_bucket_after_a_kill_is_bit_for_bit_that_on_a_disk(both):
     assert not (copy / workdir_lock.FILE).exists()
 
 
+@pytest.mark.slow
 def test_commands_and_load_read_a_bucket(both, capsys):
     local, _ = both
     model, variables = tinymim_jax.load("gs://bucket/run/finetune")

@@ -338,6 +338,23 @@ def test_an_evaluation_during_which_a_run_stops_is_made_again(which, step, chain
     assert log(tmp_path / "whole" / "mae") == log(tmp_path / "cut" / "mae")
 
 
+def test_a_state_that_is_not_finite_is_not_saved_when_a_stop_comes_during_an_evaluation(
+    stage, mesh, tmp_path, monkeypatch
+):
+    """Before the loss is logged; a run that went on from it could only fail again."""
+    stage.evals = tiny_mae().evals
+    stage.run.eval_every, stage.run.log_every, stage.run.checkpoint_every = 2, 4, 4
+    stage.optim.lr = 1e38
+
+    def interrupted(*_):
+        raise loop.Stopped
+
+    monkeypatch.setattr(loop.Measurement, "run", interrupted)
+    with pytest.raises(InputError, match="is not finite at step 2"):
+        run_stage(stage, "mae", tmp_path, mesh)
+    assert checkpoint.steps(tmp_path / "mae") == []
+
+
 def test_there_is_one_loop_and_one_place_that_takes_gradients():
     package = Path(loop.__file__).parent.parent
     files = [p for p in sorted(package.rglob("*.py")) if p.parent.name != "bench"]
@@ -371,6 +388,7 @@ for tree in (state.params, state.opt_state, loaded.frozen):
 """
 
 
+@pytest.mark.slow
 def test_four_devices_with_split_parameters_train_like_one(mesh, tmp_path, finished):
     stage = tiny_distill()
     stage.task.teacher.stage, stage.task.teacher.path = None, str(finished / "mae")

@@ -85,14 +85,15 @@ def rates(total, steps, **fields):
 
 
 def test_poly_by_hand():
-    assert rates(10, (0, 1, 2, 6, 10, 12), schedule="poly", min_lr=1.0) == pytest.approx([0, 4, 8, 4.5, 1, 1])
-    assert rates(10, (2, 4, 6, 8, 10), schedule="poly", power=2.0) == pytest.approx([8, 4.5, 2, 0.5, 0])
+    """From the first of 10 steps on, times the share of the warm-up."""
+    assert rates(10, (0, 1, 2, 6, 10, 12), schedule="poly", min_lr=1.0) == pytest.approx([0, 7.3 / 2, 6.6, 3.8, 1, 1])
+    assert rates(10, (2, 4, 6, 8, 10), schedule="poly", power=2.0) == pytest.approx([5.12, 2.88, 1.28, 0.32, 0])
 
 
 def test_step_by_hand():
-    """Drops at half and three quarters of the 8 steps behind the warm-up, each to a tenth."""
+    """Drops at half and three quarters of the 10 steps, each to a tenth."""
     steps = (0, 1, 2, 5, 6, 7, 8, 10)
-    expected = [0, 4, 8, 8, 0.8, 0.8, 0.08, 0.08]
+    expected = [0, 4, 8, 0.8, 0.8, 0.8, 0.08, 0.08]
     assert rates(10, steps, schedule="step", drops=(0.5, 0.75)) == pytest.approx(expected)
     assert rates(10, (6, 8), schedule="step", drops=(0.5, 0.75), drop_factor=0.5) == pytest.approx([4, 2])
     assert rates(10, (5, 10), schedule="step") == [8, 8]
@@ -118,7 +119,9 @@ def test_schedule_without_steps():
 
 
 def test_warmup_longer_than_the_run():
-    with pytest.raises(InputError, match="warmup_epochs 5 is 50 steps, and the run has only 50"):
+    with pytest.raises(
+        InputError, match="the warm-up of 50 steps is longer than the run, which has 50; lower optim.warmup_epochs"
+    ):
         optim.make_schedule(Optim(1e-3, warmup_epochs=5), 256, 10, 50)
     optim.make_schedule(Optim(1e-3, warmup_epochs=5), 256, 10, 51)
 

@@ -11,15 +11,17 @@ import pytest
 import tinymim_jax
 from tests.conftest import TEST, tiny_classify, tiny_distill, tiny_mae
 from tests.processes import log
+from tinymim_jax.bridge import card
 from tinymim_jax.experiment import stage_file
-from tinymim_jax.experiment.config import Classification, Compare, Config, Stage
+from tinymim_jax.experiment.config import Classification, Compare, Config, Init, Stage
 from tinymim_jax.experiment.validate import check
-from tinymim_jax.planning import dry_run
+from tinymim_jax.planning import dry_run, estimate
 from tinymim_jax.report import figures
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.runtime.preemption import Interrupted
-from tinymim_jax.training import chain
+from tinymim_jax.training import chain, loop
 from tinymim_jax.training.loop import run_stage
+from tinymim_jax.training.setup import make_setup
 from tinymim_jax.weights import checkpoint, handoff
 from tinymim_jax.weights.parameters import flatten
 
@@ -203,7 +205,7 @@ def test_which_replica_must_be_said_where_they_do_not_pair():
 def test_a_replica_whose_loss_is_not_finite_stops_the_run(mesh, tmp_path):
     stage = mae()
     stage.optim.lr = 1e38
-    with pytest.raises(InputError, match=r"stage mae: the \w+ is not finite at step 2"):
+    with pytest.raises(InputError, match=r"stage mae: the \w+ of replica \d is not finite at step 2"):
         run_stage(stage, "mae", tmp_path, mesh)
     line = json.loads((tmp_path / "mae" / "bad_steps.jsonl").read_text())
     assert len(line["records"]) == REPLICAS * stage.run.batch_size
@@ -215,3 +217,42 @@ def test_pictures_are_of_the_first_replica_and_curves_of_all(runs):
     assert len(panels.rows) == 3
     curves = figures.loss_curves(folder.parent, ["mae"]).axes[0].get_lines()
     assert sorted(curve.get_linewidth() for curve in curves) == [0.4] * REPLICAS + [1]
+
+
+def test_an_evaluation_of_replicas_that_was_due_when_the_run_was_killed_is_made_up_for(mesh, tmp_path, monkeypatch):
+    """Their losses are logged by names with a slash, too, and are no evaluation."""
+    stage = of(tiny_mae(), eval_every=2, log_every=1, checkpoint_every=2)
+
+    def killed(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(loop.Evaluations, "begin", killed)
+        run_stage(stage, "mae", tmp_path, mesh)
+    run_stage(stage, "mae", tmp_path, mesh)
+    assert any("replica2/knn/top1_k3" in line for line in log(tmp_path / "mae") if line["step"] == 2)
+
+
+def test_a_replica_knows_what_it_was_made_from(runs):
+    runs("finetune")
+    text = card.provenance(runs("finetune") / "replica_1")
+    assert [line.split(":")[0].strip() for line in text] == ["- replica_1", "- replica_1", "- replica_1"]
+    assert not any(card.GONE in line for line in text)
+
+
+def test_the_step_of_resident_replicas_is_compiled_for_a_plan(mesh):
+    stage = resident()
+    found = estimate.forecast(make_setup(stage, "resident", {}, 30), mesh)
+    assert found["model_flops"] == REPLICAS * stage.run.batch_size * tiny_flops(stage)
+
+
+def tiny_flops(stage: Stage) -> float:
+    return make_setup(stage, "resident", {}, 30).task.flops_per_image()
+
+
+def test_a_replica_that_is_not_there(runs, tmp_path):
+    folder = runs("mae")
+    with pytest.raises(InputError, match="has 3 replicas, and so no replica 3"):
+        handoff.source_folder(Init(path=str(folder), replica=3), tmp_path)
+    with pytest.raises(InputError, match="has no replicas, and so no replica 0"):
+        handoff.source_folder(Init(path=str(folder / "replica_1"), replica=0), tmp_path)

@@ -211,9 +211,8 @@ def _without_another(folder: Path) -> Iterator[None]:
     except Unavailable:
         raise
     except InputError as error:
-        stage = (
-            folder.parent if folder.name.startswith("replica_") else folder
-        )  # which makes its replicas' folders anew
+        is_replica = folder.name.startswith("replica_")  # its stage makes it anew
+        stage = folder.parent if is_replica else folder
         raise InputError(f"{error}; delete {stage / 'DONE'}, and its stage goes on from an older one") from None
 
 

@@ -206,9 +206,8 @@ def source_folder(init: Init, workdir: Path, replica: int | None = None) -> Path
 def _replica(folder: Path, asked: int | None, own: int | None) -> Path:
     """`folder`, or of a stage of several replicas that of the one that is `asked` for, else the `own` one."""
     names, chosen = replicas(folder), own if asked is None else asked
-    if (asked is not None and not names and finished(folder)) or (
-        names and chosen is not None and chosen >= len(names)
-    ):
+    is_single = not names and finished(folder)
+    if (is_single and asked is not None) or (names and chosen is not None and chosen >= len(names)):
         raise InputError(f"{folder} has {len(names) or 'no'} replicas, and so no replica {chosen}; see init.replica")
     return folder / replica_name(chosen) if names and chosen is not None else folder
 
