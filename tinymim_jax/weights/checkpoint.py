@@ -151,15 +151,14 @@ def sums(tree: Any, xp: Any = np) -> list[Any]:
 
 
 @jax.jit
-def _device_sum(leaf: jax.Array) -> jax.Array:
-    return sums(leaf, jnp)[0]
+def _device_sums(tree: Any) -> list[jax.Array]:
+    return sums(tree, jnp)  # in one program: several at once could wait for each other's processes
 
 
 def array_sums(tree: Any) -> list[int]:
-    """`sums` of arrays on devices, each summed where it lies; a CPU's are the host's, for which nothing is compiled."""
-    if jax.default_backend() == "cpu" and jax.process_count() == 1:
-        return [int(value) for value in sums(tree)]
-    return [int(value) for value in jax.device_get([_device_sum(leaf) for leaf in jax.tree.leaves(tree)])]
+    """`sums` of arrays on devices, where they lie; those of one process on a CPU need no program."""
+    on_host = jax.default_backend() == "cpu" and jax.process_count() == 1
+    return [int(value) for value in (sums(tree) if on_host else jax.device_get(_device_sums(tree)))]
 
 
 def _compare(found: list[Any], saved: list[int]) -> None:
