@@ -47,11 +47,6 @@ def reference_mae(cfg: ViT, task: config.Mae, seed: int = 0) -> torch_mae.MAE:
     return files.build(lambda: torch_mae.MAE(cfg, task), seed)
 
 
-def mae_name(key: str) -> str:
-    """PyTorch's name of our parameter."""
-    return formats.mae_name(key.removeprefix("pretext/"))
-
-
 def mae_task(cfg: ViT, decoder: Decoder, norm_pix: bool = True) -> MaeTask:
     data = Data("digits", image_size=cfg.image_size)
     return config.Mae(decoder=decoder, norm_pix_loss=norm_pix).build(Context(cfg, data))
@@ -66,7 +61,9 @@ def shapes_of(task: BaseTask) -> Any:
 def in_our_layout(tensors: dict[str, Any], shapes: Any) -> dict[str, np.ndarray]:
     """{our key: array} of PyTorch's weights or gradients, for every key of `shapes`."""
     flat = flatten(shapes)
-    return {key: formats.from_mae(key, tensors[mae_name(key)].numpy(), leaf.shape) for key, leaf in flat.items()}
+    return {
+        key: formats.from_mae(key, tensors[formats.mae_name(key)].numpy(), leaf.shape) for key, leaf in flat.items()
+    }
 
 
 def params_of(model: torch.nn.Module, shapes: Any) -> Any:

@@ -27,11 +27,11 @@ from tests.test_parity import (
     channels_first,
     difference,
     in_our_layout,
-    mae_name,
     params_of,
     reference_mae,
     reference_vit,
 )
+from tinymim_jax.bridge import formats
 from tinymim_jax.bridge.torch_reference import distill
 from tinymim_jax.data import pipeline, sources
 from tinymim_jax.experiment import config, recipes
@@ -141,7 +141,7 @@ def test_gradient_of_every_parameter(kind):
     both.model.zero_grad()
     both.reference_loss(both.model, batch, 0).backward()
     grads = {name: p.grad for name, p in both.model.named_parameters()}
-    trained = {key: g for key, g in ours.items() if grads[mae_name(key)] is not None}
+    trained = {key: g for key, g in ours.items() if grads[formats.mae_name(key)] is not None}
     assert set(ours) - set(trained) == set(both.plan.untrained())
     assert not any(np.any(g) for key, g in ours.items() if key not in trained)
     assert_close(trained, in_our_layout(grads, flax.traverse_util.unflatten_dict(trained, sep="/")), 1e-4)
@@ -280,7 +280,7 @@ def treatments(kind: str) -> tuple[StageSetup, dict[str, tuple[float, float]]]:
     found = {id(p): (g["weight_decay"], g.get("lr_scale", 1.0)) for g in groups for p in g["params"]}
     tensors = {name: found.get(id(p)) for name, p in model.named_parameters()}
     assert len(tensors) == len(flatten(plan.params))
-    return plan, {key: tensors[mae_name(key)] for key in flatten(plan.params)}
+    return plan, {key: tensors[formats.mae_name(key)] for key in flatten(plan.params)}
 
 
 @pytest.mark.parametrize("kind", RECIPES)

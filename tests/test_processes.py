@@ -27,6 +27,7 @@ def one(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_two_processes_with_two_devices_train_like_one(one, tmp_path):
     """Parameters, teacher and optimiser state are split over fsdp, which spans both devices of each process."""
     ended = run(tmp_path, "steps=4,fsdp=2", 2, 2)

@@ -51,6 +51,7 @@ def test_each_plain_piece_computes_the_same_by_another_program(gradient):
     assert gradient()[0] == text  # nothing stays behind
 
 
+@pytest.mark.slow
 def test_one_json_object(capsys):
     argv = ["--config=tests/tiny_chain.py:steps=1000", "--stage=distill", "--batch_size=4", "--rounds=1"]
     profile_step.main(argv)

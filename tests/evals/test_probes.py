@@ -106,7 +106,7 @@ def test_more_neighbours_than_the_bank_holds():
 def test_features_are_of_unit_length_and_only_of_the_valid():
     evaluator = Knn(QUERIES, BANK, k=(1,), batch_size=16).build(Context(ONE, predict))
     update = jax.jit(evaluator.update)
-    found, labels = stack([jax.device_get(update({"w": MATRIX}, {}, batch)) for batch in evaluator.passes["data"]])
+    found, labels = stack([jax.device_get(update({"w": MATRIX}, {}, {}, batch)) for batch in evaluator.passes["data"]])
     expected, expected_labels = features(QUERIES)
     assert found.shape == (60, 5) and found.dtype == np.float32
     np.testing.assert_allclose(found, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-5)

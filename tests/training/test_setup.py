@@ -55,7 +55,9 @@ def test_a_batch_larger_than_the_data():
 
 
 def test_a_warmup_longer_than_the_run():
-    with pytest.raises(InputError, match="warmup_epochs 5 is 50 steps, and the run has only 20"):
+    with pytest.raises(
+        InputError, match="the warm-up of 50 steps is longer than the run, which has 20; lower optim.warmup_epochs"
+    ):
         setup_of(make_stage(optim=Optim(1e-3, warmup_epochs=5), run=Run(4, epochs=2.0)))
 
 

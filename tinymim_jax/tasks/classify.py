@@ -84,8 +84,9 @@ class ClassifyTask(BaseTask):
         batch = {**batch, **{key: replace_by_partner(batch[key], batch["is_valid"]) for key in ("image", "label")}}
         targets = losses.smooth_one_hot(batch["label"], self.cfg.num_classes, self.task.label_smoothing)
         images = random_erasing(erase_rng, self.images(batch), self.task.erasing)
-        how = {name: getattr(self.task, name) for name in ("mixup", "cutmix", "mix_prob", "switch_prob")}
-        return mix(mix_rng, images, targets, **how)
+        cfg = self.task
+        probabilities = {"mix_prob": cfg.mix_prob, "switch_prob": cfg.switch_prob}
+        return mix(mix_rng, images, targets, mixup=cfg.mixup, cutmix=cfg.cutmix, **probabilities)
 
     def loss(
         self, params: Params, model_state: Any, frozen: Frozen, batch: Batch, rngs: Rngs, *, train: bool

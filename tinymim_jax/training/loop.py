@@ -123,7 +123,12 @@ def in_thread(function: Callable[[], Any]) -> concurrent.futures.Future:
 def variables_of(state: TrainState, replica: int, replicas: int) -> Variables:
     """What is evaluated of one of `replicas`: the averaged weights if there are any."""
     variables = {"params": state.ema or state.params, **state.model_state}
-    return variables if replicas == 1 else jax.tree.map(lambda x: x[replica], variables)
+    return variables if replicas == 1 else _take(variables, replica)
+
+
+@jax.jit
+def _take(tree: Any, replica: jax.Array) -> Any:
+    return jax.tree.map(lambda x: x[replica], tree)
 
 
 def run_stage(
