@@ -1,6 +1,7 @@
 """Distillation: a frozen teacher's pass, a student's pass, and weighted targets between them (TinyMIM)."""
 
 import dataclasses
+import functools
 from typing import Any, Literal, Union
 
 import jax
@@ -160,7 +161,8 @@ class DistillTask(BaseTask):
         if found is None:
             return None
         names, front = self.task.targets[found].relations, self.cfg.num_prefix
-        traces = self.targets[found].read(*self.traces(variables["params"], frozen, batch, rngs, train=False))
+        traced = jax.jit(functools.partial(self.traces, train=False))(variables["params"], frozen, batch, rngs)
+        traces = self.targets[found].read(*traced)
         side, patch = self.cfg.grid, self.cfg.patch_size
         query = (side // 2) * side + side // 2
         columns = {}

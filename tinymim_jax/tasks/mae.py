@@ -102,7 +102,7 @@ class MaeTask(BaseTask):
         patch, images = self.cfg.patch_size, np.asarray(to_float(batch["image"]))
         pixels = np.asarray(patchify(images, patch))
         noise = self._noise(rngs["mask"], batch)
-        pred, is_masked = map(np.asarray, self.reconstruct(variables["params"], self.images(batch), noise))
+        pred, is_masked = map(np.asarray, jax.jit(self.reconstruct)(variables["params"], self.images(batch), noise))
         if self.task.norm_pix_loss:  # back to each patch's own mean and contrast, which the model was not asked for
             pred = pred * pixels.std(axis=-1, ddof=1, keepdims=True) + pixels.mean(axis=-1, keepdims=True)
         else:
