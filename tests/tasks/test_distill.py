@@ -167,9 +167,10 @@ def test_panels_show_the_relations_of_one_patch():
     params, frozen = stages.weights(task)
     batch = stages.batch(2)
     found = task.panels({"params": params}, frozen, batch, stages.rngs())
-    assert found.column_labels == ["", "QK teacher", "QK student", "VV teacher", "VV student"]
+    titles = [f"relation {name} {who}" for name in ("QK", "VV") for who in ("teacher", "student")]
+    assert found.column_labels == ["", "feature cosine teacher", "feature cosine student", *titles]
     assert found.box == (8, 8, 4) and not found.row_labels  # patch (2, 2) of the 4 x 4
-    assert [[np.shape(image) for image in row] for row in found.rows] == [[(16, 16, 3)] + [(4, 4)] * 4] * 2
+    assert [[np.shape(image) for image in row] for row in found.rows] == [[(16, 16, 3)] + [(4, 4)] * 6] * 2
     clean = stages.normalised(batch["image"])
     traces = [
         reference.vit(frozen["teacher"]["encoder"], clean, 4, (3, 3, 3))[2],
@@ -178,7 +179,7 @@ def test_panels_show_the_relations_of_one_patch():
     for i, row in enumerate(found.rows):
         np.testing.assert_allclose(row[0], batch["image"][i] / 255, atol=1e-6)
         wanted = [relation_of(trace, name, i) for name in names for trace in traces]
-        np.testing.assert_allclose(np.array(row[1:]), wanted, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(np.array(row[3:]), wanted, rtol=1e-3, atol=1e-5)
 
 
 def relation_of(trace, name, image, token=1 + 2 * 4 + 2):
@@ -188,9 +189,20 @@ def relation_of(trace, name, image, token=1 + 2 * 4 + 2):
     return rows.mean(axis=0)[0, 1:].reshape(4, 4)
 
 
-def test_targets_without_relations_have_no_picture():
+def test_panels_of_features_show_cosine_similarities():
     task = stages.distill({"feature": config.Feature(3, 3)})
-    assert task.panels({}, {}, stages.batch(), stages.rngs()) is None
+    params, frozen = stages.weights(task)
+    batch = stages.batch(2)
+    found = task.panels({"params": params}, frozen, batch, stages.rngs())
+    assert found.column_labels == ["", "cosine teacher", "cosine student"]
+    own = reference.vit(params["encoder"], stages.normalised(batch["image"]), 4, (2, 2, 3))[2]["out"]
+    dense = jax.tree.map(np.asarray, params["pretext"]["feature"])
+    projected = own @ dense["kernel"] + dense["bias"]
+    projected /= np.linalg.norm(projected, axis=-1, keepdims=True)
+    for i, row in enumerate(found.rows):
+        wanted = projected[i, 1:] @ projected[i, 1 + 2 * 4 + 2]
+        np.testing.assert_allclose(row[2], wanted.reshape(4, 4), rtol=1e-3, atol=1e-5)
+        assert row[1].max() == pytest.approx(1, abs=1e-5)  # the boxed patch itself
 
 
 # Cost

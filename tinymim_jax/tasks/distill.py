@@ -10,7 +10,6 @@ import numpy as np
 
 from tinymim_jax.data.device_augment import color_jitter, normalize, to_float
 from tinymim_jax.models.contract import Encoder, Outputs
-from tinymim_jax.objectives import relations
 from tinymim_jax.objectives.metrics import Mean
 from tinymim_jax.runtime.codec import ranged
 from tinymim_jax.runtime.errors import InputError
@@ -155,21 +154,18 @@ class DistillTask(BaseTask):
         teacher = self.context.sources[source]
         return "; ".join(target.summary(teacher) for target in self.task.targets.values())
 
-    def panels(self, variables: Variables, frozen: Frozen, batch: Batch, rngs: Rngs) -> Panels | None:
-        """What one patch (boxed) relates to, in the teacher and in the student, mean over heads."""
-        found = next((name for name, target in self.task.targets.items() if isinstance(target, Relation)), None)
-        if found is None:
-            return None
-        names, front = self.task.targets[found].relations, self.cfg.num_prefix
-        traced = jax.jit(functools.partial(self.traces, train=False))(variables["params"], frozen, batch, rngs)
-        traces = self.targets[found].read(*traced)
-        side, patch = self.cfg.grid, self.cfg.patch_size
-        query = (side // 2) * side + side // 2
+    def panels(self, variables: Variables, frozen: Frozen, batch: Batch, rngs: Rngs) -> Panels:
+        """What one patch (boxed) relates to in each target, in the teacher and in the student."""
+        front, side, patch = self.cfg.num_prefix, self.cfg.grid, self.cfg.patch_size
+        query = front + (side // 2) * side + side // 2
+        params = variables["params"]
+        traces = jax.jit(functools.partial(self.traces, train=False))(params, frozen, batch, rngs)
         columns = {}
-        for name in names:
-            for who, trace in zip(("teacher", "student"), traces, strict=True):
-                maps = relations.relation(*relations.pair(trace, name)).mean(axis=1)[:, front + query, front:]
-                columns[f"{name.upper()} {who}"] = np.asarray(maps).reshape(-1, side, side)
+        for name, target in self.targets.items():
+            prefix = f"{name} " if len(self.targets) > 1 else ""
+            for title, maps in target.maps(params.get("pretext", {}).get(name, {}), *traces, query).items():
+                for who, rows in zip(("teacher", "student"), maps, strict=True):
+                    columns[f"{prefix}{title} {who}"] = np.asarray(rows[:, front:]).reshape(-1, side, side)
         images = np.asarray(to_float(batch["image"]))
         rows = [[image, *maps] for image, *maps in zip(images, *columns.values(), strict=True)]
         corner = (side // 2) * patch

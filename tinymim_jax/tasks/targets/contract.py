@@ -29,6 +29,9 @@ class TargetLoss(Protocol):
     def loss(self, params: Any, teacher: Trace, student: Trace) -> dict[str, jax.Array]:
         """Terms [B] by name, whose sum is the loss of each image."""
 
+    def maps(self, params: Any, teacher: Trace, student: Trace, query: int) -> dict[str, tuple[jax.Array, jax.Array]]:
+        """For a picture: by name, how token `query` relates to each, [B, N], in the teacher and in the student."""
+
     def flops(self) -> float:
         """Matmul FLOPs of one image, forward and backward."""
 

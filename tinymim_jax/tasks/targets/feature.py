@@ -48,11 +48,24 @@ class FeatureLoss:
     def init(self, rng: jax.Array) -> Any:
         return self.projection.init(rng, jnp.zeros((1, self.student.width_of(self.cfg.student_block))))["params"]
 
-    def loss(self, params: Any, teacher: Trace, student: Trace) -> dict[str, jax.Array]:
+    def matched(self, params: Any, teacher: Trace, student: Trace) -> tuple[jax.Array, jax.Array]:
+        """What the student's tokens become, and what they shall, [B, N, C] each."""
         target = teacher[self.cfg.teacher_block].out.astype(jnp.float32)
         target = nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False, use_fast_variance=False).apply({}, target)
-        projected = self.projection.apply({"params": params}, student[self.cfg.student_block].out)
-        return {"smooth_l1": smooth_l1(projected, target, self.cfg.beta)}
+        return self.projection.apply({"params": params}, student[self.cfg.student_block].out), target
+
+    def loss(self, params: Any, teacher: Trace, student: Trace) -> dict[str, jax.Array]:
+        return {"smooth_l1": smooth_l1(*self.matched(params, teacher, student), self.cfg.beta)}
+
+    def maps(self, params: Any, teacher: Trace, student: Trace, query: int) -> dict[str, tuple[jax.Array, jax.Array]]:
+        """Cosine similarities."""
+
+        def similarity(x: jax.Array) -> jax.Array:
+            x = x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+            return jnp.einsum("bc,bnc->bn", x[:, query], x)
+
+        projected, target = self.matched(params, teacher, student)
+        return {"cosine": (similarity(target), similarity(projected))}
 
     def flops(self) -> float:
         n = self.student.grid**2 + self.student.num_prefix

@@ -81,10 +81,23 @@ class RelationLoss:
             block = block.replace(**split)
         return block, student[self.cfg.student_block]
 
-    def loss(self, params: Any, teacher: Trace, student: Trace) -> dict[str, jax.Array]:
+    def pairs(self, teacher: Trace, student: Trace) -> dict[str, list[tuple[jax.Array, jax.Array]]]:
+        """By relation, of the teacher and of the student, the two that are related."""
         traces = self.read(teacher, student)
-        pairs = {name: [relations.pair(trace, name) for trace in traces] for name in self.cfg.relations}
+        return {name: [relations.pair(trace, name) for trace in traces] for name in self.cfg.relations}
+
+    def loss(self, params: Any, teacher: Trace, student: Trace) -> dict[str, jax.Array]:
+        pairs = self.pairs(teacher, student)
         return {f"kl_{name}": relation_kl(*pair, kernel=self.cfg.kernel) for name, pair in pairs.items()}
+
+    def maps(self, params: Any, teacher: Trace, student: Trace, query: int) -> dict[str, tuple[jax.Array, jax.Array]]:
+        """A row of each relation, mean over heads."""
+
+        def row(related: tuple[jax.Array, jax.Array]) -> jax.Array:
+            return relations.relation(*related).mean(axis=1)[:, query]
+
+        pairs = self.pairs(teacher, student)
+        return {name.upper(): (row(of_teacher), row(of_student)) for name, (of_teacher, of_student) in pairs.items()}
 
     def flops(self) -> float:
         n = self.student.grid**2 + self.student.num_prefix
