@@ -25,7 +25,7 @@ from tinymim_jax.tasks.contract import (
     TaskConfig,
     Variables,
 )
-from tinymim_jax.tasks.targets import TARGETS, Relation
+from tinymim_jax.tasks.targets import TARGETS
 from tinymim_jax.tasks.targets.contract import Captures, Trace
 from tinymim_jax.weights.handoff import Init
 from tinymim_jax.weights.parameters import matches
