@@ -167,6 +167,7 @@ def installed(venv, extras, programs):
     (venv / "bin" / "activate").write_text(f"export PATH={programs}:$PATH\n")
 
 
+@pytest.mark.slow
 def test_slurm_with_two_tasks_on_this_host(tmp_path):
     """The batch script itself, with a srun that starts two processes here; stopped, it is put back into the queue."""
     installed(tmp_path / "venv", "cuda", Path(sys.executable).parent)

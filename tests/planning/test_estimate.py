@@ -46,6 +46,7 @@ def test_small_numbers_are_not_shown_as_0():
     ]
 
 
+@pytest.mark.slow
 def test_micro_batches_are_all_counted(cfg, mesh):
     for name in cfg.stages:
         found = {}
