@@ -123,15 +123,15 @@ def test_a_checkpoint_that_one_of_two_processes_cannot_read_is_passed_over_by_bo
 
 
 NO_IMAGE = """
-from tinymim_jax.data import pipeline
+from tinymim_jax.data import fields
 from tinymim_jax.runtime.errors import InputError
 
-def load(data, name, cfg, rng, load=pipeline.load):
+def load(data, name, cfg, rng, load=fields.load):
     if cfg.transform == {transform!r}:
         raise InputError(f"{{name}}: cannot be decoded")
     return load(data, name, cfg, rng)
 
-pipeline.load = load
+fields.load = load
 """
 
 
@@ -152,12 +152,12 @@ def test_an_image_that_one_of_two_processes_cannot_read_ends_both(tmp_path, tran
 
 
 BUG = """
-from tinymim_jax.training import loop
+from tinymim_jax.training import start
 
 def broken(*args):
     raise RuntimeError("a bug")
 
-loop.make_setup = broken
+start.make_setup = broken
 """
 
 
@@ -172,15 +172,16 @@ def test_a_bug_in_one_of_two_processes_leaves_nobody_waiting(tmp_path):
 
 TERMINATED = """
 import os, signal
+from tinymim_jax.evals.contract import Measurement
 from tinymim_jax.training import loop
 
 loop.CHECK_EVERY = 1
 
-def measure(*args, measure=loop.measure):
+def run_stopped(*args, run=Measurement.run):
     os.kill(os.getpid(), signal.SIGTERM)
-    return measure(*args)
+    return run(*args)
 
-loop.measure = measure
+Measurement.run = run_stopped
 """
 
 

@@ -39,8 +39,8 @@ UNDISTURBED = """
 import sys
 from tests.tiny_chain import get_config
 from tinymim_jax.runtime import storage
-from tinymim_jax.training import chain
-chain.run_chain(get_config(), storage.path(sys.argv[1]))
+from tinymim_jax.commands.run import run_chain
+run_chain(get_config(), storage.path(sys.argv[1]))
 """
 
 
