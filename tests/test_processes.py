@@ -188,7 +188,8 @@ Measurement.run = run_stopped
 @pytest.mark.slow
 def test_sigterm_to_one_of_two_processes_during_the_final_evaluation(tmp_path):
     patches = {0: "from tinymim_jax.training import loop\nloop.CHECK_EVERY = 1", 1: TERMINATED}
-    ended = finish(start(tmp_path, "steps=4", 2, 1, "--stage=mae", patches=patches))
+    arguments = ["--stage=mae", "--config.stages.mae.run.eval_every=0"]  # so that no evaluation is before it
+    ended = finish(start(tmp_path, "steps=4", 2, 1, *arguments, patches=patches))
     assert [status for status, _, _ in ended] == [75, 75], ended
     assert "stage mae stopped while it was evaluated; run the same command to go on" in ended[0][2]
     assert checkpoint.steps(tmp_path / "mae")[-1] == 4 and not (tmp_path / "mae" / "DONE").exists()
