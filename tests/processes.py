@@ -1,10 +1,12 @@
 """Runs of `tests/tiny_chain.py` in processes of their own."""
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -33,6 +35,15 @@ def free_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]
+
+
+def connected(port: int) -> socket.socket:
+    """A connection to process 0, once it is there."""
+    for _ in range(3000):
+        with contextlib.suppress(OSError):
+            return socket.create_connection(("127.0.0.1", port), 1)
+        time.sleep(0.02)
+    raise TimeoutError
 
 
 def start(

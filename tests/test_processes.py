@@ -1,6 +1,5 @@
 """Several processes and devices against one; `python -m tests.test_processes` measures it at length."""
 
-import contextlib
 import json
 import re
 import shutil
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import difference, finish, free_port, log, run, start
+from tests.processes import connected, difference, finish, free_port, log, run, start
 from tinymim_jax.weights import checkpoint
 
 STAGES = ("mae", "distill", "finetune")
@@ -219,15 +218,6 @@ def test_processes_that_differ_say_so_and_start_nothing(tmp_path):
         assert status == 2
         assert "differs from process 0 in config.stages.mae.optim.lr: 0.001 -> 0.5; start all with the same code" in err
     assert list(tmp_path.iterdir()) == []
-
-
-def connected(port):
-    """A connection to process 0, once it is there."""
-    for _ in range(3000):
-        with contextlib.suppress(OSError):
-            return socket.create_connection(("127.0.0.1", port), 1)
-        time.sleep(0.02)
-    raise TimeoutError
 
 
 def test_a_signal_while_others_are_waited_for_is_heard_at_once(tmp_path):

@@ -188,7 +188,7 @@ def converted_folder(student):
 
 
 def origin(student):
-    from tinymim_jax.bridge.files import sha256
+    from tinymim_jax.runtime.storage import sha256
 
     digest = sha256(student.parent.parent / "x.safetensors")
     return f"- {converted_folder(student).name}: converted from x.safetensors (MAE or TinyMIM, fine-tuned), sha256 {digest}; {LICENCE}"

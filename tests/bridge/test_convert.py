@@ -360,7 +360,7 @@ def test_a_converted_folder_is_read_like_a_stage(name, tmp_path):
 
 
 def test_stage_json_says_where_it_came_from(tmp_path):
-    from tinymim_jax.bridge.files import sha256
+    from tinymim_jax.runtime.storage import sha256
 
     path, _ = written("tinymim_pretrained", tmp_path)
     converted = convert.read(path)

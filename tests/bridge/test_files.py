@@ -2,7 +2,6 @@
 
 import argparse
 import collections
-import hashlib
 import json
 import os
 import pickle
@@ -303,11 +302,6 @@ def test_large_values_are_finite(tmp_path):
 def test_float64_becomes_float32(tmp_path):
     source = files.read(save(tmp_path / "x.pth", {k: v.double() for k, v in WEIGHTS.items()}))
     assert {a.dtype for a in files.check_values(source, half=False).values()} == {np.dtype("float32")}
-
-
-def test_sha256(tmp_path):
-    (tmp_path / "x").write_bytes(b"abc")
-    assert files.sha256(tmp_path / "x") == hashlib.sha256(b"abc").hexdigest()
 
 
 def test_a_missing_package(monkeypatch, tmp_path):

@@ -20,6 +20,7 @@ from tinymim_jax.data.pipeline import train_rows
 from tinymim_jax.data.prepare import Packer, fit, prepare
 from tinymim_jax.data.sources import open_source
 from tinymim_jax.experiment.config import Data
+from tinymim_jax.runtime import storage
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.runtime.workdir_lock import WorkdirLock
 
@@ -86,7 +87,7 @@ def test_a_shard(tree, tmp_path):
     facts = [pack(shard, lambda: seen.append(1)) for shard in range(3)]
     assert [f["records"] for f in facts] == [10, 9, 9] and len(seen) == 28
     for name, fact in zip(sorted(p.name for p in tmp_path.glob("*.array_record")), facts, strict=True):
-        assert manifest.sha256(tmp_path / name) == fact["sha256"] and os.path.getsize(tmp_path / name) == fact["bytes"]
+        assert storage.sha256(tmp_path / name) == fact["sha256"] and os.path.getsize(tmp_path / name) == fact["bytes"]
     packed = open_source(Data("array_record", path=str(tmp_path)))
     order = np.random.default_rng(0).permutation(28)
     for i, index in enumerate(order.tolist()):

@@ -4,11 +4,10 @@ import itertools
 import json
 import socket
 import threading
-import time
 
 import pytest
 
-from tests.processes import free_port
+from tests.processes import connected, free_port
 from tinymim_jax.runtime import rendezvous
 from tinymim_jax.runtime.cluster import Cluster
 from tinymim_jax.runtime.errors import InputError
@@ -35,15 +34,6 @@ def local(count, processes, port=None):
     """Those of `count` processes on this host."""
     address = f"127.0.0.1:{port or free_port()}"
     return [Cluster(address, count, i) for i in processes]
-
-
-def connected(port):
-    """A connection to process 0, once it is there."""
-    for _ in range(3000):
-        with contextlib.suppress(OSError):
-            return socket.create_connection(("127.0.0.1", port), 1)
-        time.sleep(0.02)
-    raise TimeoutError
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import logging
 import os
@@ -304,3 +305,8 @@ def test_what_needs_a_disk_says_so(tmp_path):
     for source in ("array_record", "tfds"):
         with pytest.raises(InputError, match="gs://bucket/data: .* must be on a disk; copy it, or mount the bucket"):
             open_source(Data(source, path="gs://bucket/data", name="x"))
+
+
+def test_sha256(tmp_path):
+    (tmp_path / "x").write_bytes(b"abc")
+    assert storage.sha256(tmp_path / "x") == hashlib.sha256(b"abc").hexdigest()

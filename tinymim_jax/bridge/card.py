@@ -1,6 +1,5 @@
 """What is known of a checkpoint, for people: model cards and `inspect`."""
 
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,7 +10,7 @@ from tinymim_jax.experiment import config, stage_file
 from tinymim_jax.models.contract import Encoder
 from tinymim_jax.runtime import storage
 from tinymim_jax.runtime.errors import InputError
-from tinymim_jax.weights import handoff
+from tinymim_jax.weights import checkpoint, handoff
 from tinymim_jax.weights.parameters import fold
 
 GONE = "not at hand any more"
@@ -31,8 +30,7 @@ def provenance(folder: Path, depth: int = 0) -> list[str]:
         return [f"{indent}- {folder.name}: {GONE}"]
     lines = [f"{indent}- {folder.name}: {_task(stage)}"]
     for _, init in stage.inits():
-        workdir = folder.parent.parent if re.fullmatch(r"replica_\d+", folder.name) else folder.parent
-        lines += provenance(handoff.source_folder(init, workdir), depth + 1)
+        lines += provenance(handoff.source_folder(init, checkpoint.stage_folder(folder).parent), depth + 1)
     return lines
 
 

@@ -172,7 +172,7 @@ def check_same(path: Path, folder: Path) -> None:
 
 @functools.lru_cache
 def _sha256(path: Path, _size: int, _changed: int) -> str:
-    return files.sha256(path)
+    return storage.sha256(path)
 
 
 def describe(converted: Converted) -> dict[str, Any]:
@@ -187,7 +187,7 @@ def describe(converted: Converted) -> dict[str, Any]:
         "source": {
             "file": str(path),
             "bytes": os.stat(path).st_size,
-            "sha256": files.sha256(path),
+            "sha256": storage.sha256(path),
             "kind": found.kind,
             "licence": found.licence,
             "made_from": found.made_from,

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import hashlib
 import importlib
 import json
 import math
@@ -183,12 +182,6 @@ def check_values(source: Source, half: bool) -> dict[str, np.ndarray]:
             )
         checked[name] = array
     return checked
-
-
-def sha256(path: Path) -> str:
-    """Of the file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def need(package: str, extra: str, what: str) -> ModuleType:

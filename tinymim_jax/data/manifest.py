@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -14,6 +13,7 @@ from etils.epath import Path
 
 from tinymim_jax.data.config import Data
 from tinymim_jax.data.sources import IDENTITY, Source
+from tinymim_jax.runtime import storage
 from tinymim_jax.runtime.codec import differences, to_dict
 from tinymim_jax.runtime.errors import InputError
 
@@ -147,7 +147,7 @@ def verify(folder: Path) -> list[str]:
 
 
 def _check(file: Path, shard: Shard) -> None:
-    if not file.exists() or sha256(file) != shard["sha256"]:
+    if not file.exists() or storage.sha256(file) != shard["sha256"]:
         what = "is not as it was written" if file.exists() else "is missing"
         raise InputError(f"{file}: {what}; delete it and run prepare again, which makes it anew")
 
@@ -162,9 +162,3 @@ def bar(manifest: Manifest, done: int) -> tqdm.tqdm:
         unit_scale=True,
         mininterval=0.1 if sys.stderr.isatty() else 10,
     )
-
-
-def sha256(file: Path) -> str:
-    """Of the contents, in hexadecimal."""
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -80,7 +80,7 @@ class Packer:
         chosen = np.array_split(order, self.manifest.num_shards)[shard].tolist()
         try:
             skipped = self._write(partial, chosen, after_each)
-            size, checksum = os.path.getsize(partial), manifest.sha256(Path(partial))
+            size, checksum = os.path.getsize(partial), storage.sha256(Path(partial))
             os.replace(partial, os.path.join(self.folder, name))
         finally:
             with contextlib.suppress(FileNotFoundError):

@@ -41,16 +41,12 @@ def train_batches(
     """
     mesh_lib.check_batch(rows.batch_size, mesh)
     each = rows.each if rows.replicas else (rows,)
-    first = _read(_identity(each[0].data), each[0].data.on_bad_image)["image"]
+    first = _read(sources.identity(each[0].data), each[0].data.on_bad_image)["image"]
     _check_bytes(len(first) * len(each), first.shape[1:])
-    held = [{**_read(_identity(one.data), one.data.on_bad_image), "key": crop_key(one.seed)} for one in each]
+    held = [{**_read(sources.identity(one.data), one.data.on_bad_image), "key": crop_key(one.seed)} for one in each]
     held = {name: np.stack([one[name] for one in held]) for name in held[0]} if rows.replicas else held[0]
     held = {name: mesh_lib.put_tree(array, mesh_lib.replicated(mesh)) for name, array in held.items()}
     return _batches(each, calls(start, stop, per_call), mesh, request or StopRequest(), per_call, held)
-
-
-def _identity(data: Data) -> tuple:
-    return tuple(getattr(data, field) for field in IDENTITY)
 
 
 def crop_key(seed: int) -> np.ndarray:

@@ -42,12 +42,17 @@ class Source(Protocol):
 
 def open_source(data: Data) -> Source:
     """The records that `data` names, opened once; raises InputError if they are missing or not as many as promised."""
-    return _open(*(getattr(data, field) for field in IDENTITY))
+    return _open(*identity(data))
+
+
+def identity(data: Data) -> tuple[Any, ...]:
+    """The values of the fields that choose records; hashable, unlike `data`."""
+    return tuple(getattr(data, field) for field in IDENTITY)
 
 
 @functools.lru_cache(maxsize=8)
-def _open(*identity: Any) -> Source:
-    data = Data(**dict(zip(IDENTITY, identity, strict=True)))
+def _open(*values: Any) -> Source:
+    data = Data(**dict(zip(IDENTITY, values, strict=True)))
     openers = {"digits": Digits, "folder": Folder, "tfds": Tfds, "array_record": ArrayRecord}
     if data.source not in openers:
         raise InputError(f"data.source: unknown choice {data.source!r}; choose one of {', '.join(openers)}")

@@ -12,7 +12,7 @@ from tinymim_jax.data.config import Data
 from tinymim_jax.evals import subsets
 from tinymim_jax.evals.contract import Batch, Batches, Context, Eval, Result, Variables, needs_head
 from tinymim_jax.models.contract import Encoder
-from tinymim_jax.objectives import metrics
+from tinymim_jax.objectives import losses, metrics
 from tinymim_jax.objectives.metrics import Mean
 from tinymim_jax.runtime.codec import ranged
 from tinymim_jax.runtime.errors import InputError
@@ -104,7 +104,7 @@ def count_correct(
 
     `subset`: the columns that may win, and the column of each label.
     """
-    is_unknown = (labels < 0) | (labels >= logits.shape[-1])
+    is_unknown = losses.is_beyond(labels, logits.shape[-1])
     if subset is not None:
         logits, labels = restrict(logits, subset[0]), jnp.asarray(subset[1])[labels]
     best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]

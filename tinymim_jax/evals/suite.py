@@ -130,9 +130,9 @@ def _in_tree(data: Data, path: str, splits: tuple[str, ...]) -> Data:
 def check_names(chosen: dict[str, Eval], model: Encoder) -> None:
     """Raises InputError if classes are not those of the head, or of the probes' other set, as far as names tell."""
     for cfg in chosen.values():
-        if isinstance(cfg, (Knn, Logistic)):
-            check_same_classes(cfg.bank, cfg.data)
-        elif isinstance(cfg, Classification) and not cfg.subset:
+        for pair in cfg.same_classes(None):
+            check_same_classes(*pair)
+        if isinstance(cfg, Classification) and not cfg.subset:
             names = open_source(cfg.data).classes or ()
             is_imagenet = len(names) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in names)
             if (names and len(names) != model.num_classes) or (is_imagenet and list(names) != subsets.imagenet_wnids()):

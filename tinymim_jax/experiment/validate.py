@@ -1,9 +1,7 @@
 """What is wrong with a config, said before anything runs; ranges of single fields stand beside these."""
 
-import re
-
 from tinymim_jax.experiment.config import Compare, Config, Stage
-from tinymim_jax.runtime.codec import from_dict, to_dict
+from tinymim_jax.runtime.codec import check_name, from_dict, to_dict
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.weights.handoff import check_regex
 
@@ -66,12 +64,8 @@ def _check_stage(where: str, stage: Stage) -> None:
     for pattern in (*stage.optim.decay, *stage.optim.no_decay, *stage.optim.freeze, *stage.optim.lr_scale):
         check_regex(where, pattern)
     stage.task.check(f"{where}.task", stage.model)
-    named = {f"evals.{name}": name for name in stage.evals}
-    named |= {f"task.targets.{name}": name for name in getattr(stage.task, "targets", ())}
-    for field, name in named.items():
-        if not re.fullmatch(r"\w[\w.+-]*", name):
-            raise InputError(f"{where}.{field}: a name has letters, digits, _, ., + and - only")
     for name, cfg in stage.evals.items():
+        check_name(f"{where}.evals", name)
         cfg.check(f"{where}.evals.{name}", stage.model, stage.data)
 
 

@@ -22,9 +22,8 @@ class Decoder:
 
     def build(self, encoder: Encoder) -> "PixelDecoder":
         """The module behind `encoder`, whose dtype and attention it shares."""
-        attention = encoder.attention
         sizes = (self.width, self.depth, self.num_heads)
-        return PixelDecoder(*sizes, 3 * encoder.patch_size**2, encoder.num_prefix, encoder.dtype, attention)
+        return PixelDecoder(*sizes, 3 * encoder.patch_size**2, encoder.num_prefix, encoder.dtype, encoder.attention)
 
     def check(self, where: str, encoder: Encoder) -> None:
         """Raises InputError if it cannot be built."""

@@ -122,9 +122,8 @@ class ViT(Encoder):
         return dataclasses.replace(self, depth=block, last_block_heads=self.heads_of(block), **bare)
 
     def computing_like(self, other: Encoder) -> "ViT":
-        attention = other.attention
-        sizes = {"image_size": other.image_size, "dtype": other.dtype}
-        like = dataclasses.replace(self, **sizes, attention=attention, remat=False)
+        computed = {"dtype": other.dtype, "attention": other.attention, "remat": False}
+        like = dataclasses.replace(self, image_size=other.image_size, **computed)
         like.check("the teacher")
         return like
 

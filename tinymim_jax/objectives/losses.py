@@ -28,6 +28,11 @@ def smooth_one_hot(labels: jax.Array, num_classes: int, smoothing: float) -> jax
     return jax.nn.one_hot(labels, num_classes) * (1 - smoothing) + smoothing / num_classes
 
 
+def is_beyond(labels: jax.Array, num_classes: int) -> jax.Array:
+    """Labels [B] -> whether there is no such class; bool [B]. tfds has -1 where it has no label."""
+    return (labels < 0) | (labels >= num_classes)
+
+
 def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """-sum_c targets log softmax(logits): two [B, C] -> [B], float32."""
     chex.assert_equal_shape([logits, targets])

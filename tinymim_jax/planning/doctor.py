@@ -25,7 +25,7 @@ from tinymim_jax.runtime import distributed, multihost
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.runtime.sharding import check_batch, make_mesh
 from tinymim_jax.runtime.workdir_lock import WorkdirLock
-from tinymim_jax.weights.handoff import flatten
+from tinymim_jax.weights.parameters import flatten
 
 JAX = ((0, 10), (0, 13))  # from, and before; setup.py says the same
 IMAGES = 20  # read from each data set

@@ -44,12 +44,13 @@ def describe_chain(cfg: Config, workdir: Path, only: str | None = None) -> str:
     for name in cfg.stages if only is None else needed(cfg, only):
         try:
             check_unedited(cfg.stages[name], workdir / name)
-            setups[name], lines = _describe_stage(cfg, name, workdir, setups)
+            data = _data(cfg.stages[name])
+            setups[name], lines = _describe_stage(cfg, name, workdir, setups, list(data))
         except InputError as error:
             raise InputError(f"stage {name}: {error}") from None
         if only in (None, name):
             text += [f"{name}: {lines[0]}", *(f"  {line}" for line in lines[1:])]
-            missing |= {error: name for error in _data(cfg.stages[name]).values() if error and error not in missing}
+            missing |= {error: name for error in data.values() if error and error not in missing}
     text += [f"before stage {name} can run: {error}" for error, name in missing.items()]
     return "\n".join(text)
 
@@ -109,11 +110,11 @@ def check_unedited(stage: Stage, folder: Path) -> None:
 
 
 def _describe_stage(
-    cfg: Config, name: str, workdir: Path, setups: dict[str, StageSetup]
+    cfg: Config, name: str, workdir: Path, setups: dict[str, StageSetup], data: list[str]
 ) -> tuple[StageSetup, list[str]]:
     stage, models = cfg.stages[name], source_models(cfg, name, workdir)
     setup = make_setup(stage, name, models, stage.data.num_examples or len(sources.open_source(stage.data)))
-    lines = [_length(setup), _model(setup), _optimizer(setup), *_data(stage), *_evals(stage)]
+    lines = [_length(setup), _model(setup), _optimizer(setup), *data, *_evals(stage)]
     for field, init in stage.task_inits().items():
         report = _match(setup.frozen[field], handoff.for_teacher(init), models[field], workdir, setups, None)
         lines.append(f"{field} {init.stage or init.path}: {setup.task.describe_source(field)}")

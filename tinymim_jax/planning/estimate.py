@@ -156,12 +156,11 @@ def forecast(plan: StageSetup, mesh: jax.sharding.Mesh) -> dict[str, Any]:
 
 def _counts(compiled: Any, devices: int) -> dict[str, Any]:
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    moved = memory.argument_size_in_bytes + memory.output_size_in_bytes
     return {
         "argument_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
-        "total_bytes": moved - memory.alias_size_in_bytes + memory.temp_size_in_bytes,
+        "total_bytes": hlo_stats.memory_bytes(compiled),
         "matmul_flops": hlo_stats.matmul_flops(text)[0] * devices,
         "xla_flops": hlo_stats.all_flops(compiled) * devices,
         "collectives": hlo_stats.collectives(text),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Iterator
@@ -20,6 +21,12 @@ def ranged(default: Any = dataclasses.MISSING, **bounds: float) -> Any:
     Of a tuple, each number is; None, where the field may hold it, is not looked at.
     """
     return dataclasses.field(default=default, metadata={"bounds": bounds})
+
+
+def check_name(where: str, name: str) -> None:
+    """Raises InputError if `name`, a key of the dict `where`, could not name a file and a metric."""
+    if not re.fullmatch(r"\w[\w.+-]*", name):
+        raise InputError(f"{where}.{name}: a name has letters, digits, _, ., + and - only")
 
 
 def _check_bounds(where: str, value: Any, bounds: dict[str, float]) -> None:

@@ -94,6 +94,12 @@ def all_flops(compiled: Any) -> float:
     return compiled.cost_analysis()["flops"] + repeated - once
 
 
+def memory_bytes(compiled: Any) -> int:
+    """What a program takes on one device while it runs: arguments, results that are none of these, temporaries."""
+    m = compiled.memory_analysis()
+    return m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
+
+
 def _flops(run: Run) -> float:
     rest = run.instruction.rest
     if run.instruction.kind == "convolution":

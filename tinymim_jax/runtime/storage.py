@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import functools
+import hashlib
 import logging
 import os
 import re
@@ -85,6 +86,12 @@ def make(folder: Path) -> None:
 def remove(folder: Path) -> None:
     """Removes a folder and all that is in it, if it is there."""
     Path(folder).rmtree(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """Of the file's contents, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def wait_for(path: Path, is_seen: Callable[[], bool] | None = None) -> None:

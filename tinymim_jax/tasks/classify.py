@@ -98,7 +98,7 @@ class ClassifyTask(BaseTask):
         variables, rngs = {"params": params["encoder"], **model_state}, {"drop_path": rngs["drop_path"]}
         out, new = self.model.apply(variables, images, train=train, rngs=rngs, mutable=list(model_state))
         values = losses.soft_cross_entropy(out.heads[0] if self.task.teacher else out.logits, targets)
-        beyond = is_beyond(batch["label"], self.cfg.num_classes) & batch["is_valid"]
+        beyond = losses.is_beyond(batch["label"], self.cfg.num_classes) & batch["is_valid"]
         metrics = {"labels_beyond_head": Mean.of(jnp.sum(beyond))}
         if self.task.teacher:
             distilled = self._distilled(frozen, images, out.heads[1])
@@ -147,11 +147,6 @@ def check_teacher(student: Encoder, teacher: Encoder) -> Encoder:
     if teacher.image_size != student.image_size:
         raise InputError(f"the teacher sees {teacher.image_size} px, the student {student.image_size}; make them equal")
     return teacher.computing_like(student)
-
-
-def is_beyond(labels: jax.Array, num_classes: int) -> jax.Array:
-    """Labels [B] -> whether there is no such class; bool [B]. tfds has -1 where it has no label."""
-    return (labels < 0) | (labels >= num_classes)
 
 
 def replace_by_partner(values: jax.Array, is_valid: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ import numpy as np
 from tinymim_jax.data.device_augment import color_jitter, normalize, to_float
 from tinymim_jax.models.contract import Encoder, Outputs
 from tinymim_jax.objectives.metrics import Mean
-from tinymim_jax.runtime.codec import ranged
+from tinymim_jax.runtime.codec import check_name, ranged
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.tasks.contract import (
     Aux,
@@ -53,6 +53,7 @@ class Distill(TaskConfig):
         if not self.targets:
             raise InputError(f"{where}.targets is empty: name what the student is to match")
         for name, target in self.targets.items():
+            check_name(f"{where}.targets", name)
             for block in target.captures()[1].blocks:
                 if block > model.depth:
                     raise InputError(

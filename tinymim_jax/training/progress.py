@@ -138,7 +138,7 @@ class Progress:
         self.window.pop(LR, None)
         self.window = metrics.merge([self.window, floats])
         if self.replicas > 1:
-            own = {f"{replica_metric(replica, key)}": value for key, value in floats.items() if key != LR}
+            own = {replica_metric(replica, key): value for key, value in floats.items() if key != LR}
             self.window = metrics.merge([self.window, own])
 
     def _unstacked(self, last: int, stack: dict[str, Mean]) -> Iterator[tuple[int, dict[str, Mean]]]:

@@ -69,8 +69,7 @@ def make_train_step(setup: StageSetup) -> TrainStep:
             params = optim.stop_frozen(params, setup.labels)
             return task.loss(params, state.model_state, frozen, batch, rngs, train=True)
 
-        grads, aux = jax.grad(loss, has_aux=True)(state.params)
-        return grads, aux
+        return jax.grad(loss, has_aux=True)(state.params)
 
     def step(state: TrainState, frozen: Frozen, batch: Batch, rng: jax.Array) -> tuple[TrainState, dict[str, Mean]]:
         if "held" in batch:

@@ -21,6 +21,7 @@ from tinymim_jax.runtime.storage import reason
 
 FOLDER = "checkpoints"
 DAMAGED = ".damaged"  # what a checkpoint's name ends in once it could not be read
+REPLICA = "replica_"  # how the folder of a replica, in that of its stage, begins
 SUMS = "sums"  # of the items, beside the log
 
 
@@ -210,9 +211,14 @@ def _without_another(folder: Path) -> Iterator[None]:
     except Unavailable:
         raise
     except InputError as error:
-        is_replica = folder.name.startswith("replica_")  # its stage makes it anew
-        stage = folder.parent if is_replica else folder
-        raise InputError(f"{error}; delete {stage / 'DONE'}, and its stage goes on from an older one") from None
+        # A replica is made anew by its stage.
+        done = stage_folder(folder) / "DONE"
+        raise InputError(f"{error}; delete {done}, and its stage goes on from an older one") from None
+
+
+def stage_folder(folder: Path) -> Path:
+    """The stage's folder, of a stage's or of one of its replicas'."""
+    return folder.parent if folder.name.startswith(REPLICA) else folder
 
 
 def steps(folder: Path) -> list[int]:

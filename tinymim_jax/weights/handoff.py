@@ -16,7 +16,7 @@ from tinymim_jax.runtime import storage
 from tinymim_jax.runtime.codec import ranged
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.weights import checkpoint, resize
-from tinymim_jax.weights.parameters import flatten, fold, matches, unflatten
+from tinymim_jax.weights.parameters import flatten, fold, matches, shapes_of, unflatten
 
 WEIGHTS = (".safetensors", ".pth", ".pt", ".tar", ".bin", ".ckpt")  # how names of weight files end
 PRETEXT = "pretext/"  # parameters that no later stage reads
@@ -214,13 +214,13 @@ def _replica(folder: Path, asked: int | None, own: int | None) -> Path:
 
 def replica_name(number: int) -> str:
     """The folder of a replica, in that of its stage."""
-    return f"replica_{number}"
+    return f"{checkpoint.REPLICA}{number}"
 
 
 def replicas(folder: Path) -> list[str]:
     """The folders of the replicas of the finished stage in `folder`; [] if it has none."""
-    names = [f.parent.name for f in folder.glob("replica_*/DONE")] if finished(folder) else []
-    return sorted(names, key=lambda name: int(name.split("_")[1]))
+    names = [f.parent.name for f in folder.glob(f"{checkpoint.REPLICA}*/DONE")] if finished(folder) else []
+    return sorted(names, key=lambda name: int(name.removeprefix(checkpoint.REPLICA)))
 
 
 def is_foreign(path: Path) -> bool:
@@ -258,8 +258,7 @@ def read_params(folder: Path) -> Any:
 def read_shapes(folder: Path) -> Shapes:
     """The shapes of a finished stage's parameters, by name."""
     check_one(folder)
-    tree = grouped(checkpoint.model_shapes(folder)["params"])
-    return {key: tuple(leaf.shape) for key, leaf in flatten(tree).items()}
+    return shapes_of(grouped(checkpoint.model_shapes(folder)["params"]))
 
 
 def grouped(params: dict[str, Any]) -> dict[str, Any]:
