@@ -8,6 +8,7 @@ from tinymim_jax.data import manifest
 from tinymim_jax.data.manifest import Settings
 from tinymim_jax.data.sources import open_source
 from tinymim_jax.experiment.config import Data
+from tinymim_jax.runtime import storage
 from tinymim_jax.runtime.errors import InputError
 
 DIGITS = Data("digits", split="test")
@@ -25,7 +26,7 @@ def with_shards(folder):
         file = folder / made.name(shard)
         write_shard(file, [(b"image", shard)] * 4)
         size = file.stat().st_size
-        made.shards[file.name] = {"records": 4, "bytes": size, "sha256": manifest.sha256(file)}
+        made.shards[file.name] = {"records": 4, "bytes": size, "sha256": storage.sha256(file)}
     made.save(Path(folder))
     return made
 

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import os
 import re
-import sys
 from typing import Any
 
 import tqdm
@@ -16,6 +15,7 @@ from tinymim_jax.data.sources import IDENTITY, Source
 from tinymim_jax.runtime import storage
 from tinymim_jax.runtime.codec import differences, to_dict
 from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.runtime.progress_bar import bar
 
 FORMAT = 1
 
@@ -52,6 +52,10 @@ class Manifest:
     def missing(self) -> list[int]:
         """The numbers of shards that are not there yet."""
         return [shard for shard in range(self.num_shards) if self.name(shard) not in self.shards]
+
+    def bar(self, done: int = 0) -> tqdm.tqdm:
+        """Counts the images of the split, `done` of which are."""
+        return bar(self.split, self.images, "img", initial=done, unit_scale=True)
 
     def images_done(self) -> int:
         """Packed or left out."""
@@ -138,7 +142,7 @@ def verify(folder: Path) -> list[str]:
                 f"{folder}: {len(manifest.missing())} of the {manifest.num_shards} shards of split"
                 f" {manifest.split!r} have not been made; run prepare again"
             )
-        with concurrent.futures.ThreadPoolExecutor() as pool, bar(manifest, 0) as shown:
+        with concurrent.futures.ThreadPoolExecutor() as pool, manifest.bar() as shown:
             futures = [pool.submit(_check, folder / name, shard) for name, shard in manifest.shards.items()]
             for future, shard in zip(futures, manifest.shards.values(), strict=True):
                 future.result()
@@ -150,15 +154,3 @@ def _check(file: Path, shard: Shard) -> None:
     if not file.exists() or storage.sha256(file) != shard["sha256"]:
         what = "is not as it was written" if file.exists() else "is missing"
         raise InputError(f"{file}: {what}; delete it and run prepare again, which makes it anew")
-
-
-def bar(manifest: Manifest, done: int) -> tqdm.tqdm:
-    """Counts the images of a split, `done` of which are."""
-    return tqdm.tqdm(
-        desc=manifest.split,
-        initial=done,
-        total=manifest.images,
-        unit="img",
-        unit_scale=True,
-        mininterval=0.1 if sys.stderr.isatty() else 10,
-    )

@@ -143,7 +143,7 @@ def _pack(packer: Packer, folder: Path, workers: int) -> None:
     packed, stop = context.Value("Q", made.images_done()), context.Event()
     pool = ProcessPoolExecutor(min(workers, len(missing)), context, _start_worker, (packer, packed, stop))
     try:
-        with manifest.bar(made, packed.value) as bar:
+        with made.bar(packed.value) as bar:
             pending = {pool.submit(_work, shard): made.name(shard) for shard in missing}
             while pending:
                 finished, _ = concurrent.futures.wait(pending, POLL, concurrent.futures.FIRST_COMPLETED)

@@ -5,13 +5,11 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
 import numpy as np
-import tqdm
 
 from tinymim_jax.data import pipeline, sources
 from tinymim_jax.data.config import Data
@@ -19,6 +17,7 @@ from tinymim_jax.data.fields import IMAGE_LABEL, Fields
 from tinymim_jax.models.contract import Encoder, Outputs
 from tinymim_jax.runtime import sharding
 from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.runtime.progress_bar import bar
 
 BATCHES_AHEAD = 3  # dispatched before the oldest result is fetched
 
@@ -143,16 +142,15 @@ class Measurement:
         What it returns finishes on the host alone: {eval: its result}.
         """
         total = sum(len(batches) for e in self.evaluators.values() for batches in e.passes.values())
-        interval = 0.1 if sys.stderr.isatty() else 10
         found: dict[str, dict[Hashable, list[Any]]] = {}
-        with tqdm.tqdm(desc=title, total=total, unit="batch", leave=False, delay=1, mininterval=interval) as bar:
+        with bar(title, total, "batch", leave=False, delay=1) as shown:
             for name, evaluator in self.evaluators.items():
                 with _named(name):
                     found[name] = {
                         key: _fetched(
                             functools.partial(self.updates[name], variables, frozen, evaluator.others),
                             batches,
-                            lambda: (bar.update(), check()),
+                            lambda: (shown.update(), check()),
                         )
                         for key, batches in evaluator.passes.items()
                     }

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import tqdm
 
 from tinymim_jax.experiment.config import Run
 from tinymim_jax.objectives import metrics
@@ -16,6 +15,7 @@ from tinymim_jax.objectives.metrics import Mean
 from tinymim_jax.runtime.errors import InputError, Unavailable
 from tinymim_jax.runtime.metric_log import MetricLog
 from tinymim_jax.runtime.preemption import StopRequest
+from tinymim_jax.runtime.progress_bar import bar
 
 BAD_IMAGES = "bad_images"  # of a step: how many could not be read; written as a total
 SKIPPED = "skipped"  # updates left out because they were not finite; a total
@@ -60,15 +60,8 @@ class Progress:
         self.pending: list[tuple[int, dict[str, Mean]]] = []
         self.waited, self.since, self.images = 0.0, time.perf_counter(), 0
         self.begin, self.first_step = begin, None
-        self.bar = tqdm.tqdm(
-            desc=name,
-            initial=start * run.batch_size,
-            total=total * run.batch_size,
-            unit="img",
-            unit_scale=True,
-            mininterval=0.1 if sys.stderr.isatty() else 10,
-            disable=not writer.active,
-        )
+        done, images = start * run.batch_size, total * run.batch_size
+        self.bar = bar(name, images, "img", initial=done, unit_scale=True, disable=not writer.active)
 
     def next_batch(self, batches: Iterator[Any]) -> Any:
         """next(batches), with the wait counted."""
