@@ -97,7 +97,7 @@ class TwoWidthsModule(nn.Module):
             if cfg.width_of(i) != x.shape[-1]:
                 x = nn.Dense(cfg.width_of(i), dtype=dtype, name="widen")(x)
             hidden = 4 * cfg.width_of(i)
-            x, found = layers.Block(cfg.heads_of(i), hidden, 0.0, dtype, "xla", name=f"block{i}")(x, train)
+            x, found = layers.Block(cfg.heads_of(i), hidden, dtype, "xla", name=f"block{i}")(x)
             if i in capture:
                 trace[i] = found
         if not cfg.num_classes:

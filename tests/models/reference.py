@@ -6,6 +6,7 @@ Weights are taken in torch's layout: a linear layer is y = x W^T + b, and the ro
 
 import functools
 import math
+import re
 
 import jax
 import numpy as np
@@ -174,3 +175,14 @@ def close(actual, expected, rtol=1e-5):
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
     error = np.abs(actual - expected).max() / np.abs(expected).max()
     assert error < rtol, f"relative error {error:.2g}"
+
+
+def times_called(text: str, target: str) -> int:
+    """How often a program, as StableHLO, comes to `target`, when each function counts as often as it is called."""
+    bodies = {re.search(r"@([\w.\-]+)", part)[1]: part for part in text.split("func.func ")[1:]}
+
+    def count(name: str) -> int:
+        called = re.findall(r"\bcall @([\w.\-]+)", bodies[name])
+        return bodies[name].count(f"@{target}(") + sum(map(count, called))
+
+    return count("main")

@@ -1,7 +1,9 @@
+import functools
 import itertools
 import math
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -138,14 +140,17 @@ def test_what_cudnn_is_asked_for(n, monkeypatch):
     assert asked == [((2, 6, 3, 8), ["query_seq_lengths", "key_value_seq_lengths"] if n == 5 else [])]
 
 
+@pytest.mark.parametrize("replicas", [(), (2,)])
 @pytest.mark.parametrize("n", [197, 50])
-def test_attention_compiled_for_a_gpu_is_cudnns(n, cudnn):
+def test_attention_compiled_for_a_gpu_is_cudnns(n, replicas, cudnn):
     def calls(kind, platform, dtype="bfloat16"):
         def loss(*x):
-            return jnp.sum(layers.ATTENTIONS[kind](*x).astype(jnp.float32))
+            return jnp.sum(layers.ATTENTIONS[kind](*x).astype(jnp.float32) ** 2)
 
-        args = [jax.ShapeDtypeStruct((2, 3, n, 64), dtype) for _ in range(3)]
-        lowered = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*args).lower(lowering_platforms=(platform,))
+        args = [jax.ShapeDtypeStruct((*replicas, 2, 3, n, 64), dtype) for _ in range(3)]
+        gradient = jax.grad(loss, argnums=(0, 1, 2))
+        gradient = jax.vmap(gradient) if replicas else gradient
+        lowered = jax.jit(gradient).trace(*args).lower(lowering_platforms=(platform,))
         return re.findall(r"__cudnn\$\w+", lowered.as_text())
 
     assert calls("cudnn", "cuda") == ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
@@ -193,9 +198,9 @@ def test_mlp_has_the_exact_gelu():
 
 def test_block():
     x = normal(2, 5, 12)
-    module = layers.Block(4, 20, 0.3, jnp.float32, "xla")
-    params = make(module, x, False)
-    out, trace = jax.jit(lambda p: module.apply({"params": p}, x, False))(params)  # no rng: nothing is dropped
+    module = layers.Block(4, 20, jnp.float32, "xla")
+    params = make(module, x)
+    out, trace = jax.jit(lambda p: module.apply({"params": p}, x))(params)
     np.testing.assert_array_equal(out, trace.out)
     for name, expected in reference.block(params, reference.f64(x), 4).items():
         reference.close(getattr(trace, name), expected)
@@ -204,9 +209,9 @@ def test_block():
 def test_drop_path_is_per_sample_and_per_branch():
     rate, batch = 0.25, 400
     x = normal(batch, 2, 8)
-    module = layers.Block(2, 8, rate, jnp.float32, "xla")
-    params = make(module, x, False)
-    apply = jax.jit(lambda key: module.apply({"params": params}, x, True, rngs={"drop_path": key}))
+    module = layers.Block(2, 8, jnp.float32, "xla")
+    params = make(module, x)
+    apply = jax.jit(lambda key: module.apply({"params": params}, x, rate, rngs={"drop_path": key}))
     out, trace = apply(jax.random.key(3))
     # out = x + a attn_out + b mlp_out: solve for a and b of each sample.
     factors = []
@@ -224,3 +229,87 @@ def test_drop_path_is_per_sample_and_per_branch():
     np.testing.assert_allclose(both, (1 - rate) ** 2, atol=0.08)  # the two branches are drawn apart
     assert not np.array_equal(out, apply(jax.random.key(4))[0])
     np.testing.assert_array_equal(out, apply(jax.random.key(3))[0])
+
+
+class Plain(nn.Module):
+    """Blocks as plain children."""
+
+    heads: tuple
+
+    @nn.compact
+    def __call__(self, x, drop_path=None, capture=()):
+        trace = {}
+        for i, count in enumerate(self.heads, 1):
+            x, trace[i] = layers.Block(count, 20, jnp.float32, "xla", name=f"block{i}")(x)
+        return x, {i: trace[i] for i in capture}
+
+
+class Together(nn.Module):
+    heads: tuple
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x, drop_path=None, capture=()):
+        blocks = [layers.Block(count, 20, jnp.float32, "xla", parent=None) for count in self.heads]
+        return layers.run_blocks(self, blocks, x, drop_path, remat=self.remat, capture=capture)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_blocks_run_together_are_what_they_are_apart(remat):
+    x, heads = normal(2, 5, 12), (4, 4, 2, 4)
+    plain, together = Plain(heads), Together(heads, remat)
+    params = together.init(jax.random.key(0), x)
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, plain.init(jax.random.key(0), x))
+
+    def loss(model, params):
+        out, trace = model.apply(params, x, capture=(2,))
+        return (out**2).mean() + (trace[2].q ** 2).mean(), (out, trace)
+
+    results = [jax.jit(jax.value_and_grad(functools.partial(loss, m), has_aux=True))(params) for m in (plain, together)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *results)
+
+
+def test_the_initial_values_of_blocks_are_drawn_apart():
+    params = Together((4, 4, 2)).init(jax.random.key(0), normal(2, 5, 12))["params"]
+    kernels = [np.asarray(params[f"block{i}"]["mlp"]["fc1"]["kernel"]) for i in (1, 2, 3)]
+    bound = (6 / (12 + 20)) ** 0.5
+    for kernel in kernels:
+        assert 0.9 * bound < np.abs(kernel).max() <= bound
+        np.testing.assert_allclose(kernel.std(), bound / 3**0.5, rtol=0.15)
+    for a, b in itertools.combinations(kernels, 2):
+        assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 0.25
+
+
+def test_blocks_drop_paths_apart_and_at_their_own_rates():
+    x, rates = normal(300, 1, 12), [0.0, 0.5, 0.5]
+    model = Together((4, 4, 4))
+    params = model.init(jax.random.key(0), x)
+    apply = jax.jit(lambda key: model.apply(params, x, rates, (1, 2, 3), rngs={"drop_path": key})[1])
+    trace = apply(jax.random.key(1))
+    ins = {1: x, 2: trace[1].out, 3: trace[2].out}
+    is_dropped = {i: np.all(np.isclose(trace[i].mid, ins[i], atol=1e-7), axis=(1, 2)) for i in trace}
+    assert not is_dropped[1].any()
+    for i in (2, 3):
+        np.testing.assert_allclose(is_dropped[i].mean(), 0.5, atol=0.09)  # 3 standard deviations
+    np.testing.assert_allclose((is_dropped[2] & is_dropped[3]).mean(), 0.25, atol=0.075)
+
+
+def test_equal_blocks_are_traced_and_compiled_once_and_dead_ones_not_at_all(monkeypatch):
+    x, model = normal(2, 5, 12), Together((4,) * 8)
+    params = jax.jit(model.init)(jax.random.key(0), x)
+
+    def lowered(capture=(), use=lambda out, trace: out.sum()):
+        return jax.jit(lambda p: use(*model.apply(p, x, capture=capture))).lower(params)
+
+    def erfs(text):  # a block has one
+        return len(re.findall(r"chlo.erf ", text))
+
+    assert erfs(lowered().as_text()) == 1
+    assert erfs(lowered((3,)).as_text()) == 2
+    dead = lowered((3,), lambda out, trace: trace[3].q.sum())
+    assert erfs(dead.as_text()) == 1  # blocks 1 and 2; nothing of 3 behind its q
+    calls = re.compile(r" call\(.*inlineable")
+    assert len(calls.findall(lowered().compile().as_text())) == 8
+    assert len(calls.findall(dead.compile().as_text())) == 2
+    with layers.for_other_devices():
+        assert "inlineable" not in lowered().as_text()

@@ -3,11 +3,15 @@
 Shapes: B batch, N tokens incl. CLS, L patch tokens, D width, H heads, E head width, C classes, P values per patch.
 """
 
-from collections.abc import Iterable
+import contextlib
+import functools
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.experimental.xla_metadata import set_xla_metadata
 
 from tinymim_jax.models.contract import BlockTrace
 from tinymim_jax.runtime.errors import InputError
@@ -102,11 +106,13 @@ def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def _by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    b, _, n, _ = q.shape
+    n = q.shape[2]
     # jax refuses the gradient of an odd number of tokens: there, one more is added and hidden.
     odd = n % 2
     q, k, v = (jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, odd), (0, 0), (0, 0))) for x in (q, k, v))
-    lengths = dict.fromkeys(("query_seq_lengths", "key_value_seq_lengths"), jnp.full(b, n, jnp.int32)) if odd else {}
+    # Made of q: under vmap (replicas) jax takes lengths [B] for those of [R, B].
+    each = n + 0 * jnp.isnan(q[:, 0, 0, 0]).astype(jnp.int32)
+    lengths = dict.fromkeys(("query_seq_lengths", "key_value_seq_lengths"), each) if odd else {}
     try:
         out = jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **lengths)
     except RuntimeError as error:  # without cuDNN jax cannot even trace it
@@ -178,19 +184,27 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block; `drop_path` drops each residual branch per sample."""
+    """A pre-norm transformer block."""
 
     num_heads: int
     hidden: int
-    drop_path: float
     dtype: jnp.dtype
     attention: str
     kernel_init: nn.initializers.Initializer = xavier
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, BlockTrace]:
-        """[B, N, D] -> output [B, N, D] and everything on the way."""
-        drop = nn.Dropout(self.drop_path, broadcast_dims=(1, 2), rng_collection="drop_path", deterministic=not train)
+    def __call__(self, x: jax.Array, drop_path: float | jax.Array | None = None) -> tuple[jax.Array, BlockTrace]:
+        """[B, N, D] -> output [B, N, D] and everything on the way.
+
+        `drop_path` is the rate at which each residual branch is dropped, per sample (needs the rng "drop_path").
+        """
+
+        def drop(branch: jax.Array) -> jax.Array:
+            if drop_path is None:
+                return branch
+            is_kept = jax.random.bernoulli(self.make_rng("drop_path"), 1 - drop_path, (len(branch), 1, 1))
+            return jnp.where(is_kept, branch / (1 - drop_path), 0).astype(branch.dtype)
+
         attend = Attention(self.num_heads, self.dtype, self.attention, self.kernel_init, name="attn")
         norm1 = layer_norm(self.dtype, "norm1")(x)
         attn_out, (q, k, v) = attend(norm1)
@@ -198,3 +212,75 @@ class Block(nn.Module):
         mlp_out = Mlp(self.hidden, self.dtype, self.kernel_init, name="mlp")(layer_norm(self.dtype, "norm2")(mid))
         out = mid + drop(mlp_out)
         return out, BlockTrace(norm1, q, k, v, attn_out, mid, mlp_out, out)
+
+
+def run_blocks(
+    parent: nn.Module, blocks: Sequence[Block], x: jax.Array, drop_path: Sequence[float | None] | None = None, *,
+    remat: bool = False, capture: Collection[int] = (),
+) -> tuple[jax.Array, dict[int, BlockTrace]]:  # fmt: skip
+    """[B, N, D] through modules without a parent, as `block1`, ... of `parent`; and the traces of those captured.
+
+    Unlike plain children, equal blocks are initialised at once, and those that are not captured are traced once and,
+    on a CPU, compiled once. `drop_path` are the blocks' rates.
+    """
+    names = [f"block{i}" for i in range(1, len(blocks) + 1)]
+    if parent.is_initializing():
+        _init_blocks(parent, dict(zip(names, blocks, strict=True)), x)
+    rates = drop_path or [0.0] * len(blocks)
+    keys = jax.random.split(parent.make_rng("drop_path"), len(blocks)) if any(rates) else None
+    trace = {}
+    for i, (name, block, rate) in enumerate(zip(names, blocks, rates, strict=True), 1):
+        params = parent.get_variable("params", name)
+        drop = (jnp.float32(rate), keys[i - 1]) if rate else None
+        if i in capture:
+            x, trace[i] = _apply(block, remat, params, x, drop)
+        else:
+            with compiled_once():
+                x = _apply_jitted(block, remat, params, x, drop)
+    return x, trace
+
+
+def _init_blocks(parent: nn.Module, blocks: Mapping[str, Block], x: jax.Array) -> None:
+    like = jnp.zeros(x.shape, x.dtype)  # so that nothing waits for what x is made of
+    for block in dict.fromkeys(blocks.values()):
+        names = [name for name in blocks if blocks[name] == block]
+        keys = jax.random.split(parent.make_rng("params"), len(names))
+        stacked = jax.vmap(lambda key, block=block: block.init(key, like)["params"])(keys)
+        for i, name in enumerate(names):
+            parent.param(name, lambda _, i=i, stacked=stacked: jax.tree.map(lambda rows: rows[i], stacked))
+
+
+def _apply(block: Block, remat: bool, params: Any, x: jax.Array, drop: Any) -> tuple[jax.Array, BlockTrace]:
+    def apply(params: Any, x: jax.Array, drop: Any) -> tuple[jax.Array, BlockTrace]:
+        rate, key = drop or (None, None)
+        return block.apply({"params": params}, x, rate, rngs={} if key is None else {"drop_path": key})
+
+    return (jax.checkpoint(apply) if remat else apply)(params, x, drop)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _apply_jitted(block: Block, remat: bool, params: Any, x: jax.Array, drop: Any) -> jax.Array:
+    return _apply(block, remat, params, x, drop)[0]
+
+
+_is_for_others = False  # whether what is traced now is for devices that are not the default backend's
+
+
+def compiled_once() -> contextlib.AbstractContextManager[object]:
+    """Jitted functions called in it are compiled once for all their calls: XLA on the CPU is told not to inline them.
+
+    Other compilers are left to do what they do, which is to inline them: untested on hardware.
+    """
+    is_for_cpu = jax.default_backend() == "cpu" and not _is_for_others
+    return set_xla_metadata(inlineable="false") if is_for_cpu else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def for_other_devices() -> Iterator[None]:
+    """Around what is traced for devices that are described and not at hand."""
+    global _is_for_others
+    _is_for_others = True
+    try:
+        yield
+    finally:
+        _is_for_others = False

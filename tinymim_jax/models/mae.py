@@ -62,9 +62,8 @@ class PixelDecoder(nn.Module):
         masks = jnp.broadcast_to(mask_token, (b, num_patches - (x.shape[1] - front), self.width))
         patches = permute(jnp.concatenate([x[:, front:], masks], axis=1), restore)
         x = jnp.concatenate([x[:, :front], patches], axis=1) + pos
-        for i in range(1, self.depth + 1):
-            block = layers.Block(self.num_heads, 4 * self.width, 0.0, dtype, self.attention, name=f"block{i}")
-            x, _ = block(x, False)
+        block = layers.Block(self.num_heads, 4 * self.width, dtype, self.attention, parent=None)
+        x, _ = layers.run_blocks(self, [block] * self.depth, x)
         x = layers.layer_norm(dtype, "norm")(x[:, front:])
         pred = nn.Dense(self.patch_values, kernel_init=layers.xavier, dtype=dtype, name="pred")(x)
         return pred.astype(jnp.float32)

@@ -161,14 +161,11 @@ class VisionTransformer(nn.Module):
         self._check_input(images, capture)
         dtype = jnp.dtype(cfg.dtype)
         x = self._embed(images.astype(dtype), keep)
-        block_class = nn.remat(Block, static_argnums=(2,)) if cfg.remat else Block
-        hidden, trace = int(cfg.width * cfg.mlp_ratio), {}
-        for i in range(1, cfg.depth + 1):
-            sizes = (cfg.heads_of(i), hidden, self._drop_path(i))
-            block = block_class(*sizes, dtype, cfg.attention, self._kernel_init(), name=f"block{i}")
-            x, block_trace = block(x, train)
-            if i in capture:
-                trace[i] = block_trace
+        kinds = (int(cfg.width * cfg.mlp_ratio), dtype, cfg.attention, self._kernel_init())
+        numbers = range(1, cfg.depth + 1)
+        blocks = [Block(cfg.heads_of(i), *kinds, parent=None) for i in numbers]
+        drop_path = [self._drop_path(i) for i in numbers] if train else None
+        x, trace = layers.run_blocks(self, blocks, x, drop_path, remat=cfg.remat, capture=capture)
         if cfg.pool == "cls":
             x = layers.layer_norm(dtype, "norm")(x)
         if not cfg.num_classes:

@@ -13,6 +13,7 @@ from etils.epath import Path
 from tinymim_jax.data import resident, sources
 from tinymim_jax.experiment import config
 from tinymim_jax.experiment.config import Config
+from tinymim_jax.models import layers
 from tinymim_jax.planning import dry_run
 from tinymim_jax.planning.preflight import source_models
 from tinymim_jax.runtime import hlo_stats, keys
@@ -122,7 +123,8 @@ def compile_for(setup: StageSetup, mesh: jax.sharding.Mesh) -> Any:
         trees,
         jax.tree.broadcast(places, trees),
     )
-    return jit_step(setup, mesh, shardings).lower(*arguments).compile()
+    with layers.for_other_devices():
+        return jit_step(setup, mesh, shardings).lower(*arguments).compile()
 
 
 def forecast(plan: StageSetup, mesh: jax.sharding.Mesh) -> dict[str, Any]:
