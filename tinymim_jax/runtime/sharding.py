@@ -52,6 +52,11 @@ def _slice(device: jax.Device) -> int:
     return getattr(device, "slice_index", 0)
 
 
+def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, int] | None:
+    """For what is compiled for `mesh`: on a CPU, LLVM's level 1 makes as fast programs as level 3, and makes them sooner."""
+    return {"xla_backend_optimization_level": 1} if mesh.devices.flat[0].platform == "cpu" else None
+
+
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     """Every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())

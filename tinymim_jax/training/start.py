@@ -128,10 +128,9 @@ def begin(loaded: Loaded, workdir: Path) -> Begun:
     report = []
     if multihost.run_on_primary(lambda: (folder / "stage.json").is_file()):
         report.append("there is no checkpoint from before: begins anew")
-    # It runs once: less optimised, a large model is there sooner. The key is an argument: stages that differ by seed
-    # share one compilation.
-    quick = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
-    create = jax.jit(lambda key: create_state(setup, key), out_shardings=shardings, compiler_options=quick)
+    # The key is an argument: stages that differ by seed share one compilation.
+    options = sharding.compiler_options(mesh)
+    create = jax.jit(lambda key: create_state(setup, key), out_shardings=shardings, compiler_options=options)
     state = create(host_keys(setup, keys.INIT))
     if setup.stage.init is not None:
         state, lines = _initialised(setup, state, shardings, mesh, workdir)

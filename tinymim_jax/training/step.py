@@ -146,7 +146,8 @@ def jit_step(setup: StageSetup, mesh: jax.sharding.Mesh, shardings: TrainState, 
     if setup.stage.run.replicas > 1:
         step = of_replicas(step, setup.shares_batches)
     step = step if per_call == 1 else in_turn(step)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
+    out, options = (shardings, sharding.replicated(mesh)), sharding.compiler_options(mesh)
+    return jax.jit(step, donate_argnums=0, out_shardings=out, compiler_options=options)
 
 
 def to_items(state: TrainState) -> dict[str, Any]:
