@@ -1,4 +1,4 @@
-"""A fork's task and a fork's encoder, each one file and one line in a dict, go through everything that there is."""
+"""What CONTRIBUTING.md shows: a fork's task, encoder, target and evaluator, each one file and one entry in a dict."""
 
 import json
 import os
@@ -11,23 +11,26 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FORK = Path(__file__).parent / "fork"
-# File, its place, and the one line of the house that changes.
+# File, its room, the dict there, and the class.
 ADDED = {
-    "rotation.py": ("tasks", 'TASKS = {"mae"', 'TASKS = {"rotation": importlib.import_module("tinymim_jax.tasks.rotation").Rotation, "mae"'),
-    "two_widths.py": ("models", 'MODELS = {"vit"', 'MODELS = {"two_widths": importlib.import_module("tinymim_jax.models.two_widths").TwoWidths, "vit"'),
-}  # fmt: skip
+    "rotation": ("tasks", "TASKS", "Rotation"),
+    "two_widths": ("models", "MODELS", "TwoWidths"),
+    "mean_token": ("tasks/targets", "TARGETS", "MeanToken"),
+    "feature_norm": ("evals", "EVALS", "FeatureNorm"),
+}
 
 
 @pytest.fixture(scope="module")
 def fork(tmp_path_factory):
     root = tmp_path_factory.mktemp("fork")
     shutil.copytree(ROOT / "tinymim_jax", root / "tinymim_jax", ignore=shutil.ignore_patterns("__pycache__"))
-    for name, (room, old, new) in ADDED.items():
-        shutil.copy(FORK / name, root / "tinymim_jax" / room / name)
+    for name, (room, kinds, cls) in ADDED.items():
+        shutil.copy(FORK / f"{name}.py", root / "tinymim_jax" / room / f"{name}.py")
         registry = root / "tinymim_jax" / room / "__init__.py"
         text = registry.read_text()
-        assert text.count(old) == 1
-        registry.write_text("import importlib\n" + text.replace(old, new))
+        assert text.count(f"{kinds} = {{") == 1
+        imported = f"from tinymim_jax.{room.replace('/', '.')}.{name} import {cls}\n"
+        registry.write_text(imported + text.replace(f"{kinds} = {{", f'{kinds} = {{"{name}": {cls}, '))
     shutil.copy(FORK / "fork_chain.py", root / "fork_chain.py")
     return root
 
@@ -55,6 +58,8 @@ def test_it_trains_hands_over_and_draws(ran):
     assert (fork / "w" / "report" / "small_distill.png").is_file()
     metrics = json.loads((fork / "w" / "rotation" / "DONE").read_text())["metrics"]
     assert {"accuracy", "knn/top1_k3"} <= set(metrics)
+    metrics = json.loads((fork / "w" / "small" / "DONE").read_text())["metrics"]
+    assert metrics["mean_smooth_l1"] > 0 and metrics["norm/norm"] > 0
 
 
 def test_it_goes_on(ran):

@@ -1,9 +1,11 @@
-"""The config of a fork's chain: its own task on a ViT, then both of its own additions through all of today's."""
+"""The config of a fork's chain: its own task and encoder go through all of today's, with its own target and eval."""
 
+from tinymim_jax.evals.feature_norm import FeatureNorm
 from tinymim_jax.experiment import recipes
 from tinymim_jax.experiment.config import Classify, Config, Data, Init, Knn, Optim, Run, Stage, ViT
 from tinymim_jax.models.two_widths import TwoWidths
 from tinymim_jax.tasks.rotation import Rotation
+from tinymim_jax.tasks.targets.mean_token import MeanToken
 
 TRAIN = Data("digits", image_size=16, per_class=4, hflip=0.0)
 TEST = Data("digits", split="test", image_size=16, per_class=4, transform="eval", crop_pct=1.0)
@@ -23,6 +25,8 @@ def get_config(arg: str = "") -> Config:
     labelled = Stage(Classify(mixup=0.0, cutmix=0.0), TwoWidths(16, num_classes=10), TRAIN, Optim(1e-3), Run(8))
     small = recipes.distill(TwoWidths(8), Init("labelled"), TRAIN, block=3)
     small.task.targets["relation"].student_block = 3
+    small.task.targets["mean"] = MeanToken(teacher_block=3, student_block=4, weight=0.5)
+    small.evals = {"norm": FeatureNorm(TEST)}
     head = recipes.finetune(TwoWidths(8, num_classes=10), Init("small"), TRAIN, TEST)
     stages = {"rotation": rotation, "finetuned": finetuned, "labelled": labelled, "small": small, "head": head}
     return Config("fork", {name: short(stage) for name, stage in stages.items()})

@@ -1,0 +1,88 @@
+"""Writes docs/reference/ from the code: python docs/generate.py."""
+
+import contextlib
+import dataclasses
+import importlib
+import inspect
+import io
+import re
+import tokenize
+from pathlib import Path
+from typing import Any
+
+from tinymim_jax.__main__ import COMMANDS
+from tinymim_jax.evals import EVALS
+from tinymim_jax.experiment import config
+from tinymim_jax.models import MODELS
+from tinymim_jax.tasks import TASKS
+from tinymim_jax.tasks.targets import TARGETS
+
+FOLDER = Path(__file__).parent / "reference"
+MADE = "<!-- Made by docs/generate.py from the code. -->\n"
+
+
+def commands() -> str:
+    """Every command's --help."""
+    parts = ["# Commands\n", MADE]
+    for name, what in COMMANDS.items():
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+            importlib.import_module(f"tinymim_jax.commands.{name}").main(["--help"])
+        parts += [f"## {name}\n", f"{what[0].upper()}{what[1:]}.\n", f"```\n{said.getvalue().strip()}\n```\n"]
+    return "\n".join(parts)
+
+
+def fields() -> str:
+    """Every class of which configs are made, with its fields."""
+    parts = ["# Config fields\n", MADE]
+    kinds = {cls: kind for kinds in (TASKS, TARGETS, EVALS, MODELS) for kind, cls in kinds.items()}
+    first = [config.Config, config.Stage, config.Run, config.Optim, config.Data, config.Init]
+    exported = [getattr(config, name) for name in config.__all__]
+    for cls in dict.fromkeys([*first, *kinds, *exported]):
+        kind = f', kind="{kinds[cls]}"' if cls in kinds else ""
+        parts += [f"## {cls.__name__}{kind}\n", f"{inspect.getdoc(cls)}\n"]
+        parts += ["| field | type | default | what it is |", "|---|---|---|---|"]
+        notes = comments(cls)
+        for field in dataclasses.fields(cls):
+            if field.name != "kind":
+                cells = [f"`{field.name}`", f"`{type_of(cls, field)}`", default_of(field), notes.get(field.name, "")]
+                parts.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def comments(cls: type) -> dict[str, str]:
+    """What stands behind each field in the source."""
+    lines = io.StringIO(inspect.getsource(cls))
+    name, found = "", {}
+    for token in tokenize.generate_tokens(lines.readline):
+        if match := re.match(r"    (\w+): ", token.line):
+            name = match[1]
+            if token.type == tokenize.COMMENT and not token.string.startswith("# noqa"):
+                found.setdefault(name, token.string.removeprefix("# "))
+    return found
+
+
+def type_of(cls: type, field: dataclasses.Field) -> str:
+    """As it is written in the source."""
+    return re.search(rf"    {field.name}: (.*?)(?: = | +#|$)", inspect.getsource(cls), re.MULTILINE)[1]
+
+
+def default_of(field: dataclasses.Field) -> str:
+    """Its default, and the range it lies in."""
+    value: Any = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+    shown = "needed" if value is dataclasses.MISSING else f"`{value!r}`"
+    signs = {"at_least": "≥", "above": ">", "at_most": "≤", "below": "<"}
+    return ", ".join([shown, *(f"{signs[name]} {limit:g}" for name, limit in field.metadata.get("bounds", {}).items())])
+
+
+def main() -> None:
+    FOLDER.mkdir(exist_ok=True)
+    (FOLDER / "commands.md").write_text(commands())
+    (FOLDER / "config.md").write_text(fields())
+
+
+if __name__ == "__main__":
+    main()
