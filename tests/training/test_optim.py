@@ -120,7 +120,7 @@ def test_schedule_without_steps():
 
 def test_warmup_longer_than_the_run():
     with pytest.raises(
-        InputError, match="the warm-up of 50 steps is longer than the run, which has 50; lower optim.warmup_epochs"
+        InputError, match="the warm-up of 50 steps is not shorter than the run, which has 50; lower optim.warmup_epochs"
     ):
         optim.make_schedule(Optim(1e-3, warmup_epochs=5), 256, 10, 50)
     optim.make_schedule(Optim(1e-3, warmup_epochs=5), 256, 10, 51)

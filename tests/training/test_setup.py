@@ -56,7 +56,7 @@ def test_a_batch_larger_than_the_data():
 
 def test_a_warmup_longer_than_the_run():
     with pytest.raises(
-        InputError, match="the warm-up of 50 steps is longer than the run, which has 20; lower optim.warmup_epochs"
+        InputError, match="the warm-up of 50 steps is not shorter than the run, which has 20; lower optim.warmup_epochs"
     ):
         setup_of(make_stage(optim=Optim(1e-3, warmup_epochs=5), run=Run(4, epochs=2.0)))
 

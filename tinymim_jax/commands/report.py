@@ -20,7 +20,7 @@ def main(argv: list[str]) -> None:
         raise InputError(f"{workdir} is the folder of a stage; give the folder above, {workdir.parent}")
     if not (workdir / "results.json").is_file():
         why = (
-            "the run is not at its end; its command goes on"
+            "the run is not at its end; the same run command goes on with it"
             if (workdir / "chain.json").is_file()
             else "no run ended there"
         )

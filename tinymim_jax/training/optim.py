@@ -30,7 +30,7 @@ def make_schedule(cfg: Optim, batch_size: int, steps_per_epoch: int, total_steps
     peak, warmup = peak_lr(cfg, batch_size), cfg.warmup_epochs * steps_per_epoch + cfg.warmup_steps
     if total_steps and warmup >= total_steps:
         raise InputError(
-            f"the warm-up of {warmup:.0f} steps is longer than the run, which has {total_steps}; lower"
+            f"the warm-up of {warmup:.0f} steps is not shorter than the run, which has {total_steps}; lower"
             f" optim.{'warmup_epochs' if cfg.warmup_epochs else 'warmup_steps'}, or train longer"
         )
     shapes: dict[str, Schedule] = {  # the share of the peak that is left at `progress`, from 0 to 1
