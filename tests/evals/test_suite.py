@@ -121,6 +121,20 @@ def test_the_clean_set_is_not_a_corrupted_one(finished):
     assert [suite._is_clean(cfg) for cfg in (*others.values(), stage.evals["val"])] == [False, False, False, True]
 
 
+def test_corruptions_are_made_as_imagenet_c_was_unless_asked_otherwise(finished, tmp_path):
+    model = tiny_classify().model
+    clean = tiny_classify().evals["val"].data
+
+    def made(**sets):
+        return suite.evals("robust", dataclasses.replace(model, num_classes=1000), clean, clean, Sets(**sets))[
+            "corruptions"
+        ]
+
+    assert made().published and not made(direct=True).published
+    stored = made(imagenet_c=str(tmp_path))
+    assert stored.stored and not stored.published  # they have been made
+
+
 def test_a_folder_that_cannot_be_written_is_found_before_anything_is_measured(finished, mesh, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written to"):

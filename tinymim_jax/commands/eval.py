@@ -29,6 +29,7 @@ def main(argv: list[str]) -> None:
         imagenet_a=(str, "", "the archive's folder of 200 wnids"),
         imagenet_r=(str, "", "likewise"),
         imagenet_c=(str, "", "holds <corruption>/<severity>/<wnid>/*"),
+        direct=(bool, False, "corrupt the evaluation's own crops; else images are resized and stored as ImageNet-C's"),
         per_class=(int, None, "measure so many images of each class only (of stored corruptions: of each folder)"),
         bank_per_class=(
             int,

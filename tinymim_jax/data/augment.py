@@ -36,7 +36,8 @@ def transform(image: Image.Image, data: Data, rng: np.random.Generator) -> np.nd
     """What `data.transform` says: RGB image -> uint8 [S, S, 3]."""
     if data.transform == "eval":
         pixels = np.asarray(center_crop(image, data.image_size, data.crop_pct, data.interpolation))
-        return corruptions.corrupt(pixels, data.corruption, data.severity, rng) if data.corruption else pixels
+        how = data.corruption, data.severity, rng, data.corruption_quality
+        return corruptions.corrupt(pixels, *how) if data.corruption else pixels
     box = crop_box(image.width, image.height, data.crop_scale, data.crop_ratio, rng)
     return _finish(_resized_part(image, box, data), data, rng)
 

@@ -29,6 +29,7 @@ class Data:
     crop_pct: float = ranged(0.875, above=0, at_most=1)  # eval: the shorter side becomes image_size / crop_pct
     corruption: str = ""  # eval: one of ImageNet-C's, e.g. "gaussian_noise", made on the crop; "": none
     severity: int = ranged(1, at_least=1, at_most=5)  # eval: of the corruption
+    corruption_quality: int | None = ranged(None, at_least=1, at_most=95)  # eval: of a JPEG it goes through; None: none
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # PIL's, antialiased
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
     std: tuple[float, float, float] = ranged((0.229, 0.224, 0.225), above=0)

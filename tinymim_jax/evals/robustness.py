@@ -25,6 +25,7 @@ class Corruptions(Eval):
     data: Data  # clean images to corrupt, or where the stored ones are (`stored`)
     kind: Literal["corruptions"] = "corruptions"
     stored: bool = False  # folder: data.path/<corruption>/<severity>/<class>/*; tfds: data.name/<corruption>_<severity>
+    published: bool = False  # made: resized and stored as ImageNet-C was; False: on the crops of `data`, uncompressed
     severities: tuple[int, ...] = ranged((1, 2, 3, 4, 5), at_least=1, at_most=5)
     batch_size: int = ranged(256, at_least=1)
 
@@ -78,7 +79,9 @@ def corrupted(cfg: Corruptions, name: str, severity: int) -> Data:
     """The data of one corruption and severity: stored, or made from the clean images."""
     if not cfg.stored:
         corruptions.check(name)
-        return dataclasses.replace(cfg.data, corruption=name, severity=severity)
+        # robustness, ImageNet-C/create_c/make_imagenet_c.py.
+        published = {"interpolation": "bilinear", "crop_pct": 0.875, "corruption_quality": 85} if cfg.published else {}
+        return dataclasses.replace(cfg.data, corruption=name, severity=severity, **published)
     # The stored images are cropped already (robustness, ImageNet-C/test.py).
     if cfg.data.source == "tfds":
         return dataclasses.replace(cfg.data, name=f"{cfg.data.name}/{name}_{severity}", crop_pct=1.0)

@@ -36,6 +36,7 @@ class Sets:
     imagenet_a: str = ""
     imagenet_r: str = ""
     imagenet_c: str = ""  # holds <corruption>/<severity>/
+    direct: bool = False  # corruptions that are made: on the evaluation's own crops, uncompressed
     per_class: int | None = None  # measure on so many images of each class only
     bank_per_class: int | None = None  # and let the probes learn from so many
 
@@ -170,7 +171,8 @@ def evals(suite: str, model: Encoder, clean: Data, bank: Data, sets: Sets) -> di
         stored = bool(sets.imagenet_c)
         only_others = clean.source == "folder" and not clean.path and not stored  # --imagenet_a or --imagenet_r alone
         if not only_others:
-            chosen["corruptions"] = Corruptions(_folder(clean, sets.imagenet_c, "") if stored else clean, stored=stored)
+            data = _folder(clean, sets.imagenet_c, "") if stored else clean
+            chosen["corruptions"] = Corruptions(data, stored=stored, published=not (stored or sets.direct))
     if suite in ("probe", "all"):
         k = tuple(k for k in Knn(clean, bank).k if k <= len(open_source(bank))) or (1,)
         chosen |= {"knn": Knn(clean, bank, k=k), "logistic": Logistic(clean, bank)}
