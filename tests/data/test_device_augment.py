@@ -142,6 +142,52 @@ def test_mix_prob_and_switch_prob():
     np.testing.assert_allclose([lam[is_mixup].mean(), lam[is_mixup].std()], [0.5, 1 / math.sqrt(12)], atol=0.03)
 
 
+def mixed_in_groups(key, images, labels, group, mix_prob=1.0, **how):
+    """timm's Mixup in each process, as a loop: one draw, applied to the process' own images; other partners."""
+    mixed, soft, draws = images.copy(), labels.copy(), []
+    starts = range(0, len(images), group)
+    for start, own_key in zip(starts, jax.random.split(key, len(starts)), strict=True):
+        on_key, *keys = jax.random.split(own_key, 5)
+        own = np.asarray(da.own_share(keys, images.shape[1:3], how["mixup"], how["cutmix"], how["switch_prob"]))
+        if not jax.random.bernoulli(on_key, mix_prob):
+            own = np.ones_like(own)
+        draws.append(own)
+        lam = own.mean()
+        for i in range(start, min(start + group, len(images))):
+            other = partners(np.arange(len(images)))[i]
+            mixed[i] = images[i] * own[..., None] + images[other] * (1 - own[..., None])
+            soft[i] = labels[i] * lam + labels[other] * (1 - lam)
+    return mixed, soft, draws
+
+
+@pytest.mark.parametrize(("batch", "group"), [(16, 8), (24, 8), (12, 5), (8, 1)])
+@pytest.mark.parametrize("mix_prob", [1.0, 0.5])
+def test_each_group_has_a_draw_of_its_own(batch, group, mix_prob):
+    images, labels = pictures(batch), np.eye(batch, dtype=np.float32)
+    mixing = jax.jit(lambda key: da.mix(key, images, labels, mix_group=group, **{**MIX, "mix_prob": mix_prob}))
+    kinds = set()
+    for seed in range(6):
+        mixed, soft, draws = mixed_in_groups(
+            jax.random.key(seed), images, labels, group, **{**MIX, "mix_prob": mix_prob}
+        )
+        for ours, plain in zip(mixing(jax.random.key(seed)), (mixed, soft), strict=True):
+            np.testing.assert_allclose(ours, plain, atol=1e-5)
+        assert len({float(own.mean()) for own in draws}) > 1 or mix_prob < 1  # no two are alike
+        kinds |= {"off" if own.min() == 1 else "mixup" if np.ptp(own) == 0 else "cutmix" for own in draws}
+    assert kinds >= {"mixup", "cutmix"} and ("off" in kinds or mix_prob == 1)
+
+
+def test_a_group_as_large_as_the_batch_is_one_draw_for_all():
+    images, labels = pictures(6), np.eye(6, dtype=np.float32)
+    for group in (6, 128):
+        for one, all_in_one in zip(
+            da.mix(jax.random.key(1), images, labels, mix_group=group, **MIX),
+            da.mix(jax.random.key(1), images, labels, **MIX),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(one, all_in_one)
+
+
 @pytest.mark.parametrize(("field", "alpha"), [("mixup", 0.8), ("mixup", 5.0)])
 def test_lambda_is_beta(field, alpha):
     images, labels = coded(2, 4)

@@ -59,25 +59,34 @@ def mix(
     cutmix: float,
     mix_prob: float,
     switch_prob: float,
+    mix_group: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Mixup or cutmix, as `own_share` has them, of each image with its `partner`; one draw a batch; labels [B, C].
+    """Mixup or cutmix, as `own_share` has them, of each image with its `partner`; labels [B, C].
 
-    A batch is mixed with probability `mix_prob`. The semantics are those of timm's Mixup in batch mode, but for who is
-    whose partner.
+    Each `mix_group` images in a row (None: all) share one draw and are mixed with probability `mix_prob`: timm's Mixup
+    in batch mode, each group being the batch of one process, but for who is whose partner.
     """
     if mix_prob == 0 or (mixup == 0 and cutmix == 0):
         return images, soft_labels
-    on_key, *keys = jax.random.split(key, 5)
+    batch, size = len(images), images.shape[1:3]
+    group = min(mix_group or batch, batch)
+    draws = -(-batch // group)
+
+    def draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        on_key, *keys = jax.random.split(key, 5)
+        return jax.random.bernoulli(on_key, mix_prob), own_share(keys, size, mixup, cutmix, switch_prob)
+
+    is_on, own = jax.vmap(draw)(key[None] if draws == 1 else jax.random.split(key, draws))
+    own = jnp.where(is_on[:, None, None], own, 1.0).astype(images.dtype)  # [draws, H, W]
 
     def mixed(images: jax.Array, soft_labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-        own = own_share(keys, images.shape[1:3], mixup, cutmix, switch_prob).astype(images.dtype)
-        lam = jnp.mean(own)  # after clipping of the box: the share of pixels that are the image's own
-        images = images * own[..., None] + partner(images) * (1 - own[..., None])
-        return images, soft_labels * lam + partner(soft_labels) * (1 - lam)
+        # After clipping of the box: the share of pixels that are the image's own.
+        lam = jnp.repeat(own.mean(axis=(1, 2)), group)[:batch, None]
+        kept = jnp.repeat(own, group, axis=0)[:batch, ..., None]
+        return images * kept + partner(images) * (1 - kept), soft_labels * lam + partner(soft_labels) * (1 - lam)
 
     # A branch also keeps XLA from computing `images` (with erasing's noise) anew for each of their two uses.
-    is_on = jax.random.bernoulli(on_key, mix_prob)
-    return jax.lax.cond(is_on, mixed, lambda *same: same, images, soft_labels)
+    return jax.lax.cond(jnp.any(is_on), mixed, lambda *same: same, images, soft_labels)
 
 
 def partner(rows: jax.Array) -> jax.Array:

@@ -37,7 +37,8 @@ class Classify(TaskConfig):
     label_smoothing: float = ranged(0.1, at_least=0, at_most=1)
     mixup: float = ranged(0.8, at_least=0)  # alpha of Beta; 0: off
     cutmix: float = ranged(1.0, at_least=0)  # alpha of Beta; 0: off
-    mix_prob: float = ranged(1.0, at_least=0, at_most=1)  # probability that a batch is mixed
+    mix_prob: float = ranged(1.0, at_least=0, at_most=1)  # probability that a group is mixed
+    mix_group: int | None = ranged(None, at_least=1)  # images that share one draw; None: all of a (micro-)batch
     switch_prob: float = ranged(0.5, at_least=0, at_most=1)  # probability of cutmix where both are on
     erasing: float = ranged(0.25, at_least=0, at_most=1)  # probability of random erasing, per image
 
@@ -85,8 +86,8 @@ class ClassifyTask(BaseTask):
         targets = losses.smooth_one_hot(batch["label"], self.cfg.num_classes, self.task.label_smoothing)
         images = random_erasing(erase_rng, self.images(batch), self.task.erasing)
         cfg = self.task
-        probabilities = {"mix_prob": cfg.mix_prob, "switch_prob": cfg.switch_prob}
-        return mix(mix_rng, images, targets, mixup=cfg.mixup, cutmix=cfg.cutmix, **probabilities)
+        how = {"mix_prob": cfg.mix_prob, "switch_prob": cfg.switch_prob, "mix_group": cfg.mix_group}
+        return mix(mix_rng, images, targets, mixup=cfg.mixup, cutmix=cfg.cutmix, **how)
 
     def loss(
         self, params: Params, model_state: Any, frozen: Frozen, batch: Batch, rngs: Rngs, *, train: bool
