@@ -67,7 +67,7 @@ def test_images_are_normalised_then_erased_then_mixed(monkeypatch):
 
     monkeypatch.setattr(classify, "random_erasing", erase)
     monkeypatch.setattr(classify, "mix", mix)
-    task = stages.classify({"erasing": 0.3, "label_smoothing": 0.2})
+    task = stages.classify({"erasing": 0.3, "label_smoothing": 0.2, "mix_group": 2})
     batch, seen = stages.batch(), []
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(4, 5)), jnp.float32)
 
@@ -80,7 +80,7 @@ def test_images_are_normalised_then_erased_then_mixed(monkeypatch):
     loss, _ = task.loss({"encoder": {}}, {}, {}, batch, stages.rngs(), train=True)
     (first, erase_key, clean, prob), (second, mix_key, erased, targets, how) = calls
     assert (first, second, prob) == ("erase", "mix", 0.3)
-    assert how == {"mixup": 0.8, "cutmix": 1.0, "mix_prob": 1.0, "switch_prob": 0.5}
+    assert how == {"mixup": 0.8, "cutmix": 1.0, "mix_prob": 1.0, "switch_prob": 0.5, "mix_group": 2}
     assert not np.array_equal(erase_key, mix_key)
     np.testing.assert_allclose(clean, stages.normalised(batch["image"]), atol=1e-5)
     np.testing.assert_array_equal(erased, clean + 1)
@@ -236,5 +236,14 @@ def test_a_probe_normalises_features_and_keeps_their_statistics():
     )
     stats = aux.model_state["batch_stats"]["head_norm"]
     np.testing.assert_allclose(stats["mean"], 0.1 * cls.mean(axis=0), rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(stats["var"], 0.9 + 0.1 * cls.var(axis=0), rtol=1e-4)
+    np.testing.assert_allclose(stats["var"], 0.9 + 0.1 * cls.var(axis=0, ddof=1), rtol=1e-4)
     jax.tree.map(np.testing.assert_array_equal, same.model_state, model_state)
+
+
+def test_a_probe_s_head_starts_from_an_uncut_normal():
+    """MAE's trunc_normal_(std=0.01) cuts at 2, not at two standard deviations: a normal's tail is there."""
+    task = stages.classify(PLAIN, head_norm=True, pool="cls", num_classes=20_000)
+    kernel = np.asarray(stages.fresh(task)[0]["params"]["encoder"]["head"]["kernel"])
+    assert kernel.std() == pytest.approx(0.01, rel=0.01)
+    beyond = [(np.abs(kernel) > k * 0.01).mean() for k in (2, 3)]
+    assert beyond == pytest.approx([0.0455, 0.0027], rel=0.2)

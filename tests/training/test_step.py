@@ -69,6 +69,19 @@ def test_accumulation_weighs_micro_batches_by_their_valid_images(chain):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-7), whole.opt_state, parts.opt_state)
 
 
+def test_accumulation_keeps_the_statistics_of_the_whole_batch(chain):
+    stage = plain_classify(chain)
+    stage.model = dataclasses.replace(stage.model, depth=1, head_norm=True)
+    batch = batch_of(stage)
+    whole, _ = one_step(stage, batch)
+    stage.optim.accum_steps = 2
+    parts, _ = one_step(stage, batch)
+    stats = [flatten(state.model_state) for state in (whole, parts)]
+    assert set(stats[0]) == {"batch_stats/head_norm/mean", "batch_stats/head_norm/var"} == set(stats[1])
+    for name, value in stats[0].items():
+        np.testing.assert_allclose(stats[1][name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
 def test_ema_follows_the_weights(chain):
     stage = plain_classify(chain, ema=0.9)
     plan = make_setup(stage, "stage", {}, 40)

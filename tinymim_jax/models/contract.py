@@ -148,6 +148,10 @@ class Encoder(abc.ABC):
         """Whether it needs collections beside its parameters."""
         return False
 
+    def merge_state(self, before: Any, parts: Any, rows: int) -> Any:
+        """The state behind a batch from those behind its K parts of `rows` rows, [K, ...], which began at `before`."""
+        return jax.tree.map(lambda values: values.mean(axis=0), parts)
+
     @property
     def fixed(self) -> tuple[str, ...]:
         """Regexes of parameters that are never trained."""

@@ -3,14 +3,14 @@
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.lax import optimization_barrier
 
-from tinymim_jax.models import layers, posembed
+from tinymim_jax.models import batch_norm, layers, posembed
 from tinymim_jax.models.contract import Encoder, EncoderOutput
 from tinymim_jax.models.layers import Block, patchify
 from tinymim_jax.runtime.codec import ranged
@@ -59,6 +59,9 @@ class ViT(Encoder):
     @property
     def has_state(self) -> bool:
         return self.head_norm
+
+    def merge_state(self, before: Any, parts: Any, rows: int) -> Any:
+        return batch_norm.merge(before, parts, rows)
 
     def check_masked(self, where: str) -> None:
         if self.pool != "cls" or self.num_classes or self.dist_token:
@@ -229,11 +232,10 @@ class VisionTransformer(nn.Module):
             pooled = layers.layer_norm(jnp.float32, "fc_norm")(x[:, cfg.num_prefix :].mean(axis=1))
         else:
             pooled = x[:, 0]
-        if cfg.head_norm:  # MAE's main_linprobe.py; torch's momentum 0.1
-            norm = {"use_running_average": not train, "momentum": 0.9, "epsilon": 1e-6, "name": "head_norm"}
-            pooled = nn.BatchNorm(use_bias=False, use_scale=False, **norm)(pooled)
+        if cfg.head_norm:  # MAE's main_linprobe.py
+            pooled = batch_norm.BatchNorm(1e-6, name="head_norm")(pooled, train)
         inputs = {"head": pooled, "head_dist": x[:, 1]} if cfg.dist_token else {"head": pooled}
-        init = nn.initializers.truncated_normal(0.01) if cfg.head_norm else nn.initializers.normal(2e-5)
+        init = nn.initializers.normal(0.01 if cfg.head_norm else 2e-5)  # not cut, as in `_kernel_init`
         if cfg.weight_init == "deit":
             init = self._kernel_init()
         return tuple(nn.Dense(cfg.num_classes, kernel_init=init, name=k)(v) for k, v in inputs.items())

@@ -75,7 +75,7 @@ def make_train_step(setup: StageSetup) -> TrainStep:
         if "held" in batch:
             batch = resident.make_batch(setup.stage.data, batch)
         rng = jax.random.fold_in(rng, state.step)
-        grads, aux = accumulate(gradients, cfg.accum_steps, state, frozen, batch, rng)
+        grads, aux = accumulate(gradients, cfg.accum_steps, setup.stage.model.merge_state, state, frozen, batch, rng)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = optax.incremental_update(params, state.ema, 1 - cfg.ema) if cfg.ema else {}
@@ -101,9 +101,9 @@ def keep_if_bad(old: TrainState, new: TrainState, step_metrics: dict[str, Mean])
 
 
 def accumulate(
-    gradients: Callable, steps: int, state: TrainState, frozen: Frozen, batch: Batch, rng: jax.Array
+    gradients: Callable, steps: int, merge: Callable, state: TrainState, frozen: Frozen, batch: Batch, rng: jax.Array
 ) -> tuple[Any, Any]:
-    """Gradients of the mean over all valid images, and summed metrics, from `steps` micro-batches over all devices."""
+    """Gradients of the mean over all valid images, summed metrics and `merge`d state, from `steps` micro-batches."""
     if steps == 1:
         return gradients(state, frozen, batch, rng)
     # Row i goes to micro-batch i % steps, so that no row moves to another device.
@@ -117,8 +117,8 @@ def accumulate(
     zeros = jax.tree.map(jnp.zeros_like, state.params)
     grads, aux = jax.lax.scan(body, zeros, (micro, jnp.arange(steps)))
     summed = jax.tree.map(lambda x: x.sum(axis=0), aux.metrics)
-    averaged = jax.tree.map(lambda x: x.mean(axis=0), aux.model_state)
-    return jax.tree.map(lambda g: g / summed["loss"].count, grads), aux.replace(metrics=summed, model_state=averaged)
+    merged = merge(state.model_state, aux.model_state, micro["is_valid"].shape[1])
+    return jax.tree.map(lambda g: g / summed["loss"].count, grads), aux.replace(metrics=summed, model_state=merged)
 
 
 def of_replicas(step: TrainStep, shares_batches: bool) -> TrainStep:
