@@ -48,4 +48,6 @@ def get_config(arg: str = "") -> Config:
         stage = recipes.finetune_imagenet(
             SIZE[size], init, o["data"], short=method == "mae", code=o["code"] or method == "mae"
         )
+        if row == "mae_b":
+            stage.task.mix_group = 32  # images a process of MAE's FINETUNE.md
     return Config(row, {row: stage})

@@ -153,6 +153,33 @@ def test_tinymim_star_is_taught_its_labels():
     make_setup(stage, "star", {"teacher": recipes.classifier("base")}, IMAGES)
 
 
+def test_a_draw_of_mixing_is_for_the_images_of_one_published_process():
+    """TinyMIM README 128; DeiT README 256 for T and S, main.py 64 for B; MAE FINETUNE.md is in configs/."""
+    train, val = recipes.imagenet(True), recipes.imagenet(False)
+    for size, deit in (("tiny", 256), ("small", 256), ("base", 64)):
+        assert recipes.finetune_imagenet(size, Init("s")).task.mix_group == 128
+        assert recipes.deit(recipes.classifier(size), train, val).task.mix_group == deit
+    assert recipes.tinymim_star(Init("s"), Init("t"), train, val).task.mix_group == 128
+
+
+def test_deit_evaluates_the_weights_that_it_trains():
+    stage = recipes.deit(recipes.classifier("tiny"), recipes.imagenet(True), recipes.imagenet(False))
+    assert stage.optim.ema is None
+    setup = make_setup(stage, "deit", {}, IMAGES)
+    assert [float(setup.schedule(step)) for step in (0, 2 * setup.steps_per_epoch - 1)] == pytest.approx([1e-6, 1e-6])
+    assert setup.steps_per_epoch == 1251  # len(images) // 256 * 256 // 1024
+
+
+def test_transfer_is_mae_lite_s():
+    """finetuning_transfer_exp.py on finetuning_mae_exp.py: nothing regularises but decay of the rate and clipping."""
+    stage = recipes.transfer(recipes.classifier("base", 100), Init("m"), *recipes.small_set("cifar100")[:2])
+    task, cfg = stage.task, stage.optim
+    assert (task.label_smoothing, task.mixup, task.cutmix, task.erasing, stage.model.drop_path) == (0, 0, 0, 0, 0)
+    assert (cfg.name, cfg.nesterov, cfg.min_lr, cfg.weight_decay, cfg.clip_norm) == ("sgd", True, 1e-6, 0, 1)
+    setup = make_setup(stage, "transfer", {}, 50_000)
+    assert float(setup.schedule(setup.total_steps)) == pytest.approx(1e-6)
+
+
 # All of them together
 
 

@@ -103,6 +103,31 @@ def test_constant_by_hand():
     assert rates(10, (0, 1, 2, 9, 10), schedule="constant", min_lr=1.0) == [0, 4, 8, 8, 8]
 
 
+@pytest.mark.parametrize(("epochs", "steps_per_epoch", "warmup"), [(300, 1251, 5), (20, 3, 4), (6, 1, 0)])
+def test_cosine_epochs_is_what_deit_runs(epochs, steps_per_epoch, warmup):
+    """main.py: the optimiser begins with the warm-up's first rate; behind epoch e the scheduler is told e."""
+
+    def timm(t):
+        if t < warmup:
+            return 1e-6 + t * (1e-3 - 1e-6) / warmup
+        return 1e-5 + 0.5 * (1e-3 - 1e-5) * (1 + math.cos(math.pi * t / epochs))
+
+    by_epoch, rate = [], timm(0)
+    for epoch in range(epochs):
+        by_epoch.append(rate)
+        rate = timm(epoch)
+    cfg = Optim(5e-4, 512, "cosine_epochs", min_lr=1e-5, warmup_lr=1e-6, warmup_epochs=warmup)
+    schedule = jax.jit(optim.make_schedule(cfg, 1024, steps_per_epoch, epochs * steps_per_epoch))
+    firsts = np.arange(epochs) * steps_per_epoch
+    for steps in (firsts, firsts + steps_per_epoch - 1):
+        np.testing.assert_allclose(jax.vmap(schedule)(jnp.asarray(steps)), by_epoch, rtol=1e-5)
+
+
+def test_a_warm_up_can_begin_above_zero():
+    assert rates(10, (0, 1, 2), schedule="constant", warmup_lr=2.0) == [2, 5, 8]
+    assert rates(10, (0, 1, 2), warmup_lr=2.0) == [2, 5, 8]
+
+
 def test_the_rate_is_that_of_the_updates_made():
     """What `keep_if_bad` leaves out is not counted by the optimiser."""
     params, cfg = {"a": {"kernel": jnp.ones(3)}}, Optim(8.0, None, warmup_steps=2)
@@ -177,6 +202,14 @@ def test_rules_of_finetuning(tuned):
         "encoder/head/bias",
     }
     assert found["freeze"] == set()
+
+
+def test_a_distillation_token_decays(data):
+    """timm 0.3.2's no_weight_decay names pos_embed and cls_token alone, and DeiT's distilled models do not change it."""
+    stage = recipes.tinymim_star(config.Init("s"), config.Init("t"), data, data)
+    found = by_label(optim.rules(encoder_shapes(stage.model), stage.optim))
+    assert "encoder/dist_token" in found["decay"]
+    assert {"encoder/cls_token", "encoder/pos_embed"} <= found["no_decay"]
 
 
 def test_vectors_are_never_decayed(pretrain, tuned):
@@ -423,3 +456,22 @@ def test_momentum_and_trust(name):
             expected[key] = p - lr[step] * speed[key]
             np.testing.assert_allclose(path[step][key], expected[key], rtol=2e-5, atol=1e-6)
         np.testing.assert_array_equal(path[step]["f"], params["f"])
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_sgd_is_torch_s(nesterov):
+    torch = pytest.importorskip("torch")
+    params, gradients = draw()
+    theirs = {name: torch.tensor(params[name], requires_grad=True) for name in ("w", "b")}
+    groups = [{"params": [theirs["w"]], "weight_decay": 0.1}, {"params": [theirs["b"]], "weight_decay": 0.0}]
+    sgd = torch.optim.SGD(groups, lr=1.0, momentum=0.9, nesterov=nesterov)
+    lr = [0.5, 0.4, 0.1, 0.3]
+    cfg = Optim(1.0, name="sgd", weight_decay=0.1, momentum=0.9, nesterov=nesterov)
+    for step, ours in enumerate(steps_of(cfg, gradients, params, lr)):
+        for group in sgd.param_groups:
+            group["lr"] = lr[step]
+        for name, value in theirs.items():
+            value.grad = torch.tensor(gradients[step][name])
+        sgd.step()
+        for name, value in theirs.items():
+            np.testing.assert_allclose(ours[name], value.detach().numpy(), rtol=2e-5, atol=1e-6)

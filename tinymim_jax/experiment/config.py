@@ -32,8 +32,9 @@ class Optim:
 
     lr: float = ranged(at_least=0)  # peak, for a batch of lr_batch
     lr_batch: int | None = ranged(256, at_least=1)  # lr is multiplied by batch_size / lr_batch; None: used as it is
-    schedule: Literal["cosine", "poly", "step", "constant"] = "cosine"  # behind the warm-up
-    min_lr: float = ranged(0.0, at_least=0)  # where cosine and poly end; not scaled
+    schedule: Literal["cosine", "cosine_epochs", "poly", "step", "constant"] = "cosine"  # behind the warm-up
+    min_lr: float = ranged(0.0, at_least=0)  # where cosines and poly end; not scaled
+    warmup_lr: float = ranged(0.0, at_least=0)  # where the warm-up begins; not scaled
     power: float = ranged(1.0, above=0)  # poly
     drops: tuple[float, ...] = ranged((), above=0, below=1)  # step: where, as shares of the run, lr falls ...
     drop_factor: float = ranged(0.1, above=0, at_most=1)  # ... to this share of what it was
@@ -43,6 +44,7 @@ class Optim:
     b2: float = ranged(0.95, at_least=0, below=1)
     eps: float = ranged(1e-8, at_least=0)
     momentum: float = ranged(0.9, at_least=0, below=1)  # sgd, lars
+    nesterov: bool = False  # sgd, lars
     trust: float = ranged(0.001, above=0)  # lars: coefficient
     weight_decay: float = ranged(0.05, at_least=0)
     decay: tuple[str, ...] = (".*/kernel", ".*/(cls|dist|mask)_token")  # regexes of decayed parameters

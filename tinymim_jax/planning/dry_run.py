@@ -214,7 +214,7 @@ def _optimizer(setup: StageSetup) -> str:
     o, batch = setup.stage.optim, setup.stage.run.batch_size
     scaling = f" ({o.lr:g} x {batch} / {o.lr_batch})" if o.lr_batch else ""
     layers = f", layer decay {o.layer_decay:g}" if o.layer_decay != 1 else ""
-    own = f"betas {o.b1:g} {o.b2:g}" if o.name == "adamw" else f"momentum {o.momentum:g}"
+    own = f"betas {o.b1:g} {o.b2:g}" if o.name == "adamw" else f"{'Nesterov ' * o.nesterov}momentum {o.momentum:g}"
     warmup = f"{o.warmup_steps} steps" if o.warmup_steps else f"{o.warmup_epochs:g} epochs"
     shape = "" if o.schedule == "cosine" else f" {o.schedule} schedule,"
     return (
