@@ -53,8 +53,8 @@ def test_a_damaged_stage(tmp_path, text):
 def test_a_stage_of_another_version(tmp_path):
     content = stage_file.describe(make_stage(), [])
     file = tmp_path / "stage.json"
-    file.write_text(json.dumps({**content, "stage": {**content["stage"], "optim": {"lr": 1.0, "nesterov": True}}}))
-    with pytest.raises(InputError, match=r"stage\.json\.optim\.nesterov: no such field; Optim has lr"):
+    file.write_text(json.dumps({**content, "stage": {**content["stage"], "optim": {"lr": 1.0, "amsgrad": True}}}))
+    with pytest.raises(InputError, match=r"stage\.json\.optim\.amsgrad: no such field; Optim has lr"):
         stage_file.read_stage(tmp_path)
     file.write_text(json.dumps({**content, "stage": None}))
     with pytest.raises(InputError, match=r"stage\.json: expected the fields of Stage"):
@@ -113,6 +113,12 @@ def workdir(tmp_path_factory):
 def test_a_finished_chain_is_that_of_today_s_config(workdir):
     """Distillation had one target, written into the task, and MAE's decoder lay beside the encoder."""
     cfg = get_config()
+    tuned = cfg.stages["finetune"]
+    tuned.task.mix_group = None  # the recipe had one draw a batch, and a rule for a token that this model lacks
+    tuned.optim.decay, tuned.optim.no_decay = (
+        (".*/kernel",),
+        (".*/bias", ".*/scale", ".*/(pos_embed|cls_token|dist_token)"),
+    )
     for name in ("mae", "distill"):
         assert stage_file.read_stage(workdir / name) == cfg.stages[name]
     assert stage_file.read_untrained(workdir / "mae") == ["pretext/decoder/pos_embed", "encoder/pos_embed"]
