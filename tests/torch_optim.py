@@ -38,11 +38,11 @@ def layer_id(name: str, depth: int) -> int:
 
 
 def layer_decay_groups(model: ViT, weight_decay: float, layer_decay: float) -> list[dict]:
-    """Fine-tuning groups with lr_scale = layer_decay^(depth + 1 - id); tokens, positions, 1-D undecayed."""
+    """Fine-tuning groups with lr_scale = layer_decay^(depth + 1 - id); CLS, positions, 1-D undecayed."""
     groups: dict[tuple[int, bool], dict] = {}
     last = model.cfg.depth + 1
     for name, p in trainable(model):
-        plain = p.ndim == 1 or name in ("pos_embed", "cls_token", "dist_token")
+        plain = p.ndim == 1 or name in ("pos_embed", "cls_token")  # timm 0.3.2: not dist_token
         i = layer_id(name, model.cfg.depth)
         decay = 0.0 if plain else weight_decay
         new = {"params": [], "weight_decay": decay, "lr_scale": layer_decay ** (last - i)}
