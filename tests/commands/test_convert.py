@@ -170,7 +170,7 @@ BAD = {  # what -> what makes it, arguments, message
         lambda: pth(norm__weight=NAN.half()), ["x.pth", "--half"], "norm.weight has values that are not finite",
     ),
     "integers": (lambda: pth(norm__weight=torch.ones(24).int()), ["x.pth"], "norm.weight is int32, not a float"),
-    "extra key": (lambda: pth(blocks__0__ls1__gamma=torch.ones(24)), ["x.pth"], "blocks.0.ls1.gamma has no place"),
+    "extra key": (lambda: pth(blocks__0__attn__q_norm__bias=torch.ones(8)), ["x.pth"], "q_norm.bias has no place"),
     "key with two lines": (lambda: pth(**{"a\nb": torch.ones(24)}), ["x.pth"], "a?b has no place"),
     "missing key": (lambda: pth(blocks__1__norm2__bias=None), ["x.pth"], "there is no blocks.1.norm2.bias"),
     "missing norm": (lambda: pth(norm__weight=None), ["x.pth"], "exactly one of norm and fc_norm is expected"),
@@ -191,8 +191,8 @@ BAD = {  # what -> what makes it, arguments, message
     "heads of config.json": (
         lambda: folder(GOOD | {"num_attention_heads": "x"}), ["hf", None], "num_attention_heads is 'x'; it must be a whole",
     ),
-    "activation": (lambda: folder(GOOD | {"hidden_act": "relu"}), ["hf"], "only hidden_act gelu and qkv_bias true"),
-    "other weights": (lambda: folder(GOOD, {"bert": torch.ones(3)}), ["hf"], "this is not a whole vision transformer"),
+    "activation": (lambda: folder(GOOD | {"hidden_act": "relu"}), ["hf"], "only hidden_act gelu is a plain ViT"),
+    "other weights": (lambda: folder(GOOD, {"bert": torch.ones(3)}), ["hf"], "this is not a vision transformer"),
     "no class to verify": (
         lambda: folder(GOOD | {"architectures": ["pipeline"]}), ["hf", "--verify"], "architectures names no class",
     ),
