@@ -307,8 +307,8 @@ def test_normalised_pixels_that_config_json_names(tmp_path):
     ("tensors", "message"),
     [
         (
-            {"blocks.0.ls1.gamma": torch.ones(24)},
-            "x.pth: blocks.0.ls1.gamma has no place in a MAE or TinyMIM, encoder only",
+            {"blocks.0.attn.q_norm.bias": torch.ones(8)},
+            "x.pth: blocks.0.attn.q_norm.bias has no place in a MAE or TinyMIM, encoder only",
         ),
         ({"head.bias": torch.ones(24), "z": torch.ones(1)}, r"head.bias \(and 1 more\) has no place"),
         ({"norm.weight": torch.ones(25)}, r"norm.weight has shape \[25\], expected \[24\]"),

@@ -185,7 +185,7 @@ BAD = {  # what -> what makes it, arguments, message
     "heads that are none": (lambda: pth(), ["x.pth", "--num_heads=0"], "--num_heads=0"),
     "heads that are text": (lambda: pth(), ["x.pth", "--num_heads=many"], "--num_heads=many"),
     "unknown flag": (lambda: pth(), ["x.pth", "--heads=3"], "heads"),
-    "no config.json": (lambda: folder(None), ["hf"], "hf has no config.json: neither a Hugging Face nor a timm folder"),
+    "no config.json": (lambda: folder(None), ["hf"], "hf has no config.json, which tells the heads: download it"),
     "config.json of no JSON": (lambda: folder("{"), ["hf"], "hf/config.json is not a JSON object"),
     "config.json with a list": (lambda: folder([]), ["hf"], "hf/config.json is not a JSON object"),
     "heads of config.json": (
