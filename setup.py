@@ -43,6 +43,7 @@ setup(
         "simplejpeg>=1.8",
         "tensorboardX",
         "tensorflow-datasets>=4.9.9",
+        "tensorstore",
         "tqdm",
     ],
     extras_require={

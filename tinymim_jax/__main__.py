@@ -45,6 +45,7 @@ def main(argv: list[str]) -> int:
         return 0
     absl.logging.set_verbosity(absl.logging.FATAL)  # orbax logs with tracebacks what we say in a line
     storage.prepare()
+    os.environ["JAX_ENABLE_X64"] = "0"  # checkpoints, data and draws are of 32 bits
     try:
         if argv[0] not in COMMANDS:
             raise InputError(f"unknown command {argv[0]!r}; choose one of {', '.join(COMMANDS)}")

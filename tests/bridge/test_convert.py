@@ -1,6 +1,7 @@
 """Files like the public ones and folders saved by transformers, converted and compared with the models they hold."""
 
 import dataclasses
+import hashlib
 import json
 
 import numpy as np
@@ -236,7 +237,7 @@ def hugging_face(name, folder, **changes):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     kind, fields, *_ = HUGGING_FACE[name]
-    settings = getattr(transformers, kind)(**HF_SIZE, **fields, **changes)
+    settings = getattr(transformers, kind)(**{**HF_SIZE, **fields, **changes})
 
     def make():
         model = getattr(transformers, name)(settings)
@@ -268,6 +269,30 @@ def test_each_hugging_face_model(name, tmp_path):
     )
     assert {"block 1 q", "block 2 tokens"} < set(relative)
     assert max(relative.values()) < 1e-5
+
+
+def test_shards_and_a_decoder_with_a_narrow_mlp(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="the folders are written by transformers")
+    path = hugging_face("ViTMAEForPreTraining", tmp_path / "hf", decoder_intermediate_size=40)
+    model = transformers.ViTMAEForPreTraining.from_pretrained(path)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="8KB")
+    shards = sorted((tmp_path / "shards").glob("model-*.safetensors"))
+    converted = convert.read(tmp_path / "shards")
+    assert len(shards) > 1 and converted.layout.decoder == config.Decoder(16, 2, 2, mlp_ratio=2.5)
+    jax.tree.map(np.testing.assert_array_equal, converted.params, convert.read(path).params)
+    assert max(differences(converted).values()) < 1e-5  # which transformers reads by itself
+    convert.write(converted, tmp_path / "dst")
+    source = convert.describe(converted)["converted"]["source"]
+    assert source["bytes"] == sum(shard.stat().st_size for shard in shards)
+    assert source["sha256"] == hashlib.sha256(b"".join(shard.read_bytes() for shard in shards)).hexdigest()
+    convert.check_same(tmp_path / "shards", tmp_path / "dst")
+    data = bytearray(shards[-1].read_bytes())
+    data[-1] ^= 1
+    shards[-1].write_bytes(data)
+    with pytest.raises(InputError, match="was converted from another file"):
+        convert.check_same(tmp_path / "shards", tmp_path / "dst")
+    shards[-1].unlink()
+    convert.check_same(tmp_path / "shards", tmp_path / "dst")  # gone, which is fine
 
 
 def test_the_older_spelling_of_the_decoder(tmp_path):
@@ -307,8 +332,8 @@ def test_normalised_pixels_that_config_json_names(tmp_path):
     ("tensors", "message"),
     [
         (
-            {"blocks.0.ls1.gamma": torch.ones(24)},
-            "x.pth: blocks.0.ls1.gamma has no place in a MAE or TinyMIM, encoder only",
+            {"blocks.0.attn.q_norm.bias": torch.ones(8)},
+            "x.pth: blocks.0.attn.q_norm.bias has no place in a MAE or TinyMIM, encoder only",
         ),
         ({"head.bias": torch.ones(24), "z": torch.ones(1)}, r"head.bias \(and 1 more\) has no place"),
         ({"norm.weight": torch.ones(25)}, r"norm.weight has shape \[25\], expected \[24\]"),

@@ -29,7 +29,7 @@ from tinymim_jax.tasks.contract import Context
 from tinymim_jax.weights import handoff
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
-DECODER = config.Decoder(16, 2, 2)
+DECODER = config.Decoder(16, 2, 2, mlp_ratio=2.5)
 SIZE = {"image_size": 16, "patch_size": 8}
 ENCODER = config.ViT(24, 2, 3, posembed="trainable", drop_path=0.1, drop_path_shape="linear", **SIZE)
 DISTILL = config.Distill(config.Init(path="/gone/teacher"), {"relation": config.Relation(2, 2)})

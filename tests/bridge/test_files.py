@@ -54,7 +54,7 @@ def test_a_file_of_torch_before_1_6(tmp_path, content):
     assert is_same(files.read(save(tmp_path / "x.pth", content, _use_new_zipfile_serialization=False)))
 
 
-@pytest.mark.parametrize("entry", ["model", "state_dict", "model_state"])
+@pytest.mark.parametrize("entry", files.CONTAINERS)
 def test_weights_in_an_entry(tmp_path, entry):
     beside = {
         "optimizer": ({"state": {}}, "state of the optimiser"),
@@ -63,7 +63,7 @@ def test_weights_in_an_entry(tmp_path, entry):
         "epoch": (3, "progress of the training"),
         "best_acc": (0.5, "progress of the training"),
         "args": (argparse.Namespace(model="m", lr=1.0), "settings of the training"),
-        "model_ema": (dict(WEIGHTS), "averaged weights; the plain ones are taken"),
+        "model_ema": (dict(WEIGHTS), "averaged weights; the plain ones are taken (--ema)"),
         "amp": ({}, "beside the weights"),
     }
     content = {entry: collections.OrderedDict(WEIGHTS), **{name: value for name, (value, _) in beside.items()}}
@@ -94,8 +94,11 @@ def test_our_own_settings_come_before_args(tmp_path):
     [
         (lambda: [WEIGHTS], r"holds a list, not a dict of weights; save model.state_dict\(\)"),
         (lambda: torch.ones(3), "holds a Tensor, not a dict"),
-        (lambda: {**WEIGHTS, "step": 3}, "step is a int, not a tensor"),
-        (lambda: {"model": {"state_dict": WEIGHTS}}, "state_dict is a dict, not a tensor"),
+        (lambda: {**WEIGHTS, "step": [3]}, "step is a list, not a tensor"),
+        (lambda: {**WEIGHTS, "step": torch.tensor([3])}, "step is int64, not a float"),
+        (lambda: {"weighs": {"more": WEIGHTS}}, "weighs is a dict, not a tensor"),
+        (lambda: {"state_dict_ema": WEIGHTS, "epoch": 3}, "state_dict_ema is a dict, not a tensor; .* try --ema"),
+        (lambda: {"model": WEIGHTS, "net": WEIGHTS}, "the entry 'net' holds tensors and is of no known kind"),
         (lambda: {**WEIGHTS, "x": torch.eye(4).to_sparse()}, "x is sparse, nested, quantised or complex"),
         (lambda: {**WEIGHTS, "x": torch.eye(4).to_sparse_csr()}, "x is sparse, nested, quantised or complex"),
         (lambda: {**WEIGHTS, "x": torch.ones(3) * 1j}, "x is sparse, nested, quantised or complex"),
@@ -239,10 +242,123 @@ def test_a_damaged_preprocessor(tmp_path):
 
 
 def test_folders_that_lack_a_file(tmp_path):
-    refused(tmp_path, r"has no config.json: neither a Hugging Face nor a timm folder")
+    refused(tmp_path, r"has no config.json, which tells the heads: download it, or name a file in the folder")
     path = folder(tmp_path / "x", {})
     (path / "model.safetensors").unlink()
-    refused(path, r"has no model.safetensors; save it again")
+    refused(path, r"has none of model.safetensors, .*pytorch_model.bin.index.json; save it again with save_pretrained")
+
+
+def test_pytorch_model_bin(tmp_path):
+    path = folder(tmp_path / "x", {"model_type": "vit"})
+    (path / "model.safetensors").rename(tmp_path / "aside")
+    save(path / "pytorch_model.bin")
+    source = files.read(path)
+    assert is_same(source) and (source.format, source.path) == ("huggingface", path / "pytorch_model.bin")
+    (tmp_path / "aside").rename(path / "model.safetensors")
+    assert files.read(path).path == path / "model.safetensors"  # as transformers chooses
+
+
+def sharded(path, form, config=True):
+    """A folder of two shards, and their index, which is returned."""
+    path.mkdir()
+    names = [f"model-{i}.{form}" for i in (1, 2)]
+    for name, (key, tensor) in zip(names, WEIGHTS.items(), strict=True):
+        save(path / name, {key: tensor}) if form == "bin" else safetensors(path / name, {key: tensor.numpy()})
+    index = path / ("pytorch_model.bin.index.json" if form == "bin" else "model.safetensors.index.json")
+    index.write_text(json.dumps({"metadata": {}, "weight_map": dict(zip(WEIGHTS, names, strict=True))}))
+    if config:
+        (path / "config.json").write_text(json.dumps({"architecture": "vit"}))
+    return index
+
+
+@pytest.mark.parametrize("form", ["bin", "safetensors"])
+def test_shards(tmp_path, form):
+    index = sharded(tmp_path / "x", form)
+    source = files.read(tmp_path / "x")
+    assert is_same(source) and (source.format, source.path) == ("timm", index)
+    assert [f.name for f in files.locate(tmp_path / "x")[1]] == [f"model-1.{form}", f"model-2.{form}"]
+    assert is_same(files.read(sharded(tmp_path / "y", form, config=False)))  # the index itself
+    (tmp_path / "x" / f"model-2.{form}").unlink()
+    refused(tmp_path / "x", rf"x/model-2.{form}, which holds a part of the weights, is missing; download it")
+
+
+@pytest.mark.parametrize(
+    "shards",
+    [None, {}, [], {"a": 3}, {"a": ["x.bin"]}, {"a": ""}, {"a": "../x.bin"}, {"a": "/x.bin"}, {"a": "b/x.bin"}],
+)
+def test_an_index_that_names_no_files_beside_it(tmp_path, shards):
+    (tmp_path / "x.index.json").write_text(json.dumps({"weight_map": shards}))
+    refused(tmp_path / "x.index.json", "x.index.json: weight_map does not name files beside it; save the model again")
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 345\n"
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors", "config.json"])
+def test_a_pointer_of_git_lfs(tmp_path, name):
+    path = folder(tmp_path / "x", {})
+    (path / "model.safetensors").unlink()
+    (path / name).write_bytes(POINTER)
+    if name == "config.json":
+        save(path / "pytorch_model.bin")
+    refused(path, f"x/{name} is a git-lfs pointer: git lfs pull, or download")
+    if name != "config.json":
+        refused(path / name, f"x/{name} is a git-lfs pointer: git lfs pull, or download")
+
+
+# What stands in and beside the entry with the weights
+
+
+@pytest.mark.parametrize("entry", ["model_ema", "state_dict_ema", "ema", "ema_state_dict", "averaged_model"])
+@pytest.mark.parametrize("wrap", [lambda w: w, lambda w: {"module": w, "decay": 0.9}], ids=["plain", "wrapped"])
+def test_averaged_weights(tmp_path, entry, wrap):
+    averaged = {name: tensor + 1 for name, tensor in WEIGHTS.items()}
+    path = save(tmp_path / "x.pth", {"state_dict": WEIGHTS, entry: wrap(averaged), "epoch": 3})
+    plain, ema = files.read(path), files.read(path, ema=True)
+    assert is_same(plain) and plain.beside[entry] == "averaged weights; the plain ones are taken (--ema)"
+    assert ema.beside["state_dict"] == "plain weights; the averaged ones are taken"
+    for name, tensor in averaged.items():
+        np.testing.assert_array_equal(ema.arrays[name], tensor)
+
+
+def test_no_averaged_weights(tmp_path):
+    for path in (
+        save(tmp_path / "x.pth", {"model": WEIGHTS, "ema_decay": 0.9}),
+        safetensors(tmp_path / "x.safetensors", numpy_weights()),
+    ):
+        with pytest.raises(InputError, match="has no averaged weights .*; leave out --ema"):
+            files.read(path, ema=True)
+    both = {"model": WEIGHTS, "ema": WEIGHTS, "ema_best": WEIGHTS}  # which one?
+    with pytest.raises(InputError, match="the entry 'ema_best' holds tensors and is of no known kind"):
+        files.read(save(tmp_path / "y.pth", both), ema=True)
+
+
+def test_entries_in_entries(tmp_path):
+    content = {"model": {"module": {"state_dict": WEIGHTS, "step": 1}, "config": {}}, "args": {"a": 1}}
+    source = files.read(save(tmp_path / "x.pth", content))
+    assert is_same(source) and source.settings == {"a": 1} and set(source.beside) == {"step", "config", "args"}
+    content["model"] = content  # without end
+    refused(save(tmp_path / "y.pth", content), "is a dict, not a tensor")
+
+
+@pytest.mark.parametrize(
+    "number",
+    [3, 0.5, "vit", None, True, np.float64(0.5), np.int64(3), np.bool_(True), torch.tensor(3), torch.tensor(True)],
+    ids=repr,
+)
+def test_numbers_beside_the_weights(tmp_path, number):
+    source = files.read(save(tmp_path / "x.pth", {**WEIGHTS, "n": number}))
+    assert is_same(source) and source.beside == {"n": "a number beside the weights"}
+    assert is_same(files.read(save(tmp_path / "y.pth", {"model": WEIGHTS, "n": number})))
+
+
+def test_a_counter_in_safetensors(tmp_path):
+    source = files.read(safetensors(tmp_path / "x.safetensors", {**numpy_weights(), "n": np.array(3)}))
+    assert is_same(source) and source.beside == {"n": "a number beside the weights"}
+
+
+def test_a_float_of_no_dimension_is_a_weight(tmp_path):
+    assert "scale" in files.read(save(tmp_path / "x.pth", {**WEIGHTS, "scale": torch.tensor(2.0)})).arrays
 
 
 # Names, and values

@@ -22,6 +22,7 @@ import pytest
 
 pytest.importorskip("torch", reason="most of the files are PyTorch's")
 
+import numpy as np
 import torch
 
 from tests import torch_files as files
@@ -97,12 +98,14 @@ def seeds(folder):
     for kind, content, options in (
         ("old.pth", {"model": full, "args": argparse.Namespace(model="x")}, {"_use_new_zipfile_serialization": False}),
         ("ours.pth", {"model": full, "tinymim_jax": OURS}, {}),
+        ("probe.pth", _probe(files.build(lambda: vit.ViT(head), seed=0).state_dict()), {}),
         ("code.pth", {"args": Runs(folder / "PROOF"), "model": full}, {}),
         ("old code.pth", {"args": Runs(folder / "PROOF"), "model": full}, {"_use_new_zipfile_serialization": False}),
     ):
         made[kind] = folder / kind
         torch.save(content, made[kind], **options)
     made["hf"] = _folder(folder / "hf", SETTINGS, _to_hf(full))
+    made["shards"] = _shards(folder / "shards", _to_hf(full))
     made["timm"] = _folder(folder / "timm", TIMM, files.build(lambda: vit.ViT(head), seed=0).state_dict())
     return made
 
@@ -113,6 +116,27 @@ def _to_hf(state):
         parts = formats.hf_names(name)
         split |= dict(zip(parts, (t.contiguous() for t in tensor.chunk(len(parts))), strict=True))
     return split
+
+
+def _probe(state):
+    """A linear probe with LayerScale and no bias of q, k, v, averaged, beside numbers."""
+    state = {f"_orig_mod.{key}": v for key, v in state.items() if "head" not in key and "qkv.bias" not in key}
+    state |= {f"_orig_mod.blocks.0.ls{i}.gamma": torch.ones(8) for i in (1, 2)}
+    state |= {"_orig_mod.head.0.running_mean": torch.ones(8), "_orig_mod.head.0.running_var": torch.ones(8)}
+    state |= {"_orig_mod.head.1.weight": torch.ones(3, 8), "_orig_mod.head.1.bias": torch.ones(3)}
+    state |= {"_orig_mod.head.0.num_batches_tracked": torch.tensor(3)}
+    return {"model_state_dict": {"module": state, "n": 3}, "best": np.float64(0.5), "state_dict_ema": state}
+
+
+def _shards(path, weights):
+    path.mkdir()
+    names = list(weights)
+    for i in (0, 1):
+        torch.save({name: weights[name] for name in names[i::2]}, path / f"{i}.bin")
+    index = {"weight_map": {name: f"{i % 2}.bin" for i, name in enumerate(names)}}
+    (path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    (path / "config.json").write_text(json.dumps(SETTINGS))
+    return path
 
 
 def _folder(path, settings, weights):
@@ -241,7 +265,7 @@ def damage_header(path, rng):
 def damage(path, kind, rng):
     """Damages the checkpoint at `path`, a copy; the name of what was done."""
     if path.is_dir():
-        file = path / rng.choice(("config.json", "config.json", "preprocessor_config.json", "model.safetensors"))
+        file = rng.choice(sorted(path.iterdir()))
         if file.suffix == ".json" and rng.random() < 0.7:
             file.write_text(json.dumps(damage_json(json.loads(file.read_text()), rng)))
             return "value"

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from tests.bridge.arrays import SMALL, understand, weights
-from tinymim_jax.bridge import key_names, layout
+from tests.bridge.arrays import HF, SMALL, rejected, understand, weights
+from tinymim_jax.bridge import layout
 from tinymim_jax.bridge.files import Source
 from tinymim_jax.bridge.formats import to_hf
 from tinymim_jax.bridge.layout import Told
@@ -13,10 +13,45 @@ from tinymim_jax.experiment import config
 # Names
 
 
-@pytest.mark.parametrize("prefix", key_names.PREFIXES)
+PREFIXES = [
+    "", "module.model.", "module.", "model.", "backbone.", "encoder.", "_orig_mod.", "module._orig_mod.", "net.",
+    "_orig_mod.module.", "model.backbone.", "a.b.c.d.", "_fsdp_wrapped_module._orig_mod.model.",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
 def test_prefixes(prefix):
     found = understand({prefix + key: value for key, value in weights().items()})
     assert set(found.arrays) == set(weights()) and found.ignored == {}
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_prefixes_of_hugging_face(prefix):
+    arrays = weights(num_classes=5)
+    found = understand({prefix + key: value for key, value in to_hf(arrays).items()}, HF, form="huggingface")
+    assert set(found.arrays) == set(arrays) and found.ignored == {}
+
+
+def test_wrappers_of_single_blocks():
+    """torch.compile and activation checkpointing put their names in the middle."""
+    arrays = {
+        key.replace("blocks.0.", "blocks.0._orig_mod.").replace("blocks.1.", "blocks.1._checkpoint_wrapped_module."): v
+        for key, v in weights().items()
+    }
+    assert set(understand(arrays).arrays) == set(weights())
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("student.", "model."), ("", "net."), ("_orig_mod.", ""), ("module.a.", "module.b.")]
+)
+def test_two_models_in_one_file(one, other):
+    arrays = {prefix + key: value for prefix in (one, other) for key, value in weights().items()}
+    rejected("these are several models, .*; save the weights of one", arrays)
+
+
+def test_a_prefix_that_does_not_stand_before_all():
+    arrays = {("net." if "blocks" in key else "model.") + key: value for key, value in weights().items()}
+    rejected("net.blocks.* more\\) belongs to no known model", arrays)
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def hollow(path):
         ("x.pth", lambda path: files.mae_encoder(path, config.ViT(24, 1, 3, image_size=16)), "how many heads"),
         ("folder", lambda path: path.mkdir(), "folder is not the folder of a stage: it has no stage.json"),
         ("work", workdir, "work is not the folder of a stage: name one of the stages in it: mae"),
-        ("damaged", damaged, "stage.json is damaged; delete "),
+        ("damaged", damaged, "stage.json is damaged; bring back a copy of it: "),
         ("hollow", hollow, "hollow has no checkpoint"),
     ],
 )

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from tinymim_jax.experiment.config import Optim
-from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.runtime.errors import InputError, Unavailable
 from tinymim_jax.training import optim
 from tinymim_jax.weights import checkpoint
 from tinymim_jax.weights.checkpoint import Checkpoints, restore
@@ -164,6 +164,137 @@ def test_no_checkpoint_is_bad_input(tmp_path):
             read(tmp_path / "stage")
         assert str(tmp_path / "stage") in str(error.value)
     assert not (tmp_path / "stage").exists()
+
+
+# What is at fault: the files, or something else
+
+KERNEL = np.random.default_rng(0).normal(size=(60, 50)).astype(np.float32)  # more bytes than its metadata
+MODEL = {"params": {"encoder": {"kernel": KERNEL, "bias": np.zeros(3, np.float32)}}}
+
+
+def written(folder, kind):
+    """A checkpoint of a run, or of converted weights; its folder, and its step."""
+    if kind == "converted":
+        checkpoint.save_model(folder, MODEL["params"])
+        return folder / checkpoint.FOLDER / "0", 0
+    model, optimizer = state()
+    with Checkpoints(folder, keep=2) as checkpoints:
+        checkpoints.save(3, {"model": {**model, **jax.tree.map(jnp.asarray, MODEL)}, "optim": optimizer}, {"a": 1})
+    return folder / checkpoint.FOLDER / "3", 3
+
+
+def largest(path):
+    return max((p for p in path.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def chunk_of_zeros(path):
+    """What a missing file of an array is otherwise read as."""
+    (file,) = path.glob("model/params.encoder.bias/0")
+    return file
+
+
+BROKEN_FILES = {
+    "flipped": ("run converted", lambda p: flip(largest(p / "model")), "its values are not those that were saved"),
+    "cut": ("run converted", lambda p: cut(largest(p / "model")), "OUT_OF_RANGE|FAILED_PRECONDITION"),
+    "gone": ("run converted", lambda p: largest(p / "model").unlink(), "FAILED_PRECONDITION|NOT_FOUND"),
+    "zeros gone": ("converted", lambda p: chunk_of_zeros(p).unlink(), "NOT_FOUND"),
+    "manifest": ("run", lambda p: flip(p / "model" / "manifest.ocdbt"), "DATA_LOSS"),
+    "no manifest": ("run", lambda p: (p / "model" / "manifest.ocdbt").unlink(), "its values are not those"),
+    "metadata": ("run converted", lambda p: cut(p / "model" / "_METADATA"), "JSONDecodeError"),
+    "no metadata": ("run converted", lambda p: (p / "model" / "_METADATA").unlink(), "FileNotFoundError"),
+    "sharding": ("run", lambda p: cut(p / "model" / "_sharding"), "JSONDecodeError"),
+    "log": ("run converted", lambda p: cut(p / "log" / "metadata"), "JSONDecodeError"),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, name) for name, (kinds, *_) in BROKEN_FILES.items() for kind in kinds.split()]
+)
+def test_broken_files_are_damage(kind, name, tmp_path):
+    path, step = written(tmp_path, kind)
+    assert checkpoint.fault(tmp_path, step) is None
+    _, break_it, why = BROKEN_FILES[name]
+    break_it(path)
+    with pytest.raises(InputError, match=f"the checkpoint of step {step} is damaged .*({why}).*make it again"):
+        checkpoint.read_model(tmp_path)
+    assert path.is_dir()
+
+
+@pytest.mark.parametrize("kind", ["run", "converted"])
+@pytest.mark.parametrize("error", [TypeError, ValueError, KeyError, FileNotFoundError, AttributeError, RuntimeError])
+def test_a_fault_of_the_software_is_raised_as_it_is(kind, error, tmp_path, monkeypatch):
+    path, _ = written(tmp_path, kind)
+
+    def restore(*_, **__):
+        raise error("unexpected keyword argument 'args'")
+
+    monkeypatch.setattr(checkpoint.ocp.StandardCheckpointHandler, "restore", restore)
+    with pytest.raises(error, match="unexpected keyword") as raised:
+        checkpoint.read_model(tmp_path)
+    assert not isinstance(raised.value, InputError) and path.is_dir()
+
+
+@pytest.mark.parametrize("change", [lambda x: x + 1, lambda x: x.astype(np.float16)], ids=["values", "dtype"])
+def test_values_that_a_library_changes_are_no_damage(change, tmp_path, monkeypatch):
+    _, step = written(tmp_path, "run")
+    whole = checkpoint.ocp.StandardCheckpointHandler.restore
+    monkeypatch.setattr(
+        checkpoint.ocp.StandardCheckpointHandler, "restore", lambda *a, **k: jax.tree.map(change, whole(*a, **k))
+    )
+    with pytest.raises(ValueError, match="the values that were read are not those that were saved") as raised:
+        checkpoint.read_model(tmp_path)
+    target = shapes_of(jax.tree.map(jnp.asarray, {"model": {**state()[0], **MODEL}}))
+    with pytest.raises(ValueError, match="the values that were read are not those") as again:
+        restore(tmp_path, step, target)
+    assert not isinstance(raised.value, InputError) and not isinstance(again.value, InputError)
+
+
+def test_a_checkpoint_that_is_not_there_is_not_damaged(tmp_path):
+    written(tmp_path, "run")
+    assert checkpoint.fault(tmp_path, 7) is None
+    with pytest.raises(FileNotFoundError):
+        restore(tmp_path, 7, shapes_of({"model": jax.tree.map(jnp.asarray, MODEL)}))
+
+
+@pytest.mark.parametrize("name", ["a b", "100%", "a?b#c&d", "è日"])
+def test_names_of_folders(name, tmp_path):
+    written(tmp_path / name, "run")
+    assert checkpoint.fault(tmp_path / name, 3) is None
+
+
+def test_a_first_checkpoint_is_read_back(tmp_path, monkeypatch):
+    model, optimizer = state()
+    checked, whole = [], checkpoint.fault
+    monkeypatch.setattr(checkpoint, "fault", lambda folder, step: checked.append(step) or whole(folder, step))
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        for step in (1, 1, 2, 3):
+            checkpoints.save(step, {"model": model, "optim": optimizer}, {})
+    assert checked == [1]
+
+
+def test_a_first_checkpoint_that_is_not_what_was_written_stops_the_run(tmp_path, monkeypatch):
+    model, optimizer = jax.tree.map(jnp.asarray, MODEL), state()[1]
+    wait = Checkpoints.wait
+
+    def lose(self):
+        wait(self)
+        flip(largest(tmp_path / checkpoint.FOLDER / "1" / "model"))
+
+    monkeypatch.setattr(Checkpoints, "wait", lose)
+    why = "step 1 is not what was written .*; mend the storage or choose another --workdir"
+    with pytest.raises(Unavailable, match=why), Checkpoints(tmp_path, keep=3) as checkpoints:
+        checkpoints.save(1, {"model": model, "optim": optimizer}, {})
+    assert checkpoint.steps(tmp_path) == [1]
 
 
 SAVE_ON_FOUR = """

@@ -62,7 +62,7 @@ def read(path: Path, told: Told | None = None) -> Converted:
     """The checkpoint at `path` in our layout; raises InputError on anything that is not fully understood."""
     told = told or Told()
     try:
-        source = files.read(path)
+        source = files.read(path, told.ema)
         found = layout.understand(source, files.check_values(source, told.half), told)
         return Converted(source, found, _to_ours(found))
     except InputError as error:
@@ -158,26 +158,27 @@ def finish(folder: Path) -> None:
 
 def check_same(path: Path, folder: Path) -> None:
     """Raises InputError if `folder` was converted from another file than `path` is now; if it is gone, that is fine."""
-    weights = path / "model.safetensors" if path.is_dir() else path
     recorded = stage_file.read_converted(folder)
-    if not recorded or not weights.is_file():
+    try:
+        found = tuple((file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files.locate(path)[1])
+    except (InputError, OSError):
         return
-    source, stat = recorded["source"], os.stat(weights)
     # Another seed's checkpoint has the same size.
-    if stat.st_size != source["bytes"] or _sha256(weights, stat.st_size, stat.st_mtime_ns) != source["sha256"]:
+    source = recorded and recorded["source"]
+    if source and (sum(size for _, size, _ in found) != source["bytes"] or _sha256(found) != source["sha256"]):
         raise InputError(
             f"{folder} was converted from another file than {path}; delete it to convert again, or rename the file"
         )
 
 
 @functools.lru_cache
-def _sha256(path: Path, _size: int, _changed: int) -> str:
-    return storage.sha256(path)
+def _sha256(found: tuple[tuple[Path, int, int], ...]) -> str:
+    return storage.sha256(*(file for file, _, _ in found))
 
 
 def describe(converted: Converted) -> dict[str, Any]:
     """The contents of stage.json."""
-    found, path = converted.layout, converted.source.path
+    found, weights = converted.layout, files.locate(converted.source.path)[1]
     facts = {
         "model": codec.to_dict(found.model),
         "decoder": codec.to_dict(found.decoder),
@@ -185,9 +186,9 @@ def describe(converted: Converted) -> dict[str, Any]:
         "preprocessing": found.preprocessing,
         "preprocessing_is_stated": found.is_stated,
         "source": {
-            "file": str(path),
-            "bytes": os.stat(path).st_size,
-            "sha256": storage.sha256(path),
+            "file": str(converted.source.path),
+            "bytes": sum(os.stat(file).st_size for file in weights),
+            "sha256": storage.sha256(*weights),
             "kind": found.kind,
             "licence": found.licence,
             "made_from": found.made_from,

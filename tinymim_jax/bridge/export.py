@@ -168,12 +168,12 @@ BEIT = {
 
 
 def _mae_settings(weights: Weights) -> dict[str, Any]:
-    d = weights.decoder
+    d = codec.from_dict(config.Decoder, weights.decoder)
     return {
         "model_type": "vit_mae", "norm_pix_loss": bool(weights.norm_pix), "mask_ratio": weights.mask_ratio,
         "qkv_bias": True,
-        "decoder_hidden_size": d["width"], "decoder_num_hidden_layers": d["depth"],
-        "decoder_num_attention_heads": d["num_heads"], "decoder_intermediate_size": 4 * d["width"],
+        "decoder_hidden_size": d.width, "decoder_num_hidden_layers": d.depth,
+        "decoder_num_attention_heads": d.num_heads, "decoder_intermediate_size": d.hidden,
     }  # fmt: skip
 
 

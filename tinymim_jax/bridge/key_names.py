@@ -9,10 +9,11 @@ from tinymim_jax.bridge.files import Source
 from tinymim_jax.runtime.errors import InputError
 
 MAE_LITE_PREFIX = "module.model."
-PREFIXES = ("", MAE_LITE_PREFIX, "module.", "model.", "backbone.", "module.backbone.", "encoder.")
+# What torch.compile, FSDP and activation checkpointing put into names, anywhere.
+WRAPPED = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 IGNORED = {  # of names in MAE's spelling
-    r"(module\.)?(tch_model|teacher|model_t)\..*": "the teacher of the training",
-    r"(module\.)?(attn_adapter|hidden_adapter)\..*": "an adapter of the training's loss",
+    r"(.*\.)?(tch_model|teacher|model_t)\..*": "the teacher of the training",
+    r"(.*\.)?(attn_adapter|hidden_adapter)\..*": "an adapter of the training's loss",
     r"pooler\..*": "a pooler that no plain ViT has",
 }
 Arrays = dict[str, np.ndarray]
@@ -20,14 +21,15 @@ Arrays = dict[str, np.ndarray]
 
 def spell(source: Source, arrays: Arrays) -> tuple[Arrays, dict[str, str]]:
     """`arrays` by MAE's names, and what is ignored, with the reason; raises InputError on names of no known model."""
-    if source.format == "huggingface":
-        if source.settings.get("hidden_act", "gelu") != "gelu" or source.settings.get("qkv_bias", True) is not True:
-            raise InputError("config.json: only hidden_act gelu and qkv_bias true are a plain ViT; take another model")
-        arrays, outside = formats.from_hf(arrays), []
-    else:
-        prefix = _prefix(arrays)
-        outside = [name for name in arrays if not name.startswith(prefix)]
-        arrays = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+    names = [WRAPPED.sub("", name) for name in arrays]
+    arrays = dict(zip(names, arrays.values(), strict=True))
+    is_hf = source.format == "huggingface"
+    if is_hf and source.settings.get("hidden_act", "gelu") != "gelu":
+        raise InputError("config.json: only hidden_act gelu is a plain ViT; take another model")
+    prefix = _prefix(names, "embeddings.cls_token").removesuffix("vit.") if is_hf else _prefix(names, "cls_token")
+    outside = [name for name in arrays if not name.startswith(prefix)]
+    arrays = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+    arrays = formats.from_hf(arrays) if is_hf else arrays
     why = {k: w for k in [*arrays, *outside] for pattern, w in IGNORED.items() if re.fullmatch(pattern, k)}
     if unknown := [name for name in outside if name not in why]:
         raise InputError(
@@ -36,15 +38,18 @@ def spell(source: Source, arrays: Arrays) -> tuple[Arrays, dict[str, str]]:
     return {name: array for name, array in arrays.items() if name not in why}, why
 
 
-def _prefix(arrays: Arrays) -> str:
-    """What stands before the names of the model."""
-    prefix = next((p for p in PREFIXES if p + "cls_token" in arrays), None)
-    if prefix is None:
-        if any(name.endswith("embeddings.cls_token") for name in arrays):
-            raise InputError("these are Hugging Face's names; give the folder, whose config.json tells the heads")
-        shown = ", ".join(list(arrays)[:3]) or "nothing"
-        raise InputError(f"no tensor is named cls_token (it holds {shown}, ...): this is not a vision transformer")
-    return prefix
+def _prefix(names: list[str], first: str) -> str:
+    """What stands before the names of the model, one of which is `first`."""
+    found = [name for name in names if f".{name}".endswith(f".{first}")]
+    found = [name.removesuffix(first) for name in found if not any(re.fullmatch(p, name) for p in IGNORED)]
+    if first == "cls_token" and any(prefix.endswith("embeddings.") for prefix in found):
+        raise InputError("these are Hugging Face's names; give the folder, whose config.json tells the heads")
+    if len(found) > 1:
+        raise InputError(f"these are several models, {', '.join(f'{p}*' for p in found)}; save the weights of one")
+    if not found:
+        shown = ", ".join(names[:3]) or "nothing"
+        raise InputError(f"no tensor is named {first} (it holds {shown}, ...): this is not a vision transformer")
+    return found[0]
 
 
 def drop_training_block(arrays: Arrays) -> dict[str, str]:

@@ -39,6 +39,7 @@ class Told:
     last_block_heads: int | None = None
     decoder_heads: int | None = None
     norm_pix: bool | None = None
+    ema: bool = False  # the averaged weights
     half: bool = False
 
 
@@ -63,6 +64,8 @@ def kind(arrays: dict[str, np.ndarray], source: Source, is_mae_lite: bool) -> st
         return "DeiT, distilled"
     if _tinymim(settings):
         return "TinyMIM, pre-trained"
+    if "head.0.running_mean" in arrays:
+        return f"{LITE if is_mae_lite else 'MAE'}, linear probe"
     if "decoder_embed.weight" in arrays:
         return f"{LITE if is_mae_lite else 'MAE'}, with decoder"
     if "head.weight" in arrays and not is_mae_lite:

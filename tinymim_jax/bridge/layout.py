@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tinymim_jax.bridge import key_names, known_checkpoints
+from tinymim_jax.bridge import folding, key_names, known_checkpoints
 from tinymim_jax.bridge.files import Source, printable
 from tinymim_jax.bridge.known_checkpoints import Told
 from tinymim_jax.experiment.config import Decoder, ViT
@@ -19,7 +19,7 @@ IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 TIMM_ARGS = {  # of model_args, those that this project's ViT has, or that change no number
     "img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "num_classes", "global_pool", "qkv_bias",
     "class_token", "drop_rate", "drop_path_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate",
-    "dynamic_img_size",
+    "dynamic_img_size", "init_values",
 }  # fmt: skip
 LAYER_NORM_EPS = (1e-6, 1e-12)  # 1e-12: what transformers writes for weights that were trained with 1e-6
 # What only our own exports tell.
@@ -55,6 +55,7 @@ def understand(source: Source, arrays: Arrays, told: Told) -> Layout:
     if dropped := key_names.drop_training_block(arrays):
         notes.append("its norm was trained on the output of block 8, which D2-MAE's decoder read")
     kind = printable(known_checkpoints.kind(arrays, source, is_mae_lite or bool(dropped)))
+    notes += folding.fold(arrays, source)
     model = _model(arrays, kind, source, told, notes)
     decoder = _decoder(arrays, kind, source, model, told, notes)
     norm_pix = None
@@ -114,7 +115,7 @@ def _model(arrays: Arrays, kind: str, source: Source, told: Told, notes: list[st
     is_table = table.shape == arrays["pos_embed"].shape and np.allclose(arrays["pos_embed"], table, atol=1e-6)
     model = ViT(
         width, depth, heads, last_block_heads=last,
-        mlp_ratio=_shape(arrays, "blocks.0.mlp.fc1.weight", 2)[0] / width,
+        mlp_ratio=_mlp_ratio(arrays, "blocks", width),
         image_size=grid * patch, patch_size=patch, posembed="fixed" if is_table else "trainable", pool=pool,
         num_classes=_shape(arrays, "head.weight", 2)[0] if "head.weight" in arrays else 0, dist_token=dist,
         neck=_shape(arrays, "conv1x1.1.weight", 2)[0] if "conv1x1.1.weight" in arrays else 0,
@@ -124,6 +125,13 @@ def _model(arrays: Arrays, kind: str, source: Source, told: Told, notes: list[st
     if source.format == "huggingface":
         _check_hugging_face(source.settings, model, notes)
     return dataclasses.replace(model, **{field: getattr(ours, field) for field in UNSEEN}) if ours else model
+
+
+def _mlp_ratio(arrays: Arrays, stack: str, width: int) -> float:
+    """The number whose product with `width` is, rounded down, the hidden width of the MLP."""
+    hidden = _shape(arrays, f"{stack}.0.mlp.fc1.weight", 2)[0]
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def _grid(arrays: Arrays, in_front: int) -> int:
@@ -175,7 +183,7 @@ def _decoder(arrays: Arrays, kind: str, source: Source, model: ViT, told: Told, 
     if model.pool != "cls" or model.num_classes or model.dist_token:
         raise InputError("there is a decoder beside a head, fc_norm or dist_token, which no MAE has; remove one")
     notes.append(note)
-    return Decoder(width, depth, heads)
+    return Decoder(width, depth, heads, _mlp_ratio(arrays, "decoder_blocks", width))
 
 
 def _preprocessing(source: Source, notes: list[str]) -> tuple[dict[str, Any], bool]:

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 USAGE = """python -m tinymim_jax convert SRC DST [--verify] [--num_heads=N] ...
 
-  SRC  a .pth or .safetensors file, or a Hugging Face or timm folder: MAE, TinyMIM, MAE-Lite, DeiT, timm's ViT,
-       ViTMAEForPreTraining, ViTMAEModel, ViTModel, ViTForImageClassification
+  SRC  a .pth or .safetensors file, an index of shards (*.index.json), or a Hugging Face or timm folder: MAE, TinyMIM,
+       MAE-Lite, DeiT, timm's ViT, ViTMAEForPreTraining, ViTMAEModel, ViTModel, ViTForImageClassification
   DST  a new folder
 """
 TOLD = {  # what shapes do not say: the fields of `bridge.layout.Told`
@@ -22,6 +22,7 @@ TOLD = {  # what shapes do not say: the fields of `bridge.layout.Told`
     "last_block_heads": (int, None, "of the last block, if it differs"),
     "decoder_heads": (int, None, "of MAE's decoder"),
     "norm_pix": (bool, None, "whether the decoder was trained on normalised pixels"),
+    "ema": (bool, None, "take the averaged weights (model_ema, state_dict_ema, ema, ...), not the plain ones"),
     "half": (bool, None, "take float16 or bfloat16 weights, which have been rounded"),
 }
 VERIFY = (

@@ -103,7 +103,7 @@ def _parsed(folder: Path) -> tuple[int, dict[str, Any]]:
         raise
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
-    raise InputError(f"{file} is damaged; delete {folder} and make it again, as it was made")
+    raise InputError(f"{file} is damaged; bring back a copy of it: the weights beside it may be whole")
 
 
 def _upgraded(content: dict[str, Any]) -> dict[str, Any]:

@@ -19,10 +19,15 @@ class Decoder:
     width: int = ranged(512, at_least=1)
     depth: int = ranged(8, at_least=1)
     num_heads: int = ranged(16, at_least=1)
+    mlp_ratio: float = ranged(4.0, above=0)  # hidden width of the MLP over the decoder's
+
+    @property
+    def hidden(self) -> int:
+        return int(self.width * self.mlp_ratio)
 
     def build(self, encoder: Encoder) -> "PixelDecoder":
         """The module behind `encoder`, whose dtype and attention it shares."""
-        sizes = (self.width, self.depth, self.num_heads)
+        sizes = (self.width, self.depth, self.num_heads, self.hidden)
         return PixelDecoder(*sizes, 3 * encoder.patch_size**2, encoder.num_prefix, encoder.dtype, encoder.attention)
 
     def check(self, where: str, encoder: Encoder) -> None:
@@ -36,7 +41,7 @@ class Decoder:
         patches, d = encoder.grid**2, self.width
         n = patches + encoder.num_prefix
         ends = (visible + encoder.num_prefix) * encoder.width_of(encoder.depth) + patches * 3 * encoder.patch_size**2
-        return self.depth * (24.0 * n * d * d + 4.0 * n * n * d) + 2.0 * d * ends
+        return self.depth * (8.0 * n * d * d + 4.0 * n * n * d + 4.0 * n * d * self.hidden) + 2.0 * d * ends
 
 
 class PixelDecoder(nn.Module):
@@ -45,6 +50,7 @@ class PixelDecoder(nn.Module):
     width: int
     depth: int
     num_heads: int
+    hidden: int
     patch_values: int
     num_prefix: int
     dtype: str
@@ -62,7 +68,7 @@ class PixelDecoder(nn.Module):
         masks = jnp.broadcast_to(mask_token, (b, num_patches - (x.shape[1] - front), self.width))
         patches = permute(jnp.concatenate([x[:, front:], masks], axis=1), restore)
         x = jnp.concatenate([x[:, :front], patches], axis=1) + pos
-        block = layers.Block(self.num_heads, 4 * self.width, dtype, self.attention, parent=None)
+        block = layers.Block(self.num_heads, self.hidden, dtype, self.attention, parent=None)
         x, _ = layers.run_blocks(self, [block] * self.depth, x)
         x = layers.layer_norm(dtype, "norm")(x[:, front:])
         pred = nn.Dense(self.patch_values, kernel_init=layers.xavier, dtype=dtype, name="pred")(x)

@@ -88,10 +88,13 @@ def remove(folder: Path) -> None:
     Path(folder).rmtree(missing_ok=True)
 
 
-def sha256(path: Path) -> str:
-    """Of the file's contents, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256(*paths: Path) -> str:
+    """Of the files' contents, one behind the other, in hexadecimal."""
+    total = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            hashlib.file_digest(file, lambda: total)
+    return total.hexdigest()
 
 
 def wait_for(path: Path, is_seen: Callable[[], bool] | None = None) -> None:

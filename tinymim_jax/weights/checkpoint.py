@@ -6,6 +6,7 @@ source of every random number.
 """
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from etils.epath import Path
 
 from tinymim_jax.runtime import multihost, storage
@@ -23,6 +25,8 @@ FOLDER = "checkpoints"
 DAMAGED = ".damaged"  # what a checkpoint's name ends in once it could not be read
 REPLICA = "replica_"  # how the folder of a replica, in that of its stage, begins
 SUMS = "sums"  # of the items, beside the log
+ARRAYS = {".zarray": "zarr", "zarr.json": "zarr3"}  # the file that describes an array -> its format
+BROKEN = ("DATA_LOSS", "OUT_OF_RANGE", "NOT_FOUND", "FAILED_PRECONDITION")  # tensorstore, of bytes that are bad or gone
 
 
 class Checkpoints:
@@ -33,18 +37,26 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=True, single_host_load_and_broadcast=True
         )
-        self.folder = folder
+        self.folder, self.is_read_back = folder, False
         self.manager = ocp.CheckpointManager(storage.absolute(folder / FOLDER), options=options)
 
     def save(self, step: int, items: Mapping[str, Any], log: dict[str, Any]) -> None:
         """Starts writing; does nothing if `step` is there already. Raises InputError if an earlier one failed.
 
-        `items` are trees of arrays by name, `log` JSON types.
+        The first is written to its end and read back. `items` are trees of arrays by name, `log` JSON types.
         """
         log = {**log, SUMS: {name: array_sums(item) for name, item in items.items()}}
         args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
         with self._writing():
-            self.manager.save(step, args=ocp.args.Composite(**args, log=ocp.args.JsonSave(log)))
+            is_new = self.manager.save(step, args=ocp.args.Composite(**args, log=ocp.args.JsonSave(log)))
+        if is_new and not self.is_read_back:
+            self.wait()
+            self.is_read_back = True
+            if (why := multihost.run_on_primary(lambda: fault(self.folder, step))) is not None:
+                raise Unavailable(
+                    f"{self.folder}: the checkpoint of step {step} is not what was written ({why}); mend the storage or"
+                    " choose another --workdir, and run the same command again"
+                )
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -117,18 +129,64 @@ def _read_log(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def reading(folder: Path, step: int) -> Iterator[None]:
-    """Turns whatever reading the checkpoint of `step` raises into one InputError: Unavailable if it may be whole."""
+    """Turns what reading the checkpoint of `step` raises into an InputError if its files are at fault.
+
+    Unavailable if the storage is; what is neither's, as of a changed library, is raised as it is.
+    """
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise  # no fault of the file
     except Exception as error:  # any, as in writing
         if storage.blame(error) is None:
-            raise InputError(f"{folder}: the checkpoint of step {step} is damaged ({reason(error)})") from None
+            if (why := fault(folder, step)) is None:
+                raise
+            raise InputError(f"{folder}: the checkpoint of step {step} is damaged ({why})") from None
         raise Unavailable(
             f"{folder}: the checkpoint of step {step} could not be read ({reason(error)}); mend the storage, and run"
             " the same command again"
         ) from None
+
+
+def fault(folder: Path, step: int) -> str | None:
+    """What is wrong with the files of the checkpoint of `step`; None if they hold what was saved.
+
+    It is tensorstore's verdict, on one array at a time: neither orbax nor a device has a part in it.
+    """
+    path = storage.absolute(folder / FOLDER) / str(step)
+    if not path.exists():
+        return None  # it was looked for in the wrong place
+    try:
+        log = json.loads((path / "log" / "metadata").read_text()) if (path / "log").exists() else {}
+        for name, saved in log.get(SUMS, {"model": None}).items():  # older ones that were converted have no sums
+            json.loads((path / name / "_METADATA").read_text())
+            if (placed := path / name / "_sharding").exists():
+                json.loads(placed.read_text())
+            found = _stored_sums(path / name)
+            if saved is not None and sorted(found) != sorted(saved):
+                return "its values are not those that were saved"
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        return f"{type(error).__name__}: {error}"
+    except ValueError as error:
+        if not str(error).startswith(BROKEN):
+            raise
+        return reason(error)
+    return None
+
+
+def _stored_sums(item: Path) -> list[int]:
+    """`sums` of the arrays in an item's folder."""
+    folder, found = f"{item}/", []
+    where = folder if "://" in folder else {"driver": "file", "path": folder}
+    is_database = (item / "manifest.ocdbt").exists()
+    store = ts.KvStore.open({"driver": "ocdbt", "base": where} if is_database else where).result()
+    for key in store.list().result():
+        name, _, last = key.decode().rpartition("/")
+        if last in ARRAYS:
+            spec = {"driver": ARRAYS[last], "fill_missing_data_reads": False}
+            array = ts.open(spec, kvstore=store / f"{name}/", open=True).result()
+            found += [int(value) for value in sums(array.read().result())]
+    return found
 
 
 def set_aside(folder: Path, step: int) -> None:
@@ -164,7 +222,7 @@ def array_sums(tree: Any) -> list[int]:
 
 def _compare(found: list[Any], saved: list[int]) -> None:
     if [int(value) for value in found] != saved:
-        raise ValueError("its values are not those that were saved")
+        raise ValueError("the values that were read are not those that were saved")
 
 
 def save_model(folder: Path, params: Any, model_state: Any = None, ema: Any = None) -> None:
@@ -175,11 +233,12 @@ def save_model(folder: Path, params: Any, model_state: Any = None, ema: Any = No
         enable_async_checkpointing=False, multiprocessing_options=alone, create=False
     )
     # A file for each array: orbax's database of all of them takes twice their size in memory while it is written.
-    handlers = {"model": ocp.StandardCheckpointHandler(use_ocdbt=False)}
+    handlers = {"model": ocp.StandardCheckpointHandler(use_ocdbt=False), "log": ocp.JsonCheckpointHandler()}
+    log = ocp.args.JsonSave({SUMS: {"model": [int(value) for value in sums(model)]}})
     path = storage.absolute(folder / FOLDER)
     storage.make(path)
     with contextlib.closing(ocp.CheckpointManager(path, options=options, item_handlers=handlers)) as manager:
-        manager.save(0, args=ocp.args.Composite(model=ocp.args.StandardSave(model)))
+        manager.save(0, args=ocp.args.Composite(model=ocp.args.StandardSave(model), log=log))
 
 
 def model_shapes(folder: Path) -> dict[str, Any]:
@@ -197,7 +256,7 @@ def read_model(folder: Path) -> dict[str, Any]:
         target = jax.tree.map(lambda s: np.empty(s.shape, s.dtype), model_shapes(folder))
         with contextlib.closing(ocp.StandardCheckpointHandler()) as reader:
             model = reader.restore(path / "model", args=ocp.args.StandardRestore(target))
-        log = _read_log(path) if (path / "log").exists() else {}  # a converted checkpoint has none
+        log = _read_log(path) if (path / "log").exists() else {}  # older ones that were converted have none
         if (saved := log.get(SUMS, {}).get("model")) is not None:
             _compare(sums(model), saved)
     return model
@@ -213,7 +272,7 @@ def _without_another(folder: Path) -> Iterator[None]:
     except InputError as error:
         # A replica is made anew by its stage.
         done = stage_folder(folder) / "DONE"
-        raise InputError(f"{error}; delete {done}, and its stage goes on from an older one") from None
+        raise InputError(f"{error}; make it again: without {done} its stage goes on from an older one") from None
 
 
 def stage_folder(folder: Path) -> Path:

@@ -37,7 +37,7 @@ class MAE(ViT):
         self.mask_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
         self.decoder_pos_embed = nn.Parameter(sincos(cfg.image_size // cfg.patch_size, width), requires_grad=False)
         self.decoder_embed = nn.Linear(cfg.width, width)
-        blocks = [Block(width, task.decoder.num_heads) for _ in range(task.decoder.depth)]
+        blocks = [Block(width, task.decoder.num_heads, task.decoder.mlp_ratio) for _ in range(task.decoder.depth)]
         self.decoder_blocks = nn.ModuleList(blocks)
         self.decoder_norm = nn.LayerNorm(width, eps=EPS)
         self.decoder_pred = nn.Linear(width, 3 * cfg.patch_size**2)
