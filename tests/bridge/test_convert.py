@@ -366,7 +366,7 @@ def test_stage_json_says_where_it_came_from(tmp_path):
     converted = convert.read(path)
     convert.write(converted, tmp_path / "converted")
     content = json.loads((tmp_path / "converted" / "stage.json").read_text())
-    assert set(content) == {"format", "converted", "untrained", "versions"}
+    assert set(content) == {"format", "converted", "untrained", "classes", "versions"}
     assert set(content["versions"]) == {"jax", "flax", "orbax-checkpoint"}
     facts = stage_file.read_converted(tmp_path / "converted")
     assert facts["source"] == {

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tinymim_jax.bridge import key_names, known_checkpoints
+from tinymim_jax.bridge import key_names, known_checkpoints, stated
 from tinymim_jax.bridge.files import Source, printable
 from tinymim_jax.bridge.known_checkpoints import Told
 from tinymim_jax.experiment.config import Decoder, ViT
@@ -43,6 +43,7 @@ class Layout:
     preprocessing: dict[str, Any]  # mean, std, and where they are known interpolation and crop_pct
     is_stated: bool  # whether the file says mean and std, or ImageNet's are taken
     made_from: list[str]  # lines of provenance, of our own exports
+    classes: list[str] | None  # the names of the head's outputs, where the file says them
 
 
 def understand(source: Source, arrays: Arrays, told: Told) -> Layout:
@@ -72,6 +73,7 @@ def understand(source: Source, arrays: Arrays, told: Told) -> Layout:
     return Layout(
         kind, model, decoder, norm_pix, arrays, {**source.beside, **ignored, **dropped}, notes, tuple(untrained),
         known_checkpoints.licence(kind), preprocessing, is_stated, made_from,
+        stated.classes(source, model.num_classes, notes),
     )  # fmt: skip
 
 

@@ -22,10 +22,13 @@ PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint")
 MADE_BY = {1: "tinymim_jax 0.1"}  # older formats, which are read and not gone on with
 
 
-def describe(stage: Stage, untrained: Iterable[str]) -> dict[str, Any]:
-    """The contents of `stage.json`: everything needed to build the stage again, and what it ran on."""
-    versions = {name: version(name) for name in PACKAGES}
-    return {"format": FORMAT, "stage": codec.to_dict(stage), "untrained": list(untrained), "versions": versions}
+def describe(stage: Stage, untrained: Iterable[str], classes: Iterable[str] | None = None) -> dict[str, Any]:
+    """The contents of `stage.json`: everything needed to build the stage again, and what it ran on.
+
+    `classes` are the names of the head's outputs, None where there is no head or nobody names them.
+    """
+    facts = {"stage": codec.to_dict(stage), "untrained": list(untrained), "classes": classes and list(classes)}
+    return {"format": FORMAT, **facts, "versions": {name: version(name) for name in PACKAGES}}
 
 
 def read_stage(folder: Path) -> Stage:
@@ -51,6 +54,14 @@ def read_converted(folder: Path) -> dict[str, Any] | None:
 def read_untrained(folder: Path) -> list[str]:
     """The parameters that the stage in `folder` did not train; raises InputError if it is not a stage's folder."""
     return read(folder)["untrained"]
+
+
+def read_classes(folder: Path) -> list[str] | None:
+    """The names of the head's outputs in their order; None if they are not known, or there is no head.
+
+    Raises InputError if `folder` is not a stage's.
+    """
+    return read(folder).get("classes")
 
 
 def check_resumable(folder: Path) -> None:

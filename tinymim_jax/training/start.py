@@ -69,6 +69,11 @@ def load(stage: Stage, name: str, workdir: Path, mesh: jax.sharding.Mesh) -> Loa
     return Loaded(setup, mesh, rows, frozen, make_evaluators(setup, workdir, mesh), report)
 
 
+def classes_of(stage: Stage) -> tuple[str, ...] | None:
+    """The names of the labels that `stage` trains on, in their order; None without labels or names."""
+    return sources.open_source(stage.data).classes if stage.task.has_labels() else None
+
+
 def rows_of(setup: StageSetup) -> pipeline.TrainRows | pipeline.ReplicaRows:
     """The rows of the stage's batches; of replicas that do not share them, those of each."""
     count = 1 if setup.shares_batches else setup.stage.run.replicas
