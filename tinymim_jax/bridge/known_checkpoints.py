@@ -39,6 +39,9 @@ class Told:
     last_block_heads: int | None = None
     decoder_heads: int | None = None
     norm_pix: bool | None = None
+    layer_norm_eps: float | None = None
+    mean: list[float] | None = None  # of the pixels that it was trained on, RGB in [0, 1]
+    std: list[float] | None = None
     half: bool = False
 
 

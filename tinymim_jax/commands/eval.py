@@ -56,8 +56,8 @@ def subject_of(folder: Path) -> "suite.Subject":
     from tinymim_jax.weights import handoff
 
     model, untrained = stage_file.read_model(folder), stage_file.read_untrained(folder)
-    variables, converted = handoff.read_variables(folder), stage_file.read_converted(folder)
-    if converted:
-        return suite.Subject(str(folder), model, variables, untrained, None, {}, converted["preprocessing"])
+    variables, classes = handoff.read_variables(folder), stage_file.read_classes(folder)
+    if converted := stage_file.read_converted(folder):
+        return suite.Subject(str(folder), model, variables, untrained, None, {}, converted["preprocessing"], classes)
     stage = stage_file.read_stage(folder)
-    return suite.Subject(str(folder), model, variables, untrained, stage.data, stage.evals, {})
+    return suite.Subject(str(folder), model, variables, untrained, stage.data, stage.evals, {}, classes)

@@ -40,6 +40,7 @@ class OrNone(flags.ArgumentParser):
 
 KINDS = {
     int: functools.partial(flags.DEFINE_integer, lower_bound=1),
+    float: functools.partial(flags.DEFINE_float, lower_bound=0),
     str: flags.DEFINE_string,
     bool: flags.DEFINE_bool,
     list: flags.DEFINE_list,
@@ -53,7 +54,10 @@ config_flags.register_flag_parser_for_type(Literal, flags.ArgumentParser())
 
 
 def new_flags(**described: tuple[Any, Any, str]) -> flags.FlagValues:
-    """Flags by name: (kind, default, help), a kind being int (at least 1), str, bool, list, a range or some choices."""
+    """Flags by name: (kind, default, help).
+
+    A kind is int (at least 1), float (at least 0), str, bool, list, a range or some choices.
+    """
     values = flags.FlagValues()
     for name, (kind, default, text) in described.items():
         if isinstance(kind, range):

@@ -5,7 +5,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -58,6 +58,7 @@ class Context:
     predict: Predict
     model: Encoder | None = None  # of what is measured, for evaluators that look into its blocks
     models: Mapping[str, tuple[Encoder, Variables]] = dataclasses.field(default_factory=dict)
+    classes: Sequence[str] | None = None  # what the outputs of its head are called, where that is known
 
 
 class Eval(abc.ABC):

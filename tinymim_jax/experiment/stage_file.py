@@ -11,13 +11,14 @@ import flax.linen as nn
 import jax
 from etils.epath import Path
 
-from tinymim_jax.experiment.config import Model, Stage
+from tinymim_jax.experiment.config import Data, Model, Stage
 from tinymim_jax.models.contract import Encoder
 from tinymim_jax.runtime import codec, storage
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.weights import handoff
 
 FORMAT = 2  # of stage.json and of what stands beside it
+PIXELS = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint")
 MADE_BY = {1: "tinymim_jax 0.1"}  # older formats, which are read and not gone on with
 
@@ -27,7 +28,7 @@ def describe(stage: Stage, untrained: Iterable[str], classes: Iterable[str] | No
 
     `classes` are the names of the head's outputs, None where there is no head or nobody names them.
     """
-    facts = {"stage": codec.to_dict(stage), "untrained": list(untrained), "classes": classes and list(classes)}
+    facts = {"stage": codec.to_dict(stage), "untrained": list(untrained), "classes": list(classes) if classes else None}
     return {"format": FORMAT, **facts, "versions": {name: version(name) for name in PACKAGES}}
 
 
@@ -62,6 +63,18 @@ def read_classes(folder: Path) -> list[str] | None:
     Raises InputError if `folder` is not a stage's.
     """
     return read(folder).get("classes")
+
+
+def read_preprocessing(folder: Path) -> dict[str, Any]:
+    """How evaluation makes images the model's input: the fields `PIXELS` of `Data`, as JSON has them."""
+    if (converted := read_converted(folder)) is not None:
+        stated = converted["preprocessing"]
+        data = Data("folder", **{key: stated[key] for key in PIXELS if key in stated})
+    else:
+        stage = read_stage(folder)
+        evals = [cfg.data for cfg in stage.evals.values() if not getattr(cfg, "stored", False)]
+        data = next((own for own in evals if not own.corruption), stage.data)
+    return {key: codec.to_dict(getattr(data, key)) for key in PIXELS}
 
 
 def check_resumable(folder: Path) -> None:

@@ -66,6 +66,7 @@ class Encoder(abc.ABC):
     dtype: str  # of the computation
     remat: bool  # recompute each block in the backward pass
     attention: Any = "xla"  # who computes attention, of those that layers.ATTENTIONS has
+    layer_norm_eps: Any = 1e-6  # of its norms, and of those of a decoder behind it
     num_prefix: ClassVar[Any]  # tokens in front of the patches
     patch_size: Any  # pixels a side of a token's patch
     export_formats: ClassVar[tuple[str, ...]] = ()  # of other projects, that can hold it (`bridge.export`)
@@ -147,6 +148,10 @@ class Encoder(abc.ABC):
     def has_state(self) -> bool:
         """Whether it needs collections beside its parameters."""
         return False
+
+    def stateless(self, variables: Mapping[str, Any]) -> tuple["Encoder", Mapping[str, Any]]:
+        """An encoder without state, and its params, that evaluates like this one with `variables`, numpy arrays."""
+        return self, variables["params"]
 
     @property
     def fixed(self) -> tuple[str, ...]:
