@@ -172,7 +172,7 @@ def changed(shape_of=(), without=(), **extra):
         (changed(without=["blocks"]), "the blocks are not numbered from 0 without gaps"),
         (changed(without=["blocks.0"]), "the blocks are not numbered from 0 without gaps"),
         (changed(without=["blocks.0.mlp.fc1"]), "there is no blocks.0.mlp.fc1.weight"),
-        (changed(pos_embed=(1, 7, 24)), "pos_embed is for 6 patches, which is no square; register tokens are not"),
+        (changed(pos_embed=(1, 7, 24)), "pos_embed is for 6 patches, which is no square: rectangular images"),
         (changed(pos_embed=(1, 9, 24)), "pos_embed is for 8 patches, which is no square"),
         (changed(pos_embed=(1, 1, 24)), "pos_embed is for 0 patches, which is no square"),
         (changed(pos_embed=(5, 24)), r"pos_embed has shape \[5, 24\], which no vision transformer has"),

@@ -133,8 +133,8 @@ def _grid(arrays: Arrays, in_front: int) -> int:
     grid = math.isqrt(max(num_patches, 0))
     if grid**2 != num_patches or not grid:
         raise InputError(
-            f"pos_embed is for {num_patches} patches, which is no square; rectangular images and register tokens are not"
-            " supported"
+            f"pos_embed is for {num_patches} patches, which is no square: rectangular images and register tokens are"
+            " not supported"
         )
     return grid
 

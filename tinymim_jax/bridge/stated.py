@@ -133,7 +133,7 @@ def _resizing(cfg: dict[str, Any], size: int, notes: list[str]) -> dict[str, Any
     if final > edge:
         notes.append(f"preprocessor_config.json pads {edge} to {final} px, which is not followed: not supported")
         final = edge
-    if final != edge or is_squashed:
+    if cfg.get("do_center_crop") or is_squashed:
         notes.extend(_other_size(final, size))
     else:
         notes.append("preprocessor_config.json does not crop the longer side; the middle of it is taken")
