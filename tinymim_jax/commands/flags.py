@@ -2,7 +2,7 @@
 
 import ast
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
 
 from absl import flags
@@ -45,6 +45,14 @@ KINDS = {
     bool: flags.DEFINE_bool,
     list: flags.DEFINE_list,
 }
+
+# Of what goes over a folder of images and writes one file.
+FOLDER_FLAGS = {
+    "out": (str, None, "the file to write"),
+    "batch_size": (int, 64, "images at once"),
+    "on_bad_image": (("stop", "skip"), "stop", "skip: name and leave out what cannot be decoded"),
+}
+Encode = Callable[[list[str], Any], bytes]
 
 config_flags.register_flag_parser_for_type(int, OrNone(int, "a whole number"))
 config_flags.register_flag_parser_for_type(float, OrNone(float, "a number"))
@@ -116,6 +124,16 @@ def parse_positional(values: flags.FlagValues, argv: list[str], names: list[str]
     for path in paths:
         storage.check(path)
     return paths
+
+
+def output(name: str | None, suffixes: Collection[str]) -> Path:
+    """The file that --out names; raises InputError if it ends in none of `suffixes`."""
+    path = storage.path(name or "")
+    if path.suffix not in suffixes:
+        raise InputError(f"--out={name or ''}: name a file that ends in {' or '.join(suffixes)}")
+    if path.is_dir():
+        raise InputError(f"--out={path} is a folder; name a file")
+    return path
 
 
 def parse_flags(values: flags.FlagValues, argv: list[str]) -> list[str]:

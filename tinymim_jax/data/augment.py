@@ -14,7 +14,7 @@ from tinymim_jax.runtime.errors import InputError
 CROP_ATTEMPTS = 10  # as torchvision
 
 
-def load(image: bytes | np.ndarray, name: str, data: Data, rng: np.random.Generator) -> np.ndarray:
+def load(image: bytes | np.ndarray | Image.Image, name: str, data: Data, rng: np.random.Generator) -> np.ndarray:
     """A record's image as `transform` makes it, uint8 [S, S, 3]; raises InputError that begins with `name`.
 
     With `data.fast_crop`, training crops of JPEGs show the same part, made by `fast_jpeg`.

@@ -42,7 +42,7 @@ class Sets:
 
 @dataclasses.dataclass
 class Subject:
-    """A finished model, as its folder says. Its own `training` data and `evals`, or of a converted one its pixels."""
+    """A finished model, as its folder says; a converted one has no `training` data and no `evals` of its own."""
 
     name: str
     model: Encoder
@@ -50,7 +50,7 @@ class Subject:
     untrained: list[str]
     training: Data | None
     evals: dict[str, Eval]
-    preprocessing: dict[str, Any]
+    preprocessing: dict[str, Any]  # in evaluation: fields of `Data`
     classes: list[str] | None = None  # what the outputs of its head are called, where that is known
 
 
@@ -87,8 +87,7 @@ def data_sets(subject: Subject, sets: Sets) -> tuple[Data, Data]:
         own = [e.data for e in subject.evals.values() if _is_clean(e)]
         clean = own[0] if own else _held_out(train)
     else:
-        pixels = {k: tuple(v) if isinstance(v, list) else v for k, v in subject.preprocessing.items()}
-        train = Data("folder", transform="eval", image_size=subject.model.image_size, **pixels)
+        train = pixels(subject)
         clean = dataclasses.replace(train, split="val")
         if not sets.data and not (sets.imagenet_c or sets.imagenet_a or sets.imagenet_r):
             raise InputError(
@@ -102,6 +101,12 @@ def data_sets(subject: Subject, sets: Sets) -> tuple[Data, Data]:
         train = dataclasses.replace(train, per_class=sets.bank_per_class, num_examples=None)
     alike = {field: getattr(clean, field) for field in ("crop_pct", "crop_mode", "interpolation")}
     return clean, dataclasses.replace(train, **alike)
+
+
+def pixels(subject: Subject) -> Data:
+    """How evaluation makes images its input, whichever they are."""
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in subject.preprocessing.items()}
+    return Data("folder", transform="eval", image_size=subject.model.image_size, **fields)
 
 
 def _is_clean(cfg: Eval) -> bool:
@@ -192,10 +197,15 @@ def _folder(data: Data, path: str, split: str) -> Data:
     return dataclasses.replace(data, source="folder", path=path, split=split, num_examples=None)
 
 
-def predict_of(subject: Subject, data: Data) -> Predict:
-    """Logits and features; the latter from before the block that distillation left half trained, if there is one."""
+def features_block(subject: Subject) -> int | None:
+    """The block before the one that distillation left half trained; None: the features are the last block's."""
     half = subject.model.half_trained(flatten(subject.variables["params"]), subject.untrained)
-    block = None if half is None else max(half - 1, 1)
+    return None if half is None else max(half - 1, 1)
+
+
+def predict_of(subject: Subject, data: Data) -> Predict:
+    """Logits, if features are of the last block, and features."""
+    block = features_block(subject)
 
     def predict(variables: Variables, _: Any, batch: Any) -> Outputs:
         return subject.model.outputs(variables, normalize(to_float(batch["image"]), data.mean, data.std), block)

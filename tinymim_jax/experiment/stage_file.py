@@ -7,10 +7,10 @@ from importlib.metadata import version
 from pathlib import Path as LocalPath
 from typing import Any
 
-import flax.linen as nn
-import jax
 from etils.epath import Path
 
+from tinymim_jax.evals.inference import TrainedModel
+from tinymim_jax.evals.suite import Subject
 from tinymim_jax.experiment.config import Data, Model, Stage
 from tinymim_jax.models.contract import Encoder
 from tinymim_jax.runtime import codec, storage
@@ -145,10 +145,17 @@ def _upgraded(content: dict[str, Any]) -> dict[str, Any]:
     return {**content, "stage": {**content["stage"], "task": task}, "untrained": untrained}
 
 
-def load(path: str | LocalPath) -> tuple[nn.Module, dict[str, Any]]:
-    """The encoder of the stage in folder `path`: (model, variables); see `tinymim_jax.load`."""
+def read_subject(folder: Path) -> Subject:
+    """What is evaluated, from the folder of a finished stage or a converted checkpoint; raises InputError."""
+    model, untrained, variables = read_model(folder), read_untrained(folder), handoff.read_variables(folder)
+    stage = None if read_converted(folder) else read_stage(folder)
+    training, evals = (stage.data, stage.evals) if stage else (None, {})
+    facts = read_preprocessing(folder), read_classes(folder)
+    return Subject(str(folder), model, variables, untrained, training, evals, *facts)
+
+
+def load(path: str | LocalPath) -> TrainedModel:
+    """The encoder of the stage in folder `path`; see `tinymim_jax.load`."""
     folder = storage.path(path)
     storage.check(folder)
-    model = read_model(folder).build()
-    variables = handoff.read_variables(folder)
-    return model, jax.tree.map(jax.numpy.asarray, {**variables, "params": variables["params"]["encoder"]})
+    return TrainedModel(read_subject(folder))

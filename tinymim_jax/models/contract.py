@@ -5,7 +5,7 @@ Shapes: B batch, N tokens, L patch tokens, D width, H heads, E head width, C cla
 
 import abc
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import flax.struct
@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from tinymim_jax.runtime.errors import InputError
+
+Pool = Literal["cls", "mean"]  # the first token, the mean patch token
 
 
 @flax.struct.dataclass
@@ -192,13 +194,19 @@ class Encoder(abc.ABC):
         embed = self.embed_flops(seen) * (2 if frozen_blocks else 1)
         return 3 * self.forward_flops(patches, block, qkv_only=qkv_only) - embed - frozen
 
-    def outputs(self, variables: Mapping[str, Any], images: jax.Array, block: int | None = None) -> Outputs:
+    def outputs(
+        self, variables: Mapping[str, Any], images: jax.Array, block: int | None = None, pool: Pool | None = None
+    ) -> Outputs:
         """What evaluators read, for normalised images [B, S, S, 3] and `variables` of a whole model (`encoder/...`).
 
-        Features are those of the last block, or as they leave `block`, and then there are no logits.
+        Features are those of the last block, or as they leave `block`, and then there are no logits; of the token that
+        `pool` names, or else that the head reads. Raises InputError if there is no such token.
         """
+        on_cls = self.features_on_cls if pool is None else pool == "cls"
+        if on_cls and not self.num_prefix:
+            raise InputError(f"an encoder of kind {self.kind!r} has no token for pool 'cls'; use 'mean'")
         encoder = {**variables, "params": variables["params"]["encoder"]}
         out = self.build().apply(encoder, images, capture=() if block is None else (block,))
         tokens = (out.tokens if block is None else out.trace[block].out).astype(jnp.float32)
-        features = tokens[:, 0] if self.features_on_cls else tokens[:, self.num_prefix :].mean(axis=1)
+        features = tokens[:, 0] if on_cls else tokens[:, self.num_prefix :].mean(axis=1)
         return Outputs(features, out.logits if block is None else None)
