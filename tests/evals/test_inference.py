@@ -205,27 +205,37 @@ def test_a_converted_checkpoint_brings_its_pixels_and_names(trained, model, phot
     np.testing.assert_allclose(converted(images).logits, model(images).logits, atol=1e-5)
 
 
-def test_transformers_and_timm_say_the_same(trained, model, photos, tmp_path):
-    """Predictions of a folder, against exported copies on pixels made by PIL and numpy."""
+def exact_pixels(photos):
+    """What PIL and numpy make of the photographs, [B, 3, S, S], for PyTorch."""
+    return np.stack([by_hand(array) for array in photos[1].values()]).transpose(0, 3, 1, 2).copy()
+
+
+def test_transformers_says_the_same(trained, model, photos, tmp_path):
     torch = pytest.importorskip("torch")
     from tests.bridge.test_export import from_pretrained
     from tinymim_jax.bridge.export import export
 
-    root, arrays = photos
-    images = torch.from_numpy(np.stack([by_hand(a) for a in arrays.values()]).transpose(0, 3, 1, 2).copy())
     export(trained, tmp_path / "hf", "hf")
     with torch.no_grad():
-        out = from_pretrained(tmp_path / "hf")[0](images, output_hidden_states=True)
+        out = from_pretrained(tmp_path / "hf")[0](torch.from_numpy(exact_pixels(photos)), output_hidden_states=True)
     expected = torch.softmax(out.logits, 1).numpy()
-    _, (probabilities, classes) = model.predictions(root, k=5)
+    _, (probabilities, classes) = model.predictions(photos[0], k=5)
     np.testing.assert_allclose(probabilities, -np.sort(-expected, axis=1), rtol=2e-4)
     np.testing.assert_array_equal(classes, np.argsort(-expected, axis=1))
-    _, features = model.features(root, block=1, pool="mean")
+    _, features = model.features(photos[0], block=1, pool="mean")
     np.testing.assert_allclose(features, out.hidden_states[1][:, 1:].mean(1), atol=1e-4)
+
+
+def test_timm_says_the_same_with_its_own_transform(trained, model, photos, tmp_path):
     timm = pytest.importorskip("timm", reason="timm is not installed: pip install timm")
+    import torch
+
+    from tinymim_jax.bridge.export import export
+
     export(trained, tmp_path / "timm", "timm")
     theirs = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(theirs))
-    pixels = torch.stack([transform(Image.fromarray(array)) for array in arrays.values()])
-    np.testing.assert_allclose(pixels.numpy(), images.numpy(), atol=1e-5)
-    np.testing.assert_allclose(theirs(pixels).softmax(1).detach().numpy(), expected, rtol=2e-4)
+    pixels = torch.stack([transform(Image.fromarray(array)) for array in photos[1].values()])
+    np.testing.assert_allclose(pixels.numpy(), exact_pixels(photos), atol=1e-5)
+    expected = theirs(pixels).softmax(1).detach().numpy()
+    np.testing.assert_allclose(model.predictions(photos[0])[1][0], -np.sort(-expected, axis=1), rtol=2e-4)
