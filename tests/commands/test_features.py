@@ -59,7 +59,7 @@ def test_predictions_of_a_folder(finished, here, capsys):
     assert capsys.readouterr().out == "wrote p.csv: 3 images\n"
     model = tinymim_jax.load(finished / "finetune")
     names, (probabilities, classes) = model.predictions("photos", k=3, on_bad_image="skip")
-    assert model.classes == tuple("0123456789")
+    assert model.classes == list("0123456789")
     with open("p.csv", newline="", encoding="utf-8") as file:
         header, *rows = csv.reader(file)
     assert header == ["name", *(f"{what}_{i}" for what in ("class", "probability") for i in (1, 2, 3))]

@@ -87,7 +87,7 @@ def test_images_of_every_kind_give_the_same(model, photos):
 def test_both_ways_give_the_same(model, photos):
     images = list(photos[1].values())
     module, variables = model
-    assert (module, variables) == (model.module, model.variables) and model.classes == tuple(NAMES)
+    assert (module, variables) == (model.module, model.variables) and model.classes == NAMES
     expected = jax.jit(module.apply, static_argnames="capture")(variables, model.preprocess(images), capture=(1, 2))
     out = model(images, capture=[1, 2])
     assert out.logits.shape == (7, 5) and out.tokens.shape == (7, 5, 24) and out.trace[2].q.shape == (7, 5, 3, 8)
@@ -116,6 +116,7 @@ def test_programs_are_compiled_once(trained, photos, monkeypatch):
         (np.zeros((0, 4, 3)), "image 0: cannot be decoded"),
         ([np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4, 4), np.uint8)], "image 1: cannot be decoded"),
         ([], "there are no images; give at least one"),
+        (np.zeros((0, 4, 4, 3), np.uint8), "there are no images; give at least one"),
         (b"nothing", "image 0: cannot be decoded"),
         ("gone/a.jpg", "gone/a.jpg: cannot be read .*No such file"),
     ],
@@ -177,7 +178,7 @@ def test_what_a_model_does_not_have_is_refused(finished, photos, model):
     subject = dataclasses.replace(stage_file.read_subject(finished / "mae"))
     subject.model.__class__ = type("NoCls", (type(subject.model),), {"num_prefix": 0})
     with pytest.raises(InputError, match="no token for pool 'cls'; use 'mean'"):
-        TrainedModel(subject, None).features(root, pool="cls")
+        TrainedModel(subject).features(root, pool="cls")
 
 
 def test_images_that_cannot_be_decoded(model, photos, tmp_path, caplog):

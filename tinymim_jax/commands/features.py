@@ -29,7 +29,8 @@ def main(argv: list[str]) -> None:
     import tinymim_jax
     from tinymim_jax.runtime.metric_log import write_whole
 
-    encode, model = FORMATS[out.suffix](), tinymim_jax.load(checkpoint)
+    encode, model = FORMATS[out.suffix], tinymim_jax.load(checkpoint)
+    encode([], np.zeros((0, 1), np.float32))  # what it needs is there
     storage.check_writable(out.parent)
     options = {"batch_size": values.batch_size, "on_bad_image": values.on_bad_image}
     names, features = model.features(folder, values.block, values.pool, **options)
@@ -37,31 +38,23 @@ def main(argv: list[str]) -> None:
     print(f"wrote {out}: {len(names)} images, {features.shape[1]} features each")
 
 
-def npz() -> flags.Encode:
-    """What makes an .npz file of names and features."""
-
-    def encode(names: list[str], features: np.ndarray) -> bytes:
-        buffer = io.BytesIO()
-        np.savez(buffer, names=np.array(names), features=features)
-        return buffer.getvalue()
-
-    return encode
+def npz(names: list[str], features: np.ndarray) -> bytes:
+    """A file of numpy's arrays."""
+    buffer = io.BytesIO()
+    np.savez(buffer, names=np.array(names), features=features)
+    return buffer.getvalue()
 
 
-def parquet() -> flags.Encode:
-    """What makes a .parquet file of names and features; raises InputError if its package is missing."""
+def parquet(names: list[str], features: np.ndarray) -> bytes:
+    """A file of two columns; raises InputError if its package is missing."""
     from tinymim_jax.bridge.files import need
 
     pyarrow, writer = (need(name, "parquet", "--out=FILE.parquet") for name in ("pyarrow", "pyarrow.parquet"))
-
-    def encode(names: list[str], features: np.ndarray) -> bytes:
-        rows = pyarrow.FixedSizeListArray.from_arrays(features.ravel(), features.shape[1])
-        text = [name.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for name in names]
-        sink = pyarrow.BufferOutputStream()
-        writer.write_table(pyarrow.table({"names": text, "features": rows}), sink)
-        return sink.getvalue().to_pybytes()
-
-    return encode
+    rows = pyarrow.FixedSizeListArray.from_arrays(features.ravel(), features.shape[1])
+    text = [name.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for name in names]
+    sink = pyarrow.BufferOutputStream()
+    writer.write_table(pyarrow.table({"names": text, "features": rows}), sink)
+    return sink.getvalue().to_pybytes()
 
 
 FORMATS = {".npz": npz, ".parquet": parquet}

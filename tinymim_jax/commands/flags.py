@@ -52,7 +52,6 @@ FOLDER_FLAGS = {
     "batch_size": (int, 64, "images at once"),
     "on_bad_image": (("stop", "skip"), "stop", "skip: name and leave out what cannot be decoded"),
 }
-Encode = Callable[[list[str], Any], bytes]
 
 config_flags.register_flag_parser_for_type(int, OrNone(int, "a whole number"))
 config_flags.register_flag_parser_for_type(float, OrNone(float, "a number"))

@@ -22,6 +22,8 @@ from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.runtime.progress_bar import bar
 
 AT_ONCE = 64  # images on the devices, if nothing else is said
+PathLike = str | os.PathLike
+OnBad = Literal["stop", "skip"]
 Images = Any  # an image, or a list of them: a path, a PIL image, uint8 or float in [0, 1] [H, W, 3]; or [B, H, W, 3]
 
 
@@ -39,7 +41,9 @@ class TrainedModel:
         self.module: nn.Module = subject.model.build()
         trained = {**subject.variables, "params": subject.variables["params"]["encoder"]}
         self.variables: dict[str, Any] = jax.tree.map(jnp.asarray, trained)
-        self._apply = jax.jit(self._applied, static_argnames="capture")
+        self._apply = jax.jit(
+            lambda v, x, capture: self.module.apply(v, self._normalized(x), capture=capture), static_argnums=2
+        )
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.module, self.variables))
@@ -61,28 +65,19 @@ class TrainedModel:
         return self._normalized(self._pixels(_listed(images)))
 
     def features(
-        self, folder: str | os.PathLike, block: int | None = None, pool: Pool | None = None, **options: Any
+        self, folder: PathLike, block: int | None = None, pool: Pool | None = None, **options: Any
     ) -> tuple[list[str], np.ndarray]:
         """The names of the images under `folder`, and their features, float32 [n, D].
 
         Without `block` and `pool`, those that probes and kNN read: the last tokens, or those of `self.block`. `block`
         takes tokens as they leave that block, before any norm; `pool` is the first token or the mean of the patches.
-        Options and errors as in `over_folder`.
         """
         chosen = self.block if block is None else block
+        outputs = functools.partial(self.config.outputs, block=chosen, pool=pool)
+        return self.over_folder(folder, lambda *args: outputs(*args).features, "features", **options)
 
-        def read(whole: Any, images: jax.Array) -> jax.Array:
-            return self.config.outputs(whole, images, chosen, pool).features
-
-        return self.over_folder(folder, read, "features", **options)
-
-    def predictions(
-        self, folder: str | os.PathLike, k: int = 5, **options: Any
-    ) -> tuple[list[str], tuple[np.ndarray, np.ndarray]]:
-        """The names of the images under `folder`; the probabilities of the best k classes and these, [n, k] each.
-
-        Options and errors as in `over_folder`.
-        """
+    def predictions(self, folder: PathLike, k: int = 5, **options: Any) -> tuple[list[str], Any]:
+        """The names of the images under `folder`; the probabilities of the best k classes and these, [n, k] each."""
         if not self.config.num_classes:
             raise InputError("the model has no head, so it predicts nothing: fine-tune it, or take its features")
 
@@ -93,13 +88,7 @@ class TrainedModel:
         return self.over_folder(folder, read, "predictions", **options)
 
     def over_folder(
-        self,
-        folder: str | os.PathLike,
-        read: Callable[[Any, jax.Array], Any],
-        title: str,
-        *,
-        batch_size: int = AT_ONCE,
-        on_bad_image: Literal["stop", "skip"] = "stop",
+        self, folder: PathLike, read: Callable, title: str, batch_size: int = AT_ONCE, on_bad_image: OnBad = "stop"
     ) -> tuple[list[str], Any]:
         """Runs `read(variables, normalised images)` on all images under `folder`, on all devices, with a bar.
 
@@ -128,10 +117,7 @@ class TrainedModel:
         """Of up to `size` images, padded to that; numbered from `start`."""
         rows = self._pixels(images, start)
         padded = np.concatenate([rows, np.zeros((size - len(rows), *rows.shape[1:]), np.uint8)])
-        return jax.tree.map(lambda leaf: leaf[: len(rows)], self._apply(self.variables, padded, capture=capture))
-
-    def _applied(self, variables: Any, pixels: jax.Array, capture: tuple[int, ...]) -> EncoderOutput:
-        return self.module.apply(variables, self._normalized(pixels), capture=capture)
+        return jax.tree.map(lambda leaf: leaf[: len(rows)], self._apply(self.variables, padded, capture))
 
     def _normalized(self, pixels: jax.Array) -> jax.Array:
         return normalize(to_float(pixels), self.data.mean, self.data.std)
@@ -153,18 +139,19 @@ def _listed(images: Images) -> list[Any]:
     if isinstance(images, (str, os.PathLike, bytes, Image.Image)):
         return [images]
     if isinstance(images, (list, tuple)):
-        if not images:
-            raise InputError("there are no images; give at least one")
-        return [one for entry in images for one in _listed(entry)]
-    array = np.asarray(images)
-    return list(array) if array.ndim == 4 else [array]
+        listed = [one for entry in images for one in _listed(entry)]
+    else:
+        array = np.asarray(images)
+        listed = list(array) if array.ndim == 4 else [array]
+    if not listed:
+        raise InputError("there are no images; give at least one")
+    return listed
 
 
-def _read(path: str | os.PathLike) -> bytes:
+def _read(path: PathLike) -> bytes:
+    found = storage.path(path)
     try:
-        return storage.path(path).read_bytes()
-    except InputError:
-        raise
+        return found.read_bytes()
     except Exception as error:  # each bucket's library has its own
         raise storage.unreadable(str(path), error) from None
 
