@@ -52,6 +52,7 @@ setup(
         "gcs": GCS,
         "s3": ["s3fs"],
         "robust": ROBUST,
+        "parquet": ["pyarrow"],
         "torch": ["torch>=2.6"],
         "onnx": ["torch>=2.6", *ONNX],
         "verify": ["torch>=2.6", *TRANSFORMERS],  # of Hugging Face folders

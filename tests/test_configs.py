@@ -5,12 +5,19 @@ That all files do is the slow tests' part.
 
 import ast
 import dataclasses
+import functools
 import importlib.util
 import math
+import shutil
+import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from tinymim_jax.data.sources import open_source
+from tinymim_jax.experiment import recipes
 from tinymim_jax.experiment.config import Classification, Config, Data, Decoder, Distill, Knn, Mae, Relation
 from tinymim_jax.experiment.validate import check
 from tinymim_jax.planning import dry_run
@@ -22,6 +29,8 @@ from tinymim_jax.training.loop import run_stage
 ROOT = Path(__file__).parent.parent / "configs"
 FILES = sorted(str(p.relative_to(ROOT)) for p in ROOT.rglob("*.py"))
 CHAINS = [
+    "own.py",
+    "own.py:size=s,short,image_size=32",
     "cifar10/chain.py",
     "cifar10/chain.py:short",
     "digits/chain.py",
@@ -37,12 +46,28 @@ SINGLE = [*(f for f in FILES if f not in CHAINS), *OPTIONS]
 WIDTH = 48  # every head count in use divides it
 
 
-def load(name):
-    path, _, arg = name.partition(":")
+@functools.cache
+def own_images():
+    """A tree of three classes, not split, for configs/own.py, which counts its images."""
+    root = Path(tempfile.mkdtemp())
+    for i in range(60):
+        (root / f"class {i % 3}").mkdir(exist_ok=True)
+        Image.new("RGB", (20, 20 + i), (i, 2 * i, 3 * i)).save(root / f"class {i % 3}" / f"{i}.png")
+    return root
+
+
+def config_file(path):
     spec = importlib.util.spec_from_file_location("config_file", ROOT / path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return check(module.get_config(arg))
+    return module
+
+
+def load(name):
+    path, _, arg = name.partition(":")
+    if path == "own.py" and "data=" not in arg:
+        arg = ",".join([f"data={own_images()}", *filter(None, [arg])])
+    return check(config_file(path).get_config(arg))
 
 
 def shrink_depth(depth):
@@ -245,3 +270,59 @@ def test_every_small_data_set_loads():
         assert stage.optim.name == "sgd"
     with pytest.raises(InputError, match="unknown data set 'x'; choose one of cifar10, cifar100, flowers, pets"):
         load("imagenet/transfer.py:data_set=x")
+
+
+def test_own_images_without_surgery(finished, tmp_path):
+    chain = load("own.py").stages
+    assert list(chain) == ["teacher", "student", "finetune"]
+    teacher, student, finetune = chain.values()
+    assert (teacher.model.width, student.model.width, finetune.model.num_classes) == (768, 192, 3)
+    assert student.model.last_block_heads == 12 and student.task.targets["relation"].teacher_block == 9
+    assert [stage.run.epochs for stage in chain.values()] == [1600, 400, 200]
+    assert [stage.run.batch_size for stage in chain.values()] == [32] * 3
+    sets = [open_source(data) for data in (finetune.data, finetune.evals["val"].data)]
+    assert len(sets[0]) + len(sets[1]) == 60 and all(np.bincount(one.labels()).min() > 0 for one in sets)
+    # A tree with train/ alone is split, one with both is not.
+    shutil.copytree(own_images(), tmp_path / "train")
+    alone = load(f"own.py:data={tmp_path}").stages["finetune"]
+    assert [len(open_source(d)) for d in (alone.data, alone.evals["val"].data)] == [len(one) for one in sets]
+    shutil.copytree(own_images(), tmp_path / "test")
+    both = load(f"own.py:data={tmp_path}").stages["finetune"]
+    assert [len(open_source(d)) for d in (both.data, both.evals["val"].data)] == [60, 60]
+    # Images without classes, or in a single folder, are not fine-tuned on.
+    for folder in ("flat", "one/photos"):
+        shutil.copytree(own_images() / "class 1", tmp_path / folder)
+        found = load(f"own.py:data={tmp_path / folder.split('/')[0]}").stages
+        assert list(found) == ["teacher", "student"] and not any(stage.evals for stage in found.values())
+    for options, message in (
+        ("data=", "your images are needed: --config=configs/own.py:data=PATH"),
+        (f"data={tmp_path},size=l", "unknown size 'l'; choose one of t, s"),
+        (f"data={tmp_path},image_size=2x", "config option image_size=2x: not a number of pixels"),
+        (f"data={tmp_path},teacher=gone", "gone does not exist"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load(f"own.py:{options}")
+
+
+def test_own_images_with_a_teacher(finished, tmp_path):
+    for name, heads, block in (("mae", 6, 2), ("distill", 6, 2)):
+        cfg = load(f"own.py:teacher={finished / name},data={own_images()}")
+        student = cfg.stages["student"]
+        assert list(cfg.stages) == ["student", "finetune"] and student.task.teacher.path == str(finished / name)
+        assert (student.model.image_size, student.model.patch_size) == (16, 8)
+        assert (student.model.last_block_heads, student.task.targets["relation"].teacher_block) == (heads, block)
+        assert "status: would start" in dry_run.describe_chain(cfg, tmp_path)
+    other = load(f"own.py:teacher={finished / 'mae'},data={own_images()},image_size=32")
+    assert other.stages["student"].task.teacher.resize_posembed
+    assert "status: would start" in dry_run.describe_chain(other, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("images", "epochs", "batch"), [(60, 1600, 32), (9, 1600, 8), (20_000, 200, 512), (4_000, 1000, 512)]
+)
+def test_epochs_are_scaled_to_the_images(images, epochs, batch):
+    own = config_file("own.py")
+    stage = own.scaled(recipes.mae(recipes.vit("base"), Data("digits")), "mae", images, False)
+    assert (stage.run.epochs, stage.run.batch_size) == (epochs, batch)
+    rate = stage.optim.lr * batch / stage.optim.lr_batch
+    assert rate == pytest.approx(1.5e-4 * max(batch, 128) / 256)

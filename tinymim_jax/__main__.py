@@ -26,6 +26,8 @@ COMMANDS = {
     "prepare": "pack a data set into shards that are fast to read",
     "bench": "measure speed, as JSON",
     "eval": "measure a finished model: accuracy, robustness, probes",
+    "features": "a folder of images -> what a model makes of each, as .npz or .parquet",
+    "predict": "a folder of images -> classes and probabilities, as CSV",
     "report": "make the tables and pictures of a finished run again",
     "convert": "other people's checkpoint -> ours",
     "inspect": "say what is in a checkpoint, theirs or ours",

@@ -1,6 +1,7 @@
 """What is said of a checkpoint: sizes, the last block, and what it was made from."""
 
 import dataclasses
+import json
 import shutil
 
 import pytest
@@ -128,10 +129,11 @@ def test_the_card_of_an_exported_student(workdir, tmp_path):
     export(workdir / "distill", tmp_path / "out", "timm", regroup_heads=True)
     text = (tmp_path / "out" / "README.md").read_text()
     for part in (
-        "# distill\n\nViT, width 12, 2 blocks, 2 heads (6 in the last block), 16 px in patches of 8, no head.\n",
+        "---\n\n# distill\n\nViT, width 12, 2 blocks, 2 heads (6 in the last block), 16 px in patches of 8, no head.\n",
         "\nBlock 2 was trained with 6 heads and is read with 2 here.\n",
         f"\n{REMARK}.\n",
-        "Images: RGB in [0, 1], normalised with mean [0.485, 0.456, 0.406] and std [0.229, 0.224, 0.225].",
+        "Images: RGB in [0, 1], the shorter side resized to 18 px (bicubic, PIL), then the central 16 px, normalised"
+        " with mean [0.485, 0.456, 0.406] and std [0.229, 0.224, 0.225]. LayerNorm eps 1e-06, exact GELU.\n\n## Use",
         'model = timm.create_model("local-dir:PATH", pretrained=True)  # PATH: this folder\n',
         f"## Provenance\n\n- distill: {DISTILL}\n  - mae: {MAE}\n",
         "## Licence\n\nWeights keep the licence of those that they were made from (above), and of the data.",
@@ -227,3 +229,29 @@ def test_our_own_export_says_what_it_was_made_from(workdir, tmp_path):
     assert REMARK in text and any(line.startswith("not trained: encoder/") for line in text)
     assert text[-3].startswith("  - back: converted from checkpoint.pth (tinymim_jax's own export), sha256 ")
     assert text[-2:] == [f"    - distill: {DISTILL}", f"      - mae: {MAE}"]
+
+
+def test_the_hub_reads_the_card(workdir, tmp_path):
+    """Accuracies of DONE and of `eval`, classes, and the front matter, by the hub's own reader."""
+    hub = pytest.importorskip("huggingface_hub")
+    shutil.copytree(workdir, tmp_path / "work", ignore=shutil.ignore_patterns("jax_cache"))
+    folder = tmp_path / "work" / "finetune"
+    (folder / "eval").mkdir()
+    (folder / "eval" / "eval.json").write_text(json.dumps({"results": {"photos/top1": 12.5, "photos/images": 8.0}}))
+    (val,) = (v for k, v in json.loads((folder / "DONE").read_text())["metrics"].items() if k == "val/top1")
+    export(folder, tmp_path / "out", "hf")
+    read = hub.ModelCard.load(tmp_path / "out" / "README.md")
+    assert (read.data.license, read.data.library_name, read.data.pipeline_tag) == (
+        "other",
+        "transformers",
+        "image-classification",
+    )
+    found = {(r.dataset_name, r.metric_name): r.metric_value for r in read.data.eval_results}
+    assert found["val, digits, split test", "top1"] == pytest.approx(val / 100, abs=1e-6)
+    assert found["photos", "top1"] == 0.125
+    text = read.text
+    assert f"| val, digits, split test | top1 | {val:.2f} % |" in text and "| photos | top1 | 12.50 % |" in text
+    assert "Classes, in the order of the outputs: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9." in text
+    export(workdir / "mae", tmp_path / "mae", "mae")
+    bare = hub.ModelCard.load(tmp_path / "mae" / "README.md")
+    assert (bare.data.library_name, bare.data.eval_results) == (None, None) and "## Accuracy" not in bare.text

@@ -256,7 +256,7 @@ def test_each_hugging_face_model(name, tmp_path):
     _, _, model, tensors, ignored = HUGGING_FACE[name]
     converted = convert.read(path)
     found = converted.layout
-    assert found.model == config.ViT(24, 2, 3, posembed="trainable", **SIZE, **model)
+    assert found.model == config.ViT(24, 2, 3, posembed="trainable", layer_norm_eps=1e-12, **SIZE, **model)
     assert (found.kind, found.notes[0]) == (f"Hugging Face {name}", "3 heads, as config.json says")
     assert found.decoder == (config.Decoder(16, 2, 2) if name == "ViTMAEForPreTraining" else None)
     assert found.norm_pix_loss is (False if found.decoder else None)
@@ -391,7 +391,7 @@ def test_stage_json_says_where_it_came_from(tmp_path):
     converted = convert.read(path)
     convert.write(converted, tmp_path / "converted")
     content = json.loads((tmp_path / "converted" / "stage.json").read_text())
-    assert set(content) == {"format", "converted", "untrained", "versions"}
+    assert set(content) == {"format", "converted", "untrained", "classes", "versions"}
     assert set(content["versions"]) == {"jax", "flax", "orbax-checkpoint"}
     facts = stage_file.read_converted(tmp_path / "converted")
     assert facts["source"] == {

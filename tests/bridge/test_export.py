@@ -15,6 +15,7 @@ from tinymim_jax.weights.parameters import flatten, shapes_of
 pytest.importorskip("torch", reason="the exported weights are run in PyTorch")
 
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import tinymim_jax
@@ -23,6 +24,7 @@ from tinymim_jax.bridge import convert
 from tinymim_jax.bridge.export import Weights, export
 from tinymim_jax.bridge.torch_reference import mae as reference_mae
 from tinymim_jax.bridge.torch_reference import vit as reference_vit
+from tinymim_jax.data import augment
 from tinymim_jax.experiment import config
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.tasks.contract import Context
@@ -232,11 +234,8 @@ def test_hugging_face_gives_the_same_reconstruction(folder, tmp_path):
 def test_the_processor_of_hugging_face(folder, tmp_path):
     export(folder("cls"), tmp_path / "out", "hf")
     settings = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
-    assert (settings["image_mean"], settings["image_std"], settings["size"]) == (
-        list(MEAN),
-        list(STD),
-        {"height": 16, "width": 16},
-    )
+    assert (settings["image_mean"], settings["image_std"]) == (list(MEAN), list(STD))
+    assert (settings["size"], settings["crop_size"]) == ({"shortest_edge": 16}, {"height": 16, "width": 16})
     assert json.loads((tmp_path / "out" / "config.json").read_text())["id2label"] == {
         str(i): f"LABEL_{i}" for i in range(5)
     }
@@ -328,13 +327,74 @@ def test_models_that_a_format_does_not_know(name, form, message, folder, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("form", ["timm", "hf", "mae", "onnx"])
-def test_a_linear_probe(form, tmp_path):
-    """Its BatchNorm has no place in any of them, and without it the logits are others."""
+@pytest.mark.parametrize("form", ["hf", "mae"])
+def test_a_linear_probes_batch_norm_is_folded(form, tmp_path):
     probe = stage(config.Classify(), num_classes=5, head_norm=True)
-    write_stage(tmp_path / "ours", probe, random_params(probe.model))
-    with pytest.raises(InputError, match=r"has a BatchNorm before its head \(linear probing\), which no format"):
-        export(tmp_path / "ours", tmp_path / "out", form)
+    rng = np.random.default_rng(4)
+    state = {"mean": rng.normal(size=24), "var": rng.uniform(1e-6, 3, 24)}
+    state = {"batch_stats": {"head_norm": {key: a.astype(np.float32) for key, a in state.items()}}}
+    write_stage(tmp_path / "ours", probe, random_params(probe.model), model_state=state)
+    expected = ours(tmp_path / "ours")
+    export(tmp_path / "ours", tmp_path / "out", form)
+    if form == "hf":
+        assert_same(from_pretrained(tmp_path / "out")[0](pixels()).logits, expected)
+    else:
+        convert.write(convert.read(tmp_path / "out" / "checkpoint.pth"), tmp_path / "back")
+        assert_same(torch.from_numpy(np.array(ours(tmp_path / "back"))), expected)
+
+
+def test_names_and_eps_come_back(tmp_path):
+    made = stage(config.Classify(), num_classes=5, layer_norm_eps=1e-3)
+    names = ["zebra", "ant", "dog, big", "1", "Ünze"]
+    write_stage(tmp_path / "ours", made, random_params(made.model), classes=names)
+    for form, file in (("hf", ""), ("mae", "checkpoint.pth")):
+        export(tmp_path / "ours", tmp_path / form, form)
+        convert.write(convert.read(tmp_path / form / file), tmp_path / f"{form}_back")
+        assert stage_file.read_classes(tmp_path / f"{form}_back") == names
+        assert stage_file.read_model(tmp_path / f"{form}_back").layer_norm_eps == 1e-3
+        assert stage_file.read_preprocessing(tmp_path / f"{form}_back") == stage_file.read_preprocessing(
+            tmp_path / "ours"
+        )
+    assert_same(from_pretrained(tmp_path / "hf")[0](pixels()).logits, ours(tmp_path / "ours"))
+    with pytest.raises(InputError, match=r"timm's ViT has LayerNorm eps 1e-6 and this one 0\.001"):
+        export(tmp_path / "ours", tmp_path / "timm", "timm")
+
+
+def test_timm_has_the_names(tmp_path):
+    made = stage(config.Classify(), num_classes=2)
+    write_stage(tmp_path / "ours", made, random_params(made.model), classes=["b", "a"])
+    export(tmp_path / "ours", tmp_path / "out", "timm")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["label_names"] == ["b", "a"]
+    convert.write(convert.read(tmp_path / "out"), tmp_path / "back")
+    assert stage_file.read_classes(tmp_path / "back") == ["b", "a"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"crop_pct": 0.875},
+        {"crop_pct": 1.0, "interpolation": "bilinear"},
+        {"crop_pct": 0.7, "crop_mode": "squash"},
+        {"crop_pct": 1.0, "crop_mode": "squash", "interpolation": "lanczos"},
+    ],
+)
+def test_the_exported_processor_gives_our_pixels(fields, tmp_path):
+    """Of photographs that are not square; where an odd number is halved, transformers and we may be a pixel apart."""
+    transformers = pytest.importorskip("transformers")
+    made = stage(config.Classify(), num_classes=5)
+    made.evals = {"val": config.Classification(dataclasses.replace(made.data, transform="eval", **fields))}
+    made.evals["val"].data.crop_pct = fields["crop_pct"]
+    write_stage(tmp_path / "ours", made, random_params(made.model))
+    export(tmp_path / "ours", tmp_path / "out", "hf")
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
+    data = made.evals["val"].data
+    rng = np.random.default_rng(0)
+    for size in ((80, 48), (47, 90), (33, 33), (100, 41)):
+        image = Image.fromarray(rng.integers(0, 256, (6, 5, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+        theirs = np.asarray(processor(image, return_tensors="np")["pixel_values"][0]).transpose(1, 2, 0)
+        own = (augment.transform(image, data, rng) / 255.0 - np.array(MEAN)) / np.array(STD)
+        shifted = [np.roll(own, shift, (0, 1)) for shift in ((0, 0), (0, 1), (1, 0), (1, 1))]
+        assert min(np.abs(one - theirs)[1:, 1:].max() for one in shifted) < 1e-4, size
 
 
 def test_an_unfinished_stage(tmp_path):

@@ -6,7 +6,8 @@ import pytest
 from tests.bridge.arrays import HF, SMALL, rejected, star, understand, weights
 from tinymim_jax.bridge import convert
 from tinymim_jax.bridge.formats import to_hf
-from tinymim_jax.bridge.layout import IMAGENET, Told
+from tinymim_jax.bridge.layout import Told
+from tinymim_jax.bridge.stated import IMAGENET
 from tinymim_jax.experiment import config
 from tinymim_jax.runtime.errors import InputError
 
@@ -80,22 +81,48 @@ def test_preprocessing(form, settings, expected):
     assert any("ImageNet's mean and std, which the file does not say" in note for note in found.notes) == (not expected)
 
 
-@pytest.mark.parametrize("eps", [1e-5, "x"])
-def test_another_layer_norm_eps_is_another_model(eps):
+@pytest.mark.parametrize("eps", [0, -1e-6, 1, "x", True])
+def test_an_eps_that_is_none(eps):
     rejected(
-        "layer_norm_eps is .*; only 1e-6 is supported",
-        to_hf(weights(), ""),
-        {"layer_norm_eps": eps},
-        form="huggingface",
+        "layer_norm_eps is .*; it must be above 0", to_hf(weights(), ""), {"layer_norm_eps": eps}, form="huggingface"
     )
 
 
-def test_layer_norm_eps_is_1e_6_and_said():
-    arrays = to_hf(weights(), "")
-    notes = understand(arrays, {"layer_norm_eps": 1e-12}, form="huggingface").notes
-    assert any("LayerNorm eps is 1e-6, which ViT weights were trained with; config.json says 1e-12" in n for n in notes)
-    for settings in ({}, {"layer_norm_eps": 1e-6}):
-        assert not any("eps" in note for note in understand(arrays, settings, form="huggingface").notes)
+@pytest.mark.parametrize(
+    ("settings", "eps"), [({"layer_norm_eps": 1e-5}, 1e-5), ({}, 1e-12), ({"layer_norm_eps": 1e-6}, 1e-6)]
+)
+def test_eps_is_what_the_file_says_and_transformers_takes(settings, eps):
+    found = understand(to_hf(weights(), ""), settings, form="huggingface")
+    assert found.model.layer_norm_eps == eps
+    assert any(f"LayerNorm eps is {eps:g}, as the file says" in note for note in found.notes) == (eps != 1e-6)
+    told = understand(to_hf(weights(), ""), settings, Told(num_heads=3, layer_norm_eps=1e-7), form="huggingface")
+    assert told.model.layer_norm_eps == 1e-7
+
+
+@pytest.mark.parametrize(
+    ("form", "settings"),
+    [
+        ("huggingface", {"image_size": [16, 16], "patch_size": [8, 8]}),
+        ("timm", {"architecture": "vit", "model_args": {"img_size": [16, 16], "patch_size": 8}}),
+    ],
+)
+def test_squares_written_as_pairs(form, settings):
+    arrays = weights() if form == "timm" else to_hf(weights(), "")
+    assert understand(arrays, settings, form=form).model.image_size == 16
+
+
+@pytest.mark.parametrize(
+    ("form", "settings"),
+    [
+        ("huggingface", {"image_size": [8, 32]}),  # as many patches as the square has
+        ("timm", {"architecture": "vit", "model_args": {"img_size": [32, 8]}}),
+        ("timm", {"architecture": "vit", "pretrained_cfg": {"input_size": [3, 32, 8]}}),
+        ("timm", {"architecture": "vit", "input_size": [3, 32, 8]}),
+        ("huggingface", {"image_size": [16, 16], "preprocessor": {"size": {"height": 32, "width": 8}}}),
+    ],
+)
+def test_rectangles_are_refused(form, settings):
+    rejected("rectangular model", weights() if form == "timm" else to_hf(weights(), ""), settings, form=form)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +170,7 @@ def changed(shape_of=(), without=(), **extra):
         (changed(without=["blocks"]), "the blocks are not numbered from 0 without gaps"),
         (changed(without=["blocks.0"]), "the blocks are not numbered from 0 without gaps"),
         (changed(without=["blocks.0.mlp.fc1"]), "there is no blocks.0.mlp.fc1.weight"),
-        (changed(pos_embed=(1, 7, 24)), "pos_embed is for 6 patches, which is no square; register tokens are not"),
+        (changed(pos_embed=(1, 7, 24)), "pos_embed is for 6 patches, which is no square: rectangular images"),
         (changed(pos_embed=(1, 9, 24)), "pos_embed is for 8 patches, which is no square"),
         (changed(pos_embed=(1, 1, 24)), "pos_embed is for 0 patches, which is no square"),
         (changed(pos_embed=(5, 24)), r"pos_embed has shape \[5, 24\], which no vision transformer has"),

@@ -168,7 +168,7 @@ def test_a_bug_of_the_reference_is_no_bad_input(tmp_path, monkeypatch):
         ({"num_hidden_layers": 1}, "num_hidden_layers is 1, but the weights have 2"),
         ({"hidden_size": 48}, "hidden_size is 48, but the weights have 24"),
         ({"image_size": 32}, "image_size is 32, but the weights have 16"),
-        ({"layer_norm_eps": "x"}, "layer_norm_eps is 'x'; only 1e-6 is supported"),
+        ({"layer_norm_eps": "x"}, "layer_norm_eps is 'x'; it must be above 0"),
     ],
     ids=str,
 )

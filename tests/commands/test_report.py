@@ -12,7 +12,9 @@ def test_a_folder_without_results(tmp_path, capsys):
     assert said(nothing) == f"error: {nothing} has no results.json: there is no such folder\n"
     assert said(tmp_path) == f"error: {tmp_path} has no results.json: no run ended there\n"
     (tmp_path / "chain.json").write_text("{}")
-    assert said(tmp_path).endswith("has no results.json: the run is not at its end; the same run command goes on with it\n")
+    assert said(tmp_path).endswith(
+        "has no results.json: the run is not at its end; the same run command goes on with it\n"
+    )
 
 
 def test_a_stage_for_a_workdir(tmp_path, capsys):

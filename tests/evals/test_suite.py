@@ -6,7 +6,6 @@ import pytest
 from PIL import Image
 
 from tests.conftest import measured, tiny_classify, tiny_mae
-from tinymim_jax.commands.eval import subject_of
 from tinymim_jax.data.device_augment import normalize, to_float
 from tinymim_jax.evals import suite
 from tinymim_jax.evals.contract import Context
@@ -17,7 +16,7 @@ from tinymim_jax.runtime.errors import InputError
 
 
 def test_the_clean_score_is_the_stage_s_own(finished, mesh, tmp_path):
-    report = suite.evaluate(subject_of(finished / "finetune"), "imagenet", Sets(), mesh, tmp_path)
+    report = suite.evaluate(stage_file.read_subject(finished / "finetune"), "imagenet", Sets(), mesh, tmp_path)
     own = json.loads((finished / "finetune" / "DONE").read_text())["metrics"]
     assert report["results"]["imagenet/top1"] == own["val/top1"]
     assert report["results"]["imagenet/images"] == 40
@@ -25,14 +24,14 @@ def test_the_clean_score_is_the_stage_s_own(finished, mesh, tmp_path):
 
 
 def test_a_model_without_a_head_is_probed(finished, mesh, tmp_path):
-    report = suite.evaluate(subject_of(finished / "distill"), "all", Sets(), mesh, tmp_path)
+    report = suite.evaluate(stage_file.read_subject(finished / "distill"), "all", Sets(), mesh, tmp_path)
     assert set(report["results"]) == {"knn/top1_k10", "knn/top1_k20", "logistic/top1"}
     assert 0 <= report["results"]["logistic/top1"] <= 100
 
 
 def test_probes_see_the_features_of_the_stage_s_own_evals(finished, mesh):
     own = json.loads((finished / "mae" / "DONE").read_text())["metrics"]["knn/top1_k3"]
-    subject = subject_of(finished / "mae")
+    subject = stage_file.read_subject(finished / "mae")
     clean, bank = suite.data_sets(subject, Sets())
     knn = Knn(clean, bank, k=(3,)).build(Context(mesh, suite.predict_of(subject, clean)))
     assert measured(knn, subject.variables)["top1_k3"] == own
@@ -41,12 +40,12 @@ def test_probes_see_the_features_of_the_stage_s_own_evals(finished, mesh):
 @pytest.mark.parametrize("name", ["imagenet", "robust"])
 def test_a_head_is_needed(finished, mesh, name, tmp_path):
     with pytest.raises(InputError, match=f"--suite={name} needs a model with a head"):
-        suite.evaluate(subject_of(finished / "distill"), name, Sets(), mesh, tmp_path)
+        suite.evaluate(stage_file.read_subject(finished / "distill"), name, Sets(), mesh, tmp_path)
 
 
 def test_an_unknown_suite(finished, mesh, tmp_path):
     with pytest.raises(InputError, match="--suite=x: unknown; choose one of imagenet, robust, probe, all"):
-        suite.evaluate(subject_of(finished / "finetune"), "x", Sets(), mesh, tmp_path)
+        suite.evaluate(stage_file.read_subject(finished / "finetune"), "x", Sets(), mesh, tmp_path)
 
 
 def test_the_table_has_the_paper_beside_it(tmp_path):
@@ -61,7 +60,7 @@ def test_the_table_has_the_paper_beside_it(tmp_path):
 
 def test_features_of_a_student_are_those_before_its_half_trained_block(finished):
     model, variables = stage_file.load(finished / "distill")
-    subject, data = subject_of(finished / "distill"), tiny_mae().evals["knn"].data
+    subject, data = stage_file.read_subject(finished / "distill"), tiny_mae().evals["knn"].data
     batch = {"image": np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)}
     found = suite.predict_of(subject, data)(subject.variables, {}, batch)
     pixels = normalize(to_float(batch["image"]), data.mean, data.std)
@@ -83,10 +82,10 @@ def tree(root, splits=("train", "val"), classes=10, images=3):
 def test_another_tree(finished, mesh, tmp_path):
     data = tree(tmp_path / "tree")
     sets = Sets(data, per_class=2, bank_per_class=1)
-    report = suite.evaluate(subject_of(finished / "finetune"), "imagenet", sets, mesh, tmp_path / "out")
+    report = suite.evaluate(stage_file.read_subject(finished / "finetune"), "imagenet", sets, mesh, tmp_path / "out")
     assert report["results"]["imagenet/images"] == 20
     assert json.loads((tmp_path / "out" / "eval.json").read_text()) == report
-    clean, bank = suite.data_sets(subject_of(finished / "finetune"), sets)
+    clean, bank = suite.data_sets(stage_file.read_subject(finished / "finetune"), sets)
     assert (clean.split, clean.per_class, bank.split, bank.per_class) == ("val", 2, "train", 1)
     for splits, classes, message in (
         (("train",), 10, "has no folder val/ or test/ or validation/"),
@@ -94,15 +93,19 @@ def test_another_tree(finished, mesh, tmp_path):
     ):
         other = tree(tmp_path / f"other{classes}{len(splits)}", splits, classes, 1)
         with pytest.raises(InputError, match=message):
-            suite.evaluate(subject_of(finished / "finetune"), "imagenet", Sets(other), mesh, tmp_path / "out")
+            suite.evaluate(
+                stage_file.read_subject(finished / "finetune"), "imagenet", Sets(other), mesh, tmp_path / "out"
+            )
     # Probes learn the classes of another data set.
-    report = suite.evaluate(subject_of(finished / "finetune"), "probe", Sets(other), mesh, tmp_path / "out")
+    report = suite.evaluate(
+        stage_file.read_subject(finished / "finetune"), "probe", Sets(other), mesh, tmp_path / "out"
+    )
     assert set(report["results"]) == {"knn/top1_k1", "logistic/top1"}
 
 
 def test_a_stage_without_evals_has_a_held_out_set_of_its_own(finished, mesh, tmp_path):
     assert stage_file.read_stage(finished / "distill").evals == {}
-    clean, bank = suite.data_sets(subject_of(finished / "distill"), Sets())
+    clean, bank = suite.data_sets(stage_file.read_subject(finished / "distill"), Sets())
     assert (clean.split, clean.per_class, bank.split, bank.per_class) == ("test", None, "train", 4)
     imagenet = recipes.imagenet(True)
     assert suite._held_out(imagenet).split == "validation" and suite._held_out(imagenet).num_examples is None
@@ -138,4 +141,4 @@ def test_corruptions_are_made_as_imagenet_c_was_unless_asked_otherwise(finished,
 def test_a_folder_that_cannot_be_written_is_found_before_anything_is_measured(finished, mesh, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written to"):
-        suite.evaluate(subject_of(finished / "finetune"), "imagenet", Sets(), mesh, tmp_path / "file")
+        suite.evaluate(stage_file.read_subject(finished / "finetune"), "imagenet", Sets(), mesh, tmp_path / "file")

@@ -183,3 +183,15 @@ def test_one_that_is_half_done_is_refused(workdir, tmp_path):
     (tmp_path / "mae" / "stage.json").write_text("{")
     with pytest.raises(InputError, match=r"mae/stage\.json is damaged; bring back a copy"):
         dry_run.describe_chain(get_config(), tmp_path)
+
+
+def test_names_of_the_outputs(tmp_path):
+    for name, classes in (("named", ("b", "a")), ("unnamed", None)):
+        (tmp_path / name).mkdir()
+        content = stage_file.describe(make_stage(), [], classes)
+        (tmp_path / name / "stage.json").write_text(json.dumps(content))
+    assert stage_file.read_classes(Path(tmp_path / "named")) == ["b", "a"]
+    assert stage_file.read_classes(Path(tmp_path / "unnamed")) is None
+    del content["classes"]  # as the versions before wrote it
+    (tmp_path / "unnamed" / "stage.json").write_text(json.dumps(content))
+    assert stage_file.read_classes(Path(tmp_path / "unnamed")) is None

@@ -63,6 +63,38 @@ def test_pixels_that_the_source_saw_otherwise(chain, tmp_path, is_converted):
         convert.write(convert.read(folder), preflight.handoff.source_folder(init, tmp_path))
     stage = chain.stages["distill"]
     with pytest.raises(InputError, match=r"normalised with mean \(0\.5, 0\.5, 0\.5\); set data\.mean to that"):
-        preflight.check_pixels(stage, init, tmp_path)
+        preflight.check_source(chain, stage, "teacher", init, tmp_path)
     stage.data.mean = stage.data.std = (0.5, 0.5, 0.5)
-    preflight.check_pixels(stage, init, tmp_path)
+    assert not any("normalised" in line for line in preflight.check_source(chain, stage, "teacher", init, tmp_path))
+
+
+def test_differences_from_a_stage_are_said(chain, tmp_path):
+    """As the config has it before it has run; what the run says is of tests/training."""
+    init, stage = chain.stages["distill"].task.teacher, chain.stages["distill"]
+    before = preflight.check_source(chain, stage, "teacher", init, tmp_path)
+    assert not any("normalised" in line or "px" in line for line in before)
+    chain.stages["mae"].data.mean = (0.5, 0.25, 0.5)
+    chain.stages["mae"].model = dataclasses.replace(chain.stages["mae"].model, image_size=32)
+    (line,) = preflight.check_source(chain, stage, "teacher", init, tmp_path)
+    assert line.startswith("note: teacher was trained with ")
+    assert "pixels normalised with mean (0.5, 0.25, 0.5), here data.mean (0.485" in line
+    assert "images of 32 px, here 16 px" in line
+    chain.stages["mae"].model = dataclasses.replace(chain.stages["mae"].model, num_heads=3, layer_norm_eps=1e-5)
+    (line,) = preflight.check_source(chain, stage, "init", init, tmp_path)
+    assert "3 heads, here" in line and "LayerNorm eps 1e-05, here model.layer_norm_eps 1e-06" in line
+
+
+def test_classes_in_another_order(chain, tmp_path):
+    """A head that is taken over names outputs that the labels of the data would not mean."""
+    from tests.weights.test_handoff import write_stage
+    from tinymim_jax.experiment.config import Init
+
+    stage = chain.stages["finetune"]
+    write_stage(tmp_path / "other", stage, {"encoder": {}}, classes=list("1023456789"))
+    init = Init(path=str(tmp_path / "other"))
+    with pytest.raises(InputError, match="init has the data's classes in another order: its first is '1', the data's"):
+        preflight.check_source(chain, stage, "init", init, tmp_path)
+    head = ("encoder/head/.*",)
+    preflight.check_source(chain, stage, "init", dataclasses.replace(init, fresh=head, skip=head), tmp_path)
+    write_stage(tmp_path / "same", stage, {"encoder": {}}, classes=list("0123456789"))
+    preflight.check_source(chain, stage, "init", Init(path=str(tmp_path / "same")), tmp_path)

@@ -102,7 +102,7 @@ def test_a_workdir_in_a_bucket_after_a_kill_is_bit_for_bit_that_on_a_disk(both):
 def test_commands_and_load_read_a_bucket(both, capsys):
     local, _ = both
     model, variables = tinymim_jax.load("gs://bucket/run/finetune")
-    jax.tree.map(np.testing.assert_array_equal, variables, tinymim_jax.load(local / "finetune")[1])
+    jax.tree.map(np.testing.assert_array_equal, variables, tinymim_jax.load(local / "finetune").variables)
     assert model.cfg.depth == 2
     assert main(["inspect", "gs://bucket/run/finetune"]) == 0
     assert "- mae: MAE pre-training, 4 steps of digits" in capsys.readouterr().out

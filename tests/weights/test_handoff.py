@@ -261,14 +261,14 @@ def make_stage(model=SMALL):
     return Stage(task, model, Data("digits", image_size=8), Optim(1e-3), Run(4, steps=1))
 
 
-def write_stage(folder, stage, params, *, ema=None, done=True, untrained=()):
+def write_stage(folder, stage, params, *, ema=None, done=True, untrained=(), model_state=None, classes=None):
     with Checkpoints(folder, keep=1) as checkpoints:
-        model = {"params": params, "model_state": {}, "ema": ema or {}}
+        model = {"params": params, "model_state": model_state or {}, "ema": ema or {}}
         optimizer = {"opt_state": {"m": np.zeros(2)}, "step": np.asarray(3)}
         checkpoints.save(3, {"model": model, "optim": optimizer}, {})
-    (folder / "stage.json").write_text(json.dumps(stage_file.describe(stage, untrained)))
+    (folder / "stage.json").write_text(json.dumps(stage_file.describe(stage, untrained, classes)))
     if done:
-        (folder / "DONE").write_text("{}")
+        (folder / "DONE").write_text('{"step": 3, "metrics": {}}')
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """What is known of a checkpoint, for people: model cards and `inspect`."""
 
+import json
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,6 +12,7 @@ from tinymim_jax.experiment import config, stage_file
 from tinymim_jax.models.contract import Encoder
 from tinymim_jax.runtime import storage
 from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.runtime.metric_log import read_done
 from tinymim_jax.weights import checkpoint, handoff
 from tinymim_jax.weights.parameters import fold
 
@@ -37,7 +40,7 @@ def provenance(folder: Path, depth: int = 0) -> list[str]:
 def _task(stage: config.Stage) -> str:
     run, data = stage.run, stage.data
     length = f"{run.epochs:g} epochs" if run.epochs is not None else f"{run.steps} steps"
-    where = f"{data.source} {data.name}".strip()
+    where = f"{data.source} {data_set(data)}" if data_set(data) != data.source else data.source
     return f"{stage.task.summary()}, {length} of {where}, batch {run.batch_size}"
 
 
@@ -70,9 +73,59 @@ def lines(folder: Path) -> list[str]:
     return [*text, last_block(model, names, untrained), "made from:", *(f"  {line}" for line in provenance(folder))]
 
 
-def text(weights: Any, usage: str) -> str:
-    """README.md of an exported folder; `usage` is code that loads it."""
-    model, pixels = weights.model, weights.pixels
+def accuracy(folder: Path) -> dict[str, float]:
+    """Top-1 and top-5 that were measured of the stage or converted checkpoint in `folder`, in percent."""
+    found = dict(read_done(folder / "DONE"))
+    if (folder / "eval" / "eval.json").is_file():
+        found |= json.loads((folder / "eval" / "eval.json").read_text())["results"]
+    return {name: value for name, value in found.items() if re.fullmatch(r"[^/]+/top[15]", name)}
+
+
+def _measured_on(folder: Path, name: str) -> str:
+    """The data set of an accuracy, as far as the stage says."""
+    stage = None if stage_file.read_converted(folder) else stage_file.read_stage(folder)
+    data = stage.evals[name].data if stage and name in stage.evals else None
+    return f"{name}, {data_set(data)}, split {data.split}" if data else name
+
+
+def data_set(data: config.Data) -> str:
+    """A data set's name, without the folders that are of one machine only."""
+    return data.name or (Path(data.path).name if data.path else data.source)
+
+
+def front_matter(weights: Any, library: str | None) -> str:
+    """What the hub reads: YAML, of which JSON is a part."""
+    is_classifier = bool(weights.model.num_classes)
+    task = "image-classification" if is_classifier else "image-feature-extraction"
+    results = [
+        {
+            "task": {"type": task},
+            "dataset": {"name": _measured_on(weights.folder, name.split("/")[0]), "type": name.split("/")[0]},
+            "metrics": [{"type": "accuracy", "name": name.split("/")[1], "value": round(value / 100, 6)}],
+        }
+        for name, value in accuracy(weights.folder).items()
+    ]
+    facts = {"license": "other", "pipeline_tag": task, "tags": [task, "vit", "tinymim_jax"]}
+    facts |= {"library_name": library} if library else {}
+    facts |= {"model-index": [{"name": weights.folder.name, "results": results}]} if results else {}
+    return "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in facts.items()), "---"])
+
+
+def _images(weights: Any) -> str:
+    """How an image becomes the model's input."""
+    pixels, size = weights.pixels, weights.model.image_size
+    edge = int(size / pixels["crop_pct"])
+    what = "both sides" if pixels["crop_mode"] == "squash" else "the shorter side"
+    crop = "" if edge == size and pixels["crop_mode"] == "squash" else f", then the central {size} px"
+    return (
+        f"Images: RGB in [0, 1], {what} resized to {edge} px ({pixels['interpolation']}, PIL){crop}, normalised with"
+        f" mean {pixels['mean']} and std {pixels['std']}."
+    )
+
+
+def text(weights: Any, usage: str, library: str | None = None) -> str:
+    """README.md of an exported folder; `usage` is code that loads it, with `library`, by the hub's name."""
+    model = weights.model
     untrained = stage_file.read_untrained(weights.folder)
     heads = ""
     if weights.regrouped:
@@ -80,16 +133,27 @@ def text(weights: Any, usage: str) -> str:
         heads = f"\nBlock {model.depth} was trained with {was} heads and is read with {now} here.\n"
     origin = "\n".join(provenance(weights.folder))
     left_out = f"\n{weights.left_out}\n" if weights.left_out else ""
+    measured = accuracy(weights.folder)
+    rows = [
+        f"| {_measured_on(weights.folder, k.split('/')[0])} | {k.split('/')[1]} | {v:.2f} % |"
+        for k, v in measured.items()
+    ]
+    table = (
+        "\n".join(["## Accuracy", "", "| data set | measure | value |", "|---|---|---|", *rows, "", ""]) if rows else ""
+    )
+    names = f"\nClasses, in the order of the outputs: {', '.join(weights.classes)}.\n" if weights.classes else ""
     unknown = "\nPart of what they were made from is not at hand, and its licence is not known here.\n"
-    return f"""# {weights.folder.name}
+    return f"""{front_matter(weights, library)}
+
+# {weights.folder.name}
 
 {model.summary()}.
 {heads}{left_out}
 {last_block(model, convert.names(model), untrained)}.
 
-Images: RGB in [0, 1], normalised with mean {pixels["mean"]} and std {pixels["std"]}. LayerNorm eps 1e-6, exact GELU.
-
-## Use
+{_images(weights)} LayerNorm eps {model.layer_norm_eps:g}, exact GELU.
+{names}
+{table}## Use
 
 ```python
 {usage}

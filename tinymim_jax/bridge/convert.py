@@ -197,4 +197,5 @@ def describe(converted: Converted) -> dict[str, Any]:
         },
     }
     versions = {name: version(name) for name in ("jax", "flax", "orbax-checkpoint")}
-    return {"format": stage_file.FORMAT, "converted": facts, "untrained": converted.untrained, "versions": versions}
+    told = {"converted": facts, "untrained": converted.untrained, "classes": found.classes}
+    return {"format": stage_file.FORMAT, **told, "versions": versions}

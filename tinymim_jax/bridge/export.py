@@ -13,7 +13,7 @@ from etils.epath import Path
 from tinymim_jax.bridge import card, formats
 from tinymim_jax.bridge.convert import new_folder, shapes
 from tinymim_jax.bridge.files import need
-from tinymim_jax.bridge.layout import IMAGENET
+from tinymim_jax.data.fast_jpeg import RESAMPLE
 from tinymim_jax.experiment import config, stage_file
 from tinymim_jax.runtime import codec, storage
 from tinymim_jax.runtime.errors import InputError
@@ -22,6 +22,7 @@ from tinymim_jax.weights.parameters import flatten
 
 TIMM = {(192, 16): "vit_tiny_patch16_224", (384, 16): "vit_small_patch16_224", (768, 16): "vit_base_patch16_224",
         (1024, 16): "vit_large_patch16_224", (1280, 14): "vit_huge_patch14_224"}  # fmt: skip
+LIBRARY = {"timm": "timm", "hf": "transformers", "onnx": "onnx"}  # that reads a format, by the hub's name
 ONNX_LIMIT = 1e-4  # relative difference between onnxruntime and our model
 
 
@@ -31,24 +32,19 @@ class Weights:
     def __init__(self, folder: Path, regroup_heads: bool = False):
         """Raises InputError if `folder` is no finished stage."""
         folder = storage.absolute(folder)  # what it was made from lies beside it
-        self.folder, self.model = folder, stage_file.read_model(folder)
-        if self.model.has_state:
-            raise InputError(f"{folder} has a BatchNorm before its head (linear probing), which no format here holds")
-        converted = stage_file.read_converted(folder)
-        if converted:
+        self.folder, self.classes = folder, stage_file.read_classes(folder)
+        self.model, self.params = stage_file.read_model(folder).stateless(handoff.read_variables(folder))
+        self.pixels = stage_file.read_preprocessing(folder)
+        if converted := stage_file.read_converted(folder):
             self.decoder, self.norm_pix = converted["decoder"], converted["norm_pix_loss"]
-            self.pixels = {"interpolation": "bicubic", "crop_pct": 0.875, **converted["preprocessing"]}
             self.mask_ratio = 0.75  # MAE's
         else:
             stage = stage_file.read_stage(folder)
             found = stage.task.reconstruction()
             self.decoder = codec.to_dict(found.decoder) if found else None
             self.norm_pix, self.mask_ratio = (found.norm_pix_loss, found.mask_ratio) if found else (None, None)
-            self.pixels = {
-                key: codec.to_dict(getattr(stage.data, key)) for key in (*IMAGENET, "interpolation", "crop_pct")
-            }
         held = ("encoder/", formats.DECODER) if self.decoder else ("encoder/",)  # what others have a place for
-        params = {key: a for key, a in flatten(handoff.read_params(folder)).items() if key.startswith(held)}
+        params = {key: a for key, a in flatten(self.params).items() if key.startswith(held)}
         self.arrays = {formats.mae_name(key): np.ascontiguousarray(formats.to_mae(key, a)) for key, a in params.items()}
         last = self.model.last_block_heads
         self.regrouped = regroup_heads and last not in (None, self.model.num_heads)
@@ -97,7 +93,7 @@ def export(folder: Path, destination: Path, form: str, regroup_heads: bool = Fal
     weights = Weights(folder, regroup_heads)
     with new_folder(destination) as partial:
         usage = FORMATS[form](weights, partial)
-        (partial / "README.md").write_text(card.text(weights, usage))
+        (partial / "README.md").write_text(card.text(weights, usage, LIBRARY.get(form)))
     return sorted(destination.iterdir())
 
 
@@ -108,6 +104,11 @@ def to_timm(weights: Weights, folder: Path) -> str:
     m = weights.model
     if m.neck:
         raise InputError("timm has no model with a neck before the head (TinyMIM*-T); export it with --format=mae")
+    if m.layer_norm_eps != 1e-6:
+        raise InputError(
+            f"timm's ViT has LayerNorm eps 1e-6 and this one {m.layer_norm_eps:g}; export it with --format=hf, mae or"
+            " onnx, or convert its source again with --layer_norm_eps=1e-6"
+        )
     name = TIMM.get((m.width, m.patch_size), "vit_base_patch16_224")
     args = {
         "img_size": m.image_size, "patch_size": m.patch_size, "embed_dim": m.width, "depth": m.depth,
@@ -122,6 +123,7 @@ def to_timm(weights: Weights, folder: Path) -> str:
         "model_args": args,
         "pretrained_cfg": {"num_classes": m.num_classes, "input_size": [3, m.image_size, m.image_size], **pixels},
     }
+    settings |= {"label_names": weights.classes} if weights.classes else {}
     save_safetensors(weights.encoder, folder / "model.safetensors")
     _write_json(folder / "config.json", settings)
     return 'import timm\n\nmodel = timm.create_model("local-dir:PATH", pretrained=True)  # PATH: this folder'
@@ -145,11 +147,12 @@ def to_hugging_face(weights: Weights, folder: Path) -> str:
         "architectures": [name], "hidden_size": m.width, "num_hidden_layers": m.depth,
         "num_attention_heads": m.num_heads,
         "intermediate_size": int(m.width * m.mlp_ratio), "image_size": m.image_size, "patch_size": m.patch_size,
-        "num_channels": 3, "hidden_act": "gelu", "layer_norm_eps": 1e-6, "hidden_dropout_prob": 0.0,
+        "num_channels": 3, "hidden_act": "gelu", "layer_norm_eps": m.layer_norm_eps, "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0, "dtype": "float32", **extra,
     }  # fmt: skip
     if m.num_classes:
-        settings["id2label"] = {str(i): f"LABEL_{i}" for i in range(m.num_classes)}
+        names = weights.classes or [f"LABEL_{i}" for i in range(m.num_classes)]
+        settings["id2label"] = {str(i): name for i, name in enumerate(names)}
         settings["label2id"] = {label: int(i) for i, label in settings["id2label"].items()}
     save_safetensors(arrays, folder / "model.safetensors")
     _write_json(folder / "config.json", settings)
@@ -183,11 +186,19 @@ def _beit_arrays(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _processor(weights: Weights) -> dict[str, Any]:
-    size = weights.model.image_size
+    """preprocessor_config.json, of the class of transformers that resizes and crops as our evaluation does."""
+    pixels, final = weights.pixels, weights.model.image_size
+    edge, is_squashed = int(final / pixels["crop_pct"]), pixels["crop_mode"] == "squash"
+    name = "CLIPImageProcessor"
+    if is_squashed:
+        name = "ViTImageProcessor" if edge == final else "DeiTImageProcessor"
+    crop = {"do_center_crop": True, "crop_size": {"height": final, "width": final}}
     return {
-        "image_processor_type": "ViTImageProcessor", "do_resize": True, "size": {"height": size, "width": size},
-        "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-        "image_mean": weights.pixels["mean"], "image_std": weights.pixels["std"],
+        "image_processor_type": name, "do_resize": True, "resample": int(RESAMPLE[pixels["interpolation"]]),
+        "size": {"height": edge, "width": edge} if is_squashed else {"shortest_edge": edge},
+        **({} if name == "ViTImageProcessor" else crop),
+        "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+        "image_mean": pixels["mean"], "image_std": pixels["std"], "do_convert_rgb": True,
     }  # fmt: skip
 
 
@@ -200,6 +211,7 @@ def to_mae(weights: Weights, folder: Path) -> str:
         "decoder": weights.decoder,
         "norm_pix_loss": weights.norm_pix,
         "preprocessing": weights.pixels,
+        "classes": weights.classes,
         "untrained": stage_file.read_untrained(weights.folder),
         "made_from": card.provenance(weights.folder),
     }
@@ -210,7 +222,7 @@ def to_mae(weights: Weights, folder: Path) -> str:
     return (
         'import torch\n\nstate_dict = torch.load("PATH/checkpoint.pth")["model"]  # PATH: this folder\n'
         f"# for MAE's classes, or timm's VisionTransformer with img_size={m.image_size}, patch_size={m.patch_size},\n"
-        f"# embed_dim={m.width}, depth={m.depth}, num_heads={m.num_heads}{last}, eps 1e-6,"
+        f"# embed_dim={m.width}, depth={m.depth}, num_heads={m.num_heads}{last}, eps {m.layer_norm_eps:g},"
         f" global_pool={'avg' if m.pool == 'mean' else 'token'!r}"
     )
 
@@ -253,7 +265,7 @@ def to_onnx(weights: Weights, folder: Path) -> str:
 def _check_onnx(weights: Weights, images: np.ndarray, theirs: np.ndarray) -> None:
     """Raises RuntimeError, for that is a bug, if `theirs` are not what our model gives."""
     module = dataclasses.replace(weights.model_as_read, dtype="float32").build()
-    tree = handoff.read_params(weights.folder)["encoder"]
+    tree = weights.params["encoder"]
     params = jax.tree.map(lambda a, s: a.reshape(s.shape), tree, shapes(weights.model_as_read, None)["encoder"])
     with jax.default_matmul_precision("highest"):
         out = module.apply({"params": params}, images.transpose(0, 2, 3, 1))

@@ -40,6 +40,9 @@ class Told:
     decoder_heads: int | None = None
     norm_pix: bool | None = None
     ema: bool = False  # the averaged weights
+    layer_norm_eps: float | None = None
+    mean: list[float] | None = None  # of the pixels that it was trained on, RGB in [0, 1]
+    std: list[float] | None = None
     half: bool = False
 
 

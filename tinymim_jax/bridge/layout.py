@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tinymim_jax.bridge import folding, key_names, known_checkpoints
+from tinymim_jax.bridge import folding, key_names, known_checkpoints, stated
 from tinymim_jax.bridge.files import Source, printable
 from tinymim_jax.bridge.known_checkpoints import Told
 from tinymim_jax.experiment.config import Decoder, ViT
@@ -15,13 +15,11 @@ from tinymim_jax.models import posembed
 from tinymim_jax.runtime.codec import from_dict
 from tinymim_jax.runtime.errors import InputError
 
-IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 TIMM_ARGS = {  # of model_args, those that this project's ViT has, or that change no number
     "img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "num_classes", "global_pool", "qkv_bias",
     "class_token", "drop_rate", "drop_path_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate",
     "dynamic_img_size", "init_values",
 }  # fmt: skip
-LAYER_NORM_EPS = (1e-6, 1e-12)  # 1e-12: what transformers writes for weights that were trained with 1e-6
 # What only our own exports tell.
 UNSEEN = ("posembed", "drop_path", "drop_path_shape", "weight_init", "dtype", "remat", "attention")
 Arrays = dict[str, np.ndarray]  # by MAE's names
@@ -40,9 +38,10 @@ class Layout:
     notes: list[str]  # what the shapes did not tell, and who did
     untrained: tuple[str, ...]  # regexes, on our keys
     licence: str
-    preprocessing: dict[str, Any]  # mean, std, and where they are known interpolation and crop_pct
+    preprocessing: dict[str, Any]  # fields of `Data`: mean, std, and where they are known those of resizing
     is_stated: bool  # whether the file says mean and std, or ImageNet's are taken
     made_from: list[str]  # lines of provenance, of our own exports
+    classes: list[str] | None  # the names of the head's outputs, where the file says them
 
 
 def understand(source: Source, arrays: Arrays, told: Told) -> Layout:
@@ -69,10 +68,11 @@ def understand(source: Source, arrays: Arrays, told: Told) -> Layout:
     if kind == known_checkpoints.OWN:
         untrained = [re.escape(key) for key in _strings(source.settings, "untrained")]
         made_from = _strings(source.settings, "made_from")
-    preprocessing, is_stated = _preprocessing(source, notes)
+    preprocessing, is_stated = stated.preprocessing(source, model.image_size, told, notes)
     return Layout(
         kind, model, decoder, norm_pix, arrays, {**source.beside, **ignored, **dropped}, notes, tuple(untrained),
         known_checkpoints.licence(kind), preprocessing, is_stated, made_from,
+        stated.classes(source, model.num_classes, notes),
     )  # fmt: skip
 
 
@@ -123,8 +123,9 @@ def _model(arrays: Arrays, kind: str, source: Source, told: Told, notes: list[st
     if source.format == "timm":
         _check_timm(source.settings, model)
     if source.format == "huggingface":
-        _check_hugging_face(source.settings, model, notes)
-    return dataclasses.replace(model, **{field: getattr(ours, field) for field in UNSEEN}) if ours else model
+        _check_hugging_face(source.settings, model)
+    unseen = {field: getattr(ours, field) for field in UNSEEN} if ours else {}
+    return dataclasses.replace(model, **unseen, layer_norm_eps=stated.layer_norm_eps(source, ours, told, notes))
 
 
 def _mlp_ratio(arrays: Arrays, stack: str, width: int) -> float:
@@ -140,23 +141,24 @@ def _grid(arrays: Arrays, in_front: int) -> int:
     grid = math.isqrt(max(num_patches, 0))
     if grid**2 != num_patches or not grid:
         raise InputError(
-            f"pos_embed is for {num_patches} patches, which is no square; register tokens are not supported"
+            f"pos_embed is for {num_patches} patches, which is no square: rectangular images and register tokens are"
+            " not supported"
         )
     return grid
 
 
-def _check_hugging_face(settings: dict[str, Any], model: ViT, notes: list[str]) -> None:
+def _check_hugging_face(settings: dict[str, Any], model: ViT) -> None:
     """Raises InputError if config.json describes another model than the weights, or one that this project has not."""
-    sizes = {"hidden_size": model.width, "num_hidden_layers": model.depth, "image_size": model.image_size,
-             "patch_size": model.patch_size}  # fmt: skip
-    for key, value in sizes.items():
+    _check_sides(settings, {"image_size": model.image_size, "patch_size": model.patch_size})
+    for key, value in {"hidden_size": model.width, "num_hidden_layers": model.depth}.items():
         if settings.get(key, value) != value:
             raise InputError(f"config.json: {key} is {settings[key]!r}, but the weights have {value}")
-    eps = settings.get("layer_norm_eps", 1e-6)
-    if eps not in LAYER_NORM_EPS:
-        raise InputError(f"config.json: layer_norm_eps is {eps!r}; only 1e-6 is supported")
-    if eps != 1e-6:
-        notes.append(f"LayerNorm eps is 1e-6, which ViT weights were trained with; config.json says {eps}")
+
+
+def _check_sides(settings: dict[str, Any], sides: dict[str, int]) -> None:
+    for key, value in sides.items():
+        if stated.side(settings, key, value) != value:
+            raise InputError(f"config.json: {key} is {settings[key]!r}, but the weights have {value}")
 
 
 def _check_timm(settings: dict[str, Any], model: ViT) -> None:
@@ -165,6 +167,7 @@ def _check_timm(settings: dict[str, Any], model: ViT) -> None:
     args = args if isinstance(args, dict) else {}
     if odd := sorted(set(args) - TIMM_ARGS):
         raise InputError(f"config.json: model_args has {odd[0]}, which a plain ViT has not; it cannot be converted")
+    _check_sides(args, {"img_size": model.image_size, "patch_size": model.patch_size})
     norm, expected = ("fc_norm", "avg") if model.pool == "mean" else ("norm", "token")
     pool = args.get("global_pool", settings.get("global_pool"))
     if model.num_classes and pool not in (None, expected):
@@ -184,24 +187,3 @@ def _decoder(arrays: Arrays, kind: str, source: Source, model: ViT, told: Told, 
         raise InputError("there is a decoder beside a head, fc_norm or dist_token, which no MAE has; remove one")
     notes.append(note)
     return Decoder(width, depth, heads, _mlp_ratio(arrays, "decoder_blocks", width))
-
-
-def _preprocessing(source: Source, notes: list[str]) -> tuple[dict[str, Any], bool]:
-    """Mean and std of the pixels that the model was trained on, and whether the file says so."""
-    places = {"timm": "pretrained_cfg", "huggingface": "preprocessor"}  # "preprocessing": of our own exports
-    told = source.settings.get(places.get(source.format, "preprocessing"))
-    told = told if isinstance(told, dict) else {}
-    found = {key: told.get(key) or told.get(f"image_{key}") for key in IMAGENET}
-    are_numbers = all(
-        isinstance(values, list) and len(values) == 3 and all(type(x) in (int, float) and abs(x) < 1e6 for x in values)
-        for values in found.values()
-    )
-    if not are_numbers or min(found["std"]) <= 0:
-        notes.append("pixels are normalised with ImageNet's mean and std, which the file does not say")
-        return dict(IMAGENET), False
-    found = {key: [float(x) for x in values] for key, values in found.items()}
-    if told.get("interpolation") in ("bicubic", "bilinear"):
-        found["interpolation"] = told["interpolation"]
-    if isinstance(told.get("crop_pct"), float) and 0 < told["crop_pct"] <= 1:
-        found["crop_pct"] = told["crop_pct"]
-    return found, True

@@ -72,7 +72,7 @@ def check(differences: list[Difference]) -> None:
     if bad:
         raise InputError(
             f"{bad[0].name} differs by {bad[0].relative:.1e}, more than {LIMIT:g}; the number of heads may be wrong"
-            " (--num_heads, --last_block_heads)"
+            " (--num_heads, --last_block_heads), or the eps of the norms (--layer_norm_eps)"
         )
 
 
@@ -126,7 +126,7 @@ def _reference(converted: Converted, images: np.ndarray, noise: np.ndarray) -> T
 
 
 def _hugging_face(converted: Converted, images: np.ndarray, noise: np.ndarray) -> Tensors:
-    """The folder in transformers, as its config.json says but for LayerNorm's eps, which is 1e-6."""
+    """The folder in transformers, as its config.json says."""
     transformers = need("transformers", "verify", "--verify of a Hugging Face folder")
     import torch
 
@@ -138,9 +138,6 @@ def _hugging_face(converted: Converted, images: np.ndarray, noise: np.ndarray) -
     transformers.utils.logging.disable_progress_bar()
     try:  # a config.json that names another class: whatever that makes of the weights and of the images
         model = cls.from_pretrained(converted.source.path.parent, dtype=torch.float32).eval()
-        for module in model.modules():
-            if isinstance(module, torch.nn.LayerNorm):
-                module.eps = 1e-6
         with torch.no_grad():
             return _run_hugging_face(model, converted.layout, _torch_images(images), torch.from_numpy(noise))
     except InputError:

@@ -7,6 +7,7 @@ from absl import flags
 
 from tinymim_jax.commands.flags import new_flags, parse_positional
 from tinymim_jax.runtime import storage
+from tinymim_jax.runtime.errors import InputError
 
 if TYPE_CHECKING:
     from tinymim_jax.bridge.layout import Told
@@ -23,6 +24,9 @@ TOLD = {  # what shapes do not say: the fields of `bridge.layout.Told`
     "decoder_heads": (int, None, "of MAE's decoder"),
     "norm_pix": (bool, None, "whether the decoder was trained on normalised pixels"),
     "ema": (bool, None, "take the averaged weights (model_ema, state_dict_ema, ema, ...), not the plain ones"),
+    "layer_norm_eps": (float, None, "of its norms, e.g. 1e-6, where the file does not say or says something else"),
+    "mean": (list, None, "R,G,B in [0, 1]: how the pixels that it was trained on were normalised"),
+    "std": (list, None, "likewise"),
     "half": (bool, None, "take float16 or bfloat16 weights, which have been rounded"),
 }
 VERIFY = (
@@ -54,7 +58,15 @@ def main(argv: list[str]) -> None:
 
 
 def told(values: flags.FlagValues) -> "Told":
-    """What the flags `TOLD` say."""
+    """What the flags `TOLD` say; raises InputError on a mean or std that is none."""
     from tinymim_jax.bridge.layout import Told
 
-    return Told(**{f.name: getattr(values, f.name) for f in dataclasses.fields(Told)})
+    found = Told(**{f.name: getattr(values, f.name) for f in dataclasses.fields(Told)})
+    for name in ("mean", "std"):
+        if (given := getattr(values, name)) is None:
+            continue
+        try:
+            setattr(found, name, [float(x) for x in given])
+        except ValueError:
+            raise InputError(f"--{name}={','.join(given)}: give three numbers, e.g. 0.5,0.5,0.5") from None
+    return found

@@ -1,15 +1,9 @@
 """`eval`: a finished model on everything."""
 
 import dataclasses
-from typing import TYPE_CHECKING
-
-from etils.epath import Path
 
 from tinymim_jax.commands.flags import new_flags, parse_positional
 from tinymim_jax.runtime import storage
-
-if TYPE_CHECKING:
-    from tinymim_jax.evals import suite
 
 USAGE = """python -m tinymim_jax eval CHECKPOINT [--suite=imagenet|robust|probe|all] [--data=PATH] ...
 
@@ -41,24 +35,11 @@ def main(argv: list[str]) -> None:
     (folder,) = parse_positional(values, argv, ["CHECKPOINT"], USAGE)
 
     from tinymim_jax.evals import suite
+    from tinymim_jax.experiment import stage_file
     from tinymim_jax.runtime.sharding import make_mesh
 
     sets = suite.Sets(**{f.name: getattr(values, f.name) for f in dataclasses.fields(suite.Sets)})
     out = storage.path(values.out) if values.out else folder / "eval"
-    report = suite.evaluate(subject_of(folder), values.suite, sets, make_mesh(), out)
+    report = suite.evaluate(stage_file.read_subject(folder), values.suite, sets, make_mesh(), out)
     print(suite.table(report))
     print(f"wrote {out}/eval.json and {out}/eval.md")
-
-
-def subject_of(folder: Path) -> "suite.Subject":
-    """What `evals.suite` measures, from the folder of a finished stage or a converted checkpoint."""
-    from tinymim_jax.evals import suite
-    from tinymim_jax.experiment import stage_file
-    from tinymim_jax.weights import handoff
-
-    model, untrained = stage_file.read_model(folder), stage_file.read_untrained(folder)
-    variables, converted = handoff.read_variables(folder), stage_file.read_converted(folder)
-    if converted:
-        return suite.Subject(str(folder), model, variables, untrained, None, {}, converted["preprocessing"])
-    stage = stage_file.read_stage(folder)
-    return suite.Subject(str(folder), model, variables, untrained, stage.data, stage.evals, {})

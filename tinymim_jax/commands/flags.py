@@ -2,7 +2,7 @@
 
 import ast
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
 
 from absl import flags
@@ -40,9 +40,17 @@ class OrNone(flags.ArgumentParser):
 
 KINDS = {
     int: functools.partial(flags.DEFINE_integer, lower_bound=1),
+    float: functools.partial(flags.DEFINE_float, lower_bound=0),
     str: flags.DEFINE_string,
     bool: flags.DEFINE_bool,
     list: flags.DEFINE_list,
+}
+
+# Of what goes over a folder of images and writes one file.
+FOLDER_FLAGS = {
+    "out": (str, None, "the file to write"),
+    "batch_size": (int, 64, "images at once"),
+    "on_bad_image": (("stop", "skip"), "stop", "skip: name and leave out what cannot be decoded"),
 }
 
 config_flags.register_flag_parser_for_type(int, OrNone(int, "a whole number"))
@@ -53,7 +61,10 @@ config_flags.register_flag_parser_for_type(Literal, flags.ArgumentParser())
 
 
 def new_flags(**described: tuple[Any, Any, str]) -> flags.FlagValues:
-    """Flags by name: (kind, default, help), a kind being int (at least 1), str, bool, list, a range or some choices."""
+    """Flags by name: (kind, default, help).
+
+    A kind is int (at least 1), float (at least 0), str, bool, list, a range or some choices.
+    """
     values = flags.FlagValues()
     for name, (kind, default, text) in described.items():
         if isinstance(kind, range):
@@ -112,6 +123,16 @@ def parse_positional(values: flags.FlagValues, argv: list[str], names: list[str]
     for path in paths:
         storage.check(path)
     return paths
+
+
+def output(name: str | None, suffixes: Collection[str]) -> Path:
+    """The file that --out names; raises InputError if it ends in none of `suffixes`."""
+    path = storage.path(name or "")
+    if path.suffix not in suffixes:
+        raise InputError(f"--out={name or ''}: name a file that ends in {' or '.join(suffixes)}")
+    if path.is_dir():
+        raise InputError(f"--out={path} is a folder; name a file")
+    return path
 
 
 def parse_flags(values: flags.FlagValues, argv: list[str]) -> list[str]:

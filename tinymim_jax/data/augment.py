@@ -14,7 +14,7 @@ from tinymim_jax.runtime.errors import InputError
 CROP_ATTEMPTS = 10  # as torchvision
 
 
-def load(image: bytes | np.ndarray, name: str, data: Data, rng: np.random.Generator) -> np.ndarray:
+def load(image: bytes | np.ndarray | Image.Image, name: str, data: Data, rng: np.random.Generator) -> np.ndarray:
     """A record's image as `transform` makes it, uint8 [S, S, 3]; raises InputError that begins with `name`.
 
     With `data.fast_crop`, training crops of JPEGs show the same part, made by `fast_jpeg`.
@@ -35,7 +35,7 @@ def load(image: bytes | np.ndarray, name: str, data: Data, rng: np.random.Genera
 def transform(image: Image.Image, data: Data, rng: np.random.Generator) -> np.ndarray:
     """What `data.transform` says: RGB image -> uint8 [S, S, 3]."""
     if data.transform == "eval":
-        pixels = np.asarray(center_crop(image, data.image_size, data.crop_pct, data.interpolation))
+        pixels = np.asarray(center_crop(image, data.image_size, data.crop_pct, data.interpolation, data.crop_mode))
         how = data.corruption, data.severity, rng, data.corruption_quality
         return corruptions.corrupt(pixels, *how) if data.corruption else pixels
     box = crop_box(image.width, image.height, data.crop_scale, data.crop_ratio, rng)
@@ -79,12 +79,19 @@ def crop_box(
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def center_crop(image: Image.Image, size: int, crop_pct: float, interpolation: str) -> Image.Image:
-    """The shorter side becomes int(size / crop_pct), then the central `size` pixels a side (torchvision's rounding)."""
+def center_crop(
+    image: Image.Image, size: int, crop_pct: float, interpolation: str, mode: str = "center"
+) -> Image.Image:
+    """The shorter side becomes int(size / crop_pct), then the central `size` pixels a side (torchvision's rounding).
+
+    With `mode` "squash" the longer side becomes as short.
+    """
     if not 0 < crop_pct <= 1:
         raise InputError(f"data.crop_pct is {crop_pct}; it must be above 0 and at most 1")
     shorter = int(size / crop_pct)
-    if image.width <= image.height:
+    if mode == "squash":
+        resized = shorter, shorter
+    elif image.width <= image.height:
         resized = shorter, int(shorter * image.height / image.width)
     else:
         resized = int(shorter * image.width / image.height), shorter

@@ -27,10 +27,12 @@ class Data:
     fast_crop: bool = True  # train: JPEGs by libjpeg-turbo, as far and fine as a crop needs; False: PIL's exact pixels
     rand_augment: str = ""  # train: e.g. "rand-m9-mstd0.5-inc1"; "": none
     crop_pct: float = ranged(0.875, above=0, at_most=1)  # eval: the shorter side becomes image_size / crop_pct
+    crop_mode: Literal["center", "squash"] = "center"  # eval: the longer side follows | becomes as short; then cropped
     corruption: str = ""  # eval: one of ImageNet-C's, e.g. "gaussian_noise", made on the crop; "": none
     severity: int = ranged(1, at_least=1, at_most=5)  # eval: of the corruption
     corruption_quality: int | None = ranged(None, at_least=1, at_most=95)  # eval: of a JPEG it goes through; None: none
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # PIL's, antialiased
+    # PIL's, antialiased; train: bicubic or bilinear
+    interpolation: Literal["bicubic", "bilinear", "lanczos", "hamming", "box", "nearest"] = "bicubic"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
     std: tuple[float, float, float] = ranged((0.229, 0.224, 0.225), above=0)
     on_bad_image: Literal["stop", "skip"] = "stop"  # skip: left out of the loss and counted
@@ -45,5 +47,7 @@ class Data:
             low, high = getattr(self, field)
             if low > high:
                 raise InputError(f"{where}.{field} is {(low, high)}; it must be (low, high)")
+        if self.transform == "train" and self.interpolation not in ("bicubic", "bilinear"):
+            raise InputError(f"{where}.interpolation {self.interpolation!r} is for evaluation; set bicubic or bilinear")
         if self.resident and self.rand_augment:
             raise InputError(f"{where}.rand_augment is made on the host: set it to '', or resident=False")

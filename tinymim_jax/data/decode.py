@@ -11,11 +11,13 @@ from tinymim_jax.runtime.errors import InputError
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
 
 
-def decode(image: bytes | np.ndarray, name: str) -> Image.Image:
+def decode(image: bytes | np.ndarray | Image.Image, name: str) -> Image.Image:
     """The image in RGB, whatever its file name or mode; raises InputError that begins with `name`."""
     if isinstance(image, np.ndarray):
         return _from_array(image, name)
     try:
+        if isinstance(image, Image.Image):
+            return _to_rgb(image)
         with Image.open(io.BytesIO(image), formats=FORMATS) as opened:
             return _to_rgb(opened)
     except UnidentifiedImageError as error:

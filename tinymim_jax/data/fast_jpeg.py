@@ -15,7 +15,8 @@ try:
 except ImportError:  # there is none for Linux on ARM; Pillow does the same, three to five times slower
     cykooz_resizer = None
 
-RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+FILTERS = ("bicubic", "bilinear", "lanczos", "hamming", "box", "nearest")
+RESAMPLE = {name: Image.Resampling[name.upper()] for name in FILTERS}
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # markers that begin a frame and hold its size
 SEQUENTIAL = (0xC0, 0xC1)
 SCAN = 0xDA

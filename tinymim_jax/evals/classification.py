@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from tinymim_jax.data import corruptions
 from tinymim_jax.data.config import Data
-from tinymim_jax.evals import subsets
+from tinymim_jax.evals import labels, subsets
 from tinymim_jax.evals.contract import Batch, Batches, Context, Eval, Result, Variables, needs_head
 from tinymim_jax.models.contract import Encoder
 from tinymim_jax.objectives import losses, metrics
@@ -55,7 +55,7 @@ class Accuracy:
         batches = Batches(cfg.data, cfg.batch_size, context.mesh)
         self.passes = {"data": batches}
         self.classes = batches.source.classes
-        self.subset = None  # all classes, labelled by column
+        self.head, self.subset = context.classes, None
         if cfg.subset:
             self.subset = subsets.columns(cfg.subset), subsets.targets(cfg.subset, self.classes)
 
@@ -64,20 +64,13 @@ class Accuracy:
         logits = self.predict(variables, frozen, batch).logits
         if logits is None:
             raise InputError("a classification eval needs a model with a head; set model.num_classes")
-        self._check_classes(logits.shape[-1])
-        return count_correct(logits, batch["label"], batch["is_valid"], self.subset)
+        data = self.passes["data"].data
+        where = f"{data.path or data.source}, split {data.split!r},"
+        subset = self.subset or (None, labels.match(self.head, self.classes, logits.shape[-1], where)[0])
+        return count_correct(logits, batch["label"], batch["is_valid"], subset)
 
     def finish(self, found: Mapping[Hashable, list[dict[str, Mean]]]) -> Result:
         return Result(scores(found["data"]))
-
-    def _check_classes(self, outputs: int) -> None:
-        """Labels of a folder are positions in it: with other classes they would mean something else."""
-        if self.subset is None and self.classes is not None and len(self.classes) != outputs:
-            data = self.passes["data"].data
-            raise InputError(
-                f"{data.path or data.source}, split {data.split!r}, has {len(self.classes)} classes and the model"
-                f" {outputs}; use data with the classes that it was trained on"
-            )
 
 
 def scores(counts: list[dict[str, Mean]]) -> dict[str, float]:
@@ -98,16 +91,20 @@ def restrict(logits: jax.Array, columns: jax.Array) -> jax.Array:
 
 
 def count_correct(
-    logits: jax.Array, labels: jax.Array, is_valid: jax.Array, subset: tuple[jax.Array, jax.Array] | None = None
+    logits: jax.Array,
+    label: jax.Array,
+    is_valid: jax.Array,
+    subset: tuple[jax.Array | None, jax.Array | None] = (None, None),
 ) -> dict[str, Mean]:
-    """logits [B, C], labels [B] -> hits among the best 1 and the best 5, over the valid examples.
+    """logits [B, C], label [B] -> hits among the best 1 and the best 5, over the valid examples.
 
-    `subset`: the columns that may win, and the column of each label.
+    `subset`: the columns that may win (None: all), and the column of each label (None: of that number).
     """
-    is_unknown = losses.is_beyond(labels, logits.shape[-1])
-    if subset is not None:
-        logits, labels = restrict(logits, subset[0]), jnp.asarray(subset[1])[labels]
+    is_unknown = losses.is_beyond(label, logits.shape[-1])
+    allowed, columns = subset
+    logits = logits if allowed is None else restrict(logits, allowed)
+    label = label if columns is None else jnp.asarray(columns)[label]
     best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]
-    hits = best == labels[:, None]
+    hits = best == label[:, None]
     beyond = Mean.of(is_unknown, is_valid)
     return {"top1": Mean.of(hits[:, 0], is_valid), "top5": Mean.of(jnp.any(hits, axis=1), is_valid), "beyond": beyond}

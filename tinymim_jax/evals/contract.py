@@ -5,7 +5,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -58,6 +58,7 @@ class Context:
     predict: Predict
     model: Encoder | None = None  # of what is measured, for evaluators that look into its blocks
     models: Mapping[str, tuple[Encoder, Variables]] = dataclasses.field(default_factory=dict)
+    classes: Sequence[str] | None = None  # what the outputs of its head are called, where that is known
 
 
 class Eval(abc.ABC):
@@ -147,7 +148,7 @@ class Measurement:
             for name, evaluator in self.evaluators.items():
                 with _named(name):
                     found[name] = {
-                        key: _fetched(
+                        key: fetched(
                             functools.partial(self.updates[name], variables, frozen, evaluator.others),
                             batches,
                             lambda: (shown.update(), check()),
@@ -170,7 +171,7 @@ def scalars(results: Mapping[str, Result]) -> dict[str, float]:
     return {f"{name}/{key}": value for name, result in results.items() for key, value in result.scalars.items()}
 
 
-def _fetched(update: Callable, batches: Batches, after_each: Callable[[], Any]) -> list[Any]:
+def fetched(update: Callable, batches: Batches, after_each: Callable[[], Any]) -> list[Any]:
     """What `update` gives for each batch, on the host, which stays a few behind the devices so that nothing waits."""
     ahead, host = collections.deque(), []
     for batch in batches:

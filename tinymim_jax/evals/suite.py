@@ -10,7 +10,7 @@ from etils.epath import Path
 from tinymim_jax.data.config import Data
 from tinymim_jax.data.device_augment import normalize, to_float
 from tinymim_jax.data.sources import check_same_classes, open_source
-from tinymim_jax.evals import Classification, Corruptions, Knn, Logistic, subsets
+from tinymim_jax.evals import Classification, Corruptions, Knn, Logistic, labels
 from tinymim_jax.evals.contract import Context, Eval, Measurement, Predict, Variables, scalars
 from tinymim_jax.models.contract import Encoder, Outputs
 from tinymim_jax.runtime import codec, storage
@@ -43,7 +43,7 @@ class Sets:
 
 @dataclasses.dataclass
 class Subject:
-    """A finished model, as its folder says. Its own `training` data and `evals`, or of a converted one its pixels."""
+    """A finished model, as its folder says; a converted one has no `training` data and no `evals` of its own."""
 
     name: str
     model: Encoder
@@ -51,7 +51,8 @@ class Subject:
     untrained: list[str]
     training: Data | None
     evals: dict[str, Eval]
-    preprocessing: dict[str, Any]
+    preprocessing: dict[str, Any]  # in evaluation: fields of `Data`
+    classes: list[str] | None = None  # what the outputs of its head are called, where that is known
 
 
 def evaluate(subject: Subject, suite: str, sets: Sets, mesh: jax.sharding.Mesh, out: Path) -> dict[str, Any]:
@@ -64,14 +65,15 @@ def evaluate(subject: Subject, suite: str, sets: Sets, mesh: jax.sharding.Mesh, 
     variables = jax.device_put(subject.variables, replicated(mesh))
     clean, bank = data_sets(subject, sets)
     chosen = evals(suite, model, clean, bank, sets)
-    context = Context(mesh, predict_of(subject, clean), model)
+    context = Context(mesh, predict_of(subject, clean), model, classes=subject.classes)
     evaluators = {name: cfg.build(context) for name, cfg in chosen.items()}  # what is missing is said first
     storage.check_writable(out)
-    check_names(chosen, model)
+    notes = check_names(chosen, model, subject.classes)
+    print("".join(f"note: {note}\n" for note in notes), end="", flush=True)
     paper = PAPER.get(model.width_of(model.depth), {}) if model.num_classes == 1000 else {}
     if not sets.imagenet_c:  # corruptions made here are not the stored ones
         paper = {name: value for name, value in paper.items() if not name.startswith("corruptions/")}
-    report = {"checkpoint": subject.name, "model": codec.to_dict(model), "results": {}, "paper": paper}
+    report = {"checkpoint": subject.name, "model": codec.to_dict(model), "results": {}, "paper": paper, "notes": notes}
     for name, evaluator in evaluators.items():
         report["results"] |= scalars(Measurement({name: evaluator}).run(variables, {}, title=name)())
         write(report, out)
@@ -86,8 +88,7 @@ def data_sets(subject: Subject, sets: Sets) -> tuple[Data, Data]:
         own = [e.data for e in subject.evals.values() if _is_clean(e)]
         clean = own[0] if own else _held_out(train)
     else:
-        pixels = {k: tuple(v) if isinstance(v, list) else v for k, v in subject.preprocessing.items()}
-        train = Data("folder", transform="eval", image_size=subject.model.image_size, **pixels)
+        train = pixels(subject)
         clean = dataclasses.replace(train, split="val")
         if not sets.data and not (sets.imagenet_c or sets.imagenet_a or sets.imagenet_r):
             raise InputError(
@@ -99,7 +100,14 @@ def data_sets(subject: Subject, sets: Sets) -> tuple[Data, Data]:
         clean = dataclasses.replace(clean, per_class=sets.per_class, num_examples=None)
     if sets.bank_per_class is not None:
         train = dataclasses.replace(train, per_class=sets.bank_per_class, num_examples=None)
-    return clean, dataclasses.replace(train, crop_pct=clean.crop_pct)
+    alike = {field: getattr(clean, field) for field in ("crop_pct", "crop_mode", "interpolation")}
+    return clean, dataclasses.replace(train, **alike)
+
+
+def pixels(subject: Subject) -> Data:
+    """How evaluation makes images its input, whichever they are."""
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in subject.preprocessing.items()}
+    return Data("folder", transform="eval", image_size=subject.model.image_size, **fields)
 
 
 def _is_clean(cfg: Eval) -> bool:
@@ -128,19 +136,27 @@ def _in_tree(data: Data, path: str, splits: tuple[str, ...]) -> Data:
     return dataclasses.replace(data, **fields)
 
 
-def check_names(chosen: dict[str, Eval], model: Encoder) -> None:
-    """Raises InputError if classes are not those of the head, or of the probes' other set, as far as names tell."""
+def check_names(chosen: dict[str, Eval], model: Encoder, classes: list[str] | None) -> list[str]:
+    """How labels find the outputs of the head, which are called `classes`.
+
+    Raises InputError if the data's are not those of the head, or of the probes' other set, as far as names tell.
+    """
+    notes = []
     for cfg in chosen.values():
         for pair in cfg.same_classes(None):
             check_same_classes(*pair)
         if isinstance(cfg, Classification) and not cfg.subset:
-            names = open_source(cfg.data).classes or ()
-            is_imagenet = len(names) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in names)
-            if (names and len(names) != model.num_classes) or (is_imagenet and list(names) != subsets.imagenet_wnids()):
-                raise InputError(
-                    f"{cfg.data.path}/{cfg.data.split} has {len(names)} classes that are not the model's"
-                    f" {model.num_classes}; give --data=PATH, a tree with the classes that it was trained on"
-                )
+            where = f"{cfg.data.path}/{cfg.data.split}"
+            notes.append(labels.match(classes, open_source(cfg.data).classes, model.num_classes, where)[1])
+    return notes
+
+
+def _name_of(data: Data) -> str:
+    """What results on `data` are called."""
+    if (data.source, data.name) == ("tfds", "imagenet2012") or labels.is_imagenet(open_source(data).classes):
+        return "imagenet"
+    name = re.sub(r"[^\w.+-]", "_", storage.path(data.path).name if data.path else data.name or data.source)
+    return f"{name}_" if name in {"corruptions", "knn", "logistic", "imagenet_a", "imagenet_r"} else name
 
 
 def evals(suite: str, model: Encoder, clean: Data, bank: Data, sets: Sets) -> dict[str, Eval]:
@@ -162,7 +178,7 @@ def evals(suite: str, model: Encoder, clean: Data, bank: Data, sets: Sets) -> di
                 raise InputError(f"--{name} needs a model of ImageNet's 1000 classes; this one has {model.num_classes}")
     chosen: dict[str, Eval] = {}
     if suite in ("imagenet", "all") and model.num_classes:
-        chosen["imagenet"] = Classification(clean)
+        chosen[_name_of(clean)] = Classification(clean)
     if suite in ("robust", "all") and model.num_classes:
         for name in ("imagenet_a", "imagenet_r"):
             if path := getattr(sets, name):
@@ -183,10 +199,15 @@ def _folder(data: Data, path: str, split: str) -> Data:
     return dataclasses.replace(data, source="folder", path=path, split=split, num_examples=None)
 
 
-def predict_of(subject: Subject, data: Data) -> Predict:
-    """Logits and features; the latter from before the block that distillation left half trained, if there is one."""
+def features_block(subject: Subject) -> int | None:
+    """The block before the one that distillation left half trained; None: the features are the last block's."""
     half = subject.model.half_trained(flatten(subject.variables["params"]), subject.untrained)
-    block = None if half is None else max(half - 1, 1)
+    return None if half is None else max(half - 1, 1)
+
+
+def predict_of(subject: Subject, data: Data) -> Predict:
+    """Logits, if features are of the last block, and features."""
+    block = features_block(subject)
 
     def predict(variables: Variables, _: Any, batch: Any) -> Outputs:
         return subject.model.outputs(variables, normalize(to_float(batch["image"]), data.mean, data.std), block)
@@ -206,7 +227,7 @@ def table(report: dict[str, Any]) -> str:
         "Percent. corruptions/*: top-1 error, a mean over severities; mean_error: their plain mean, which the paper",
         "calls mCE; mce: each error over AlexNet's on ImageNet.",
     ]
-    return "\n".join([*lines, "", *notes, ""])
+    return "\n".join([*lines, "", *notes, *(f"{note[:1].upper()}{note[1:]}." for note in report.get("notes", ())), ""])
 
 
 def write(report: dict[str, Any], folder: Path) -> list[Path]:

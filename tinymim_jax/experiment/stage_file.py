@@ -7,25 +7,29 @@ from importlib.metadata import version
 from pathlib import Path as LocalPath
 from typing import Any
 
-import flax.linen as nn
-import jax
 from etils.epath import Path
 
-from tinymim_jax.experiment.config import Model, Stage
+from tinymim_jax.evals.inference import TrainedModel
+from tinymim_jax.evals.suite import Subject
+from tinymim_jax.experiment.config import Data, Model, Stage
 from tinymim_jax.models.contract import Encoder
 from tinymim_jax.runtime import codec, storage
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.weights import handoff
 
 FORMAT = 2  # of stage.json and of what stands beside it
+PIXELS = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint")
 MADE_BY = {1: "tinymim_jax 0.1"}  # older formats, which are read and not gone on with
 
 
-def describe(stage: Stage, untrained: Iterable[str]) -> dict[str, Any]:
-    """The contents of `stage.json`: everything needed to build the stage again, and what it ran on."""
-    versions = {name: version(name) for name in PACKAGES}
-    return {"format": FORMAT, "stage": codec.to_dict(stage), "untrained": list(untrained), "versions": versions}
+def describe(stage: Stage, untrained: Iterable[str], classes: Iterable[str] | None = None) -> dict[str, Any]:
+    """The contents of `stage.json`: everything needed to build the stage again, and what it ran on.
+
+    `classes` are the names of the head's outputs, None where there is no head or nobody names them.
+    """
+    facts = {"stage": codec.to_dict(stage), "untrained": list(untrained), "classes": list(classes) if classes else None}
+    return {"format": FORMAT, **facts, "versions": {name: version(name) for name in PACKAGES}}
 
 
 def read_stage(folder: Path) -> Stage:
@@ -51,6 +55,26 @@ def read_converted(folder: Path) -> dict[str, Any] | None:
 def read_untrained(folder: Path) -> list[str]:
     """The parameters that the stage in `folder` did not train; raises InputError if it is not a stage's folder."""
     return read(folder)["untrained"]
+
+
+def read_classes(folder: Path) -> list[str] | None:
+    """The names of the head's outputs in their order; None if they are not known, or there is no head.
+
+    Raises InputError if `folder` is not a stage's.
+    """
+    return read(folder).get("classes")
+
+
+def read_preprocessing(folder: Path) -> dict[str, Any]:
+    """How evaluation makes images the model's input: the fields `PIXELS` of `Data`, as JSON has them."""
+    if (converted := read_converted(folder)) is not None:
+        stated = converted["preprocessing"]
+        data = Data("folder", **{key: stated[key] for key in PIXELS if key in stated})
+    else:
+        stage = read_stage(folder)
+        evals = [cfg.data for cfg in stage.evals.values() if not getattr(cfg, "stored", False)]
+        data = next((own for own in evals if not own.corruption), stage.data)
+    return {key: codec.to_dict(getattr(data, key)) for key in PIXELS}
 
 
 def check_resumable(folder: Path) -> None:
@@ -121,10 +145,17 @@ def _upgraded(content: dict[str, Any]) -> dict[str, Any]:
     return {**content, "stage": {**content["stage"], "task": task}, "untrained": untrained}
 
 
-def load(path: str | LocalPath) -> tuple[nn.Module, dict[str, Any]]:
-    """The encoder of the stage in folder `path`: (model, variables); see `tinymim_jax.load`."""
+def read_subject(folder: Path) -> Subject:
+    """What is evaluated, from the folder of a finished stage or a converted checkpoint; raises InputError."""
+    model, untrained, variables = read_model(folder), read_untrained(folder), handoff.read_variables(folder)
+    stage = None if read_converted(folder) else read_stage(folder)
+    training, evals = (stage.data, stage.evals) if stage else (None, {})
+    facts = read_preprocessing(folder), read_classes(folder)
+    return Subject(str(folder), model, variables, untrained, training, evals, *facts)
+
+
+def load(path: str | LocalPath) -> TrainedModel:
+    """The encoder of the stage in folder `path`; see `tinymim_jax.load`."""
     folder = storage.path(path)
     storage.check(folder)
-    model = read_model(folder).build()
-    variables = handoff.read_variables(folder)
-    return model, jax.tree.map(jax.numpy.asarray, {**variables, "params": variables["params"]["encoder"]})
+    return TrainedModel(read_subject(folder))

@@ -5,7 +5,7 @@ Shapes: B batch, N tokens, L patch tokens, D width, H heads, E head width, C cla
 
 import abc
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import flax.struct
@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from tinymim_jax.runtime.errors import InputError
+
+Pool = Literal["cls", "mean"]  # the first token, the mean patch token
 
 
 @flax.struct.dataclass
@@ -66,6 +68,7 @@ class Encoder(abc.ABC):
     dtype: str  # of the computation
     remat: bool  # recompute each block in the backward pass
     attention: Any = "xla"  # who computes attention, of those that layers.ATTENTIONS has
+    layer_norm_eps: Any = 1e-6  # of its norms, and of those of a decoder behind it
     num_prefix: ClassVar[Any]  # tokens in front of the patches
     patch_size: Any  # pixels a side of a token's patch
     export_formats: ClassVar[tuple[str, ...]] = ()  # of other projects, that can hold it (`bridge.export`)
@@ -152,6 +155,10 @@ class Encoder(abc.ABC):
         """The state behind a batch from those behind its K parts of `rows` rows, [K, ...], which began at `before`."""
         return jax.tree.map(lambda values: values.mean(axis=0), parts)
 
+    def stateless(self, variables: Mapping[str, Any]) -> tuple["Encoder", Mapping[str, Any]]:
+        """An encoder without state, and its params, that evaluates like this one with `variables`, numpy arrays."""
+        return self, variables["params"]
+
     @property
     def fixed(self) -> tuple[str, ...]:
         """Regexes of parameters that are never trained."""
@@ -191,13 +198,19 @@ class Encoder(abc.ABC):
         embed = self.embed_flops(seen) * (2 if frozen_blocks else 1)
         return 3 * self.forward_flops(patches, block, qkv_only=qkv_only) - embed - frozen
 
-    def outputs(self, variables: Mapping[str, Any], images: jax.Array, block: int | None = None) -> Outputs:
+    def outputs(
+        self, variables: Mapping[str, Any], images: jax.Array, block: int | None = None, pool: Pool | None = None
+    ) -> Outputs:
         """What evaluators read, for normalised images [B, S, S, 3] and `variables` of a whole model (`encoder/...`).
 
-        Features are those of the last block, or as they leave `block`, and then there are no logits.
+        Features are those of the last block, or as they leave `block`, and then there are no logits; of the token that
+        `pool` names, or else that the head reads. Raises InputError if there is no such token.
         """
+        on_cls = self.features_on_cls if pool is None else pool == "cls"
+        if on_cls and not self.num_prefix:
+            raise InputError(f"an encoder of kind {self.kind!r} has no token for pool 'cls'; use 'mean'")
         encoder = {**variables, "params": variables["params"]["encoder"]}
         out = self.build().apply(encoder, images, capture=() if block is None else (block,))
         tokens = (out.tokens if block is None else out.trace[block].out).astype(jnp.float32)
-        features = tokens[:, 0] if self.features_on_cls else tokens[:, self.num_prefix :].mean(axis=1)
+        features = tokens[:, 0] if on_cls else tokens[:, self.num_prefix :].mean(axis=1)
         return Outputs(features, out.logits if block is None else None)

@@ -34,9 +34,9 @@ def unpatchify(patches: jax.Array, patch_size: int) -> jax.Array:
     return patches.reshape(b, side, side, p, p, -1).swapaxes(2, 3).reshape(b, side * p, side * p, -1)
 
 
-def layer_norm(dtype: jnp.dtype, name: str | None = None) -> nn.LayerNorm:
-    """eps 1e-6, statistics in float32 and in two passes, as torch has them."""
-    return nn.LayerNorm(epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
+def layer_norm(dtype: jnp.dtype, name: str | None = None, eps: float = 1e-6) -> nn.LayerNorm:
+    """Statistics in float32 and in two passes, as torch has them."""
+    return nn.LayerNorm(epsilon=eps, dtype=dtype, use_fast_variance=False, name=name)
 
 
 @jax.custom_vjp
@@ -191,6 +191,7 @@ class Block(nn.Module):
     dtype: jnp.dtype
     attention: str
     kernel_init: nn.initializers.Initializer = xavier
+    eps: float = 1e-6  # of its norms
 
     @nn.compact
     def __call__(self, x: jax.Array, drop_path: float | jax.Array | None = None) -> tuple[jax.Array, BlockTrace]:
@@ -206,10 +207,11 @@ class Block(nn.Module):
             return jnp.where(is_kept, branch / (1 - drop_path), 0).astype(branch.dtype)
 
         attend = Attention(self.num_heads, self.dtype, self.attention, self.kernel_init, name="attn")
-        norm1 = layer_norm(self.dtype, "norm1")(x)
+        norm1 = layer_norm(self.dtype, "norm1", self.eps)(x)
         attn_out, (q, k, v) = attend(norm1)
         mid = x + drop(attn_out)
-        mlp_out = Mlp(self.hidden, self.dtype, self.kernel_init, name="mlp")(layer_norm(self.dtype, "norm2")(mid))
+        norm2 = layer_norm(self.dtype, "norm2", self.eps)(mid)
+        mlp_out = Mlp(self.hidden, self.dtype, self.kernel_init, name="mlp")(norm2)
         out = mid + drop(mlp_out)
         return out, BlockTrace(norm1, q, k, v, attn_out, mid, mlp_out, out)
 

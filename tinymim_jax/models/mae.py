@@ -26,9 +26,9 @@ class Decoder:
         return int(self.width * self.mlp_ratio)
 
     def build(self, encoder: Encoder) -> "PixelDecoder":
-        """The module behind `encoder`, whose dtype and attention it shares."""
-        sizes = (self.width, self.depth, self.num_heads, self.hidden)
-        return PixelDecoder(*sizes, 3 * encoder.patch_size**2, encoder.num_prefix, encoder.dtype, encoder.attention)
+        """The module behind `encoder`, whose dtype, attention and eps it shares."""
+        sizes = (self.width, self.depth, self.num_heads, self.hidden, 3 * encoder.patch_size**2, encoder.num_prefix)
+        return PixelDecoder(*sizes, encoder.dtype, encoder.attention, encoder.layer_norm_eps)
 
     def check(self, where: str, encoder: Encoder) -> None:
         """Raises InputError if it cannot be built."""
@@ -55,6 +55,7 @@ class PixelDecoder(nn.Module):
     num_prefix: int
     dtype: str
     attention: str
+    eps: float
 
     @nn.compact
     def __call__(self, tokens: jax.Array, restore: jax.Array) -> jax.Array:
@@ -68,9 +69,9 @@ class PixelDecoder(nn.Module):
         masks = jnp.broadcast_to(mask_token, (b, num_patches - (x.shape[1] - front), self.width))
         patches = permute(jnp.concatenate([x[:, front:], masks], axis=1), restore)
         x = jnp.concatenate([x[:, :front], patches], axis=1) + pos
-        block = layers.Block(self.num_heads, self.hidden, dtype, self.attention, parent=None)
+        block = layers.Block(self.num_heads, self.hidden, dtype, self.attention, eps=self.eps, parent=None)
         x, _ = layers.run_blocks(self, [block] * self.depth, x)
-        x = layers.layer_norm(dtype, "norm")(x[:, front:])
+        x = layers.layer_norm(dtype, "norm", self.eps)(x[:, front:])
         pred = nn.Dense(self.patch_values, kernel_init=layers.xavier, dtype=dtype, name="pred")(x)
         return pred.astype(jnp.float32)
 

@@ -2,12 +2,13 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.lax import optimization_barrier
 
 from tinymim_jax.models import batch_norm, layers, posembed
@@ -15,6 +16,8 @@ from tinymim_jax.models.contract import Encoder, EncoderOutput
 from tinymim_jax.models.layers import Block, patchify
 from tinymim_jax.runtime.codec import ranged
 from tinymim_jax.runtime.errors import InputError
+
+BATCH_NORM_EPS = 1e-6  # of a linear probe (MAE's main_linprobe.py)
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -33,6 +36,7 @@ class ViT(Encoder):
     num_classes: int = ranged(0, at_least=0)  # 0: no head
     dist_token: bool = False  # DeiT's distillation token behind CLS, with a head of its own; logits are their mean
     neck: int = ranged(0, at_least=0)  # width of a norm, linear and GELU before the heads (TinyMIM*-T); 0: none
+    layer_norm_eps: float = ranged(1e-6, above=0)  # of every norm but the neck's; transformers' own models have 1e-12
     head_norm: bool = False  # BatchNorm without affine before the head (linear probing)
     drop_path: float = ranged(0.0, at_least=0, below=1)  # stochastic depth, per sample, per residual branch
     drop_path_shape: Literal["constant", "linear"] = "constant"  # constant: none in the last block
@@ -62,6 +66,18 @@ class ViT(Encoder):
 
     def merge_state(self, before: Any, parts: Any, rows: int) -> Any:
         return batch_norm.merge(before, parts, rows)
+
+    def stateless(self, variables: Mapping[str, Any]) -> tuple["ViT", Mapping[str, Any]]:
+        """The BatchNorm before the head, which has no parameters, becomes part of the head's kernel and bias."""
+        params = variables["params"]
+        if not self.head_norm:
+            return self, params
+        head = {key: np.asarray(array, np.float64) for key, array in params["encoder"]["head"].items()}
+        mean, var = (np.asarray(variables["batch_stats"]["head_norm"][key], np.float64) for key in ("mean", "var"))
+        kernel = head["kernel"] / np.sqrt(var + BATCH_NORM_EPS)[:, None]
+        folded = {"kernel": kernel.astype(np.float32), "bias": (head["bias"] - mean @ kernel).astype(np.float32)}
+        plain = dataclasses.replace(self, head_norm=False)
+        return plain, {**params, "encoder": {**params["encoder"], "head": folded}}
 
     def check_masked(self, where: str) -> None:
         if self.pool != "cls" or self.num_classes or self.dist_token:
@@ -164,13 +180,13 @@ class VisionTransformer(nn.Module):
         self._check_input(images, capture)
         dtype = jnp.dtype(cfg.dtype)
         x = self._embed(images.astype(dtype), keep)
-        kinds = (int(cfg.width * cfg.mlp_ratio), dtype, cfg.attention, self._kernel_init())
+        kinds = (int(cfg.width * cfg.mlp_ratio), dtype, cfg.attention, self._kernel_init(), cfg.layer_norm_eps)
         numbers = range(1, cfg.depth + 1)
         blocks = [Block(cfg.heads_of(i), *kinds, parent=None) for i in numbers]
         drop_path = [self._drop_path(i) for i in numbers] if train else None
         x, trace = layers.run_blocks(self, blocks, x, drop_path, remat=cfg.remat, capture=capture)
         if cfg.pool == "cls":
-            x = layers.layer_norm(dtype, "norm")(x)
+            x = layers.layer_norm(dtype, "norm", cfg.layer_norm_eps)(x)
         if not cfg.num_classes:
             return EncoderOutput(x, trace)
         heads = self._heads(x, train)
@@ -229,11 +245,12 @@ class VisionTransformer(nn.Module):
             x = layers.gelu(nn.Dense(cfg.neck, kernel_init=layers.xavier, dtype=x.dtype, name="neck")(x))
         x = x.astype(jnp.float32)
         if cfg.pool == "mean":
-            pooled = layers.layer_norm(jnp.float32, "fc_norm")(x[:, cfg.num_prefix :].mean(axis=1))
+            pooled = x[:, cfg.num_prefix :].mean(axis=1)
+            pooled = layers.layer_norm(jnp.float32, "fc_norm", cfg.layer_norm_eps)(pooled)
         else:
             pooled = x[:, 0]
         if cfg.head_norm:  # MAE's main_linprobe.py
-            pooled = batch_norm.BatchNorm(1e-6, name="head_norm")(pooled, train)
+            pooled = batch_norm.BatchNorm(BATCH_NORM_EPS, name="head_norm")(pooled, train)
         inputs = {"head": pooled, "head_dist": x[:, 1]} if cfg.dist_token else {"head": pooled}
         init = nn.initializers.normal(0.01 if cfg.head_norm else 2e-5)  # not cut, as in `_kernel_init`
         if cfg.weight_init == "deit":

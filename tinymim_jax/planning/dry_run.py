@@ -11,7 +11,7 @@ from tinymim_jax.data import sources
 from tinymim_jax.experiment import stage_file
 from tinymim_jax.experiment.config import Config, Stage
 from tinymim_jax.models.contract import Encoder
-from tinymim_jax.planning.preflight import foreign, read_foreign, source_models
+from tinymim_jax.planning.preflight import check_source, foreign, read_foreign, source_models
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.runtime.metric_log import read_done
 from tinymim_jax.runtime.sharding import make_mesh
@@ -118,12 +118,12 @@ def _describe_stage(
     for field, init in stage.task_inits().items():
         report = _match(setup.frozen[field], handoff.for_teacher(init), models[field], workdir, setups, None)
         lines.append(f"{field} {init.stage or init.path}: {setup.task.describe_source(field)}")
-        lines += [*(f"  {line}" for line in report.lines()), *_foreign_lines(stage, init, workdir)]
+        lines += [*(f"  {line}" for line in report.lines()), *_source_lines(cfg, name, field, init, workdir)]
     if stage.init:
         first = 0 if stage.run.replicas > 1 else None
         report = _match(setup.params, stage.init, stage.model, workdir, setups, first)
         lines += [f"init from {stage.init.stage or stage.init.path}", *(f"  {line}" for line in report.lines())]
-        lines += _foreign_lines(stage, stage.init, workdir)
+        lines += _source_lines(cfg, name, "init", stage.init, workdir)
     else:
         lines.append("init: scratch")
     return setup, [*lines, *setup.untrained_line(), _status(workdir / name)]
@@ -152,17 +152,15 @@ def _source(
     return handoff.read_shapes(folder), untrained
 
 
-def _foreign_lines(stage: Stage, init: Init, workdir: Path) -> list[str]:
-    """What conversion of the foreign checkpoint that `init` names would say, if it is still to be converted."""
-    path = foreign(init, workdir)
-    if path is None:
-        return []
-    found, folder = read_foreign(path).layout, handoff.source_folder(init, workdir)
-    lines = [f"would be converted into {folder}: {found.kind}", f"licence: {found.licence}"]
-    pixels = [list(getattr(stage.data, field)) for field in ("mean", "std")]
-    if pixels != [found.preprocessing[field] for field in ("mean", "std")]:
-        lines.append("note: this stage's data.mean and data.std are not those that it is taken to have seen")
-    return [f"  {line}" for line in [*lines, *(f"note: {note}" for note in found.notes)]]
+def _source_lines(cfg: Config, name: str, field: str, init: Init, workdir: Path) -> list[str]:
+    """In what a source differs from stage `name`, if that is to run; if it is to be converted, what that would say."""
+    is_to_run, lines = not handoff.finished(workdir / name), []
+    if path := foreign(init, workdir):
+        found, folder = read_foreign(path).layout, handoff.source_folder(init, workdir)
+        lines = [f"would be converted into {folder}: {found.kind}", f"licence: {found.licence}"]
+        lines += [f"note: {note}" for note in found.notes]
+    lines += check_source(cfg, cfg.stages[name], field, init, workdir) if is_to_run else []
+    return [f"  {line}" for line in lines]
 
 
 def _length(setup: StageSetup) -> str:

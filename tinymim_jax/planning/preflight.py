@@ -19,6 +19,7 @@ from tinymim_jax.runtime.sharding import check_batch
 from tinymim_jax.training import start
 from tinymim_jax.weights import handoff
 from tinymim_jax.weights.handoff import Init
+from tinymim_jax.weights.parameters import matches
 
 
 def check_ready(cfg: Config, to_run: list[str], workdir: Path, mesh: jax.sharding.Mesh) -> None:
@@ -39,13 +40,11 @@ def _check_stage(cfg: Config, name: str, to_run: list[str], workdir: Path, mesh:
             raise InputError(f"takes weights from {folder}, which has no finished stage: run that stage first")
         for replica in range(stage.run.replicas if where == "init" else 0):
             handoff.source_folder(init, workdir, replica)  # raises where a replica has no counterpart
-        if not where.startswith("evals."):
-            check_pixels(stage, init, workdir)
     sources.open_source(stage.data)
     for eval_name, measure in stage.evals.items():
         inits = stage.eval_inits(eval_name)
         models = {field: (source_model(cfg, init, workdir), {}) for field, init in inits.items()}
-        measure.build(Context(mesh, _no_model, stage.model, models))
+        measure.build(Context(mesh, _no_model, stage.model, models, start.classes_of(stage)))
     check_classes(stage)
 
 
@@ -53,21 +52,44 @@ def _no_model(*_: Any) -> Any:
     raise AssertionError("an evaluator that is only looked at does not predict")
 
 
-def check_pixels(stage: Stage, init: Init, workdir: Path) -> None:
-    """Raises InputError if `init` is a foreign checkpoint that says it saw pixels normalised in another way."""
+def check_source(cfg: Config, stage: Stage, where: str, init: Init, workdir: Path) -> list[str]:
+    """In what the source of weights `where` differs from `stage`: pixels, heads, classes, ..., a line each.
+
+    Raises InputError if it is a foreign checkpoint that says it saw pixels normalised in another way, or if it has the
+    same classes in another order.
+    """
+    folder, is_stated = handoff.source_folder(init, workdir), False
     if path := foreign(init, workdir):
         found = read_foreign(path).layout
-        stated, pixels = found.is_stated, found.preprocessing
+        is_stated, pixels, classes = found.is_stated, found.preprocessing, found.classes
+    elif (folder / "stage.json").is_file():
+        is_stated = (stage_file.read_converted(folder) or {}).get("preprocessing_is_stated")
+        pixels, classes = stage_file.read_preprocessing(folder), stage_file.read_classes(folder)
     else:
-        folder = handoff.source_folder(init, workdir)
-        converted = stage_file.read_converted(folder) if handoff.finished(folder) else None
-        stated, pixels = (converted or {}).get("preprocessing_is_stated"), (converted or {}).get("preprocessing")
-    for field in ("mean", "std") if stated else ():
+        data, classes = cfg.stages[init.stage].data, _classes_at_hand(cfg.stages[init.stage])
+        pixels = {"mean": data.mean, "std": data.std}
+    for field in ("mean", "std") if is_stated else ():
         if list(getattr(stage.data, field)) != pixels[field]:
             raise InputError(
                 f"{init.path} was trained on pixels normalised with {field} {tuple(pixels[field])}; set data.{field} to"
                 " that, of the stage and of its evals"
             )
+    model = source_model(cfg, init, workdir)
+    is_read = where != "init" or not matches((*init.fresh, *init.skip), "encoder/head/kernel")
+    own = _classes_at_hand(stage) if is_read and model.num_classes == stage.model.num_classes > 0 else None
+    if own and classes and sorted(own) == sorted(classes) and list(own) != list(classes):
+        raise InputError(
+            f"{where} has the data's classes in another order: its first is {classes[0]!r}, the data's {own[0]!r}; name"
+            " encoder/head/.* in init.fresh and init.skip, or take another source"
+        )
+    return start.differences(stage, where, model, pixels)
+
+
+def _classes_at_hand(stage: Stage) -> tuple[str, ...] | None:
+    try:
+        return start.classes_of(stage)
+    except InputError:  # the data is not at hand, which is said elsewhere
+        return None
 
 
 def check_classes(stage: Stage) -> None:

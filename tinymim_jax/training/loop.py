@@ -159,7 +159,9 @@ def run_stage(
         multihost.check_stop(stop, f"before stage {name}")
         first = int(np.ravel(jax.device_get(state.step))[0])
         multihost.run_on_primary(
-            lambda: write_json(folder / "stage.json", stage_file.describe(stage, setup.untrained()))
+            lambda: write_json(
+                folder / "stage.json", stage_file.describe(stage, setup.untrained(), start.classes_of(stage))
+            )
         )
         checkpoints = stack.enter_context(Checkpoints(folder, run.keep))
         lines = [f"{name}: {total} steps of {run.batch_size} images", *loaded.report, *begun.report]
@@ -255,8 +257,8 @@ def write_replicas(
         own = folder / handoff.replica_name(replica)
         storage.remove(own)  # what a killed run has left
         save_model(own, **jax.tree.map(lambda x: x[replica], host))
-        single = stage_file.describe(setup.as_single(replica, is_paired), setup.untrained())
-        write_json(own / "stage.json", single)
+        single = setup.as_single(replica, is_paired)
+        write_json(own / "stage.json", stage_file.describe(single, setup.untrained(), start.classes_of(single)))
         prefix = replica_metric(replica, "")
         metrics = {key.removeprefix(prefix): value for key, value in results.items() if key.startswith(prefix)}
         write_json(own / "DONE", {"step": setup.total_steps, "metrics": metrics})

@@ -54,6 +54,24 @@ def source_model(cfg: Config | None, init: Init, workdir: Path) -> Encoder:
     return stage_file.read_model(folder)
 
 
+def differences(stage: Stage, field: str, model: Encoder, pixels: dict[str, Any]) -> list[str]:
+    """In what the source of weights `field`, a `model` trained on `pixels`, differs from `stage`, for people."""
+    own, notes = stage.model, []
+    for key in ("mean", "std"):
+        if list(getattr(stage.data, key)) != list(pixels[key]):
+            notes.append(
+                f"pixels normalised with {key} {tuple(pixels[key])}, here data.{key} {getattr(stage.data, key)}"
+            )
+    if model.image_size != own.image_size:
+        notes.append(f"images of {model.image_size} px, here {own.image_size} px")
+    heads = [" and ".join(map(str, sorted({m.heads_of(i + 1) for i in range(m.depth)}))) for m in (model, own)]
+    if heads[0] != heads[1]:
+        notes.append(f"{heads[0]} heads, here {heads[1]}")
+    if field == "init" and model.layer_norm_eps != own.layer_norm_eps:
+        notes.append(f"LayerNorm eps {model.layer_norm_eps:g}, here model.layer_norm_eps {own.layer_norm_eps:g}")
+    return [f"note: {field} was trained with {'; '.join(notes)}"] if notes else []
+
+
 def load(stage: Stage, name: str, workdir: Path, mesh: jax.sharding.Mesh) -> Loaded:
     """All that `stage` reads; raises InputError on what is missing or does not fit."""
     sharding.check_batch(stage.run.batch_size, mesh, stage.optim.accum_steps)
@@ -65,8 +83,19 @@ def load(stage: Stage, name: str, workdir: Path, mesh: jax.sharding.Mesh) -> Loa
         target = setup.frozen[field]
         params, lines = _hand_over(name, field, target, handoff.for_teacher(init), workdir, None, models[field])
         frozen[field] = sharding.put_tree(params, sharding.state_sharding(mesh, params))
-        report += lines
+        report += [*lines, *_differences(stage, field, init, workdir)]
     return Loaded(setup, mesh, rows, frozen, make_evaluators(setup, workdir, mesh), report)
+
+
+def _differences(stage: Stage, field: str, init: Init, workdir: Path) -> list[str]:
+    folder = handoff.source_folder(init, workdir)
+    pixels = stage_file.read_preprocessing(folder)
+    return [f"  {line}" for line in differences(stage, field, stage_file.read_model(folder), pixels)]
+
+
+def classes_of(stage: Stage) -> tuple[str, ...] | None:
+    """The names of the labels that `stage` trains on, in their order; None without labels or names."""
+    return sources.open_source(stage.data).classes if stage.task.has_labels() else None
 
 
 def rows_of(setup: StageSetup) -> pipeline.TrainRows | pipeline.ReplicaRows:
@@ -90,7 +119,8 @@ def make_evaluators(setup: StageSetup, workdir: Path, mesh: jax.sharding.Mesh) -
             variables = handoff.read_variables(folder)
             variables = sharding.put_tree(variables, sharding.state_sharding(mesh, variables))
             models[field] = stage_file.read_model(folder), variables
-        evaluators[name] = cfg.build(Context(mesh, setup.task.predict, setup.stage.model, models))
+        classes = classes_of(setup.stage)
+        evaluators[name] = cfg.build(Context(mesh, setup.task.predict, setup.stage.model, models, classes))
     return evaluators
 
 
@@ -134,7 +164,7 @@ def begin(loaded: Loaded, workdir: Path) -> Begun:
     state = create(host_keys(setup, keys.INIT))
     if setup.stage.init is not None:
         state, lines = _initialised(setup, state, shardings, mesh, workdir)
-        report += lines
+        report += [*lines, *_differences(setup.stage, "init", setup.stage.init, workdir)]
     return Begun(state, shardings, None, report)
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from tinymim_jax.bridge.torch_reference.vit import EPS, Block, ViT, init_linear, sincos, take
+from tinymim_jax.bridge.torch_reference.vit import Block, ViT, init_linear, sincos, take
 from tinymim_jax.experiment import config
 
 
@@ -37,9 +37,10 @@ class MAE(ViT):
         self.mask_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
         self.decoder_pos_embed = nn.Parameter(sincos(cfg.image_size // cfg.patch_size, width), requires_grad=False)
         self.decoder_embed = nn.Linear(cfg.width, width)
-        blocks = [Block(width, task.decoder.num_heads, task.decoder.mlp_ratio) for _ in range(task.decoder.depth)]
+        eps, decoder = cfg.layer_norm_eps, task.decoder
+        blocks = [Block(width, decoder.num_heads, decoder.mlp_ratio, eps=eps) for _ in range(decoder.depth)]
         self.decoder_blocks = nn.ModuleList(blocks)
-        self.decoder_norm = nn.LayerNorm(width, eps=EPS)
+        self.decoder_norm = nn.LayerNorm(width, eps=eps)
         self.decoder_pred = nn.Linear(width, 3 * cfg.patch_size**2)
         for module in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
             module.apply(init_linear)

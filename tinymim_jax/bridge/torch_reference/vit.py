@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from tinymim_jax.experiment import config
 
-EPS = 1e-6  # of every LayerNorm but the neck's
-
 
 class BlockTrace(NamedTuple):
     """What one block computed: q, k, v [B, H, N, E] and its output [B, N, D] (None: stopped after q, k, v)."""
@@ -85,12 +83,12 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block that hands out its queries, keys and values."""
 
-    def __init__(self, width: int, num_heads: int, mlp_ratio: float = 4.0, drop: float = 0.0):
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float = 4.0, drop: float = 0.0, eps: float = 1e-6):
         super().__init__()
         hidden = int(width * mlp_ratio)
-        self.norm1 = nn.LayerNorm(width, eps=EPS)
+        self.norm1 = nn.LayerNorm(width, eps=eps)
         self.attn = Attention(width, num_heads)
-        self.norm2 = nn.LayerNorm(width, eps=EPS)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
         layers = {"fc1": nn.Linear(width, hidden), "gelu": nn.GELU(), "fc2": nn.Linear(hidden, width)}
         self.mlp = nn.Sequential(OrderedDict(layers))
         self.drop = drop
@@ -126,11 +124,12 @@ class ViT(nn.Module):
         self.patch_embed = nn.ModuleDict({"proj": projection})
         heads = [cfg.num_heads] * (cfg.depth - 1) + [cfg.last_block_heads or cfg.num_heads]
         blocks = zip(heads, drop_rates(cfg), strict=True)
-        self.blocks = nn.ModuleList(Block(cfg.width, h, cfg.mlp_ratio, rate) for h, rate in blocks)
+        eps = cfg.layer_norm_eps
+        self.blocks = nn.ModuleList(Block(cfg.width, h, cfg.mlp_ratio, rate, eps) for h, rate in blocks)
         if cfg.neck:
             self.conv1x1 = nn.Sequential(nn.LayerNorm(cfg.width, eps=1e-5), nn.Linear(cfg.width, cfg.neck), nn.GELU())
         width = cfg.neck or cfg.width
-        setattr(self, "norm" if cfg.pool == "cls" else "fc_norm", nn.LayerNorm(width, eps=EPS))
+        setattr(self, "norm" if cfg.pool == "cls" else "fc_norm", nn.LayerNorm(width, eps=eps))
         self.apply(init_linear)
         if cfg.num_classes:
             for name in ("head", "head_dist") if cfg.dist_token else ("head",):

@@ -1,0 +1,40 @@
+"""`predict`: the classes of the images of a folder."""
+
+import csv
+import io
+
+from tinymim_jax.commands import flags
+from tinymim_jax.commands.flags import new_flags, parse_positional
+from tinymim_jax.runtime import storage
+
+USAGE = """python -m tinymim_jax predict CHECKPOINT FOLDER --out=FILE.csv [--top=5] ...
+
+  CHECKPOINT  the folder of a finished stage or replica with a head, or a converted checkpoint that has one
+  FOLDER      images, in any sub-folders
+  --out       a line for each image: its name in FOLDER, its best classes (numbers from 0, where the model does not know
+              their names) and their probabilities
+"""
+
+
+def main(argv: list[str]) -> None:
+    """Runs the command with its arguments; raises InputError on bad ones."""
+    values = new_flags(top=(int, 5, "classes of each image"), **flags.FOLDER_FLAGS)
+    checkpoint, folder = parse_positional(values, argv, ["CHECKPOINT", "FOLDER"], USAGE)
+    out = flags.output(values.out, [".csv"])
+
+    import tinymim_jax
+    from tinymim_jax.runtime.metric_log import write_whole
+
+    model = tinymim_jax.load(checkpoint)
+    storage.check_writable(out.parent)
+    options = {"batch_size": values.batch_size, "on_bad_image": values.on_bad_image}
+    names, (probabilities, classes) = model.predictions(folder, values.top, **options)
+    text = io.StringIO(newline="")
+    lines = csv.writer(text, lineterminator="\n")
+    numbers = range(1, classes.shape[1] + 1)
+    lines.writerow(["name", *(f"class_{i}" for i in numbers), *(f"probability_{i}" for i in numbers)])
+    for name, best, shares in zip(names, classes.tolist(), probabilities.tolist(), strict=True):
+        called = best if model.classes is None else [model.classes[i] for i in best]
+        lines.writerow([name, *called, *(f"{share:.6f}" for share in shares)])
+    write_whole(out, text.getvalue().encode("utf-8", "surrogateescape"))
+    print(f"wrote {out}: {len(names)} images")
