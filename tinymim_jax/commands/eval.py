@@ -40,6 +40,7 @@ def main(argv: list[str]) -> None:
     (folder,) = parse_positional(values, argv, ["CHECKPOINT"], USAGE)
 
     from tinymim_jax.evals import suite
+    from tinymim_jax.report import figures
     from tinymim_jax.runtime.sharding import make_mesh
 
     sets = suite.Sets(**{f.name: getattr(values, f.name) for f in dataclasses.fields(suite.Sets)})
@@ -47,6 +48,8 @@ def main(argv: list[str]) -> None:
     report = suite.evaluate(subject_of(folder), values.suite, sets, make_mesh(), out)
     print(suite.table(report))
     print(f"wrote {out}/eval.json and {out}/eval.md")
+    for picture in figures.save(figures.confusions(out, folder.name), out):
+        print(f"wrote {picture}")
 
 
 def subject_of(folder: Path) -> "suite.Subject":

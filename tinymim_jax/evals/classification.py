@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tinymim_jax.data import corruptions
 from tinymim_jax.data.config import Data
@@ -16,6 +17,9 @@ from tinymim_jax.objectives import losses, metrics
 from tinymim_jax.objectives.metrics import Mean
 from tinymim_jax.runtime.codec import ranged
 from tinymim_jax.runtime.errors import InputError
+
+MAX_CONFUSION = 1000  # classes
+Subset = tuple[np.ndarray, np.ndarray] | None  # the columns that may win, and the column of each label; None: all
 
 
 @dataclasses.dataclass
@@ -59,16 +63,25 @@ class Accuracy:
         if cfg.subset:
             self.subset = subsets.columns(cfg.subset), subsets.targets(cfg.subset, self.classes)
 
-    def update(self, variables: Variables, frozen: Any, others: Any, batch: Batch) -> dict[str, Mean]:
-        """Raises InputError if the model has no head, or other classes than the data."""
+    def update(self, variables: Variables, frozen: Any, others: Any, batch: Batch) -> dict[str, Any]:
+        given = self.logits(variables, frozen, batch), batch["label"]
+        logits, labels = restricted(*given, self.subset)
+        pairs = jnp.stack([jnp.where(batch["is_valid"], labels, -1), jnp.argmax(logits, axis=-1)])
+        return {**count_correct(*given, batch["is_valid"], self.subset), "pairs": pairs}
+
+    def logits(self, variables: Variables, frozen: Any, batch: Batch) -> jax.Array:
+        """[B, C]; raises InputError if the model has no head, or other classes than the data."""
         logits = self.predict(variables, frozen, batch).logits
         if logits is None:
             raise InputError("a classification eval needs a model with a head; set model.num_classes")
         self._check_classes(logits.shape[-1])
-        return count_correct(logits, batch["label"], batch["is_valid"], self.subset)
+        return logits
 
-    def finish(self, found: Mapping[Hashable, list[dict[str, Mean]]]) -> Result:
-        return Result(scores(found["data"]))
+    def finish(self, found: Mapping[Hashable, list[dict[str, Any]]]) -> Result:
+        counts = scores([{key: one[key] for key in one if key != "pairs"} for one in found["data"]])
+        names = () if self.subset else self.classes or ()
+        by_class = per_class(np.concatenate([one["pairs"] for one in found["data"]], axis=1), len(names))
+        return Result(counts, {**by_class, "classes": np.array(names, str)})
 
     def _check_classes(self, outputs: int) -> None:
         """Labels of a folder are positions in it: with other classes they would mean something else."""
@@ -91,22 +104,37 @@ def scores(counts: list[dict[str, Mean]]) -> dict[str, float]:
     return {**percent, "images": float(total["top1"].count)}
 
 
+def per_class(pairs: np.ndarray, classes: int) -> dict[str, np.ndarray]:
+    """Labels and predictions, int [2, n] -> "per_class", percent [C] (NaN: no image), and "confusion", int [C, C].
+
+    Images whose label is -1 do not count. Row i of the confusion is what images of class i were taken for; of more
+    than `MAX_CONFUSION` classes there is none.
+    """
+    labels, predicted = pairs[:, pairs[0] >= 0]
+    count = max(classes, int(labels.max()) + 1, int(predicted.max()) + 1)
+    images, hits = (np.bincount(chosen, minlength=count) for chosen in (labels, labels[labels == predicted]))
+    percent = 100 * np.divide(hits, images, out=np.full(count, np.nan), where=images > 0)
+    if count > MAX_CONFUSION:
+        return {"per_class": percent}
+    table = np.bincount(labels * count + predicted, minlength=count**2).reshape(count, count)
+    return {"per_class": percent, "confusion": table}
+
+
 def restrict(logits: jax.Array, columns: jax.Array) -> jax.Array:
     """logits [B, C] with -inf outside `columns`."""
     allowed = jnp.zeros(logits.shape[-1], bool).at[columns].set(True)
     return jnp.where(allowed, logits, -jnp.inf)
 
 
-def count_correct(
-    logits: jax.Array, labels: jax.Array, is_valid: jax.Array, subset: tuple[jax.Array, jax.Array] | None = None
-) -> dict[str, Mean]:
-    """logits [B, C], labels [B] -> hits among the best 1 and the best 5, over the valid examples.
+def restricted(logits: jax.Array, labels: jax.Array, subset: Subset) -> tuple[jax.Array, jax.Array]:
+    """logits [B, C] with -inf outside the columns of `subset`, and the columns of labels [B]."""
+    return (logits, labels) if subset is None else (restrict(logits, subset[0]), jnp.asarray(subset[1])[labels])
 
-    `subset`: the columns that may win, and the column of each label.
-    """
+
+def count_correct(logits: jax.Array, labels: jax.Array, is_valid: jax.Array, subset: Subset = None) -> dict[str, Mean]:
+    """logits [B, C], labels [B] -> hits among the best 1 and the best 5, over the valid examples."""
     is_unknown = losses.is_beyond(labels, logits.shape[-1])
-    if subset is not None:
-        logits, labels = restrict(logits, subset[0]), jnp.asarray(subset[1])[labels]
+    logits, labels = restricted(logits, labels, subset)
     best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]
     hits = best == labels[:, None]
     beyond = Mean.of(is_unknown, is_valid)
