@@ -66,7 +66,7 @@ def test_going_on_does_not_count_what_was_done_before(clock, monkeypatch):
 
 def test_short_work_that_is_not_to_leave_a_trace_has_no_line(clock, monkeypatch):
     monkeypatch.setattr("sys.stderr", stream := io.StringIO())
-    for seconds, lines in ((1, 0), (4, 2)):
+    for seconds, lines in ((1, 0), (4, 1)):
         with progress_bar.bar("val", 6, "batch", leave=False) as bar:
             for _ in range(6):
                 clock[0] += seconds

@@ -13,7 +13,7 @@ def shell(line, code, **env):
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
 def test_what_a_terminal_cannot_show_is_replaced(encoding):
-    code = "print('é→… done'); print('\udce9 bad name', file=sys.stderr)"
+    code = "print('é→… done'); print(chr(0xDCE9) + ' bad name', file=sys.stderr)"
     done = shell('"$@"', code, PYTHONIOENCODING=encoding)
     assert done.returncode == 0 and done.stdout.decode(encoding).endswith(" done\n")
     assert done.stdout == "é→… done\n".encode(encoding, "replace")
@@ -44,4 +44,4 @@ def test_work_goes_on_where_the_reader_has_left(reader, tmp_path):
 
 def test_a_full_disk_is_still_an_error():
     done = shell('"$@" > /dev/full', "print('x')")
-    assert done.returncode == 1 and b"No space left" in done.stderr
+    assert done.returncode and b"No space left" in done.stderr

@@ -101,9 +101,8 @@ class RelationLoss:
 
     def sides(self, teacher: Encoder) -> tuple[str, str]:
         cfg, trained = self.cfg, teacher.heads_of(self.cfg.teacher_block)
-        heads = f"mean of {cfg.heads or trained} heads" + (
-            f"\nmade of {trained}" if cfg.heads not in (None, trained) else ""
-        )
+        split = "" if cfg.heads in (None, trained) else f"\nsplit from {trained}"
+        heads = f"mean of {cfg.heads or trained} heads{split}"
         own = f"mean of {self.student.heads_of(cfg.student_block)} heads"
         blocks = f"block {cfg.teacher_block} of {teacher.depth}", f"block {cfg.student_block} of {self.student.depth}"
         return f"{blocks[0]}\n{heads}", f"{blocks[1]}\n{own}"
