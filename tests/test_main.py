@@ -121,3 +121,28 @@ def test_what_others_do_not_know_of_waits_for_nobody(end, status, waits, monkeyp
     assert main(["run"]) == status and left == []
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     assert main(["run"]) == status and left == [status] * (not waits)
+
+
+@pytest.mark.parametrize("name", ["cuda", "nothing", "cpu,nothing"])
+def test_a_platform_that_is_not_there_is_one_line(name):
+    code = (
+        "import sys, importlib, types; from tinymim_jax import __main__ as m; import jax\n"
+        "m.importlib = types.SimpleNamespace(import_module=lambda _: types.SimpleNamespace(main=lambda _: jax.devices()))\n"
+        "sys.exit(m.main(['doctor']))"
+    )
+    env = {**os.environ, "JAX_PLATFORMS": name}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    if name == "cuda" and done.returncode == 0:
+        pytest.skip("there is a GPU")
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert len(lines) == 1 and f"JAX_PLATFORMS={name} " in lines[0] and "unset it" in lines[0]
+
+
+def test_an_assertion_elsewhere_is_a_bug(monkeypatch, capsys):
+    from tinymim_jax.commands import run
+
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setattr(run, "main", lambda argv: [].pop())
+    assert main(["run"]) == 1
+    assert "IndexError" in capsys.readouterr().err

@@ -8,7 +8,7 @@ import traceback
 
 import absl.logging
 
-from tinymim_jax.runtime import storage
+from tinymim_jax.runtime import storage, streams
 from tinymim_jax.runtime.errors import InputError, Unavailable
 from tinymim_jax.runtime.preemption import INTERRUPTED, Interrupted
 
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
         print(f"interrupted: {stop}" if str(stop) else "interrupted", file=sys.stderr)
         return at_once(INTERRUPTED)
     except Exception as error:
-        known = storage.blame(error) or of_devices(error)
+        known = storage.blame(error) or of_devices(error) or of_platform(error)
         if known is None:
             traceback.print_exc()
             return at_once(BUG)
@@ -86,6 +86,20 @@ def of_devices(error: Exception) -> InputError | None:
     )
 
 
+def of_platform(error: Exception) -> InputError | None:
+    """What JAX raises where it cannot start a device; None if `error` is something else."""
+    frames = [
+        (frame.f_globals["__name__"], frame.f_code.co_name) for frame, _ in traceback.walk_tb(error.__traceback__)
+    ]
+    if ("jax._src.xla_bridge", "backends") not in frames:
+        return None
+    asked = os.environ.get("JAX_PLATFORMS")
+    why = f" ({text})" if (text := " ".join(str(error).split())) else ""
+    if asked:
+        return InputError(f"JAX_PLATFORMS={asked} names what JAX does not find here{why}; unset it, or set it to cpu")
+    return InputError(f"JAX finds no device that it can use{why}; mend its driver or package, or set JAX_PLATFORMS=cpu")
+
+
 def at_once(status: int) -> int:
     """`status`; but one of several processes ends here, as JAX would have it wait at its exit for the others."""
     jax = sys.modules.get("jax")
@@ -97,4 +111,5 @@ def at_once(status: int) -> int:
 
 
 if __name__ == "__main__":
+    streams.make_safe()
     sys.exit(main(sys.argv[1:]))

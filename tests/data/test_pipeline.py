@@ -25,7 +25,7 @@ from tinymim_jax.data.rows import EvalRows, ReplicaRows, TrainRows, epoch_order,
 from tinymim_jax.data.sources import open_source
 from tinymim_jax.experiment.config import Data
 from tinymim_jax.runtime import sharding as mesh_lib
-from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.runtime.errors import InputError, Unavailable
 from tinymim_jax.runtime.preemption import GO_ON, STOP, StopRequest
 from tinymim_jax.runtime.workdir_lock import born
 
@@ -378,3 +378,15 @@ def test_workers_end_with_a_killed_parent():
     while any(map(born, workers)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(map(born, workers))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS])  # want of memory; of room in /dev/shm
+def test_a_worker_that_is_killed_is_one_line(number):
+    rows = pipeline.train_rows(Data("digits", image_size=6, workers=1, prefetch=1), Numbered(21), 8, 5)
+    batches = pipeline.host_batches(rows, 0, 1000)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, number)
+    with pytest.raises(Unavailable, match="worker process was killed .*/dev/shm") as raised:
+        list(batches)
+    assert signal.strsignal(number) in str(raised.value) and "\n" not in str(raised.value)

@@ -7,8 +7,8 @@ import pytest
 from sklearn.datasets import load_digits
 
 from tests.conftest import measured
-from tinymim_jax.evals.classification import Classification, count_correct, restrict
-from tinymim_jax.evals.contract import Context
+from tinymim_jax.evals.classification import Classification, count_correct, per_class, restrict
+from tinymim_jax.evals.contract import Context, Measurement
 from tinymim_jax.experiment.config import Data
 from tinymim_jax.runtime import sharding
 from tinymim_jax.runtime.errors import InputError
@@ -153,3 +153,34 @@ def test_a_subset_s_labels_are_columns(tmp_path):
 def test_labels_beyond_the_head():
     with pytest.raises(InputError, match="has 10 classes and the model 4; use data with the classes"):
         evaluate(always([1, 2, 3, 4]))
+
+
+@pytest.mark.parametrize("classes", [0, 7])
+def test_accuracy_by_class_and_confusion_are_scikit_learn_s(classes):
+    from sklearn.metrics import confusion_matrix, recall_score
+
+    rng = np.random.default_rng(0)
+    labels, predicted = rng.integers(0, 5, 200), rng.integers(0, 6, 200)
+    pairs = np.stack([labels, predicted])
+    pairs[0, ::7] = -1  # of no image
+    seen = pairs[0] >= 0
+    found = per_class(pairs, classes)
+    count = max(classes, 6)
+    np.testing.assert_array_equal(
+        found["confusion"], confusion_matrix(labels[seen], predicted[seen], labels=range(count))
+    )
+    recall = recall_score(labels[seen], predicted[seen], labels=range(5), average=None)
+    np.testing.assert_allclose(found["per_class"][:5], 100 * recall)
+    assert np.isnan(found["per_class"][5:]).all() and len(found["per_class"]) == count
+    assert list(per_class(np.array([[0], [1000]]), 0)) == ["per_class"]  # a table of so many classes is too large
+
+
+def test_arrays_count_each_image_once_and_name_the_classes():
+    predict = lambda variables, frozen, batch: Outputs(None, jax.nn.one_hot(batch["label"] // 2, 10))  # noqa: E731
+    evaluator = Classification(DIGITS, batch_size=64).build(Context(ONE, predict))
+    arrays = Measurement({"x": evaluator}).run({}, {}, "x")()["x"].arrays
+    expected = np.zeros((10, 10), int)
+    expected[np.arange(10), np.arange(10) // 2] = COUNTS
+    np.testing.assert_array_equal(arrays["confusion"], expected)
+    np.testing.assert_array_equal(arrays["per_class"], [100.0, *[0.0] * 9])
+    assert arrays["classes"].tolist() == list("0123456789")

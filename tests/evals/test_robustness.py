@@ -40,7 +40,7 @@ def test_made_corruptions_are_counted_over_all_images():
     predict = lambda variables, frozen, batch: Outputs(None, jax.nn.one_hot(batch["label"] * 0, 10))  # noqa: E731
     evaluator = Corruptions(DIGITS, severities=(1, 5), batch_size=4).build(Context(ONE, predict))
     results = measured(evaluator, {}, {})
-    assert len(results) == 15 * 2 + 15 + 2
+    assert len(results) == 15 * 2 + 15 + 1 and "mce" not in results  # which is of ImageNet's classes
     assert results["mean_error"] == pytest.approx(90) and results["snow_5"] == pytest.approx(
         90
     )  # one class of ten is right
@@ -94,3 +94,13 @@ def test_missing_corruptions_are_named(tmp_path):
 def test_tfds_names_each_corruption():
     cfg = Corruptions(Data("tfds", name="imagenet2012_corrupted", split="validation"), stored=True)
     assert robustness.corrupted(cfg, "glass_blur", 4).name == "imagenet2012_corrupted/glass_blur_4"
+
+
+def test_mce_is_of_imagenet_s_classes_alone():
+    from tinymim_jax.evals import subsets
+
+    wnids = tuple(subsets.imagenet_wnids())
+    assert subsets.is_imagenet(wnids, "") and subsets.is_imagenet(None, "imagenet2012_corrupted/fog_1")
+    for classes in (wnids[:999], wnids[::-1], tuple(map(str, range(1000))), ("a", "b")):
+        assert not subsets.is_imagenet(classes, "imagenet2012")
+    assert not subsets.is_imagenet(None, "") and not subsets.is_imagenet(None, "cifar10")

@@ -5,7 +5,7 @@ import os
 import pytest
 from jax._src.clusters import cloud_tpu_cluster
 
-from tinymim_jax.runtime.cluster import Cluster, find, given
+from tinymim_jax.runtime.cluster import Cluster, find, given, number
 from tinymim_jax.runtime.errors import InputError
 
 SLURM = {
@@ -137,4 +137,15 @@ def test_a_tpu_whose_metadata_server_does_not_answer(tpu_vm, monkeypatch):
 
     monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", refused)
     with pytest.raises(InputError, match=r"nothing says which workers belong together \(refused\); .*TPU_SKIP_MDS"):
+        find()
+
+
+@pytest.mark.parametrize("name", ["SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"])
+def test_what_a_launcher_left_empty_is_one_and_what_is_no_number_is_refused(name, monkeypatch):
+    assert number({}, name) == number({name: ""}, name) == 1
+    assert number({name: "4"}, name) == 4
+    for variable in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv(name, "4(x2)")
+    with pytest.raises(InputError, match=rf"^{name}=4\(x2\) is no number; "):
         find()

@@ -121,3 +121,18 @@ def test_walk_finds_every_instance_with_its_path_in_the_order_of_the_fields():
     assert [where for where, _ in walk(zoo, Home)] == ["first", "homes.b", "homes.a"]
     assert list(walk(HOME, Home)) == [("", HOME)] and list(walk(zoo, Cage)) == []
     assert next(walk(zoo, Cat))[1] is HOME.pet
+
+
+@pytest.mark.parametrize("seed", [2**63, 2**64, -1])
+def test_seeds_are_whole_numbers_of_63_bits(seed):
+    from tinymim_jax.experiment.config import Data, Run
+
+    for kind, fields in (
+        (Run, ({"batch_size": 1}, "seed", "data_seed")),
+        (Data, ({"source": "digits"}, "subset_seed")),
+    ):
+        given, *names = fields
+        for name in names:
+            assert getattr(from_dict(kind, {**given, name: 2**63 - 1}), name) == 2**63 - 1
+            with pytest.raises(InputError, match=f"{name} is {seed}; it must be"):
+                from_dict(kind, {**given, name: seed})

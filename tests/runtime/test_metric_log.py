@@ -1,10 +1,13 @@
 import json
+import sys
 import time
+import types
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from tinymim_jax.runtime import metric_log as writer_module
+from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.runtime.metric_log import MetricLog, read
 
 
@@ -155,3 +158,69 @@ def test_an_inactive_writer_touches_nothing(tmp_path):
     with MetricLog(tmp_path / "none", active=False) as writer:
         writer.write(1, {"loss": 0.5})
     assert not (tmp_path / "none").exists()
+
+
+def test_the_same_as_csv(tmp_path):
+    with MetricLog(tmp_path) as writer:
+        writer.write(2, {"loss": 0.5})
+        writer.write(4, {"loss": 0.25})
+        writer.write(2, {"val/top1": 10.0})  # of an evaluation that took longer
+        writer.flush()
+        assert (tmp_path / "metrics.csv").read_text() == "step,loss,val/top1\n2,0.5,10.0\n4,0.25,\n"
+    with MetricLog(tmp_path, start=2):
+        pass
+    assert (tmp_path / "metrics.csv").read_text() == "step,loss,val/top1\n2,0.5,10.0\n"
+
+
+class Tracker(types.ModuleType):
+    """wandb's part that is used."""
+
+    Error = type("Error", (Exception,), {})
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.calls = []
+
+    def init(self, **given):
+        self.calls.append(given)
+        return self
+
+    def define_metric(self, name, step_metric):
+        self.calls.append((name, step_metric))
+
+    def log(self, line):
+        self.calls.append(line)
+
+    def finish(self, exit_code):
+        self.calls.append(exit_code)
+
+
+def test_weights_and_biases(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_PROJECT", "p")
+    monkeypatch.setitem(sys.modules, "wandb", wandb := Tracker())
+    folder = tmp_path / "work" / "mae"
+    folder.mkdir(parents=True)
+    (folder / "stage.json").write_text('{"a": 1}')
+    for start in (0, 1):
+        with MetricLog(folder, start) as writer:
+            writer.write(start + 1, {"loss": 0.5})
+    (first, axis, line, code), again = wandb.calls[:4], wandb.calls[4]
+    assert first["name"] == "work/mae" and first["config"] == {"a": 1} and first["resume"] == "allow"
+    assert (axis, line, code) == (("*", "step"), {"step": 1, "loss": 0.5}, 0)
+    assert again["id"] == first["id"]  # it went on
+    with pytest.raises(ZeroDivisionError), MetricLog(folder):
+        1 / 0  # noqa: B018
+    assert wandb.calls[-1] == 1 and wandb.calls[-3]["id"] != first["id"]  # from the start: another run
+
+
+def test_weights_and_biases_that_is_missing_or_refuses_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_PROJECT", "p")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(InputError, match="^WANDB_PROJECT is set and the package is missing: pip install wandb"):
+        MetricLog(tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", wandb := Tracker())
+    monkeypatch.setattr(wandb, "init", lambda **_: (_ for _ in ()).throw(wandb.Error("no key")))
+    (tmp_path / "stage.json").write_text("{}")
+    with pytest.raises(InputError, match="no key.*wandb login"):
+        MetricLog(tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()

@@ -215,7 +215,7 @@ def test_pictures_are_of_the_first_replica_and_curves_of_all(runs):
     folder = runs("mae")
     panels = figures.panels_of(mae(), "mae", folder.parent)
     assert len(panels.rows) == 3
-    curves = figures.loss_curves(folder.parent, ["mae"]).axes[0].get_lines()
+    curves = figures.loss_curves(folder.parent, {"mae": mae()}).axes[0].get_lines()
     assert sorted(curve.get_linewidth() for curve in curves) == [0.4] * REPLICAS + [1]
 
 

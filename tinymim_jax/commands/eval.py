@@ -36,6 +36,7 @@ def main(argv: list[str]) -> None:
 
     from tinymim_jax.evals import suite
     from tinymim_jax.experiment import stage_file
+    from tinymim_jax.report import figures
     from tinymim_jax.runtime.sharding import make_mesh
 
     sets = suite.Sets(**{f.name: getattr(values, f.name) for f in dataclasses.fields(suite.Sets)})
@@ -43,3 +44,5 @@ def main(argv: list[str]) -> None:
     report = suite.evaluate(stage_file.read_subject(folder), values.suite, sets, make_mesh(), out)
     print(suite.table(report))
     print(f"wrote {out}/eval.json and {out}/eval.md")
+    for picture in figures.save(figures.confusions(out, folder.name), out):
+        print(f"wrote {picture}")

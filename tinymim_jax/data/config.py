@@ -5,6 +5,7 @@ from typing import Literal
 
 from tinymim_jax.runtime.codec import ranged
 from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.runtime.keys import SEEDS
 
 
 @dataclasses.dataclass
@@ -17,7 +18,7 @@ class Data:
     name: str = ""  # tfds: the builder's name
     num_examples: int | None = None  # the size, when known before the data is at hand
     per_class: int | None = None  # keep only this many images of each class
-    subset_seed: int | None = ranged(0, at_least=0)  # which ones; None: as run.seed, so that replicas differ in them
+    subset_seed: int | None = ranged(0, **SEEDS)  # which ones; None: as run.seed, so that replicas differ in them
     image_size: int = ranged(224, at_least=1)
     transform: Literal["train", "eval"] = "train"  # random-resized-crop and flip | resize and centre crop
     crop_scale: tuple[float, float] = ranged((0.2, 1.0), above=0, at_most=1)  # train: area of the crop

@@ -7,7 +7,6 @@ import os
 import re
 from typing import Any
 
-import tqdm
 from etils.epath import Path
 
 from tinymim_jax.data.config import Data
@@ -15,7 +14,7 @@ from tinymim_jax.data.sources import IDENTITY, Source
 from tinymim_jax.runtime import storage
 from tinymim_jax.runtime.codec import differences, to_dict
 from tinymim_jax.runtime.errors import InputError
-from tinymim_jax.runtime.progress_bar import bar
+from tinymim_jax.runtime.progress_bar import Bar, bar
 
 FORMAT = 1
 
@@ -53,9 +52,9 @@ class Manifest:
         """The numbers of shards that are not there yet."""
         return [shard for shard in range(self.num_shards) if self.name(shard) not in self.shards]
 
-    def bar(self, done: int = 0) -> tqdm.tqdm:
+    def bar(self, done: int = 0) -> Bar:
         """Counts the images of the split, `done` of which are."""
-        return bar(self.split, self.images, "img", initial=done, unit_scale=True)
+        return bar(self.split, self.images, "img", initial=done)
 
     def images_done(self) -> int:
         """Packed or left out."""

@@ -3,6 +3,8 @@
 import collections
 import gc
 import itertools
+import re
+import signal
 from collections.abc import Iterator
 
 import chex
@@ -17,10 +19,11 @@ from tinymim_jax.data.rows import EvalRows, ReplicaRows, Rows, TrainRows, stack_
 from tinymim_jax.data.sources import Source
 from tinymim_jax.runtime import multihost
 from tinymim_jax.runtime import sharding as mesh_lib
-from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.runtime.errors import InputError, Unavailable
 from tinymim_jax.runtime.preemption import StopRequest
 
 DEVICE_BATCHES = 2  # the one in use and the one under way
+KILLED = re.compile(r"terminated unexpectedly with exit code -(\d+)")  # by a signal, as grain says it
 
 
 def train_batches(
@@ -140,6 +143,14 @@ def host_batches(rows: Rows, start: int, stop: int) -> Iterator[dict[str, np.nda
         yield from host
     except InputError as error:
         raise type(error)(*error.args) from None  # without the note that grain adds to it
+    except RuntimeError as error:
+        if not (code := KILLED.search(str(error))):
+            raise
+        raise Unavailable(
+            f"a worker process was killed ({signal.strsignal(int(code[1]))}), as a rule for want of memory or room in"
+            " /dev/shm; give this machine or container more, or lower data.workers or data.prefetch, and run the same"
+            " command again"
+        ) from None
     finally:
         host.close()  # stops its threads and worker processes, also when the caller leaves early
         if rows.data.workers:

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 
 from tinymim_jax.data import sources
 from tinymim_jax.data.augment import CROP_ATTEMPTS
@@ -20,6 +19,7 @@ from tinymim_jax.runtime import keys
 from tinymim_jax.runtime import sharding as mesh_lib
 from tinymim_jax.runtime.errors import InputError, Unavailable
 from tinymim_jax.runtime.preemption import StopRequest
+from tinymim_jax.runtime.progress_bar import bar
 
 MAX_BYTES = 2**33  # of a data set, on each device
 SLOW = 10_000  # images, from which on decoding has a bar
@@ -98,8 +98,9 @@ def _read(identity: tuple, on_bad_image: str) -> dict[str, np.ndarray]:
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         done = pool.map(read, range(len(source)))
         try:
-            for _ in tqdm.tqdm(done, "decoding", len(source), unit="img", disable=len(source) < SLOW):
-                pass
+            with bar("decoding", len(source), "img", disable=len(source) < SLOW) as shown:
+                for _ in done:
+                    shown.update()
         except InputError:
             pool.shutdown(cancel_futures=True)
             raise

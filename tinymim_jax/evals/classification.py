@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tinymim_jax.data import corruptions
 from tinymim_jax.data.config import Data
@@ -16,6 +17,10 @@ from tinymim_jax.objectives import losses, metrics
 from tinymim_jax.objectives.metrics import Mean
 from tinymim_jax.runtime.codec import ranged
 from tinymim_jax.runtime.errors import InputError
+
+MAX_CONFUSION = 1000  # classes
+# The columns that may win (None: all), and the column of each label (None: of that number).
+Subset = tuple[np.ndarray | None, np.ndarray | None]
 
 
 @dataclasses.dataclass
@@ -59,18 +64,42 @@ class Accuracy:
         if cfg.subset:
             self.subset = subsets.columns(cfg.subset), subsets.targets(cfg.subset, self.classes)
 
-    def update(self, variables: Variables, frozen: Any, others: Any, batch: Batch) -> dict[str, Mean]:
-        """Raises InputError if the model has no head, or other classes than the data."""
+    def update(self, variables: Variables, frozen: Any, others: Any, batch: Batch) -> dict[str, Any]:
+        logits, subset = self.logits(variables, frozen, batch)
+        seen, label = restricted(logits, batch["label"], subset)
+        pairs = jnp.stack([jnp.where(batch["is_valid"], label, -1), jnp.argmax(seen, axis=-1)])
+        return {**count_correct(logits, batch["label"], batch["is_valid"], subset), "pairs": pairs}
+
+    def count(self, variables: Variables, frozen: Any, batch: Batch) -> dict[str, Mean]:
+        """The counts alone."""
+        logits, subset = self.logits(variables, frozen, batch)
+        return count_correct(logits, batch["label"], batch["is_valid"], subset)
+
+    def logits(self, variables: Variables, frozen: Any, batch: Batch) -> tuple[jax.Array, Subset]:
+        """[B, C], and which of them count; raises InputError if the model has no head."""
         logits = self.predict(variables, frozen, batch).logits
         if logits is None:
             raise InputError("a classification eval needs a model with a head; set model.num_classes")
-        data = self.passes["data"].data
-        where = f"{data.path or data.source}, split {data.split!r},"
-        subset = self.subset or (None, labels.match(self.head, self.classes, logits.shape[-1], where)[0])
-        return count_correct(logits, batch["label"], batch["is_valid"], subset)
+        return logits, self.subset or (None, self._columns(logits.shape[-1]))
 
-    def finish(self, found: Mapping[Hashable, list[dict[str, Mean]]]) -> Result:
-        return Result(scores(found["data"]))
+    def _columns(self, outputs: int) -> np.ndarray | None:
+        """The output of each label; raises InputError if the model has other classes than the data."""
+        data = self.passes["data"].data
+        return labels.match(self.head, self.classes, outputs, f"{data.path or data.source}, split {data.split!r},")[0]
+
+    def _names(self) -> list[str]:
+        """Of the outputs, in their order; [] if they are not known."""
+        if self.subset or not (self.head or self.classes):
+            return []
+        columns = None if self.head else self._columns(len(self.classes))
+        names = list(self.head or self.classes)
+        return names if columns is None else [names[i] for i in np.argsort(columns)]
+
+    def finish(self, found: Mapping[Hashable, list[dict[str, Any]]]) -> Result:
+        counts = scores([{key: one[key] for key in one if key != "pairs"} for one in found["data"]])
+        names = self._names()
+        by_class = per_class(np.concatenate([one["pairs"] for one in found["data"]], axis=1), len(names))
+        return Result(counts, {**by_class, "classes": np.array(names, str)})
 
 
 def scores(counts: list[dict[str, Mean]]) -> dict[str, float]:
@@ -84,26 +113,41 @@ def scores(counts: list[dict[str, Mean]]) -> dict[str, float]:
     return {**percent, "images": float(total["top1"].count)}
 
 
+def per_class(pairs: np.ndarray, classes: int) -> dict[str, np.ndarray]:
+    """Labels and predictions, int [2, n] -> "per_class", percent [C] (NaN: no image), and "confusion", int [C, C].
+
+    Images whose label is -1 do not count. Row i of the confusion is what images of class i were taken for; of more
+    than `MAX_CONFUSION` classes there is none.
+    """
+    labels, predicted = pairs[:, pairs[0] >= 0]
+    count = max(classes, int(labels.max()) + 1, int(predicted.max()) + 1)
+    images, hits = (np.bincount(chosen, minlength=count) for chosen in (labels, labels[labels == predicted]))
+    percent = 100 * np.divide(hits, images, out=np.full(count, np.nan), where=images > 0)
+    if count > MAX_CONFUSION:
+        return {"per_class": percent}
+    table = np.bincount(labels * count + predicted, minlength=count**2).reshape(count, count)
+    return {"per_class": percent, "confusion": table}
+
+
 def restrict(logits: jax.Array, columns: jax.Array) -> jax.Array:
     """logits [B, C] with -inf outside `columns`."""
     allowed = jnp.zeros(logits.shape[-1], bool).at[columns].set(True)
     return jnp.where(allowed, logits, -jnp.inf)
 
 
-def count_correct(
-    logits: jax.Array,
-    label: jax.Array,
-    is_valid: jax.Array,
-    subset: tuple[jax.Array | None, jax.Array | None] = (None, None),
-) -> dict[str, Mean]:
-    """logits [B, C], label [B] -> hits among the best 1 and the best 5, over the valid examples.
-
-    `subset`: the columns that may win (None: all), and the column of each label (None: of that number).
-    """
-    is_unknown = losses.is_beyond(label, logits.shape[-1])
+def restricted(logits: jax.Array, label: jax.Array, subset: Subset) -> tuple[jax.Array, jax.Array]:
+    """logits [B, C] with -inf outside the columns that may win, and the columns of labels [B]."""
     allowed, columns = subset
     logits = logits if allowed is None else restrict(logits, allowed)
-    label = label if columns is None else jnp.asarray(columns)[label]
+    return logits, label if columns is None else jnp.asarray(columns)[label]
+
+
+def count_correct(
+    logits: jax.Array, label: jax.Array, is_valid: jax.Array, subset: Subset = (None, None)
+) -> dict[str, Mean]:
+    """logits [B, C], label [B] -> hits among the best 1 and the best 5, over the valid examples."""
+    is_unknown = losses.is_beyond(label, logits.shape[-1])
+    logits, label = restricted(logits, label, subset)
     best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]
     hits = best == label[:, None]
     beyond = Mean.of(is_unknown, is_valid)

@@ -5,18 +5,21 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import io
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 import numpy as np
+from etils.epath import Path
 
 from tinymim_jax.data import pipeline, sources
 from tinymim_jax.data.config import Data
 from tinymim_jax.data.fields import IMAGE_LABEL, Fields
 from tinymim_jax.models.contract import Encoder, Outputs
-from tinymim_jax.runtime import sharding
+from tinymim_jax.runtime import sharding, storage
 from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.runtime.metric_log import write_whole
 from tinymim_jax.runtime.progress_bar import bar
 
 BATCHES_AHEAD = 3  # dispatched before the oldest result is fetched
@@ -144,7 +147,7 @@ class Measurement:
         """
         total = sum(len(batches) for e in self.evaluators.values() for batches in e.passes.values())
         found: dict[str, dict[Hashable, list[Any]]] = {}
-        with bar(title, total, "batch", leave=False, delay=1) as shown:
+        with bar(title, total, "batch", first="compiling", leave=False) as shown:
             for name, evaluator in self.evaluators.items():
                 with _named(name):
                     found[name] = {
@@ -164,6 +167,15 @@ class Measurement:
             return results
 
         return finish
+
+
+def save_arrays(result: Result, file: Path) -> None:
+    """Writes the arrays of a result, if it has any, as npz; in process 0 alone."""
+    if result.arrays and jax.process_index() == 0:
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **result.arrays)
+        storage.make(file.parent)
+        write_whole(file, buffer.getvalue())
 
 
 def scalars(results: Mapping[str, Result]) -> dict[str, float]:

@@ -34,7 +34,7 @@ def match(
         )
     if all(re.fullmatch(r"\d{1,9}", name) for name in data) and {int(name) for name in data} == set(range(outputs)):
         return np.array([int(name) for name in data]), "labels are the numbers that the class folders are called by"
-    if is_imagenet(data):
+    if _has_wnids(data):
         if list(data) != subsets.imagenet_wnids():
             raise InputError(f"{where} has 1000 wnids that are not ImageNet's; use data with the model's classes")
         return None, "labels are ImageNet's, in the order of the wnids"
@@ -44,9 +44,9 @@ def match(
     )
 
 
-def is_imagenet(classes: Sequence[str] | None) -> bool:
+def _has_wnids(classes: Sequence[str]) -> bool:
     """Whether classes are called as ImageNet's 1000 are."""
-    return len(classes or ()) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in classes)
+    return len(classes) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in classes)
 
 
 def _plain(names: Sequence[str]) -> list[str]:

@@ -9,6 +9,7 @@ import numpy as np
 from tinymim_jax.data import corruptions
 from tinymim_jax.data.config import Data
 from tinymim_jax.data.corruptions import ALEXNET_ERROR
+from tinymim_jax.evals import subsets
 from tinymim_jax.evals.classification import Accuracy, Classification, scores
 from tinymim_jax.evals.contract import Batch, Context, Eval, Result, Variables, needs_head
 from tinymim_jax.models.contract import Encoder
@@ -46,7 +47,7 @@ class Corruptions(Eval):
 
 
 class CorruptionErrors:
-    """{"<corruption>" and "<corruption>_<severity>": top-1 error, "mean_error", "mce"}, in percent."""
+    """{"<corruption>" and "<corruption>_<severity>": top-1 error, "mean_error"}, in percent; of ImageNet "mce", too."""
 
     others: Mapping[str, Variables] = {}
 
@@ -69,10 +70,13 @@ class CorruptionErrors:
             raise InputError(f"{name}, severity {severity}, has other classes than the others; complete the copy")
 
     def update(self, variables: Variables, frozen: Any, others: Any, batch: Batch) -> dict[str, Mean]:
-        return self.accuracy.update(variables, frozen, others, batch)
+        return self.accuracy.count(variables, frozen, batch)
 
     def finish(self, found: Mapping[Hashable, list[dict[str, Mean]]]) -> Result:
-        return Result(summarise({key: 100 - scores(counts)["top1"] for key, counts in found.items()}))
+        summary = summarise({key: 100 - scores(counts)["top1"] for key, counts in found.items()})
+        if not subsets.is_imagenet(self.accuracy.classes, self.accuracy.passes["data"].data.name):
+            del summary["mce"]  # AlexNet's errors are of those classes
+        return Result(summary)
 
 
 def corrupted(cfg: Corruptions, name: str, severity: int) -> Data:
@@ -102,8 +106,7 @@ def check_stored(cfg: Corruptions) -> None:
 def summarise(errors: dict[tuple[str, int], float]) -> dict[str, float]:
     """Errors in percent by (corruption, severity) -> these, each corruption's mean, their mean, and mCE.
 
-    mCE is the mean over corruptions of the error over that of AlexNet on ImageNet, in percent: of a model of another
-    data set it is a number to compare with nothing but itself.
+    mCE is the mean over corruptions of the error over that of AlexNet on ImageNet, in percent.
     """
     names = dict.fromkeys(name for name, _ in errors)
     means = {name: float(np.mean([e for (n, _), e in errors.items() if n == name])) for name in names}

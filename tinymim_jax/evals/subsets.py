@@ -52,6 +52,11 @@ def targets(subset: str, classes: tuple[str, ...] | None) -> np.ndarray:
     return np.array([column[name] for name in classes])
 
 
+def is_imagenet(classes: tuple[str, ...] | None, name: str) -> bool:
+    """Whether labels are ImageNet's 1000: those of folders named by its wnids, or of its sets in tfds, by `name`."""
+    return name.startswith("imagenet2012") if classes is None else list(classes) == imagenet_wnids()
+
+
 def imagenet_wnids() -> list[str]:
     """The 1000 wnids in the order of the columns, as tensorflow-datasets lists them."""
     import tensorflow_datasets as tfds

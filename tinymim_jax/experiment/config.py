@@ -13,6 +13,7 @@ from tinymim_jax.evals import EVALS, Classification, Corruptions, Knn, Logistic
 from tinymim_jax.models import MODELS, ViT
 from tinymim_jax.models.mae import Decoder
 from tinymim_jax.runtime.codec import from_dict, ranged, to_dict, walk
+from tinymim_jax.runtime.keys import SEEDS
 from tinymim_jax.tasks import TASKS, Classify, Distill, Mae
 from tinymim_jax.tasks.classify import LabelTeacher
 from tinymim_jax.tasks.targets import Feature, Relation
@@ -65,9 +66,9 @@ class Run:
     batch_size: int = ranged(at_least=1)  # images a step, over all devices
     epochs: float | None = ranged(None, at_least=0)  # exactly one of epochs and steps
     steps: int | None = ranged(None, at_least=0)
-    seed: int = ranged(0, at_least=0)
+    seed: int = ranged(0, **SEEDS)
     replicas: int = ranged(1, at_least=1)  # seeds trained at once: seed, seed + 1, ...
-    data_seed: int | None = ranged(None, at_least=0)  # of order and crops; None: seed. If set, replicas share batches
+    data_seed: int | None = ranged(None, **SEEDS)  # of order and crops; None: seed. If set, replicas share batches
     steps_per_call: int = ranged(1, at_least=1)  # scanned in one dispatch: for models whose step is shorter than one
     log_every: int = ranged(50, at_least=1)  # steps
     checkpoint_every: int = ranged(1000, at_least=1)  # steps

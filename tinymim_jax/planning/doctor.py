@@ -22,6 +22,7 @@ from tinymim_jax.experiment.config import Config
 from tinymim_jax.planning import dry_run
 from tinymim_jax.planning.estimate import plans
 from tinymim_jax.runtime import distributed, multihost
+from tinymim_jax.runtime.cluster import number
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.runtime.sharding import check_batch, make_mesh
 from tinymim_jax.runtime.workdir_lock import WorkdirLock
@@ -95,10 +96,11 @@ def processes(env: Mapping[str, str]) -> Iterator[Finding]:
     """How many there are, and whether they share their devices well."""
     count = jax.process_count()
     yield Finding(f"process {jax.process_index()} of {count}")
-    tasks = int(env.get("SLURM_NTASKS", 1))
+    tasks = number(env, "SLURM_NTASKS")
     if count == 1 and tasks > 1:
         yield Finding(f"Slurm gave {tasks} tasks, and this process is on its own", "start with srun inside the job")
-    per_host = int(env.get("SLURM_NTASKS_PER_NODE") or env.get("OMPI_COMM_WORLD_LOCAL_SIZE") or 1)
+    variable = "SLURM_NTASKS_PER_NODE" if env.get("SLURM_NTASKS_PER_NODE") else "OMPI_COMM_WORLD_LOCAL_SIZE"
+    per_host = number(env, variable)
     if jax.default_backend() == "gpu" and per_host > 1 and jax.local_device_count() > 1:
         yield Finding(
             f"{per_host} processes on this host, each with {jax.local_device_count()} GPUs",

@@ -12,8 +12,8 @@ from tinymim_jax.experiment import stage_file
 from tinymim_jax.experiment.config import Config, Stage
 from tinymim_jax.models.contract import Encoder
 from tinymim_jax.planning.preflight import check_source, foreign, read_foreign, source_models
+from tinymim_jax.runtime import metric_log
 from tinymim_jax.runtime.errors import InputError
-from tinymim_jax.runtime.metric_log import read_done
 from tinymim_jax.runtime.sharding import make_mesh
 from tinymim_jax.training import optim
 from tinymim_jax.training.setup import StageSetup, make_setup
@@ -39,6 +39,7 @@ def describe_chain(cfg: Config, workdir: Path, only: str | None = None) -> str:
     """What `run_chain` would do, worked out from shapes alone; reads no data but its size, writes nothing."""
     check_stage_name(cfg, only)
     check_owner(cfg, workdir)
+    metric_log.tracker()
     setups: dict[str, StageSetup] = {}
     text, missing = [_devices(cfg)], {}
     for name in cfg.stages if only is None else needed(cfg, only):
@@ -223,7 +224,7 @@ def _optimizer(setup: StageSetup) -> str:
 
 def _status(folder: Path) -> str:
     if handoff.finished(folder):
-        read_done(folder / "DONE")  # of one that is damaged later stages would not learn
+        metric_log.read_done(folder / "DONE")  # of one that is damaged later stages would not learn
         return "status: finished, would be skipped"
     steps = checkpoint.steps(folder)
     return f"status: would go on from step {max(steps)}" if steps else "status: would start"

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import os
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,7 @@ from tinymim_jax.planning.preflight import source_models
 from tinymim_jax.runtime import hlo_stats, keys
 from tinymim_jax.runtime import sharding as mesh_lib
 from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.runtime.progress_bar import bar
 from tinymim_jax.training.setup import StageSetup, make_setup, step_batch
 from tinymim_jax.training.step import create_state, host_keys, jit_step
 
@@ -254,14 +256,16 @@ def run(cfg: Config, only: str | None, topology: str, workdir: Path) -> dict[str
     dry_run.check_stage_name(cfg, only)
     devices = devices_of(topology)
     mesh = mesh_lib.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, devices)
-    stages = {}
-    for name in [only] if only else cfg.stages:
-        print(f"{name}: compiling for {len(devices)} devices ...", flush=True)
-        try:
-            ((_, plan),) = plans(cfg, workdir, name)
-            stages[name] = forecast(plan, mesh)
-            if not stages[name].get("fits", True):
-                stages[name]["advice"] = advise(cfg, name, workdir, devices)
-        except InputError as error:
-            raise InputError(f"stage {name}: {error}") from None
+    names, stages = [only] if only else list(cfg.stages), {}
+    with bar("plan", len(names), "stage", first="compiling") as shown:
+        for name in names:
+            shown.write(f"{name}: compiling for {len(devices)} devices ...", file=sys.stderr)
+            try:
+                ((_, plan),) = plans(cfg, workdir, name)
+                stages[name] = forecast(plan, mesh)
+                if not stages[name].get("fits", True):
+                    stages[name]["advice"] = advise(cfg, name, workdir, devices)
+            except InputError as error:
+                raise InputError(f"stage {name}: {error}") from None
+            shown.update()
     return {"config": cfg.name, "topology": topology, "device": devices[0].device_kind, "stages": stages}

@@ -1,7 +1,8 @@
-"""Pictures of a workdir: loss curves, and what each task has to show."""
+"""Pictures of a workdir: curves, confusions of classes, and what each task has to show."""
 
 import dataclasses
 import re
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -21,20 +22,30 @@ from tinymim_jax.training import start
 from tinymim_jax.weights import handoff
 
 NUM_PICTURES = 6
+NAMED = 50  # so many classes have room for their names
+Points = dict[str, list[tuple[float, float]]]
 
 
 def write(workdir: Path, names: list[str]) -> list[Path]:
     """Draws the finished stages `names` into WORKDIR/report/; returns the files."""
     folder = workdir / "report"
     folder.mkdir(exist_ok=True)
-    figures = {"loss": loss_curves(workdir, names)}
-    for name in names:
-        stage = stage_file.read_stage(workdir / name)
+    stages = {name: stage_file.read_stage(workdir / name) for name in names}
+    figures = {"loss": loss_curves(workdir, stages)}
+    if curves := evaluation_curves(workdir, stages):
+        figures["evaluations"] = curves
+    for name, stage in stages.items():
+        figures |= {f"{name}_{key}": figure for key, figure in confusions(workdir / name / "evals", name).items()}
         try:
             if panels := panels_of(stage, name, workdir):
                 figures[f"{name}_{stage.task.kind}"] = drawn(panels, name)
         except InputError as error:  # a picture is no reason for a finished run to fail
             print(f"no picture of {name}: {error}")
+    return save(figures, folder)
+
+
+def save(figures: Mapping[str, matplotlib.figure.Figure], folder: Path) -> list[Path]:
+    """Writes FOLDER/<key>.png of each; returns the files."""
     paths = {folder / f"{key}.png": figure for key, figure in figures.items()}
     for path, figure in paths.items():
         with path.open("wb") as file:
@@ -42,26 +53,91 @@ def write(workdir: Path, names: list[str]) -> list[Path]:
     return list(paths)
 
 
-def loss_curves(workdir: Path, names: list[str]) -> matplotlib.figure.Figure:
-    """Training loss against epochs, a panel per kind of task; replicas are thin lines behind their mean."""
+def loss_curves(workdir: Path, stages: Mapping[str, Stage]) -> matplotlib.figure.Figure:
+    """Training loss against epochs, a panel per kind of task."""
     kinds: dict[str, list[str]] = {}
-    for name in names:
-        kinds.setdefault(stage_file.read_stage(workdir / name).task.kind, []).append(name)
-    figure = matplotlib.figure.Figure(figsize=(5.5 * len(kinds), 4))
-    for axes, (kind, stages) in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds.items(), strict=True):
+    for name, stage in stages.items():
+        kinds.setdefault(stage.task.kind, []).append(name)
+    logs = {name: metric_log.read(workdir / name / "metrics.jsonl") for name in stages}
+    panels = {kind: {name: points(logs[name], "loss") for name in names} for kind, names in kinds.items()}
+    return curves(panels, "loss")
+
+
+def evaluation_curves(workdir: Path, stages: Mapping[str, Stage]) -> matplotlib.figure.Figure | None:
+    """What was measured during training against epochs, a panel per metric; None if nothing was."""
+    panels: dict[str, dict[str, Points]] = {}
+    for name, stage in stages.items():
+        log = metric_log.read(workdir / name / "metrics.jsonl")
+        for eval_name, cfg in stage.evals.items():
+            for key in [f"{eval_name}/{metric}" for metric in cfg.metrics() or () if metric != "images"]:
+                panels.setdefault(key, {})[name] = points(log, key)
+    panels = {
+        key: found for key, found in panels.items() if any(len(xy) > 1 for one in found.values() for xy in one.values())
+    }
+    return curves(panels, "%") if panels else None
+
+
+def points(log: list[dict[str, float]], metric: str) -> Points:
+    """(epoch, value) of `metric`, and of each replica's, by their keys in a stage's log."""
+    scale = next((line["epoch"] / line["step"] for line in log if line.get("epoch")), 0.0)
+    own = re.compile(rf"(replica\d+/)?{re.escape(metric)}")
+    found: Points = {}
+    for line in sorted(log, key=lambda line: line["step"]):
+        for key in filter(own.fullmatch, line):
+            found.setdefault(key, []).append((line["step"] * scale, line[key]))
+    return found
+
+
+def curves(panels: Mapping[str, Mapping[str, Points]], ylabel: str) -> matplotlib.figure.Figure:
+    """A panel for each title, with a line for each stage; those of replicas are thin, behind their mean."""
+    figure = matplotlib.figure.Figure(figsize=(5.5 * len(panels), 4))
+    for axes, (title, stages) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         groups = list(dict.fromkeys(re.sub(r"_\d+$", "", name) for name in stages))  # stages that differ by seed
-        for name in stages:
+        for name, found in stages.items():
             group = re.sub(r"_\d+$", "", name)
             label = group if axes.get_legend_handles_labels()[1].count(group) == 0 else None
-            lines = [line for line in metric_log.read(workdir / name / "metrics.jsonl") if "epoch" in line]
-            for key in sorted({key for line in lines for key in line if key == "loss" or key.endswith("/loss")}):
-                x, y = zip(*[(line["epoch"], line[key]) for line in lines if key in line], strict=True)
-                width = {"linewidth": 1, "label": label} if key == "loss" else {"linewidth": 0.4, "alpha": 0.5}
-                axes.plot(x, y, color=f"C{groups.index(group)}", **width)
-        axes.set(title=kind, xlabel="epoch", ylabel="loss")
+            for key, xy in sorted(found.items()):
+                style = (
+                    {"linewidth": 0.4, "alpha": 0.5} if key.startswith("replica") else {"linewidth": 1, "label": label}
+                )
+                axes.plot(
+                    *zip(*xy, strict=True), color=f"C{groups.index(group)}", marker="." if len(xy) < 20 else "", **style
+                )
+        axes.set(title=title, xlabel="epoch", ylabel=ylabel)
         axes.grid(alpha=0.3)
         if axes.lines:  # stages of no steps have none
             axes.legend()
+    return figure
+
+
+def confusions(folder: Path, title: str) -> dict[str, matplotlib.figure.Figure]:
+    """Accuracy by class beside what each class was taken for, of each evaluation whose arrays are in `folder`."""
+    figures = {}
+    for file in sorted(folder.glob("*.npz")) if folder.is_dir() else ():
+        with file.open("rb") as opened, np.load(opened) as arrays:
+            if "confusion" in arrays:
+                figures[f"{file.stem}_classes"] = by_class(**arrays, title=f"{title}: {file.stem}")
+    return figures
+
+
+def by_class(per_class: np.ndarray, confusion: np.ndarray, classes: np.ndarray, title: str) -> matplotlib.figure.Figure:
+    """per_class [C] in percent, confusion [C, C] in images, classes: names [C], or [0] where they are not known."""
+    count = len(per_class)
+    side = min(max(4.0, 0.3 * count), 9.0)
+    figure = matplotlib.figure.Figure(figsize=(2 * side, side), layout="constrained")
+    bars, grid = figure.subplots(1, 2)
+    bars.barh(range(count), np.nan_to_num(per_class), height=0.8 if count <= NAMED else 1)
+    bars.set(title=f"accuracy by class, mean {np.nanmean(per_class):.1f} %", xlabel="%", ylabel="class", xlim=(0, 100))
+    bars.set_ylim(count - 0.5, -0.5)
+    shares = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    image = grid.imshow(shares, vmin=0, vmax=100, interpolation="nearest")
+    grid.set(title="what images of a class were taken for", xlabel="predicted class", ylabel="class")
+    figure.colorbar(image, ax=grid, label="% of the class")
+    if len(classes) == count <= NAMED:
+        for axes in (bars, grid):
+            axes.set_yticks(range(count), classes)
+        grid.set_xticks(range(count), classes, rotation=90)
+    figure.suptitle(title)
     return figure
 
 
@@ -79,15 +155,20 @@ def panels_of(stage: Stage, name: str, workdir: Path) -> Panels | None:
 
 
 def drawn(panels: Panels, name: str) -> matplotlib.figure.Figure:
-    """Rows of images as a grid; maps of one row and one pair of columns share a scale."""
+    """Rows of images as a grid; two maps side by side share a scale, with a colour bar."""
     rows, columns = len(panels.rows), len(panels.rows[0])
-    figure = matplotlib.figure.Figure(figsize=(1.5 * columns, 1.6 * rows), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(1.7 * columns, 1.6 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes_row, images in zip(grid, panels.rows, strict=True):
-        top = max((image.max() for image in images if image.ndim == 2), default=1.0)
+        maps = [column for column, image in enumerate(images) if image.ndim == 2]
         for axes, image in zip(axes_row, images, strict=True):
-            axes.imshow(image, interpolation="nearest", vmin=0, vmax=top)
+            axes.imshow(image, interpolation="nearest")
             axes.set(xticks=[], yticks=[])
+        for pair in (maps[i : i + 2] for i in range(0, len(maps), 2)):
+            values = np.stack([images[column] for column in pair])
+            for column in pair:
+                axes_row[column].images[0].set_clim(min(0.0, values.min()), values.max())
+            figure.colorbar(axes_row[pair[-1]].images[0], ax=[axes_row[column] for column in pair])
         if panels.box:
             left, upper, side = panels.box
             corner = (left - 0.5, upper - 0.5)
@@ -95,7 +176,7 @@ def drawn(panels: Panels, name: str) -> matplotlib.figure.Figure:
     for axes, label in zip(grid[:, 0], panels.row_labels, strict=False):
         axes.set_ylabel(label)
     for axes, label in zip(grid[0], panels.column_labels, strict=False):
-        axes.set_title(label, fontsize=9)
+        axes.set_title(label, fontsize=8)
     figure.suptitle(f"{name}: {panels.title}")
     return figure
 

@@ -1,6 +1,5 @@
 """Tables of a workdir's results."""
 
-import io
 import re
 from typing import Any
 
@@ -20,6 +19,7 @@ def text(results: dict[str, Any]) -> str:
         for label, row in compared["rows"].items():
             error = "-" if row["stderr"] is None else f"{row['stderr']:.2f}"
             tables[-1].add_row(label, f"{row['mean']:.2f}", error, str(len(row["values"])))
-    console = Console(file=io.StringIO(), width=110)
-    console.print(*tables)
-    return console.file.getvalue()
+    console = Console(width=110, color_system=None)  # of standard output, whose characters it keeps to
+    with console.capture() as captured:
+        console.print(*tables)
+    return captured.get()

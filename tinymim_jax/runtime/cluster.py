@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+from collections.abc import Mapping
 
 from tinymim_jax.runtime.errors import InputError
 
@@ -55,24 +56,32 @@ def find() -> Cluster | None:
     index = env.get("JAX_PROCESS_ID") or env.get("JOB_COMPLETION_INDEX")  # the latter: of a Kubernetes indexed job
     if "JAX_NUM_PROCESSES" in env or "JAX_PROCESS_ID" in env:
         return given(address, env.get("JAX_NUM_PROCESSES"), index)
-    if int(env.get("SLURM_NTASKS", 1)) > 1 and env.keys() >= {"SLURM_JOB_ID", "SLURM_PROCID", "SLURM_STEP_NODELIST"}:
-        is_shared = int(env["SLURM_NTASKS"]) > int(env.get("SLURM_STEP_NUM_NODES", 1))
+    if number(env, "SLURM_NTASKS") > 1 and env.keys() >= {"SLURM_JOB_ID", "SLURM_PROCID", "SLURM_STEP_NODELIST"}:
+        is_shared = number(env, "SLURM_NTASKS") > number(env, "SLURM_STEP_NUM_NODES")
         address = address or SlurmCluster.get_coordinator_address(None, port)
         devices = _own_device("SLURM_LOCALID") if is_shared else None
         return given(address, env["SLURM_NTASKS"], env["SLURM_PROCID"], devices)
-    if int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+    if number(env, "OMPI_COMM_WORLD_SIZE") > 1:
         if OmpiCluster.is_env_present():  # which version 5 does not tell JAX
             address = address or OmpiCluster.get_coordinator_address(None, port)
-        is_shared = int(env.get("OMPI_COMM_WORLD_LOCAL_SIZE", 1)) > 1
+        is_shared = number(env, "OMPI_COMM_WORLD_LOCAL_SIZE") > 1
         devices = _own_device("OMPI_COMM_WORLD_LOCAL_RANK") if is_shared else None
         return given(address, env["OMPI_COMM_WORLD_SIZE"], env["OMPI_COMM_WORLD_RANK"], devices)
     return _find_tpu(address, port) if "tpu" in env.get("JAX_PLATFORMS", "tpu") else None
 
 
+def number(env: Mapping[str, str], name: str) -> int:
+    """What a launcher has counted; 1 where it says nothing. Raises InputError."""
+    try:
+        return int(env.get(name) or 1)
+    except ValueError:
+        raise InputError(f"{name}={env[name]} is no number; unset it, or start with its launcher") from None
+
+
 def _own_device(variable: str) -> tuple[int, ...] | None:
     """The GPU of a process that shares its host with others, unless the launcher has shown it only its own."""
     shows_one = len(os.environ.get("CUDA_VISIBLE_DEVICES", ",").split(",")) == 1
-    return None if shows_one or not os.environ.get(variable) else (int(os.environ[variable]),)
+    return None if shows_one or not os.environ.get(variable) else (number(os.environ, variable),)
 
 
 def _find_tpu(address: str | None, port: str | None) -> Cluster | None:

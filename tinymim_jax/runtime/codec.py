@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import operator
 import re
 import types
 import typing
@@ -30,9 +31,9 @@ def check_name(where: str, name: str) -> None:
 
 
 def _check_bounds(where: str, value: Any, bounds: dict[str, float]) -> None:
-    tests = {"at_least": float.__ge__, "above": float.__gt__, "at_most": float.__le__, "below": float.__lt__}
+    tests = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
     for number in value if isinstance(value, tuple) else (value,):
-        if number is not None and not all(tests[name](float(number), float(bound)) for name, bound in bounds.items()):
+        if number is not None and not all(tests[name](number, bound) for name, bound in bounds.items()):
             must = " and ".join(f"{name.replace('_', ' ')} {bound}" for name, bound in bounds.items())
             raise InputError(f"{where} is {value}; it must be {must}")
 

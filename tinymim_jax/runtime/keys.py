@@ -8,6 +8,7 @@ import zlib
 import jax
 import numpy as np
 
+SEEDS = {"at_least": 0, "at_most": 2**63 - 1}  # whole numbers of 64 bits, as other programs read them
 INIT, STEPS, CROPS = range(3)  # streams of a stage's key: initial weights, training steps, crops made on devices
 
 

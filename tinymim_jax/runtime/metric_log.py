@@ -1,8 +1,14 @@
-"""Scalars to `metrics.jsonl` and TensorBoard."""
+"""Scalars to `metrics.jsonl`, `metrics.csv`, TensorBoard and, where `WANDB_PROJECT` is set, Weights & Biases."""
 
 import contextlib
+import csv
+import io
+import itertools
 import json
+import os
 import threading
+import uuid
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -24,6 +30,7 @@ class MetricLog:
             return
         self.kept = [line for line in read(self.path) if line["step"] <= start]
         storage.make(folder)
+        self.tracked = _tracked(folder, start)
         self.lines, self.written = [json.dumps(line) + "\n" for line in self.kept], -1
         self.lock, self.closed = threading.Lock(), threading.Event()
         self.flush()
@@ -48,20 +55,26 @@ class MetricLog:
         self.lines.append(json.dumps(line) + "\n")
         for name, value in scalars.items():
             self.board.add_scalar(name, value, step)
+        if self.tracked:
+            self.tracked.log(line)
 
     def flush(self) -> None:
-        """Returns when all lines are in the file; a checkpoint must not know more than that."""
+        """Returns when all lines are in the files; a checkpoint must not know more than that."""
         if self.active:
-            with self.lock:
-                lines = list(self.lines)
-                if len(lines) != self.written:
-                    write_whole(self.path, "".join(lines))
-                    self.written = len(lines)
+            self._write_lines()
+            write_whole(self.path.with_suffix(".csv"), table(map(json.loads, self.lines)))
+
+    def _write_lines(self) -> None:
+        with self.lock:
+            lines = list(self.lines)
+            if len(lines) != self.written:
+                write_whole(self.path, "".join(lines))
+                self.written = len(lines)
 
     def _follow(self) -> None:
         while not self.closed.wait(EVERY):
             with contextlib.suppress(Exception):  # raised by whoever waits for the lines
-                self.flush()
+                self._write_lines()
 
     def __enter__(self) -> "MetricLog":
         return self
@@ -72,6 +85,50 @@ class MetricLog:
             self.board.close()
             with contextlib.suppress(Exception) if kind else contextlib.nullcontext():  # the first error is the cause
                 self.flush()
+            if self.tracked:
+                self.tracked.finish(exit_code=int(kind is not None))
+
+
+def tracker() -> Any:
+    """The package wandb if `WANDB_PROJECT` is set, else None; raises InputError if it is missing."""
+    if not os.environ.get("WANDB_PROJECT"):
+        return None
+    try:
+        import wandb
+    except ImportError:
+        raise InputError("WANDB_PROJECT is set and the package is missing: pip install wandb, or unset it") from None
+    return wandb
+
+
+def _tracked(folder: Path, start: int) -> Any:
+    """A run of Weights & Biases, the same one again where a stage goes on; None if it is not asked for."""
+    if (wandb := tracker()) is None:
+        return None
+    known, config = folder / "wandb_id", json.loads((folder / "stage.json").read_text())
+    if not (start and known.exists()):
+        write_whole(known, uuid.uuid4().hex)
+    name = f"{folder.parent.name}/{folder.name}"
+    try:
+        run = wandb.init(id=known.read_text(), resume="allow", name=name, config=config)
+    except wandb.Error as error:
+        raise InputError(
+            f"WANDB_PROJECT is set, and Weights & Biases did not start ({storage.reason(error)}); log in (wandb login),"
+            " set WANDB_MODE=offline, or unset it"
+        ) from None
+    run.define_metric("*", step_metric="step")  # results of an evaluation come after later steps
+    return run
+
+
+def table(lines: Iterable[dict[str, float]]) -> str:
+    """Lines of metrics as CSV: a row for each step, a column for each name."""
+    rows: dict[int, dict[str, float]] = {}
+    for line in lines:
+        rows.setdefault(line["step"], {}).update(line)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(itertools.chain(*rows.values()))), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows[step] for step in sorted(rows))
+    return text.getvalue()
 
 
 class EventFile:

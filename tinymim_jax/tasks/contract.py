@@ -46,7 +46,10 @@ class Context:
 
 @dataclasses.dataclass
 class Panels:
-    """A picture of what a task does: rows of images, float [H, W, 3] in [0, 1] or maps [h, w], each with a label."""
+    """A picture of what a task does: rows of images, float [H, W, 3] in [0, 1] or maps [h, w], each with a label.
+
+    Two maps side by side, as of teacher and student, share a scale.
+    """
 
     title: str
     rows: list[list[np.ndarray]]

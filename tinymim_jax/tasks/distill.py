@@ -164,10 +164,11 @@ class DistillTask(BaseTask):
         columns = {}
         for name, target in self.targets.items():
             prefix = f"{name} " if len(self.targets) > 1 else ""
+            sides = target.sides(self.context.sources["teacher"])
             for title, maps in target.maps(params.get("pretext", {}).get(name, {}), *traces, query).items():
-                for who, rows in zip(("teacher", "student"), maps, strict=True):
-                    columns[f"{prefix}{title} {who}"] = np.asarray(rows[:, front:]).reshape(-1, side, side)
+                for who, of, rows in zip(("teacher", "student"), sides, maps, strict=True):
+                    columns[f"{prefix}{title} {who}\n{of}"] = np.asarray(rows[:, front:]).reshape(-1, side, side)
         images = np.asarray(to_float(batch["image"]))
         rows = [[image, *maps] for image, *maps in zip(images, *columns.values(), strict=True)]
         corner = (side // 2) * patch
-        return Panels("relations of the boxed patch", rows, [], ["", *columns], (corner, corner, patch))
+        return Panels("how the boxed patch relates to each patch", rows, [], ["", *columns], (corner, corner, patch))

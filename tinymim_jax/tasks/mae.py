@@ -111,4 +111,6 @@ class MaeTask(BaseTask):
         rows = [pixels, np.where(hidden, GREY, pixels), np.where(hidden, pred, pixels)]
         images = [list(np.asarray(unpatchify(row, patch)).clip(0, 1)) for row in rows]
         title = f"{self.task.mask_ratio:.0%} of the patches masked"
+        if self.task.norm_pix_loss:
+            title += "\neach reconstructed patch was given its true mean and contrast, which are not predicted"
         return Panels(title, images, ["original", "masked", "reconstructed"])

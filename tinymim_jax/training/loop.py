@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import contextlib
-import io
 import itertools
 import statistics
 import threading
@@ -15,11 +14,11 @@ import numpy as np
 from etils.epath import Path
 
 from tinymim_jax.data import pipeline, resident
-from tinymim_jax.evals.contract import Measurement, Result, scalars
+from tinymim_jax.evals.contract import Measurement, Result, save_arrays, scalars
 from tinymim_jax.experiment import stage_file
 from tinymim_jax.experiment.config import Stage
 from tinymim_jax.runtime import keys, multihost, sharding, storage
-from tinymim_jax.runtime.metric_log import MetricLog, write_json, write_whole
+from tinymim_jax.runtime.metric_log import MetricLog, write_json
 from tinymim_jax.runtime.preemption import StopRequest
 from tinymim_jax.tasks.contract import Batch, Variables
 from tinymim_jax.training import start
@@ -90,11 +89,7 @@ class Evaluations:
         for replica, found in enumerate(results):
             for name, result in found.items():
                 own = name if len(results) == 1 else f"{handoff.replica_name(replica)}_{name}"
-                if result.arrays and jax.process_index() == 0:
-                    buffer = io.BytesIO()
-                    np.savez(buffer, **result.arrays)
-                    storage.make(self.log.path.parent / "evals")
-                    write_whole(self.log.path.parent / "evals" / f"{own}.npz", buffer.getvalue())
+                save_arrays(result, self.log.path.parent / "evals" / f"{own}.npz")
         each = [scalars(found) for found in results]
         if len(each) == 1:
             return each[0]

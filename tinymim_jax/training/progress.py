@@ -60,8 +60,8 @@ class Progress:
         self.pending: list[tuple[int, dict[str, Mean]]] = []
         self.waited, self.since, self.images = 0.0, time.perf_counter(), 0
         self.begin, self.first_step = begin, None
-        done, images = start * run.batch_size, total * run.batch_size
-        self.bar = bar(name, images, "img", initial=done, unit_scale=True, disable=not writer.active)
+        shown = {"initial": start, "disable": not writer.active or start == total}
+        self.bar = bar(name, total, "step", first="compiling", speed=(run.batch_size, "img"), **shown)
 
     def next_batch(self, batches: Iterator[Any]) -> Any:
         """next(batches), with the wait counted."""
@@ -74,17 +74,17 @@ class Progress:
         """Takes the metrics, still on the device, of step `step`, or stacked of the steps up to it."""
         self.pending.append((step, step_metrics))
         if len(self.pending) > STEPS_AHEAD:
-            finished = jax.block_until_ready(self.pending[-1 - STEPS_AHEAD][1])
-            self._note_first()
+            done, finished = self.pending[-1 - STEPS_AHEAD]
+            jax.block_until_ready(finished)
+            self._note_done(done)
             if jax.process_count() > 1:
                 self._hear(finished)
-        images = self.batch_size * (next(iter(step_metrics.values())).sum.size // self.replicas)
-        self.images += images
-        self.bar.update(images)
+        self.images += self.batch_size * (next(iter(step_metrics.values())).sum.size // self.replicas)
 
-    def _note_first(self) -> None:
+    def _note_done(self, step: int) -> None:
         if self.begin is not None:
             self.first_step, self.begin = time.perf_counter() - self.begin, None
+        self.bar.update(step - self.bar.n)
 
     def _hear(self, values: dict[str, Mean]) -> None:
         """Learns whether any process had been asked to stop, or had failed, when it read this step's batch."""
@@ -104,7 +104,7 @@ class Progress:
         """
         pending = jax.device_get(self.pending)
         if pending:
-            self._note_first()
+            self._note_done(pending[-1][0])
         for step, values in (one for last, stack in pending for one in self._unstacked(last, stack)):
             self._hear(values)
             if BAD_IMAGES in values:  # replicas that share their batches count the same ones
@@ -170,7 +170,7 @@ class Progress:
             speed["first_step_s"], self.first_step = self.first_step, None
         self.writer.write(step, {**self.averages, **speed})
         if "loss" in self.averages:  # not if every update was left out
-            self.bar.set_postfix(loss=f"{self.averages['loss']:.4g}", refresh=False)
+            self.bar.note = f" loss {self.averages['loss']:.4g}"
         self.window = {}
         self.waited, self.since, self.images = 0.0, time.perf_counter(), 0
 

@@ -32,6 +32,9 @@ class TargetLoss(Protocol):
     def maps(self, params: Any, teacher: Trace, student: Trace, query: int) -> dict[str, tuple[jax.Array, jax.Array]]:
         """For a picture: by name, how token `query` relates to each, [B, N], in the teacher and in the student."""
 
+    def sides(self, teacher: Encoder) -> tuple[str, str]:
+        """For a picture: which block is read of `teacher`, whole, and of the student, and its heads if they matter."""
+
     def flops(self) -> float:
         """Matmul FLOPs of one image, forward and backward."""
 

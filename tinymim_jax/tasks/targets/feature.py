@@ -67,6 +67,10 @@ class FeatureLoss:
         projected, target = self.matched(params, teacher, student)
         return {"cosine": (similarity(target), similarity(projected))}
 
+    def sides(self, teacher: Encoder) -> tuple[str, str]:
+        blocks = (self.cfg.teacher_block, teacher), (self.cfg.student_block, self.student)
+        return tuple(f"block {block} of {model.depth}" for block, model in blocks)
+
     def flops(self) -> float:
         n = self.student.grid**2 + self.student.num_prefix
         return 6.0 * n * self.student.width_of(self.cfg.student_block) * self.teacher.width_of(self.cfg.teacher_block)

@@ -99,6 +99,14 @@ class RelationLoss:
         pairs = self.pairs(teacher, student)
         return {name.upper(): (row(of_teacher), row(of_student)) for name, (of_teacher, of_student) in pairs.items()}
 
+    def sides(self, teacher: Encoder) -> tuple[str, str]:
+        cfg, trained = self.cfg, teacher.heads_of(self.cfg.teacher_block)
+        split = "" if cfg.heads in (None, trained) else f"\nsplit from {trained}"
+        heads = f"mean of {cfg.heads or trained} heads{split}"
+        own = f"mean of {self.student.heads_of(cfg.student_block)} heads"
+        blocks = f"block {cfg.teacher_block} of {teacher.depth}", f"block {cfg.student_block} of {self.student.depth}"
+        return f"{blocks[0]}\n{heads}", f"{blocks[1]}\n{own}"
+
     def flops(self) -> float:
         n = self.student.grid**2 + self.student.num_prefix
         widths = self.teacher.width_of(self.cfg.teacher_block) + 3 * self.student.width_of(self.cfg.student_block)
