@@ -39,9 +39,9 @@ def test_names_keep_the_order_of_the_outputs(settings):
     [
         ({"id2label": {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}}, "does not name"),
         ({}, "does not name"),
-        ({"id2label": {"0": "a", "1": "b"}}, "not 3 different ones"),
-        ({"label_names": ["a", "a", "b"]}, "not 3 different ones"),
-        ({"id2label": {"0": "a", "1": "b", "7": "c"}}, "not 3 different ones"),
+        ({"id2label": {"0": "a", "1": "b"}}, "are not 3, as the head has"),
+        ({"label_names": ["a", "a", "b", "c"]}, "are not 3, as the head has"),
+        ({"id2label": {"0": "a", "1": "b", "7": "c"}}, "are not 3, as the head has"),
     ],
 )
 def test_names_that_are_no_names_are_said(settings, said):
@@ -141,6 +141,7 @@ def test_timm_says_it_in_two_ways(cfg, is_flat):
         ("timm", {"architecture": "vit", "interpolation": "random"}, "interpolation 'random' of the file is not"),
         ("pth", {}, "ImageNet's mean and std, which the file does not say"),
         ("pth", {}, "as MAE evaluates"),
+        ("huggingface", {"preprocessor": {"size": 32, "do_center_crop": True, "crop_size": 48}}, "pads 32 to 48 px"),
     ],
 )
 def test_what_is_not_followed_is_said(form, settings, said):

@@ -22,6 +22,7 @@ from tinymim_jax.runtime.errors import InputError
         (None, ("1", "2", "10"), None, "cannot be compared: output 0 of the model is taken to be '1'"),
         (None, ("ant", "dog"), None, "cannot be compared: output 0 of the model is taken to be 'ant'"),
         (["tench, Tinca tinca", "goldfish"], ("n01440764", "n01443537"), None, "cannot be compared"),
+        (["crane", "pug", "crane"], ("pug",), [1], "1 of 3"),  # ImageNet has two kinds of cranes
         (["a", "b"], None, None, "does not name its classes"),
         (None, (), None, "does not name its classes"),
     ],

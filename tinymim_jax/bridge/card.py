@@ -93,22 +93,11 @@ def data_set(data: config.Data) -> str:
     return data.name or (Path(data.path).name if data.path else data.source)
 
 
-def front_matter(weights: Any, library: str | None) -> str:
-    """What the hub reads: YAML, of which JSON is a part."""
-    is_classifier = bool(weights.model.num_classes)
-    task = "image-classification" if is_classifier else "image-feature-extraction"
-    results = [
-        {
-            "task": {"type": task},
-            "dataset": {"name": _measured_on(weights.folder, name.split("/")[0]), "type": name.split("/")[0]},
-            "metrics": [{"type": "accuracy", "name": name.split("/")[1], "value": round(value / 100, 6)}],
-        }
-        for name, value in accuracy(weights.folder).items()
-    ]
-    facts = {"license": "other", "pipeline_tag": task, "tags": [task, "vit", "tinymim_jax"]}
-    facts |= {"library_name": library} if library else {}
-    facts |= {"model-index": [{"name": weights.folder.name, "results": results}]} if results else {}
-    return "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in facts.items()), "---"])
+def front_matter(model: Encoder, library: str | None) -> str:
+    """What the hub reads."""
+    task = "image-classification" if model.num_classes else "image-feature-extraction"
+    lines = ["license: other", f"pipeline_tag: {task}", f"tags: [{task}, vit, tinymim_jax]"]
+    return "\n".join(["---", *lines, *([f"library_name: {library}"] if library else []), "---"])
 
 
 def _images(weights: Any) -> str:
@@ -133,7 +122,7 @@ def text(weights: Any, usage: str, library: str | None = None) -> str:
         heads = f"\nBlock {model.depth} was trained with {was} heads and is read with {now} here.\n"
     origin = "\n".join(provenance(weights.folder))
     left_out = f"\n{weights.left_out}\n" if weights.left_out else ""
-    measured = accuracy(weights.folder)
+    measured = {} if weights.regrouped else accuracy(weights.folder)  # with other heads it is another model
     rows = [
         f"| {_measured_on(weights.folder, k.split('/')[0])} | {k.split('/')[1]} | {v:.2f} % |"
         for k, v in measured.items()
@@ -143,7 +132,7 @@ def text(weights: Any, usage: str, library: str | None = None) -> str:
     )
     names = f"\nClasses, in the order of the outputs: {', '.join(weights.classes)}.\n" if weights.classes else ""
     unknown = "\nPart of what they were made from is not at hand, and its licence is not known here.\n"
-    return f"""{front_matter(weights, library)}
+    return f"""{front_matter(model, library)}
 
 # {weights.folder.name}
 

@@ -53,45 +53,40 @@ def preprocessing(source: Source, size: int, told: Told, notes: list[str]) -> tu
     settings = source.settings
     if source.format == "huggingface":
         found = _of_transformers(settings.get("preprocessor"), size, notes)
-    else:
+    else:  # timm's first config.json was flat, as a training's arguments are
         place = settings.get("pretrained_cfg" if source.format == "timm" else "preprocessing")
-        # timm's first config.json was flat.
-        found = _of_timm(place if isinstance(place, dict) else settings if source.format == "timm" else {}, size, notes)
-    found |= {key: value for key, value in (("mean", told.mean), ("std", told.std)) if value}
-    stated = {key: found[key] for key in IMAGENET if _is_rgb(found.get(key)) and (key == "mean" or min(found[key]) > 0)}
-    if len(stated) < 2:
+        found = _of_timm(place if isinstance(place, dict) else settings, size, notes)
+    found |= {key: getattr(told, key) for key in IMAGENET if getattr(told, key)}
+    is_stated = all(_is_rgb(found.get(key)) for key in IMAGENET) and min(found["std"]) > 0
+    if not is_stated:
         notes.append("pixels are normalised with ImageNet's mean and std, which the file does not say (--mean, --std)")
-        stated = {}
-    if len(found.keys() - IMAGENET.keys()) < 2:
+        found |= IMAGENET
+    if len(found) < 4:
         notes.append("images are resized and cropped as MAE evaluates (bicubic, 0.875) where the file does not say how")
-    pixels = {key: [float(x) for x in values] for key, values in {**IMAGENET, **stated}.items()}
-    return {**found, **pixels}, bool(stated)
+    return found | {key: [float(x) for x in found[key]] for key in IMAGENET}, is_stated
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e6
 
 
 def _is_rgb(values: Any) -> bool:
-    is_three = isinstance(values, (list, tuple)) and len(values) == 3
-    return is_three and all(type(x) in (int, float) and abs(x) < 1e6 for x in values)
+    return isinstance(values, (list, tuple)) and len(values) == 3 and all(map(_is_number, values))
 
 
 def _of_timm(cfg: dict[str, Any], size: int, notes: list[str]) -> dict[str, Any]:
     """timm's pretrained_cfg, and what our own exports say in its words."""
-    found = {key: cfg[key] for key in IMAGENET if cfg.get(key)}
-    if (shape := cfg.get("input_size")) and isinstance(shape, (list, tuple)) and len(shape) == 3:
-        other = side({"input_size": shape[1:]}, "input_size", size)
-        notes.extend(_other_size(other, size))
-    accepted = {
-        "interpolation": lambda v: v in RESAMPLE,
-        "crop_pct": lambda v: type(v) in (int, float) and 0 < v <= 1,
-        "crop_mode": lambda v: v in ("center", "squash"),
-    }
-    for key, is_fine in accepted.items():
-        if cfg.get(key) is None:
-            continue
-        if is_fine(cfg[key]):
-            found[key] = float(cfg[key]) if key == "crop_pct" else cfg[key]
-        else:
-            notes.append(printable(f"{key} {cfg[key]!r} of the file is not followed in evaluation: not supported"))
-    return found
+    found = {key: cfg[key] for key in (*IMAGENET, "interpolation", "crop_pct", "crop_mode") if cfg.get(key)}
+    shape = cfg.get("input_size")
+    if isinstance(shape, (list, tuple)) and len(shape) == 3:
+        notes.extend(_other_size(side({"input_size": shape[1:]}, "input_size", size), size))
+    pct = found.get("crop_pct", 1)
+    is_followed = {"interpolation": found.get("interpolation", "bicubic") in list(RESAMPLE),
+                   "crop_pct": _is_number(pct) and 0 < pct <= 1,
+                   "crop_mode": found.get("crop_mode", "center") in ["center", "squash"]}  # fmt: skip
+    for key in [key for key, is_fine in is_followed.items() if not is_fine]:
+        notes.append(printable(f"{key} {found.pop(key)!r} of the file is not followed in evaluation: not supported"))
+    return found | ({"crop_pct": float(pct)} if "crop_pct" in found else {})
 
 
 def _of_transformers(cfg: Any, size: int, notes: list[str]) -> dict[str, Any]:
@@ -100,48 +95,48 @@ def _of_transformers(cfg: Any, size: int, notes: list[str]) -> dict[str, Any]:
         return {}
     for key in [key for key, value in cfg.items() if value and not re.fullmatch(FOLLOWED, key)]:
         notes.append(printable(f"{key} of preprocessor_config.json is not followed in evaluation: not supported"))
-    scale = 255 * (cfg.get("rescale_factor") or 1 / 255) if cfg.get("do_rescale", True) else 255.0
     found = {"mean": cfg.get("image_mean"), "std": cfg.get("image_std")}
-    if cfg.get("do_normalize", True) is False:
+    if cfg.get("do_normalize") is False:
         found = {"mean": [0.0] * 3, "std": [1.0] * 3}
-    if type(scale) in (int, float) and scale > 0 and not math.isclose(scale, 1, rel_tol=1e-6):
-        found = {key: [x / scale for x in values] if _is_rgb(values) else values for key, values in found.items()}
-    if cfg.get("do_resize", True) is False:
+    factor = cfg.get("rescale_factor", 1 / 255) if cfg.get("do_rescale", True) else 1
+    if all(map(_is_rgb, found.values())) and _is_number(factor) and not math.isclose(255 * factor, 1, rel_tol=1e-6):
+        found = {key: [x / (255 * factor or 1) for x in values] for key, values in found.items()}
+    if cfg.get("do_resize") is False:
         notes.append("preprocessor_config.json does not resize; images that are not as large as the model's are")
         return found | {"crop_pct": 1.0, "interpolation": "bicubic"}
     if (resample := cfg.get("resample")) is not None:  # PIL's number
-        name = next((name for name, value in RESAMPLE.items() if value == resample), None)
-        if name is None:
+        names = [name for name, value in RESAMPLE.items() if value == resample]
+        if not names:
             raise InputError(f"preprocessor_config.json: resample is {resample!r}; it must be a number from 0 to 5")
-        found["interpolation"] = name
+        found["interpolation"] = names[0]
     return found | (_resizing(cfg, size, notes) if cfg.get("size") else {})
 
 
 def _resizing(cfg: dict[str, Any], size: int, notes: list[str]) -> dict[str, Any]:
     """crop_mode and crop_pct of a processor that resizes, and perhaps crops."""
 
-    def sides(key: str) -> tuple[int, bool]:
-        value, kind = cfg.get(key) or size, str(cfg.get("image_processor_type", cfg.get("feature_extractor_type", "")))
-        if isinstance(value, dict) and set(value) == {"shortest_edge"}:
-            return side(value, "shortest_edge", size), False
-        pair = [value.get("height"), value.get("width")] if isinstance(value, dict) else value
-        is_square = cfg.get("default_to_square", not kind.startswith("CLIP")) or isinstance(value, dict)
-        return side({key: pair}, f"{key}", size), bool(is_square)
+    def sides(key: str) -> int:
+        value = cfg.get(key)
+        if isinstance(value, dict):
+            value = value.get("shortest_edge") or [value.get("height"), value.get("width")]
+        return side({key: value}, key, size)
 
-    edge, is_squashed = sides("size")
-    final = sides("crop_size")[0] if cfg.get("do_center_crop") else edge
+    is_cropped, edge = bool(cfg.get("do_center_crop")), sides("size")
+    kind = str(cfg.get("image_processor_type", cfg.get("feature_extractor_type")))
+    # Before sizes had names, CLIP's was the shorter edge.
+    is_square = "height" in cfg["size"] if isinstance(cfg["size"], dict) else not kind.startswith("CLIP")
+    final = sides("crop_size") if is_cropped else edge
     if final > edge:
         notes.append(f"preprocessor_config.json pads {edge} to {final} px, which is not followed: not supported")
-        final = edge
-    if cfg.get("do_center_crop") or is_squashed:
-        notes.extend(_other_size(final, size))
-    else:
+        edge = final
+    if not (is_cropped or is_square):
         notes.append("preprocessor_config.json does not crop the longer side; the middle of it is taken")
+    notes.extend(_other_size(final, size) if is_cropped or is_square else [])
     resized = round(edge * size / final)
     crop_pct = size / resized
     while int(size / crop_pct) < resized:  # a quotient that is rounded up
         crop_pct = math.nextafter(crop_pct, 0)
-    return {"crop_mode": "squash" if is_squashed else "center", "crop_pct": crop_pct}
+    return {"crop_mode": "squash" if is_square else "center", "crop_pct": crop_pct}
 
 
 def _other_size(stated: int, size: int) -> list[str]:
@@ -151,19 +146,18 @@ def _other_size(stated: int, size: int) -> list[str]:
 
 def classes(source: Source, num_classes: int, notes: list[str]) -> list[str] | None:
     """The names of the head's outputs in their order; None, with a note if there is a head, where nobody says them."""
-    settings = source.settings
-    inner = settings.get("pretrained_cfg") if isinstance(settings.get("pretrained_cfg"), dict) else {}
-    # transformers; timm, and before version 0.9; our own exports
-    places = ("id2label", "label_names", "labels", "classes")
-    told = next((s[key] for key in places for s in (settings, inner) if s.get(key)), None) if num_classes else None
+    inner = source.settings.get("pretrained_cfg")
+    places = [source.settings, inner if isinstance(inner, dict) else {}]
+    keys = ("id2label", "label_names", "labels", "classes")  # transformers; timm, and its first; our own exports
+    told = next((place[key] for key in keys for place in places if place.get(key)), None) if num_classes else None
     if isinstance(told, dict):
         told = [told.get(str(i), told.get(i)) for i in range(len(told))]
     names = [printable(str(name)) for name in told] if isinstance(told, (list, tuple)) else []
     if all(re.fullmatch(r"LABEL_\d+", name) for name in names):  # transformers' filling, or nothing
         notes.extend(["the file does not name its classes"] if num_classes else [])
-        return None
-    if None in told or len(names) != len(set(names)) or len(names) != num_classes:
-        notes.append(f"the file's names of classes are not {num_classes} different ones, as the head has: left out")
-        return None
-    notes.append(f"classes: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}, as the file says")
-    return names
+    elif None in told or len(names) != num_classes:
+        notes.append(f"the file's names of classes are not {num_classes}, as the head has: they are left out")
+    else:
+        notes.append(f"classes: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}, as the file says")
+        return names
+    return None

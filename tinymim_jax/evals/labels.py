@@ -20,7 +20,8 @@ def match(
     if not data:
         return None, "the data does not name its classes: a label is the output of that number"
     if head is not None:
-        found = dict(zip(_plain(head), range(outputs), strict=False))
+        names = _plain(head)
+        found = {name: column for column, name in enumerate(names) if names.count(name) == 1}
         columns = [found.get(name) for name in _plain(data)]
         odd = [name for name, column in zip(data, columns, strict=True) if column is None]
         if not odd:

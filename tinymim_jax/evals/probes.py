@@ -74,19 +74,13 @@ class FeatureEvaluator(abc.ABC):
     def __init__(self, cfg: Any, context: Context):
         self.cfg, self.predict = cfg, context.predict
         self.passes = {name: Batches(data, cfg.batch_size, context.mesh) for name, data in cfg.sets().items()}
-        names = {name: batches.source.classes or () for name, batches in self.passes.items()}
-        self.columns = None  # where the two sets number the same classes alike
-        if names["data"] != names["bank"] and set(names["data"]) == set(names["bank"]):
-            self.columns = np.array([names["bank"].index(name) for name in names["data"]])
 
     def update(self, variables: Variables, frozen: Any, others: Any, batch: Batch) -> tuple[jax.Array, ...]:
         """Features, labels and validity of each image."""
         return self.predict(variables, frozen, batch).features, batch["label"], batch["is_valid"]
 
     def finish(self, found: Mapping[Hashable, list[Any]]) -> Result:
-        features, labels = stack(found["data"])
-        labels = labels if self.columns is None else self.columns[labels]
-        return Result(self.score(stack(found["bank"]), (features, labels)))
+        return Result(self.score(stack(found["bank"]), stack(found["data"])))
 
     @abc.abstractmethod
     def score(self, bank: Labelled, queries: Labelled) -> dict[str, float]:
