@@ -106,7 +106,7 @@ class TrainedModel:
         def update(variables: Any, batch: Any) -> Any:
             return read(variables, self._normalized(batch["image"])), batch["is_valid"], batch["index"]
 
-        with bar(title, len(batches), "batch", leave=False, delay=1) as shown:
+        with bar(title, len(batches), "batch", first="compiling", leave=False) as shown:
             found = fetched(functools.partial(update, whole), batches, shown.update)
         values, is_valid, index = jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
         root = f"{storage.path(data.path)}/"
