@@ -146,7 +146,7 @@ def test_an_image_that_one_of_two_processes_cannot_read_ends_both(tmp_path, tran
     ended = finish(start(tmp_path, "steps=4", 2, 1, *small, patches=patches))
     assert [status for status, _, _ in ended] == [74 if transform == "train" else 2, 2], ended
     theirs, own = (err.splitlines()[-1] for _, _, err in ended)
-    assert "cannot be decoded, or set data.on_bad_image=skip" in own
+    assert "cannot be decoded, or leave such images out with on_bad_image=skip" in own
     if transform == "train":
         assert theirs == "error: stage mae: another process has failed; its log says why"
         assert checkpoint.steps(tmp_path / "mae") == []  # no step without its images is saved

@@ -59,7 +59,7 @@ def test_digits(tmp_path):
     [
         (["only"], "expected SRC DST, got only"),
         (["none", "out"], "none: no such folder; name an ImageFolder tree, a folder of shards, or tfds:NAME"),
-        (["{tree}", "out", "--splits=train,test"], "tree/test: no such folder"),
+        (["{tree}", "out", "--splits=train,extra"], "tree/extra: no such folder"),
         (["{tree}", "out", "--splits=train,tra"], "splits 'train' and 'tra' would be read together"),
         (["{tree}", "out", "--short_side=0"], "--short_side=0: 0 is not a positive integer"),
         (["{tree}", "out", "--quality=101"], "--quality=101"),

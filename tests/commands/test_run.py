@@ -97,11 +97,11 @@ BAD = {
     "heads do not divide": (["{config}", f"{STAGE}.mae.model.num_heads=5"], "width 24 is not a multiple of num_heads 5"),
     "empty data folder": (
         ["{config}", f"{STAGE}.mae.data.source=folder", f"{STAGE}.mae.data.path=empty", f"{STAGE}.mae.data.per_class=none"],
-        "has no class folders",
+        "a folder without images",
     ),
     "class without images": (
         ["{config}", f"{STAGE}.mae.data.source=folder", f"{STAGE}.mae.data.path=hollow", f"{STAGE}.mae.data.per_class=none"],
-        "a class folder without images",
+        "a folder without images",
     ),
     "stage for a workdir": (["{config}", "--workdir=stage"], "--workdir=stage is the folder of a stage; give the folder above"),
     "file for a workdir": (["{config}", "--workdir=config.py/x"], "config.py is a file; name a folder"),

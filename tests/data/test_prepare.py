@@ -75,6 +75,23 @@ def test_arrays_become_pngs_of_the_same_pixels():
     assert decode(fit(pixels, "x", Settings(short_side=10)), "x").size == (10, 15)
 
 
+@pytest.mark.parametrize("size", [(30, 66_000), (66_000, 30)])
+def test_what_is_too_long_for_a_jpeg_becomes_a_png(size):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0]), np.uint8)).convert("RGB")
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    made = fit(file.getvalue(), "x", Settings(short_side=29))
+    assert Image.open(io.BytesIO(made)).format == "JPEG" and max(Image.open(io.BytesIO(made)).size) == 63_800
+    made = fit(file.getvalue(), "x", Settings(short_side=30))
+    assert made == file.getvalue()
+    wide = image.resize([2 * side for side in image.size], Image.Resampling.NEAREST)
+    file = io.BytesIO()
+    wide.save(file, "PNG")
+    made = Image.open(io.BytesIO(fit(file.getvalue(), "x", Settings(short_side=30))))
+    assert made.format == "PNG" and made.size == size
+    np.testing.assert_array_equal(np.asarray(made), np.asarray(wide.resize(size, Image.Resampling.BICUBIC)))
+
+
 def test_what_cannot_be_decoded_is_named():
     for image in (b"", b"text", jpeg(picture(50, 50))[:800]):
         with pytest.raises(InputError, match=r"^a/b\.jpg: cannot be decoded"):
@@ -107,7 +124,7 @@ def test_a_bad_image_stops_its_shard(tree, tmp_path):
     pack = packer(tree, tmp_path / "out", images_per_shard=28)
     (tmp_path / "out").mkdir()
     with pytest.raises(
-        InputError, match=rf"^{name}: cannot be decoded .*, or leave such images out with --on_bad_image="
+        InputError, match=rf"^{name}: cannot be decoded .*, or leave such images out with on_bad_image="
     ):
         pack(0)
     assert not list((tmp_path / "out").iterdir())
@@ -169,8 +186,8 @@ def test_training_on_it(tree, prepared):
 
 
 def test_nothing_is_written_unless_everything_is_there(tree, tmp_path):
-    with pytest.raises(InputError, match="tree/test: no such folder"):
-        run(tree, tmp_path / "out", ("train", "test"))
+    with pytest.raises(InputError, match="tree/extra: no such folder"):
+        run(tree, tmp_path / "out", ("train", "extra"))
     with pytest.raises(InputError, match="splits 'train' and 'train2' would be read together"):
         run(tree, tmp_path / "out", ("train", "train2"))
     with pytest.raises(InputError, match="shards must be on a disk"):

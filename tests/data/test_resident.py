@@ -158,7 +158,9 @@ def tree(tmp_path):
 
 def test_an_unreadable_image(tree, tmp_path, mesh):
     (tmp_path / "train" / "a" / "2.png").write_bytes(b"no image")
-    with pytest.raises(InputError, match=r"2.png: cannot be decoded .* or set data.on_bad_image=skip"):
+    with pytest.raises(
+        InputError, match=r"2.png: cannot be decoded .* or leave such images out with on_bad_image=skip"
+    ):
         resident.train_batches(rows_of(tree, 4), 0, 1, mesh)
     skipping = dataclasses.replace(tree, on_bad_image="skip")
     (batch,) = batches(skipping, 0, 1, mesh)

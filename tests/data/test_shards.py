@@ -23,8 +23,8 @@ def test_array_record(shards):
 
 
 def test_array_record_errors(shards):
-    with pytest.raises(InputError, match=r"test\*\.array_record\*: no such files"):
-        open_source(Data("array_record", path=str(shards), split="test"))
+    with pytest.raises(InputError, match=r"extra\*\.array_record\*: no such files"):
+        open_source(Data("array_record", path=str(shards), split="extra"))
     (shards / "val-x.array_record").write_bytes(b"not a record file" * 100)
     with pytest.raises(InputError, match=r"val-x\.array_record: not an array_record file"):
         open_source(Data("array_record", path=str(shards), split="val-x"))

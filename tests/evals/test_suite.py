@@ -7,6 +7,7 @@ from PIL import Image
 
 from tests.conftest import measured, tiny_classify, tiny_mae
 from tinymim_jax.data.device_augment import normalize, to_float
+from tinymim_jax.data.sources import open_source
 from tinymim_jax.evals import suite
 from tinymim_jax.evals.contract import Context
 from tinymim_jax.evals.suite import Sets
@@ -88,7 +89,7 @@ def test_another_tree(finished, mesh, tmp_path):
     clean, bank = suite.data_sets(stage_file.read_subject(finished / "finetune"), sets)
     assert (clean.split, clean.per_class, bank.split, bank.per_class) == ("val", 2, "train", 1)
     for splits, classes, message in (
-        (("train",), 10, "has no folder val/ or test/ or validation/"),
+        (("train",), 10, "other101/val: no such folder; the tree needs SPLIT/<class>/"),
         (("train", "val"), 7, "has 7 classes that are not the model's 10"),
     ):
         other = tree(tmp_path / f"other{classes}{len(splits)}", splits, classes, 1)
@@ -101,6 +102,43 @@ def test_another_tree(finished, mesh, tmp_path):
         stage_file.read_subject(finished / "finetune"), "probe", Sets(other), mesh, tmp_path / "out"
     )
     assert set(report["results"]) == {"knn/top1_k1", "logistic/top1"}
+
+
+def test_train_is_asked_for_where_a_probe_learns_from_it(finished, mesh, tmp_path):
+    sets = Sets(tree(tmp_path / "tree", ("test",)))
+    report = suite.evaluate(stage_file.read_subject(finished / "finetune"), "imagenet", sets, mesh, tmp_path / "out")
+    assert report["results"]["tree/images"] == 30
+    for name in ("probe", "all"):
+        with pytest.raises(InputError, match="tree/train: no such folder; .*; probes learn from it, --suite=imagenet"):
+            suite.evaluate(stage_file.read_subject(finished / "finetune"), name, sets, mesh, tmp_path / "out")
+
+
+def test_images_that_cannot_be_read_are_left_out_if_asked(finished, mesh, tmp_path):
+    path = tree(tmp_path / "tree", ("val",))
+    (tmp_path / "tree" / "val" / "c1" / "0.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"c1/0\.png: cannot be decoded .* with on_bad_image=skip \(.* a flag of eval"):
+        suite.evaluate(stage_file.read_subject(finished / "finetune"), "imagenet", Sets(path), mesh, tmp_path / "out")
+    sets = Sets(path, on_bad_image="skip")
+    report = suite.evaluate(stage_file.read_subject(finished / "finetune"), "imagenet", sets, mesh, tmp_path / "out")
+    assert report["results"]["tree/images"] == 29
+
+
+def test_a_tree_that_is_not_split(finished, mesh, tmp_path, capsys):
+    """A stage may have been trained on the other part; a converted model was not."""
+    path = tree(tmp_path / "tree", ("",), images=20)
+    subject = stage_file.read_subject(finished / "finetune")
+    report = suite.evaluate(subject, "imagenet", Sets(path), mesh, tmp_path / "out")
+    held = report["results"]["tree/images"]
+    assert 10 <= held <= 50 and "is not split: its 10 folders are classes, and 10% of each" in capsys.readouterr().out
+    report = suite.evaluate(subject, "imagenet", Sets(path, val_fraction=1.0), mesh, tmp_path / "out")
+    assert report["results"]["tree/images"] == 200
+    converted = dataclasses.replace(
+        subject, training=None, evals={}, preprocessing={"mean": [0.5] * 3, "std": [0.5] * 3}
+    )
+    assert [data.val_fraction for data in suite.data_sets(converted, Sets(path), probes=False)] == [1.0, 1.0]
+    queries, bank = suite.data_sets(converted, Sets(path))
+    seen = [{s.describe(i) for i in range(len(s))} for s in map(open_source, (queries, bank))]
+    assert len(seen[0]) == held and len(seen[1]) == 200 - held and not seen[0] & seen[1]
 
 
 def test_a_stage_without_evals_has_a_held_out_set_of_its_own(finished, mesh, tmp_path):

@@ -52,7 +52,7 @@ def full_config():
         model=ViT(8, 2, 2, **SIZE),
         evals={"knn": Knn(EVAL_DATA, dataclasses.replace(EVAL_DATA, split="train"), k=(3,), temperature=0.1)},
     )
-    distill = make_distill(Init("mae", rename={"a": "b"}, skip=("x", "y"), fresh=("z",), regroup_heads=True))
+    distill = make_distill(Init("mae", rename={"a": "b"}, skip=("x", "y"), regroup_heads=True))
     distill.task.targets["feature"] = Feature(2, 1, beta=1.0, weight=0.5)
     tuned = make_stage(
         init=Init(path="/somewhere", resize_posembed=True),

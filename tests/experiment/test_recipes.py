@@ -41,7 +41,13 @@ def test_options_that_are_unknown(arg):
     bad = arg.split(",")[-1]
     with pytest.raises(InputError) as error:
         recipes.options(arg, data="", short=False, code=False)
-    assert str(error.value) == f"config option {bad!r}: unknown; the options are: data=..., short, code"
+    known = "the options are: data=..., short, code; a comma in a value is \\,"
+    assert str(error.value) == f"config option {bad!r}: unknown; {known}"
+
+
+def test_a_comma_in_a_value():
+    found = recipes.options(r"data=/a\, b\,c/d\e,short", data="", short=False)
+    assert found == {"data": r"/a, b,c/d\e", "short": True}
 
 
 def test_no_options():

@@ -131,6 +131,25 @@ def test_a_finished_chain_is_that_of_today_s_config(workdir):
         dry_run.describe_chain(cfg, workdir)
 
 
+def test_data_and_the_size_of_evaluations_may_change(tmp_path, params):
+    stage = make_stage()
+    write_stage(tmp_path, stage, params)
+    moved = dataclasses.replace(stage, data=dataclasses.replace(stage.data, path="/elsewhere"))
+    moved.evals = {}
+    for name, cfg in stage.evals.items():
+        moved.evals[name] = dataclasses.replace(cfg, batch_size=7, data=dataclasses.replace(cfg.data, path="/x"))
+    assert stage_file.changes(tmp_path, moved) == []
+    moved.data.split = "other"
+    moved.run = dataclasses.replace(moved.run, batch_size=stage.run.batch_size + 1)
+    assert [line.split(":")[0] for line in stage_file.changes(tmp_path, moved)] == ["data.split", "run.batch_size"]
+
+
+def test_where_weights_come_from_is_what_a_stage_is(tmp_path, params):
+    stage, other = (dataclasses.replace(make_stage(), init=handoff.Init(path=path)) for path in ("/a", "/b"))
+    write_stage(tmp_path, stage, params)
+    assert stage_file.changes(tmp_path, other) == ['init.path: "/a" -> "/b"']
+
+
 def test_load_of_format_1(workdir):
     for name, seed in (("mae", 0), ("distill", 0), ("finetune", 1)):
         model, variables = tinymim_jax.load(workdir / name)

@@ -125,6 +125,49 @@ def test_check_accepts_and_copies():
     assert cfg == before
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../out",
+        "a/b",
+        "..",
+        ".",
+        "",
+        ".hidden",
+        "a[1]",
+        "a*",
+        "a\\b",
+        "a\nb",
+        "report",
+        "Report",
+        "converted",
+        "jax_cache",
+    ]
+    + ["run.lock", "chain.json", "results.json", "replica_0", "REPLICA_x", "-a", " a"],
+)
+def test_stage_names_that_cannot_be_folders(name):
+    with pytest.raises(InputError, match=r"^stages\.[\s\S]*: cannot name a folder in the workdir beside report, "):
+        check(Config("c", {name: make_stage()}))
+
+
+@pytest.mark.parametrize("name", ["mae", "mae_l", "0", "größe", "a b", "a+b-c.d", "reports", "my_replica_0"])
+def test_stage_names(name):
+    assert list(check(Config("c", {name: make_stage()})).stages) == [name]
+
+
+@pytest.mark.parametrize("field", [{"keep_blocks": 1}, {"keep_blocks": 0}, {"fresh": ("encoder/block1/.*",)}])
+def test_a_teacher_is_taken_whole(field):
+    with pytest.raises(InputError, match=r"^stages\.d\.task\.teacher: keep_blocks and fresh are for a stage itself"):
+        check(Config("c", {"d": make_distill(Init(path="p", **field))}))
+    check(Config("c", {"d": make_stage(init=Init(path="p", **field))}))
+
+
+def test_evaluation_is_split_as_training():
+    cfg = Config("c", {"s": make_stage(evals={"val": Classification(dataclasses.replace(EVAL_DATA, val_seed=1))})})
+    with pytest.raises(InputError, match=r"stages\.s\.evals\.val: data\.val_seed differs from the stage's, 0"):
+        check(cfg)
+
+
 def test_check_accepts_cudnn_where_it_computes():
     for model in (ViT(128, 2, 1, **SIZE), ViT(32, 2, 4, last_block_heads=2, **SIZE)):
         model = dataclasses.replace(model, attention="cudnn", dtype="bfloat16")

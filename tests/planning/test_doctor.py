@@ -90,7 +90,7 @@ def test_a_workdir_that_cannot_be_used(cfg, tmp_path, monkeypatch):
     assert f"in use by process {os.getpid()}" in found
     monkeypatch.setattr(os, "access", lambda *_: False)  # tests may run as root, who may write everywhere
     assert fixes(doctor.room(cfg, tmp_path)) == [
-        f"{tmp_path} cannot be written to: choose another --workdir, or mend its rights or mount"
+        f"workdir {tmp_path}: {tmp_path} cannot be written to; choose another --workdir, or mend its rights or mount"
     ]
 
 

@@ -1,11 +1,15 @@
 import dataclasses
 
 import pytest
+from etils.epath import Path
 
+from tests.planning.test_preflight import write_tree
 from tinymim_jax.commands.run import run_chain
 from tinymim_jax.experiment.validate import check
+from tinymim_jax.planning import dry_run
 from tinymim_jax.planning.dry_run import describe_chain
 from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.runtime.workdir_lock import WorkdirLock
 
 
 def test_a_description_says_what_would_happen_and_touches_nothing(chain, tmp_path):
@@ -63,3 +67,31 @@ def test_an_unfinished_stage_is_described_with_its_step(chain, mesh, tmp_path, s
     with pytest.raises(KeyboardInterrupt):
         run_chain(chain, tmp_path)
     assert "status: would go on from step 3" in describe_chain(chain, tmp_path)
+
+
+def test_a_description_refuses_what_no_machine_could_run(chain, tmp_path):
+    write_tree(tmp_path / "tree", {"train": "abc", "test": "abc"})
+    tuned = chain.stages["finetune"]
+    for data in (tuned.data, tuned.evals["val"].data):
+        data.source, data.path, data.per_class, data.num_examples = "folder", str(tmp_path / "tree"), None, None
+    with pytest.raises(InputError, match="stage finetune: .*3 classes"):
+        describe_chain(check(chain), tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_description_says_what_this_machine_lacks(chain, tmp_path):
+    chain.stages["mae"].evals["knn"] = dataclasses.replace(chain.stages["mae"].evals["knn"], k=(3, 500))
+    text = describe_chain(check(chain), tmp_path)
+    assert "before stage mae can run: knn: k 500 is not among the" in text
+    assert "before stage finetune can run: takes weights from" in describe_chain(check(chain), tmp_path, "finetune")
+    assert "takes weights" not in text
+
+
+def test_a_workdir_that_is_taken_is_said_in_the_dry_run(tmp_path, monkeypatch):
+    dry_run.check_workdir(Path(tmp_path) / "new")
+    assert not (tmp_path / "new").exists()
+    with WorkdirLock(Path(tmp_path)), pytest.raises(InputError, match="in use by process"):
+        dry_run.check_workdir(Path(tmp_path))
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(InputError, match="cannot be written to"):
+        dry_run.check_workdir(Path(tmp_path) / "a" / "b")

@@ -1,12 +1,18 @@
 """What stops a stage before it starts; tests/test_chain.py and tests/commands/test_run.py try it through `run`."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
+from etils.epath import Path as EPath
 from PIL import Image
 
+from tinymim_jax.evals.contract import Context
+from tinymim_jax.experiment import stage_file
+from tinymim_jax.experiment.config import Knn
 from tinymim_jax.planning import preflight
+from tinymim_jax.runtime import metric_log
 from tinymim_jax.runtime.errors import InputError
 
 
@@ -98,3 +104,50 @@ def test_classes_in_another_order(chain, tmp_path):
     preflight.check_source(chain, stage, "init", dataclasses.replace(init, fresh=head, skip=head), tmp_path)
     write_stage(tmp_path / "same", stage, {"encoder": {}}, classes=list("0123456789"))
     preflight.check_source(chain, stage, "init", Init(path=str(tmp_path / "same")), tmp_path)
+
+
+def unlabelled(root, n=16):
+    for split in ("train", "val"):
+        (root / split).mkdir(parents=True, exist_ok=True)
+        for i in range(n):
+            Image.fromarray(np.full((20, 20, 3), i, np.uint8)).save(root / split / f"{i}.png")
+    return str(root)
+
+
+def test_labels_are_needed_where_they_are_learnt(chain, tmp_path, mesh):
+    path = unlabelled(tmp_path)
+    mae, tuned = chain.stages["mae"], chain.stages["finetune"]
+    mae.data, mae.evals = from_folder(mae.data, path, "train"), {}
+    mae.data.per_class = None
+    preflight.check_classes(mae)
+    tuned.data, tuned.evals = from_folder(tuned.data, path, "train"), {}
+    tuned.data.per_class = None
+    with pytest.raises(InputError, match="have no classes; sort them"):
+        preflight.check_classes(tuned)
+    knn = Knn(from_folder(mae.data, path, "val"), mae.data)
+    with pytest.raises(InputError, match="have no classes; sort them"):
+        knn.build(Context(mesh, preflight._no_model, mae.model))
+
+
+def test_a_begun_stage_goes_on_with_as_many_images(chain, tmp_path):
+    stage = chain.stages["mae"]
+    content = stage_file.describe(stage, [], images=39)
+    for inside in ("checkpoints/3/model", "checkpoints/3/_CHECKPOINT_METADATA"):
+        (tmp_path / "mae" / inside).mkdir(parents=True)
+    metric_log.write_json(EPath(tmp_path / "mae" / "stage.json"), content)
+    with pytest.raises(InputError, match=r"mae was begun with 39 images, not 40; give those"):
+        preflight.check_data(stage, EPath(tmp_path / "mae"))
+    metric_log.write_json(EPath(tmp_path / "mae" / "stage.json"), {**content, "images": 40})
+    preflight.check_data(stage, EPath(tmp_path / "mae"))
+
+
+def test_everything_that_is_lacking_is_said(chain, tmp_path, mesh):
+    stage = chain.stages["distill"]
+    stage.optim.accum_steps, stage.data = 3, from_folder(stage.data, "/gone")
+    stage.evals = {"knn": dataclasses.replace(chain.stages["mae"].evals["knn"], k=(1000,))}
+    found = list(preflight.lacking(chain, "distill", ["distill"], tmp_path, mesh))
+    for words, line in zip(
+        ("accum_steps|micro", "mae, which has no finished stage", "/gone", "k 1000"), found, strict=True
+    ):
+        assert re.search(words, line), (words, line)
+    assert len(list(preflight.lacking(chain, "distill", ["mae", "distill"], tmp_path, mesh))) == 3

@@ -18,6 +18,7 @@ import aiohttp
 import jax
 import numpy as np
 import pytest
+from etils.epath import Path
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import _registry
 from PIL import Image
@@ -310,3 +311,29 @@ def test_what_needs_a_disk_says_so(tmp_path):
 def test_sha256(tmp_path):
     (tmp_path / "x").write_bytes(b"abc")
     assert storage.sha256(tmp_path / "x") == hashlib.sha256(b"abc").hexdigest()
+
+
+@pytest.mark.parametrize("name", ["run[1]", "a]b", "a*", "what?", "a\\b", os.fsdecode(b"a\xff")])
+def test_checkpoints_are_not_written_where_orbax_would_lose_them(name, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="orbax loses checkpoints in paths with .*; choose another folder"):
+        storage.check_checkpoints(Path(tmp_path) / name / "runs")
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    with pytest.raises(InputError, match="orbax loses"):
+        storage.check_checkpoints(Path("runs"))
+
+
+@pytest.mark.parametrize("name", ["a b", "größe", "a:b,c{d}$e&;~!(x)@=+|<>", "q\"'#%20", "日本語"])
+def test_checkpoints_may_be_written_elsewhere(name, tmp_path):
+    storage.check_checkpoints(Path(tmp_path) / name)
+
+
+def test_what_is_in_a_folder_whatever_its_name(tmp_path):
+    for name in ("run[1]", "a*", "plain"):
+        (tmp_path / name).mkdir()
+        for file in ("b.json", "a.json", ".x.json.partial", "c.txt"):
+            (tmp_path / name / file).touch()
+        folder = Path(tmp_path) / name
+        assert [path.name for path in storage.children(folder, "*.json")] == ["a.json", "b.json"]
+        assert [path.name for path in storage.children(folder, ".x*.partial")] == [".x.json.partial"]
+    assert storage.children(Path(tmp_path) / "gone") == []

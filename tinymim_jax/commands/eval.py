@@ -19,7 +19,13 @@ def main(argv: list[str]) -> None:
     """Runs the command with its arguments; raises InputError on bad ones."""
     values = new_flags(
         suite=(str, "all", "what to measure"),
-        data=(str, "", "an ImageFolder tree to take instead, with train/ and val/ (or test/)"),
+        data=(str, "", "an ImageFolder tree to take instead: val/ (or test/) and, for probes, train/; or not split"),
+        val_fraction=(
+            float,
+            None,
+            "of a tree that is not split, the part that is measured on (default: as in training)",
+        ),
+        on_bad_image=(("stop", "skip"), None, "skip: leave out what cannot be read (default: as in training)"),
         imagenet_a=(str, "", "the archive's folder of 200 wnids"),
         imagenet_r=(str, "", "likewise"),
         imagenet_c=(str, "", "holds <corruption>/<severity>/<wnid>/*"),

@@ -53,7 +53,7 @@ def describe(source: str, data_dir: str) -> dict[str, str]:
         return {"source": "tfds", "name": source.removeprefix("tfds:"), "path": data_dir}
     path = storage.absolute(storage.path(source))
     if path.is_dir():
-        kind = "array_record" if any(path.glob("*.array_record*")) else "folder"
+        kind = "array_record" if storage.children(path, "*.array_record*") else "folder"
         return {"source": kind, "path": str(path)}
     if source == "digits":
         return {"source": "digits"}

@@ -34,6 +34,7 @@ def main(argv: list[str]) -> None:
         from tinymim_jax.planning import dry_run
 
         print(dry_run.describe_chain(cfg, workdir, values.stage))
+        dry_run.check_workdir(workdir)
         return
     facts = {"config": to_dict(cfg), "workdir": str(workdir), "stage": values.stage}
     with StopRequest() as stop:  # before jax is imported, whose callbacks would swallow a Ctrl-C

@@ -13,12 +13,14 @@ class Data:
     """A data set, read and cropped on the host."""
 
     source: Literal["digits", "folder", "tfds", "array_record"]
-    split: str = "train"  # digits, folder: a sub-folder; tfds: a split; array_record: a file prefix
+    split: str = "train"  # digits; folder: a sub-folder ("": all); tfds: a split; array_record: a file prefix
     path: str = ""  # folder: the tree; array_record: the folder of shards; tfds: data_dir
     name: str = ""  # tfds: the builder's name
     num_examples: int | None = None  # the size, when known before the data is at hand
     per_class: int | None = None  # keep only this many images of each class
     subset_seed: int | None = ranged(0, **SEEDS)  # which ones; None: as run.seed, so that replicas differ in them
+    val_fraction: float = ranged(0.1, at_least=0, at_most=1)  # folder: of a tree without splits, by a hash of each name
+    val_seed: int = ranged(0, **SEEDS)  # of that hash
     image_size: int = ranged(224, at_least=1)
     transform: Literal["train", "eval"] = "train"  # random-resized-crop and flip | resize and centre crop
     crop_scale: tuple[float, float] = ranged((0.2, 1.0), above=0, at_most=1)  # train: area of the crop

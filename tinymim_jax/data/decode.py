@@ -7,8 +7,12 @@ from PIL import Image, UnidentifiedImageError
 
 from tinymim_jax.runtime.errors import InputError
 
-# Raster formats only: opening an EPS file would start Ghostscript.
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
+Image.init()
+# What Pillow reads, but for EPS (which would start Ghostscript), what it knows by name only, and headers that fit all.
+NOT_READ = {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5", "IMT", "IPTC", "SPIDER"}
+FORMATS = [kind for kind in Image.ID if kind not in NOT_READ]
+EXTENSIONS = {end for end, kind in Image.registered_extensions().items() if kind in (*FORMATS, "MPO")}
+SKIP = "or leave such images out with on_bad_image=skip (a field of data, a flag of eval and prepare)"
 
 
 def decode(image: bytes | np.ndarray | Image.Image, name: str) -> Image.Image:
@@ -21,13 +25,15 @@ def decode(image: bytes | np.ndarray | Image.Image, name: str) -> Image.Image:
         with Image.open(io.BytesIO(image), formats=FORMATS) as opened:
             return _to_rgb(opened)
     except UnidentifiedImageError as error:
-        reason = f"none of {', '.join(FORMATS)}" if image else "no bytes"
+        reason = "in none of the formats that Pillow reads" if image else "no bytes"
         raise _undecodable(name, reason) from error
     except Exception as error:  # damaged bytes raise OSError, SyntaxError, struct.error, DecompressionBombError...
         raise _undecodable(name, " ".join(str(error).split())) from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers, of which nobody says what is white")
     if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip at 255
         scaled = np.clip(np.asarray(image).astype(np.float32) / 257, 0, 255)
         image = Image.fromarray(np.round(scaled).astype(np.uint8))

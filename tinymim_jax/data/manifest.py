@@ -38,7 +38,7 @@ class Manifest:
     split: str
     source: dict[str, Any]  # the fields of `Data` that choose the images
     images: int
-    classes: list[str] | None  # names, where they are known
+    classes: list[str] | None  # names, where they are known; []: there are none
     settings: dict[str, Any]
     num_shards: int
     shards: dict[str, Shard] = dataclasses.field(default_factory=dict)  # the whole ones, by file name
@@ -80,12 +80,13 @@ def new(data: Data, source: Source, settings: Settings) -> Manifest:
     """Of no shards yet; raises InputError if the split's name cannot be that of files."""
     if not re.fullmatch(r"[\w+-]+", data.split):
         raise InputError(f"split {data.split!r} cannot name files; choose one of letters, digits, _, + and -")
-    identity = {field: value for field, value in to_dict(data).items() if field in IDENTITY and value}
+    chosen = {field: value for field, value in to_dict(data).items() if field in IDENTITY}
+    identity = {f: value for f, value in chosen.items() if f == "split" or value != getattr(Data, f, None)}
     return Manifest(
         split=data.split,
         source=identity,
         images=len(source),
-        classes=list(source.classes) if source.classes else None,
+        classes=None if source.classes is None else list(source.classes),
         settings=to_dict(settings),
         num_shards=-(-len(source) // settings.images_per_shard),
     )
@@ -118,7 +119,7 @@ def take_over(folder: Path, manifest: Manifest) -> None:
             if path.exists() and os.path.getsize(path) == shard["bytes"]:
                 manifest.shards[name] = shard
     own = {manifest.name(shard) for shard in range(manifest.num_shards)}
-    for path in sorted(folder.glob("*.array_record*")):
+    for path in storage.children(folder, "*.array_record*"):
         if path.name not in own and overlap(re.sub(r"-\d{5}-of-\d{5}\.array_record$", "", path.name), manifest.split):
             raise InputError(
                 f"{path}: would be read along with split {manifest.split!r}, or the other way; name another folder"
@@ -132,7 +133,7 @@ def overlap(split: str, other: str) -> bool:
 
 def verify(folder: Path) -> list[str]:
     """A line for each split of `folder`; raises InputError that names the first shard that is not as it was written."""
-    manifests = [read(file) for file in sorted(folder.glob("*.json"))]
+    manifests = [read(file) for file in storage.children(folder, "*.json")]
     if not manifests:
         raise InputError(f"{folder}: holds no prepared shards; name the folder that `prepare` wrote")
     for manifest in manifests:

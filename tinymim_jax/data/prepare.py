@@ -21,7 +21,7 @@ from PIL import Image
 
 from tinymim_jax.data import manifest
 from tinymim_jax.data.config import Data
-from tinymim_jax.data.decode import decode
+from tinymim_jax.data.decode import SKIP, decode
 from tinymim_jax.data.manifest import Manifest, Settings, Shard
 from tinymim_jax.data.rows import follow_parent
 from tinymim_jax.data.shards import encode_record
@@ -32,6 +32,7 @@ from tinymim_jax.runtime.workdir_lock import WorkdirLock
 
 WRITER = "group_size:1,uncompressed"  # each record for itself, as it will be read; JPEGs do not compress
 POLL = 0.2  # seconds
+JPEG_SIDE = 65_500  # pixels that libjpeg writes at most
 
 OnBad = Literal["stop", "skip"]
 
@@ -59,7 +60,7 @@ def prepare(splits: list[Data], folder: Path, settings: Settings, workers: int, 
     with WorkdirLock(folder):
         for packer in packers:
             _pack(packer, folder, workers)
-            print(packer.manifest.summary())
+            print("; ".join([packer.manifest.summary(), *packer.source.notes]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +101,7 @@ class Packer:
                         writer.write(self._record(index))
                     except InputError as error:
                         if self.on_bad_image == "stop":
-                            raise InputError(f"{error}, or leave such images out with --on_bad_image=skip") from error
+                            raise InputError(f"{error}, {SKIP}") from error
                         skipped.append(str(error))
                     after_each()
         except RuntimeError as error:  # of the writer, which is C++
@@ -116,17 +117,19 @@ class Packer:
 def fit(image: bytes | np.ndarray, name: str, settings: Settings) -> bytes:
     """The image encoded, its shorter side at most `settings.short_side`; its own bytes where it is that already.
 
-    Arrays become PNGs, what is made smaller JPEGs. Raises InputError that begins with `name` if it cannot be decoded.
+    Arrays become PNGs, and what is made smaller JPEGs, or PNGs if it is longer than these can be. Raises InputError
+    that begins with `name` if it cannot be decoded.
     """
     picture = decode(image, name)
     scale = (settings.short_side or math.inf) / min(picture.size)
     if scale >= 1 and isinstance(image, bytes):
         return image
     buffer = io.BytesIO()
-    if scale >= 1:
+    if scale < 1:
+        picture = picture.resize([round(side * scale) for side in picture.size], Image.Resampling.BICUBIC)
+    if scale >= 1 or max(picture.size) > JPEG_SIDE:
         picture.save(buffer, "PNG")
     else:
-        picture = picture.resize([round(side * scale) for side in picture.size], Image.Resampling.BICUBIC)
         picture.save(buffer, "JPEG", quality=settings.quality, subsampling=0)
     return buffer.getvalue()
 
@@ -134,7 +137,7 @@ def fit(image: bytes | np.ndarray, name: str, settings: Settings) -> bytes:
 def _pack(packer: Packer, folder: Path, workers: int) -> None:
     """Makes the missing shards in worker processes, which end with it; the manifest is written after each."""
     made = packer.manifest
-    for partial in folder.glob(f".{made.split}*.partial"):  # of a run that was killed
+    for partial in storage.children(folder, f".{made.split}*.partial"):  # of a run that was killed
         partial.unlink()
     made.save(folder)
     if not (missing := made.missing()):

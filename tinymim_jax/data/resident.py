@@ -12,7 +12,7 @@ import numpy as np
 from tinymim_jax.data import sources
 from tinymim_jax.data.augment import CROP_ATTEMPTS
 from tinymim_jax.data.config import Data
-from tinymim_jax.data.decode import decode
+from tinymim_jax.data.decode import SKIP, decode
 from tinymim_jax.data.pipeline import ReplicaRows, TrainRows, calls, stacked
 from tinymim_jax.data.sources import IDENTITY, Source
 from tinymim_jax.runtime import keys
@@ -91,7 +91,7 @@ def _read(identity: tuple, on_bad_image: str) -> dict[str, np.ndarray]:
             raise  # no fault of this image
         except InputError as error:
             if on_bad_image == "stop":
-                raise InputError(f"{error}, or set data.on_bad_image=skip") from error
+                raise InputError(f"{error}, {SKIP}") from error
         else:
             _check_bytes(len(source), images[index].shape)  # before all of them are here
 

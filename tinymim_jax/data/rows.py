@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from tinymim_jax.data.config import Data
+from tinymim_jax.data.decode import SKIP
 from tinymim_jax.data.fields import Example, Fields
 from tinymim_jax.data.sources import Source
 from tinymim_jax.runtime.errors import InputError, Unavailable
@@ -52,7 +53,7 @@ class EvalRows:
                 raise  # no fault of this image
             except InputError as error:
                 if self.data.on_bad_image == "stop":
-                    raise InputError(f"{error}, or set data.on_bad_image=skip") from error
+                    raise InputError(f"{error}, {SKIP}") from error
                 log.warning("skipped: %s", error)
         return batch
 

@@ -5,7 +5,6 @@ import concurrent.futures
 import glob
 import itertools
 import json
-import os
 from typing import Any
 
 import msgpack
@@ -13,6 +12,7 @@ import numpy as np
 from etils.epath import Path
 
 from tinymim_jax.data.config import Data
+from tinymim_jax.data.folder import names
 from tinymim_jax.runtime import storage
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.runtime.storage import reason
@@ -25,11 +25,15 @@ class ArrayRecord:
         from array_record.python import array_record_data_source as reader
 
         storage.check_on_disk(data.path, "array_record files")
-        pattern = os.path.join(os.path.expanduser(data.path), f"{data.split}*.array_record*")
-        self._files = sorted(glob.glob(pattern))
-        if not self._files:
+        folder = storage.path(data.path)
+        found = {name: storage.children(folder, f"{glob.escape(name)}*.array_record*") for name in names(data.split)}
+        split = next(filter(found.get, found), None)
+        if split is None:
+            pattern = folder / f"{data.split}*.array_record*"
             raise InputError(f"{pattern}: no such files; set data.path and data.split to PATH/SPLIT*.array_record*")
-        self.classes = _prepared_classes(Path(os.path.expanduser(data.path)) / f"{data.split}.json", len(self._files))
+        self.notes = () if split == data.split else (f"read from {folder / split}*",)
+        self._files = [str(file) for file in found[split]]
+        self.classes = _prepared_classes(folder / f"{split}.json", len(self._files))
         with concurrent.futures.ThreadPoolExecutor(16) as pool:
             counts = list(pool.map(_count_records, self._files))
         self._ends = list(itertools.accumulate(counts))
@@ -68,7 +72,7 @@ def _prepared_classes(file: Path, shards: int) -> tuple[str, ...] | None:
         raise InputError(f"{file} is damaged; run the prepare command again") from None
     if shards < expected:
         raise InputError(f"{file}: {expected - shards} of {expected} shards are missing; run the prepare command again")
-    return tuple(classes) if classes else None
+    return None if classes is None else tuple(classes)
 
 
 def _count_records(file: str) -> int:

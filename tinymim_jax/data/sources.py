@@ -1,21 +1,20 @@
 """Where records come from: random access to labelled images, without decoding them."""
 
-import concurrent.futures
 import functools
 import os
-from collections.abc import Iterable
 from typing import Any, Protocol
 
 import numpy as np
 
 from tinymim_jax.data.config import Data
+from tinymim_jax.data.folder import Folder, Labelled
 from tinymim_jax.data.shards import ArrayRecord
 from tinymim_jax.runtime import storage
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.runtime.storage import reason
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-IDENTITY = ("source", "split", "path", "name", "num_examples", "per_class", "subset_seed")  # fields that choose records
+# The fields of `Data` that choose records.
+IDENTITY = ("source", "split", "path", "name", "num_examples", "per_class", "subset_seed", "val_fraction", "val_seed")
 DIGITS_SPLITS = {"train": slice(0, 1297), "test": slice(1297, 1797)}  # in order: other writers in the test split
 
 
@@ -23,7 +22,10 @@ class Source(Protocol):
     """A fixed sequence of labelled images; picklable, so that worker processes can read it."""
 
     classes: tuple[str, ...] | None
-    """The names of the classes in the order of their labels, where they are known."""
+    """The names of the classes in the order of their labels, where they are known; () if there are none."""
+
+    notes: tuple[str, ...]
+    """What a person should know of how it was found."""
 
     def __len__(self) -> int: ...
 
@@ -69,6 +71,17 @@ def _open(*values: Any) -> Source:
     return source
 
 
+def summary(source: Source) -> str:
+    """How many images, and the notes."""
+    return "; ".join([f"{len(source):,} images", *source.notes])
+
+
+def need_labels(source: Source) -> None:
+    """Raises InputError if the images have no classes."""
+    if source.classes == ():
+        raise InputError(f"{source.describe(0)} and the others have no classes; sort them into class folders")
+
+
 def check_same_classes(*pair: Data) -> None:
     """Raises InputError if two sets differ in the names of their classes, as far as they have any."""
     first, second = (open_source(data).classes for data in pair)
@@ -77,24 +90,13 @@ def check_same_classes(*pair: Data) -> None:
         raise InputError(f"data: {where} differ in their classes ({odd[0]}); both need the same")
 
 
-class Labelled:
-    """What sources that know their labels without reading have in common."""
-
-    _labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def labels(self) -> np.ndarray:
-        return self._labels
-
-
 class Subset(Labelled):
     """The same number of images of each class, in the order of `source`."""
 
     def __init__(self, source: Source, per_class: int, seed: int) -> None:
         if per_class < 1 or seed < 0:
             raise InputError(f"data: per_class {per_class} must be at least 1 and subset_seed {seed} at least 0")
+        need_labels(source)
         labels = source.labels()
         chosen = []
         for label in np.unique(labels):
@@ -105,7 +107,7 @@ class Subset(Labelled):
                 )
             rng = np.random.default_rng((seed, int(label)))
             chosen.append(rng.choice(members, per_class, replace=False))
-        self._source, self.classes = source, source.classes
+        self._source, self.classes, self.notes = source, source.classes, source.notes
         self._indices = np.sort(np.concatenate(chosen)) if chosen else np.zeros(0, np.int64)
         self._labels = labels[self._indices]
 
@@ -139,62 +141,11 @@ class Digits(Labelled):
         return f"image {index} of digits {self._split}"
 
 
-class Folder(Labelled):
-    """An ImageFolder tree, `path/split/<class>/<image>`; classes are numbered in the order of their names."""
-
-    def __init__(self, data: Data) -> None:
-        if not data.path:
-            raise InputError("data.path is empty; set it to the tree that holds SPLIT/<class>/*")
-        root = storage.path(data.path) / data.split
-        storage.check(root)
-        self._root, self._storage = str(root), storage.files(root)
-        if not self._storage.isdir(self._root):
-            raise InputError(f"{root}: no such folder; set data.path and data.split to PATH/SPLIT/<class>/*")
-        found, is_dir = self._list(self._root, detail=True), self._storage.isdir
-        folders = [e["name"] for e in found if e["type"] == "directory" or (e.get("islink") and is_dir(e["name"]))]
-        self.classes = tuple(_visible(self._root, folders))
-        if not self.classes:
-            raise InputError(f"{root}: has no class folders; expected {root}/<class>/*.JPEG")
-        self._files, counts = [], []
-        with concurrent.futures.ThreadPoolExecutor(16) as pool:  # a bucket takes its time for each
-            listed = list(pool.map(self._list, (f"{root}/{name}" for name in self.classes)))
-        for name, entries in zip(self.classes, listed, strict=True):
-            files = [f"{name}/{e}" for e in _visible(f"{root}/{name}", entries) if e.lower().endswith(EXTENSIONS)]
-            if not files:
-                kinds = ", ".join(EXTENSIONS)
-                raise InputError(f"{root / name}: a class folder without images; remove it or add images ({kinds})")
-            self._files += files
-            counts.append(len(files))
-        self._labels = np.repeat(np.arange(len(counts)), counts)
-
-    def _list(self, folder: str, detail: bool = False) -> list[Any]:
-        try:
-            return self._storage.ls(folder, detail=detail)  # without details, no file is asked what it is
-        except Exception as error:  # each bucket's library has its own
-            raise InputError(f"{folder}: cannot be listed ({reason(error)}); mend it") from error
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        try:
-            image = self._storage.cat_file(self.describe(index))  # of a bucket, in one request; a path takes three
-        except Exception as error:  # each bucket's library has its own
-            raise storage.unreadable(self.describe(index), error) from error
-        return {"image": image, "label": int(self._labels[index])}
-
-    def describe(self, index: int) -> str:
-        return f"{self._root}/{self._files[index]}"
-
-
-def _visible(folder: str, paths: Iterable[str]) -> list[str]:
-    """Names of what is in `folder`, in order, without hidden ones (`._name.jpg` files of macOS are no images)."""
-    inner = (path.rstrip("/") for path in paths)
-    names = (path.rsplit("/", 1)[-1] for path in inner if not folder.endswith(path))  # a bucket may list the folder too
-    return sorted(name for name in names if not name.startswith("."))
-
-
 class Tfds:
     """A prepared TensorFlow dataset with features "image" and "label", read without TensorFlow."""
 
     classes = None  # known to the builder, in other names than a folder's
+    notes = ()
 
     def __init__(self, data: Data) -> None:
         self._data = data

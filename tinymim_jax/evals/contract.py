@@ -83,7 +83,7 @@ class Eval(abc.ABC):
                 raise InputError(f"{where}: {name}.subset_seed is none, which is the run's; give it a number")
             if data.transform != "eval":
                 raise InputError(f"{where}: {name}.transform is 'train', which is random; set it to 'eval'")
-            for field in ("image_size", "mean", "std"):
+            for field in ("image_size", "mean", "std", "val_fraction", "val_seed"):
                 if getattr(data, field) != getattr(training, field):
                     raise InputError(f"{where}: {name}.{field} differs from the stage's, {getattr(training, field)}")
 
@@ -113,10 +113,15 @@ def needs_head(where: str, kind: str, model: Encoder) -> None:
 class Batches:
     """Batches of a whole data set, each example once; iterable again and again."""
 
-    def __init__(self, data: Data, batch_size: int, mesh: jax.sharding.Mesh, fields: Fields = IMAGE_LABEL):
+    def __init__(
+        self, data: Data, batch_size: int, mesh: jax.sharding.Mesh, fields: Fields = IMAGE_LABEL,
+        is_labelled: bool = True,
+    ):  # fmt: skip
         batch_size = -(-batch_size // mesh.size) * mesh.size  # padding is masked, so rounding up is free of effect
         self.args: dict[str, Any] = {"batch_size": batch_size, "mesh": mesh, "fields": fields}
         self.data, self.source, self.mesh = data, sources.open_source(data), mesh
+        if is_labelled:
+            sources.need_labels(self.source)
 
     def __len__(self) -> int:
         return -(-len(self.source) // self.args["batch_size"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from tinymim_jax.runtime import sharding, storage
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.runtime.progress_bar import bar
 
+log = logging.getLogger(__name__)
 AT_ONCE = 64  # images on the devices, if nothing else is said
 PathLike = str | os.PathLike
 OnBad = Literal["stop", "skip"]
@@ -98,7 +100,9 @@ class TrainedModel:
         records = {"source": "folder", "path": os.fspath(folder), "split": "", "num_examples": None, "per_class": None}
         data = dataclasses.replace(self.data, **records, on_bad_image=on_bad_image)
         mesh = sharding.make_mesh()
-        batches = Batches(data, batch_size, mesh)
+        batches = Batches(data, batch_size, mesh, is_labelled=False)
+        for note in batches.source.notes:
+            log.warning("%s: %s", folder, note)
         whole = {**self.variables, "params": {"encoder": self.variables["params"]}}
         whole = jax.device_put(whole, sharding.replicated(mesh))
 

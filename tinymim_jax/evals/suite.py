@@ -38,6 +38,8 @@ class Sets:
     imagenet_r: str = ""
     imagenet_c: str = ""  # holds <corruption>/<severity>/
     direct: bool = False  # corruptions that are made: on the evaluation's own crops, uncompressed
+    val_fraction: float | None = None  # of trees without splits
+    on_bad_image: str | None = None
     per_class: int | None = None  # measure on so many images of each class only
     bank_per_class: int | None = None  # and let the probes learn from so many
 
@@ -64,12 +66,13 @@ def evaluate(subject: Subject, suite: str, sets: Sets, mesh: jax.sharding.Mesh, 
     """
     model = subject.model
     variables = jax.device_put(subject.variables, replicated(mesh))
-    clean, bank = data_sets(subject, sets)
+    clean, bank = data_sets(subject, sets, suite in ("probe", "all"))
     chosen = evals(suite, model, clean, bank, sets)
     context = Context(mesh, predict_of(subject, clean), model, classes=subject.classes)
     evaluators = {name: cfg.build(context) for name, cfg in chosen.items()}  # what is missing is said first
     storage.check_writable(out)
     notes = check_names(chosen, model, subject.classes)
+    notes += dict.fromkeys(note for e in evaluators.values() for b in e.passes.values() for note in b.source.notes)
     print("".join(f"note: {note}\n" for note in notes), end="", flush=True)
     paper = PAPER.get(model.width_of(model.depth), {}) if model.num_classes == 1000 else {}
     if not sets.imagenet_c:  # corruptions made here are not the stored ones
@@ -86,21 +89,23 @@ def evaluate(subject: Subject, suite: str, sets: Sets, mesh: jax.sharding.Mesh, 
     return report
 
 
-def data_sets(subject: Subject, sets: Sets) -> tuple[Data, Data]:
-    """The clean evaluation set and the training images, both for evaluation."""
+def data_sets(subject: Subject, sets: Sets, probes: bool = True) -> tuple[Data, Data]:
+    """The clean evaluation set and the training images, which `probes` learn from, both for evaluation."""
     if subject.training is not None:
         train = dataclasses.replace(subject.training, transform="eval", rand_augment="", repeats=1)
         own = [e.data for e in subject.evals.values() if _is_clean(e)]
         clean = own[0] if own else _held_out(train)
     else:
-        train = pixels(subject)
+        train = pixels(subject) if probes else dataclasses.replace(pixels(subject), val_fraction=1.0)  # it learnt none
         clean = dataclasses.replace(train, split="val")
         if not sets.data and not (sets.imagenet_c or sets.imagenet_a or sets.imagenet_r):
             raise InputError(
                 f"{subject.name} was converted and names no data: give --data=PATH, a tree with train/ and val/"
             )
     if sets.data:
-        train, clean = _in_tree(train, sets.data, ("train",)), _in_tree(clean, sets.data, ("val", "test", "validation"))
+        train, clean = _in_tree(train, sets.data, "train"), _in_tree(clean, sets.data, "val")
+    chosen = {f: value for f in ("val_fraction", "on_bad_image") if (value := getattr(sets, f)) is not None}
+    train, clean = (dataclasses.replace(data, **chosen) for data in (train, clean))
     if sets.per_class is not None:
         clean = dataclasses.replace(clean, per_class=sets.per_class, num_examples=None)
     if sets.bank_per_class is not None:
@@ -126,18 +131,12 @@ def _held_out(train: Data) -> Data:
     splits = {"digits": "test", "tfds": "validation" if train.name == "imagenet2012" else "test"}
     data = dataclasses.replace(train, num_examples=None, per_class=None)
     if train.source == "folder":
-        return _in_tree(data, train.path, ("val", "test", "validation"))
+        return _in_tree(data, train.path, "val")
     return dataclasses.replace(data, split=splits.get(train.source, "val"))
 
 
-def _in_tree(data: Data, path: str, splits: tuple[str, ...]) -> Data:
-    """`data` from the first of the folders `splits` that the tree at `path` has; raises InputError if it has none."""
-    root = storage.path(path)
-    storage.check(root)
-    found = next((split for split in splits if (root / split).is_dir()), None)
-    if found is None:
-        raise InputError(f"{root} has no folder {' or '.join(f'{split}/' for split in splits)}; give the tree that has")
-    fields = {"source": "folder", "path": path, "split": found, "num_examples": None, "per_class": None}
+def _in_tree(data: Data, path: str, split: str) -> Data:
+    fields = {"source": "folder", "path": path, "split": split, "num_examples": None, "per_class": None}
     return dataclasses.replace(data, **fields)
 
 
@@ -195,7 +194,10 @@ def evals(suite: str, model: Encoder, clean: Data, bank: Data, sets: Sets) -> di
             data = _folder(clean, sets.imagenet_c, "") if stored else clean
             chosen["corruptions"] = Corruptions(data, stored=stored, published=not (stored or sets.direct))
     if suite in ("probe", "all"):
-        k = tuple(k for k in Knn(clean, bank).k if k <= len(open_source(bank))) or (1,)
+        try:
+            k = tuple(k for k in Knn(clean, bank).k if k <= len(open_source(bank))) or (1,)
+        except InputError as error:
+            raise InputError(f"{error}; probes learn from it, --suite=imagenet and robust do without") from error
         chosen |= {"knn": Knn(clean, bank, k=k), "logistic": Logistic(clean, bank)}
     return chosen
 

@@ -6,6 +6,7 @@ partners (`device_augment.partner`), and training crops are fast ones (`imagenet
 """
 
 import dataclasses
+import re
 from typing import Any
 
 from tinymim_jax.experiment.config import (
@@ -39,13 +40,18 @@ FINETUNE_FRESH = ("encoder/(fc_norm|head|head_dist)/.*",)  # new in fine-tuning,
 
 
 def options(arg: str, **defaults: bool | str) -> dict[str, Any]:
-    """Parses what follows the colon in --config=FILE:arg, "word,key=value"; raises InputError on an unknown one."""
+    r"""Parses what follows the colon in --config=FILE:arg, "word,key=value"; raises InputError on an unknown one.
+
+    A comma within a value is written `\,`.
+    """
     chosen = dict(defaults)
-    for part in filter(None, (arg or "").split(",")):
-        key, has_value, value = part.partition("=")
+    for part in filter(None, re.split(r"(?<!\\),", arg or "")):
+        key, has_value, value = part.replace(r"\,", ",").partition("=")
         if key not in defaults or bool(has_value) == isinstance(defaults[key], bool):
             known = ", ".join(k if isinstance(v, bool) else f"{k}=..." for k, v in defaults.items())
-            raise InputError(f"config option {part!r}: unknown; the options are: {known or 'none'}")
+            raise InputError(
+                f"config option {part!r}: unknown; the options are: {known or 'none'}; a comma in a value is \\,"
+            )
         chosen[key] = value if has_value else True
     return chosen
 

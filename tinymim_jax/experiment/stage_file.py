@@ -23,13 +23,17 @@ PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint")
 MADE_BY = {1: "tinymim_jax 0.1"}  # older formats, which are read and not gone on with
 
 
-def describe(stage: Stage, untrained: Iterable[str], classes: Iterable[str] | None = None) -> dict[str, Any]:
+def describe(
+    stage: Stage, untrained: Iterable[str], classes: Iterable[str] | None = None, images: int | None = None
+) -> dict[str, Any]:
     """The contents of `stage.json`: everything needed to build the stage again, and what it ran on.
 
-    `classes` are the names of the head's outputs, None where there is no head or nobody names them.
+    `classes` are the names of the head's outputs, None where there is no head or nobody names them; `images` are as
+    many as it was begun with.
     """
     facts = {"stage": codec.to_dict(stage), "untrained": list(untrained), "classes": list(classes) if classes else None}
-    return {"format": FORMAT, **facts, "versions": {name: version(name) for name in PACKAGES}}
+    versions = {name: version(name) for name in PACKAGES}
+    return {"format": FORMAT, **facts, "images": images, "versions": versions}
 
 
 def read_stage(folder: Path) -> Stage:
@@ -87,8 +91,13 @@ def check_resumable(folder: Path) -> None:
 
 
 def changes(folder: Path, stage: Stage) -> list[str]:
-    """Lines "field: old -> new" between the stage that was run in `folder` and `stage`."""
+    """Lines "field: old -> new" between the stage that was run in `folder` and `stage`.
+
+    Where its data lies, and how many images an evaluation takes at once, is not what a stage is.
+    """
     found = codec.differences(codec.to_dict(read_stage(folder)), codec.to_dict(stage))
+    free = {f"{where}.path" for where, _ in codec.walk(stage, Data)} | {f"evals.{n}.batch_size" for n in stage.evals}
+    found = [line for line in found if line.partition(": ")[0] not in free]
     if _parsed(folder)[0] == FORMAT:
         return found
     # What a hand-over leaves out was said in other words, and of a stage that is finished it is past.
@@ -111,7 +120,7 @@ def _parsed(folder: Path) -> tuple[int, dict[str, Any]]:
             f" python -m tinymim_jax convert {folder} DST"
         )
     if not file.is_file():
-        stages = sorted(f.parent.name for f in folder.glob("*/stage.json"))
+        stages = [f.name for f in storage.children(folder) if (f / "stage.json").is_file()]
         advice = f"name one of the stages in it: {', '.join(stages)}" if stages else "it has no stage.json"
         raise InputError(f"{folder} is not the folder of a stage: {advice}")
     try:

@@ -1,9 +1,14 @@
 """What is wrong with a config, said before anything runs; ranges of single fields stand beside these."""
 
+import re
+
 from tinymim_jax.experiment.config import Compare, Config, Stage
 from tinymim_jax.runtime.codec import check_name, from_dict, to_dict
 from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.weights.checkpoint import REPLICA
 from tinymim_jax.weights.handoff import check_regex
+
+TAKEN = ("report", "converted", "jax_cache", "chain.json", "results.json", "run.lock")  # beside stages in a workdir
 
 
 def check(config: Config) -> Config:
@@ -13,6 +18,11 @@ def check(config: Config) -> Config:
         raise InputError(f"mesh: data is {config.mesh.data}; it must be at least 1, or -1")
     earlier: list[str] = []
     for name, stage in config.stages.items():
+        if not re.fullmatch(r"\w[\w .+-]*", name) or name.lower() in TAKEN or name.lower().startswith(REPLICA):
+            raise InputError(
+                f"stages.{name}: cannot name a folder in the workdir beside {', '.join(TAKEN)} and {REPLICA}*; choose"
+                " letters, digits, _, ., + and -"
+            )
         _check_stage(f"stages.{name}", stage)
         for where, init in stage.inits():
             if init.stage is not None and init.stage not in earlier:
@@ -61,6 +71,8 @@ def _check_stage(where: str, stage: Stage) -> None:
     _check_run(where, stage)
     for field, init in stage.inits():
         init.check(f"{where}.{field}")
+        if field != "init" and (init.keep_blocks is not None or init.fresh):
+            raise InputError(f"{where}.{field}: keep_blocks and fresh are for a stage itself; leave them out")
     for pattern in (*stage.optim.decay, *stage.optim.no_decay, *stage.optim.freeze, *stage.optim.lr_scale):
         check_regex(where, pattern)
     stage.task.check(f"{where}.task", stage.model)

@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import json
 import math
-import os
 import shutil
 import socket
 import sys
@@ -25,7 +24,6 @@ from tinymim_jax.runtime import distributed, multihost
 from tinymim_jax.runtime.cluster import number
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.runtime.sharding import check_batch, make_mesh
-from tinymim_jax.runtime.workdir_lock import WorkdirLock
 from tinymim_jax.weights.parameters import flatten
 
 JAX = ((0, 10), (0, 13))  # from, and before; setup.py says the same
@@ -115,15 +113,11 @@ def processes(env: Mapping[str, str]) -> Iterator[Finding]:
 
 def room(cfg: Config | None, workdir: Path) -> Iterator[Finding]:
     """Whether the workdir is free, can be written to, and has room."""
-    at = next(p for p in (workdir, *workdir.parents) if p.exists())
-    if "://" not in str(at) and not os.access(at, os.W_OK):
-        yield Finding(f"{at} cannot be written to", "choose another --workdir, or mend its rights or mount")
-    elif workdir.exists() and jax.process_index() == 0:
-        try:
-            WorkdirLock(workdir).check_free()
-        except InputError as error:
-            yield Finding(f"workdir {workdir}", str(error))
-    yield disk(cfg, workdir, at)
+    try:
+        dry_run.check_workdir(workdir, jax.process_index() == 0)
+    except InputError as error:
+        yield Finding(f"workdir {workdir}", str(error))
+    yield disk(cfg, workdir, next(p for p in (workdir, *workdir.parents) if p.exists()))
 
 
 def disk(cfg: Config | None, workdir: Path, at: Path) -> Finding:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from typing import Any
 
 import jax
@@ -11,10 +12,12 @@ from tinymim_jax.data import sources
 from tinymim_jax.experiment import stage_file
 from tinymim_jax.experiment.config import Config, Stage
 from tinymim_jax.models.contract import Encoder
+from tinymim_jax.planning import preflight
 from tinymim_jax.planning.preflight import check_source, foreign, read_foreign, source_models
 from tinymim_jax.runtime import metric_log
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.runtime.sharding import make_mesh
+from tinymim_jax.runtime.workdir_lock import WorkdirLock
 from tinymim_jax.training import optim
 from tinymim_jax.training.setup import StageSetup, make_setup
 from tinymim_jax.weights import checkpoint, handoff
@@ -36,22 +39,30 @@ MENDABLE_FIELDS = (
 
 
 def describe_chain(cfg: Config, workdir: Path, only: str | None = None) -> str:
-    """What `run_chain` would do, worked out from shapes alone; reads no data but its size, writes nothing."""
+    """What `run_chain` would do, worked out from shapes alone; reads no data but its size, writes nothing.
+
+    Raises InputError if it could not on any machine; what this one lacks for it is said at the end.
+    """
     check_stage_name(cfg, only)
     check_owner(cfg, workdir)
     metric_log.tracker()
     setups: dict[str, StageSetup] = {}
-    text, missing = [_devices(cfg)], {}
+    mesh, line, missing = _devices(cfg)
+    text, to_run = [line], [n for n in cfg.stages if only in (None, n) and not handoff.finished(workdir / n)]
     for name in cfg.stages if only is None else needed(cfg, only):
         try:
             check_unedited(cfg.stages[name], workdir / name)
-            data = _data(cfg.stages[name])
-            setups[name], lines = _describe_stage(cfg, name, workdir, setups, list(data))
+            data, has_data = _data(cfg.stages[name])
+            setups[name], lines = _describe_stage(cfg, name, workdir, setups, data)
+            if name in to_run and has_data:
+                preflight.check_data(cfg.stages[name], workdir / name)
         except InputError as error:
             raise InputError(f"stage {name}: {error}") from None
         if only in (None, name):
             text += [f"{name}: {lines[0]}", *(f"  {line}" for line in lines[1:])]
-            missing |= {error: name for error in data.values() if error and error not in missing}
+        if name in to_run:
+            for error in preflight.lacking(cfg, name, to_run, workdir, mesh):
+                missing.setdefault(error, name)
     text += [f"before stage {name} can run: {error}" for error, name in missing.items()]
     return "\n".join(text)
 
@@ -70,6 +81,15 @@ def check_owner(cfg: Config, workdir: Path) -> None:
         raise InputError(
             f"{workdir} belongs to the experiment {owner!r}, and this is {cfg.name!r}; choose another --workdir"
         )
+
+
+def check_workdir(workdir: Path, is_primary: bool = True) -> None:
+    """Raises InputError if nothing can be written to `workdir` or, as the primary process sees, a run is in it."""
+    at = next(path for path in (workdir, *workdir.parents) if path.exists())
+    if "://" not in str(at) and not os.access(at, os.W_OK):
+        raise InputError(f"{at} cannot be written to; choose another --workdir, or mend its rights or mount")
+    if is_primary and workdir.exists():
+        WorkdirLock(workdir).check_free()
 
 
 def check_stage_name(cfg: Config, name: str | None) -> None:
@@ -173,26 +193,27 @@ def _length(setup: StageSetup) -> str:
     return f"{task}, {epochs}{setup.total_steps} steps of {run.batch_size} images{parts}{seeds}"
 
 
-def _devices(cfg: Config) -> str:
+def _devices(cfg: Config) -> tuple[jax.sharding.Mesh, str, dict[str, str]]:
+    """The mesh that is asked for, or that of all devices and why it is not; a line that says so."""
+    missing = {}
     try:
-        shape = make_mesh(cfg.mesh.data, cfg.mesh.fsdp).shape
+        mesh = make_mesh(cfg.mesh.data, cfg.mesh.fsdp)
     except InputError as error:
-        return f"devices: not these: {error}"
-    return (
-        f"devices: {jax.device_count()} x {jax.devices()[0].device_kind}, data {shape['data']} x fsdp {shape['fsdp']}"
-    )
+        mesh, missing = make_mesh(), {str(error): next(iter(cfg.stages))}
+    grid = "not the mesh's" if missing else f"data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}"
+    return mesh, f"devices: {jax.device_count()} x {jax.devices()[0].device_kind}, {grid}", missing
 
 
-def _data(stage: Stage) -> dict[str, str]:
-    """For each set of records that the stage reads, a line and, if it is not at hand, why."""
+def _data(stage: Stage) -> tuple[list[str], bool]:
+    """A line for each set of records that the stage reads, and whether all are at hand."""
     lines = {}
     for data in stage.data_sets():
         what = f"data: {data.source} {data.path or data.name}".rstrip() + f", split {data.split}"
         try:
-            lines[f"{what}: {len(sources.open_source(data)):,} images"] = ""
-        except InputError as error:
-            lines[f"{what}: not at hand, the end says why"] = str(error)
-    return lines
+            lines[f"{what}: {sources.summary(sources.open_source(data))}"] = True
+        except InputError:
+            lines[f"{what}: not at hand, the end says why"] = False
+    return list(lines), all(lines.values())
 
 
 def _evals(stage: Stage) -> list[str]:

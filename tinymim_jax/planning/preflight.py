@@ -2,6 +2,7 @@
 
 import functools
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,35 +18,52 @@ from tinymim_jax.runtime import multihost, storage
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.runtime.sharding import check_batch
 from tinymim_jax.training import start
-from tinymim_jax.weights import handoff
+from tinymim_jax.weights import checkpoint, handoff
 from tinymim_jax.weights.handoff import Init
 from tinymim_jax.weights.parameters import matches
 
 
 def check_ready(cfg: Config, to_run: list[str], workdir: Path, mesh: jax.sharding.Mesh) -> None:
-    """Raises InputError if one of the stages `to_run` could not start after the others: devices, data, weights."""
+    """Raises InputError if one of the stages `to_run` could not start after the others."""
     for name in to_run:
-        try:
-            _check_stage(cfg, name, to_run, workdir, mesh)
-        except InputError as error:
-            raise InputError(f"stage {name}: {error}") from None
+        for error in lacking(cfg, name, to_run, workdir, mesh):
+            raise InputError(f"stage {name}: {error}")
 
 
-def _check_stage(cfg: Config, name: str, to_run: list[str], workdir: Path, mesh: jax.sharding.Mesh) -> None:
+def lacking(cfg: Config, name: str, to_run: list[str], workdir: Path, mesh: jax.sharding.Mesh) -> Iterator[str]:
+    """What stage `name` still needs on this machine, after the others of `to_run`: devices, weights, data."""
     stage = cfg.stages[name]
-    check_batch(stage.run.batch_size, mesh, stage.optim.accum_steps)
-    for where, init in stage.inits():
-        folder = handoff.source_folder(init, workdir)
-        if init.stage not in to_run and not handoff.finished(folder) and not foreign(init, workdir):
-            raise InputError(f"takes weights from {folder}, which has no finished stage: run that stage first")
-        for replica in range(stage.run.replicas if where == "init" else 0):
-            handoff.source_folder(init, workdir, replica)  # raises where a replica has no counterpart
-    sources.open_source(stage.data)
-    for eval_name, measure in stage.evals.items():
-        inits = stage.eval_inits(eval_name)
-        models = {field: (source_model(cfg, init, workdir), {}) for field, init in inits.items()}
-        measure.build(Context(mesh, _no_model, stage.model, models, start.classes_of(stage)))
+    for check in (
+        lambda: check_batch(stage.run.batch_size, mesh, stage.optim.accum_steps),
+        *(functools.partial(_check_weights, init, where, stage, to_run, workdir) for where, init in stage.inits()),
+        lambda: sources.open_source(stage.data),
+        *(functools.partial(_check_eval, cfg, stage, name, workdir, mesh) for name in stage.evals),
+    ):
+        try:
+            check()
+        except InputError as error:
+            yield str(error)
+
+
+def _check_weights(init: Init, where: str, stage: Stage, to_run: list[str], workdir: Path) -> None:
+    folder = handoff.source_folder(init, workdir)
+    if init.stage not in to_run and not handoff.finished(folder) and not foreign(init, workdir):
+        raise InputError(f"takes weights from {folder}, which has no finished stage: run that stage first")
+    for replica in range(stage.run.replicas if where == "init" else 0):
+        handoff.source_folder(init, workdir, replica)  # raises where a replica has no counterpart
+
+
+def _check_eval(cfg: Config, stage: Stage, name: str, workdir: Path, mesh: jax.sharding.Mesh) -> None:
+    models = {field: (source_model(cfg, init, workdir), {}) for field, init in stage.eval_inits(name).items()}
+    stage.evals[name].build(Context(mesh, _no_model, stage.model, models, start.classes_of(stage)))
+
+
+def check_data(stage: Stage, folder: Path) -> None:
+    """Raises InputError if the data at hand is not for `stage`, which `folder` is to hold."""
     check_classes(stage)
+    began = stage_file.read(folder).get("images") if checkpoint.steps(folder) else None
+    if began not in (None, count := len(sources.open_source(stage.data))):
+        raise InputError(f"{folder} was begun with {began} images, not {count}; give those, or another --workdir")
 
 
 def _no_model(*_: Any) -> Any:
@@ -98,6 +116,8 @@ def check_classes(stage: Stage) -> None:
     for cfg in stage.evals.values():
         for pair in cfg.same_classes(labelled):
             sources.check_same_classes(*pair)
+    if labelled is not None:
+        sources.need_labels(sources.open_source(stage.data))
     names = sources.open_source(stage.data).classes or ()
     if labelled is not None and names and len(names) != stage.model.num_classes:
         raise InputError(f"data has {len(names)} classes; set model.num_classes, now {stage.model.num_classes}")

@@ -15,7 +15,7 @@ from tinymim_jax.data import augment, decode, sources
 from tinymim_jax.data.config import Data
 from tinymim_jax.experiment import stage_file
 from tinymim_jax.experiment.config import Stage
-from tinymim_jax.runtime import metric_log, sharding
+from tinymim_jax.runtime import metric_log, sharding, storage
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.tasks.contract import STREAMS, Batch, Panels
 from tinymim_jax.training import start
@@ -113,7 +113,7 @@ def curves(panels: Mapping[str, Mapping[str, Points]], ylabel: str) -> matplotli
 def confusions(folder: Path, title: str) -> dict[str, matplotlib.figure.Figure]:
     """Accuracy by class beside what each class was taken for, of each evaluation whose arrays are in `folder`."""
     figures = {}
-    for file in sorted(folder.glob("*.npz")) if folder.is_dir() else ():
+    for file in storage.children(folder, "*.npz"):
         with file.open("rb") as opened, np.load(opened) as arrays:
             if "confusion" in arrays:
                 figures[f"{file.stem}_classes"] = by_class(**arrays, title=f"{title}: {file.stem}")

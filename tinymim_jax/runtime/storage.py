@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fnmatch
 import functools
 import hashlib
 import logging
@@ -83,6 +84,12 @@ def make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
 
+def children(folder: Path, pattern: str = "*") -> list[Path]:
+    """What in `folder` has a name like `pattern`, in order; `Path.glob` would take a [ in the folder's name for one."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in found if fnmatch.fnmatchcase(path.name, pattern))
+
+
 def remove(folder: Path) -> None:
     """Removes a folder and all that is in it, if it is there."""
     Path(folder).rmtree(missing_ok=True)
@@ -162,6 +169,8 @@ def check_writable(folder: Path) -> None:
 
 def check_checkpoints(folder: Path) -> None:
     """Raises InputError if checkpoints cannot be written under `folder`."""
+    if odd := re.search(r"[][*?\\\udc80-\udcff]", str(absolute(folder))):
+        raise InputError(f"{str(folder)!r}: orbax loses checkpoints in paths with {odd[0]!r}; choose another folder")
     if _scheme(folder) not in ("", "gs"):  # which is what orbax writes
         raise InputError(
             f"{folder}: checkpoints can be written to disks and gs:// only; mount the bucket (mount-s3 mounts those of"

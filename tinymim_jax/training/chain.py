@@ -9,6 +9,7 @@ import jax
 from etils.epath import Path
 
 from tinymim_jax.experiment.config import Config
+from tinymim_jax.runtime import storage
 from tinymim_jax.runtime.metric_log import read_done, write_json
 from tinymim_jax.runtime.preemption import StopRequest
 from tinymim_jax.training.loop import run_stage
@@ -38,7 +39,7 @@ def run_stages(
 
 def collect(cfg: Config, workdir: Path) -> dict[str, Any]:
     """The metrics of every finished stage in `workdir`, and each of `cfg.compare`'s tables that is complete."""
-    others = sorted(done.parent.name for done in workdir.glob("*/DONE"))
+    others = [folder.name for folder in storage.children(workdir)]
     stages = {
         name: read_done(workdir / name / "DONE")
         for name in dict.fromkeys([*cfg.stages, *others])

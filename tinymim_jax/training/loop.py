@@ -153,11 +153,8 @@ def run_stage(
         state, total = begun.state, setup.total_steps
         multihost.check_stop(stop, f"before stage {name}")
         first = int(np.ravel(jax.device_get(state.step))[0])
-        multihost.run_on_primary(
-            lambda: write_json(
-                folder / "stage.json", stage_file.describe(stage, setup.untrained(), start.classes_of(stage))
-            )
-        )
+        content = stage_file.describe(stage, setup.untrained(), start.classes_of(stage), len(loaded.rows.source))
+        multihost.run_on_primary(lambda: write_json(folder / "stage.json", content))
         checkpoints = stack.enter_context(Checkpoints(folder, run.keep))
         lines = [f"{name}: {total} steps of {run.batch_size} images", *loaded.report, *begun.report]
         print("\n  ".join([*lines, *setup.untrained_line()]), flush=True)

@@ -78,7 +78,8 @@ def load(stage: Stage, name: str, workdir: Path, mesh: jax.sharding.Mesh) -> Loa
     models = {field: source_model(None, init, workdir) for field, init in stage.task_inits().items()}
     setup = make_setup(stage, name, models, len(sources.open_source(stage.data)))
     rows = rows_of(setup)
-    frozen, report = {}, []
+    notes = dict.fromkeys(note for data in stage.data_sets() for note in sources.open_source(data).notes)
+    frozen, report = {}, [f"data: {note}" for note in notes]
     for field, init in stage.task_inits().items():
         target = setup.frozen[field]
         params, lines = _hand_over(name, field, target, handoff.for_teacher(init), workdir, None, models[field])

@@ -219,7 +219,8 @@ def replica_name(number: int) -> str:
 
 def replicas(folder: Path) -> list[str]:
     """The folders of the replicas of the finished stage in `folder`; [] if it has none."""
-    names = [f.parent.name for f in folder.glob(f"{checkpoint.REPLICA}*/DONE")] if finished(folder) else []
+    found = storage.children(folder, f"{checkpoint.REPLICA}*") if finished(folder) else []
+    names = [replica.name for replica in found if finished(replica)]
     return sorted(names, key=lambda name: int(name.removeprefix(checkpoint.REPLICA)))
 
 
