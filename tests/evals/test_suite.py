@@ -20,7 +20,7 @@ def test_the_clean_score_is_the_stage_s_own(finished, mesh, tmp_path):
     report = suite.evaluate(stage_file.read_subject(finished / "finetune"), "imagenet", Sets(), mesh, tmp_path)
     own = json.loads((finished / "finetune" / "DONE").read_text())["metrics"]
     assert report["results"]["digits/top1"] == own["val/top1"]
-    assert report["results"]["imagenet/images"] == 40
+    assert report["results"]["digits/images"] == 40
     assert report["checkpoint"] == str(finished / "finetune") and report["model"]["width"] == 12
 
 
@@ -83,8 +83,8 @@ def tree(root, splits=("train", "val"), classes=10, images=3):
 def test_another_tree(finished, mesh, tmp_path):
     data = tree(tmp_path / "tree")
     sets = Sets(data, per_class=2, bank_per_class=1)
-    report = suite.evaluate(stage_file.read_subject(finished / "finetune"), "tree", sets, mesh, tmp_path / "out")
-    assert report["results"]["imagenet/images"] == 20
+    report = suite.evaluate(stage_file.read_subject(finished / "finetune"), "imagenet", sets, mesh, tmp_path / "out")
+    assert report["results"]["tree/images"] == 20
     assert json.loads((tmp_path / "out" / "eval.json").read_text()) == report
     clean, bank = suite.data_sets(stage_file.read_subject(finished / "finetune"), sets)
     assert (clean.split, clean.per_class, bank.split, bank.per_class) == ("val", 2, "train", 1)
