@@ -41,8 +41,8 @@ class Labelled:
 class Folder(Labelled):
     """The images below `path/split/<class>/`, classes numbered in the order of their names; or in `path/split/`.
 
-    Without a `split`, they are all below `path`, unlabelled. Where `path` has no splits but these folders, each class is
-    split by `held_out`; images without classes all train.
+    Without a `split`, they are all below `path`, unlabelled. Where `path` has no splits but these folders, each class
+    is split by `held_out`; images without classes all train.
     """
 
     def __init__(self, data: Data) -> None:

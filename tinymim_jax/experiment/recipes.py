@@ -10,7 +10,19 @@ import re
 from typing import Any
 
 from tinymim_jax.experiment.config import (
-    Classification, Classify, Data, Decoder, Distill, Init, LabelTeacher, Mae, Optim, Relation, Run, Stage, ViT,
+    Classification,
+    Classify,
+    Data,
+    Decoder,
+    Distill,
+    Init,
+    LabelTeacher,
+    Mae,
+    Optim,
+    Relation,
+    Run,
+    Stage,
+    ViT,
 )  # fmt: skip
 from tinymim_jax.runtime.errors import InputError
 
