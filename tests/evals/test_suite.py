@@ -90,7 +90,7 @@ def test_another_tree(finished, mesh, tmp_path):
     assert (clean.split, clean.per_class, bank.split, bank.per_class) == ("val", 2, "train", 1)
     for splits, classes, message in (
         (("train",), 10, "other101/val: no such folder; the tree needs SPLIT/<class>/"),
-        (("train", "val"), 7, "has 7 classes that are not the model's 10"),
+        (("train", "val"), 7, "has 7 classes and the model 10"),
     ):
         other = tree(tmp_path / f"other{classes}{len(splits)}", splits, classes, 1)
         with pytest.raises(InputError, match=message):

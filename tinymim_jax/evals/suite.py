@@ -77,7 +77,10 @@ def evaluate(subject: Subject, suite: str, sets: Sets, mesh: jax.sharding.Mesh, 
     paper = PAPER.get(model.width_of(model.depth), {}) if model.num_classes == 1000 else {}
     if not sets.imagenet_c:  # corruptions made here are not the stored ones
         paper = {name: value for name, value in paper.items() if not name.startswith("corruptions/")}
-    report = {"checkpoint": subject.name, "model": codec.to_dict(model), "results": {}, "paper": paper, "notes": notes}
+    given = {field: value for field, value in dataclasses.asdict(sets).items() if value not in ("", None, False)}
+    asked = ", ".join(f"--{field}={value}" for field, value in {"suite": suite, **given}.items())
+    report = {"checkpoint": subject.name, "model": codec.to_dict(model), "results": {}, "paper": paper}
+    report["notes"] = [f"measured with {asked}", *notes]
     for name, evaluator in evaluators.items():
         finish = Measurement({name: evaluator}).run(variables, {}, title=name)
         print(f"{name}: all images seen; the result is being computed", file=sys.stderr, flush=True)

@@ -263,10 +263,8 @@ def transfer(model: ViT, init: Init, train: Data, val: Data) -> Stage:
     stage = finetune(model, init, train, val)
     stage.task = Classify(label_smoothing=0.0, mixup=0.0, cutmix=0.0, erasing=0.0)
     stage.data.rand_augment = ""
-    stage.optim = dataclasses.replace(
-        stage.optim, name="sgd", lr=0.1, lr_batch=None, warmup_epochs=10, weight_decay=0.0, momentum=0.9, nesterov=True,
-        layer_decay=0.75, clip_norm=1.0,
-    )  # fmt: skip
+    sgd = {"name": "sgd", "lr": 0.1, "lr_batch": None, "momentum": 0.9, "nesterov": True, "weight_decay": 0.0}
+    stage.optim = dataclasses.replace(stage.optim, **sgd, warmup_epochs=10, layer_decay=0.75, clip_norm=1.0)
     stage.run = Run(batch_size=512, epochs=50)
     return stage
 
