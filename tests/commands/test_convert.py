@@ -64,6 +64,20 @@ def test_convert_and_verify(here, capsys):
     assert "a/dst exists; name another folder, or delete it" in error(capsys, *argv[1:])
 
 
+def test_eps_and_pixels_that_the_user_knows(here, capsys):
+    files.deit(here / "x.pth", config.ViT(24, 2, 3, num_classes=5, image_size=16, patch_size=8))
+    flags = ["--layer_norm_eps=1e-5", "--mean=0.5,0.25,0.125", "--std=1,0.5,2"]
+    assert main(["convert", "x.pth", "dst", HEADS, *flags]) == 0
+    assert stage_file.read_model(here / "dst").layer_norm_eps == 1e-5
+    facts = stage_file.read_converted(here / "dst")
+    assert facts["preprocessing"] == {"mean": [0.5, 0.25, 0.125], "std": [1.0, 0.5, 2.0]}
+    assert facts["preprocessing_is_stated"] is True
+    capsys.readouterr()
+    for flag in ("--mean=a,b,c", "--mean=0.5", "--std=1,1,0", "--mean=nan,0,0", "--std=1,1,-1"):
+        assert f"{flag}: give three numbers" in error(capsys, "x.pth", "other", HEADS, flag)
+    assert not (here / "other").exists()
+
+
 def test_flags_reach_the_model(here):
     files.deit(here / "x.pth", config.ViT(24, 2, 3, num_classes=5, image_size=16, patch_size=8))
     assert main(["convert", "x.pth", "dst", HEADS, "--last_block_heads=4"]) == 0

@@ -21,6 +21,7 @@ def test_the_clean_score_is_the_stage_s_own(finished, mesh, tmp_path):
     own = json.loads((finished / "finetune" / "DONE").read_text())["metrics"]
     assert report["results"]["digits/top1"] == own["val/top1"]
     assert report["results"]["digits/images"] == 40
+    assert report["notes"] == ["labels go by the names of the classes"]
     assert report["checkpoint"] == str(finished / "finetune") and report["model"]["width"] == 12
 
 
@@ -85,6 +86,9 @@ def test_another_tree(finished, mesh, tmp_path):
     sets = Sets(data, per_class=2, bank_per_class=1)
     report = suite.evaluate(stage_file.read_subject(finished / "finetune"), "imagenet", sets, mesh, tmp_path / "out")
     assert report["results"]["tree/images"] == 20
+    (note,) = report["notes"]  # digits are called 0 to 9, and these c0 to c9
+    assert note.startswith("names of classes cannot be compared: output 0 of the model is taken to be 'c0'")
+    assert f"N{note[1:]}." in (tmp_path / "out" / "eval.md").read_text()
     assert json.loads((tmp_path / "out" / "eval.json").read_text()) == report
     clean, bank = suite.data_sets(stage_file.read_subject(finished / "finetune"), sets)
     assert (clean.split, clean.per_class, bank.split, bank.per_class) == ("val", 2, "train", 1)
@@ -180,3 +184,23 @@ def test_a_folder_that_cannot_be_written_is_found_before_anything_is_measured(fi
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written to"):
         suite.evaluate(stage_file.read_subject(finished / "finetune"), "imagenet", Sets(), mesh, tmp_path / "file")
+
+
+def test_labels_of_a_model_with_names_in_another_order(finished, mesh, tmp_path):
+    """The tree's folders are its classes, whatever the order of the outputs; an image is scored by its name."""
+    data = Sets(tree(tmp_path / "tree", ("val", "train"), images=1))
+    subject = stage_file.read_subject(finished / "finetune")
+    logits = {}
+    for title, names in (
+        ("ordered", [f"c{i}" for i in range(10)]),
+        ("turned", [f"c{(i + 3) % 10}" for i in range(10)]),
+    ):
+        named = dataclasses.replace(subject, classes=names)
+        report = suite.evaluate(named, "imagenet", data, mesh, tmp_path / title)
+        assert report["notes"] == ["labels go by the names of the classes"]
+        logits[title] = report["results"]["tree/top1"]
+    pixels = np.stack([np.full((16, 16, 3), 20 * c, np.uint8) for c in range(10)])
+    clean, _ = suite.data_sets(subject, data)
+    best = np.asarray(suite.predict_of(subject, clean)(subject.variables, {}, {"image": pixels}).logits).argmax(-1)
+    assert logits["ordered"] == 100 * np.mean(best == np.arange(10))
+    assert logits["turned"] == 100 * np.mean((best + 3) % 10 == np.arange(10))

@@ -1,6 +1,7 @@
 """`convert`: other people's checkpoint -> a folder that `Init(path=...)`, `load`, `inspect` and `export` read."""
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -66,7 +67,10 @@ def told(values: flags.FlagValues) -> "Told":
         if (given := getattr(values, name)) is None:
             continue
         try:
-            setattr(found, name, [float(x) for x in given])
-        except ValueError:
-            raise InputError(f"--{name}={','.join(given)}: give three numbers, e.g. 0.5,0.5,0.5") from None
+            red, green, blue = map(float, given)
+        except ValueError:  # no numbers, or not three
+            red = green = blue = math.nan
+        if not all(0 <= x < 1e6 and (x or name == "mean") for x in (red, green, blue)):
+            raise InputError(f"--{name}={','.join(given)}: give three numbers, e.g. 0.5,0.5,0.5")
+        setattr(found, name, [red, green, blue])
     return found
