@@ -168,7 +168,10 @@ def test_panels_show_the_relations_of_one_patch():
     batch = stages.batch(2)
     found = task.panels({"params": params}, frozen, batch, stages.rngs())
     titles = [f"relation {name} {who}" for name in ("QK", "VV") for who in ("teacher", "student")]
-    assert found.column_labels == ["", "feature cosine teacher", "feature cosine student", *titles]
+    assert [label.split("\n")[0] for label in found.column_labels] == [
+        "", "feature cosine teacher", "feature cosine student", *titles
+    ]  # fmt: skip
+    assert [label.split("\n")[1] for label in found.column_labels[1:]] == ["block 3 of 4", "block 3 of 3"] * 3
     assert found.box == (8, 8, 4) and not found.row_labels  # patch (2, 2) of the 4 x 4
     assert [[np.shape(image) for image in row] for row in found.rows] == [[(16, 16, 3)] + [(4, 4)] * 6] * 2
     clean = stages.normalised(batch["image"])
@@ -194,7 +197,7 @@ def test_panels_of_features_show_cosine_similarities():
     params, frozen = stages.weights(task)
     batch = stages.batch(2)
     found = task.panels({"params": params}, frozen, batch, stages.rngs())
-    assert found.column_labels == ["", "cosine teacher", "cosine student"]
+    assert found.column_labels == ["", "cosine teacher\nblock 3 of 4", "cosine student\nblock 3 of 3"]
     own = reference.vit(params["encoder"], stages.normalised(batch["image"]), 4, (2, 2, 3))[2]["out"]
     dense = jax.tree.map(np.asarray, params["pretext"]["feature"])
     projected = own @ dense["kernel"] + dense["bias"]
@@ -235,3 +238,13 @@ def test_flops_against_xla(target):
     ratio = flops_ratio(config.Distill(config.Init(stage="t"), {"x": target}).build(context), 4)
     print(f"XLA over counted: {ratio:.4f}")
     assert 0.95 < ratio < 1.05
+
+
+@pytest.mark.parametrize(
+    ("heads", "said"), [(None, "mean of 2 heads"), (2, "mean of 2 heads"), (4, "mean of 4 heads\nsplit from 2")]
+)
+def test_a_picture_says_how_the_teacher_s_heads_are_split(heads, said):
+    teacher = config.ViT(8, 3, 2, image_size=16, patch_size=4)
+    student = config.ViT(8, 2, heads or 2, image_size=16, patch_size=4)
+    target = config.Relation(2, 1, heads=heads).build("x", teacher, student)
+    assert target.sides(teacher) == (f"block 2 of 3\n{said}", f"block 1 of 2\nmean of {heads or 2} heads")

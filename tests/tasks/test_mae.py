@@ -91,7 +91,9 @@ def test_panels_show_what_is_reconstructed(norm_pix):
     task, batch = stages.mae({"norm_pix_loss": norm_pix}), stages.batch(2)
     params, rngs = stages.weights(task)[0], stages.rngs()
     found = task.panels({"params": params}, {}, batch, rngs)
-    assert found.title == "75% of the patches masked" and found.box is None
+    first, *more = found.title.splitlines()
+    assert first == "75% of the patches masked" and found.box is None
+    assert ["true mean and contrast" in line for line in more] == [True] * norm_pix  # what the model did not predict
     assert found.row_labels == ["original", "masked", "reconstructed"]
     assert [[image.shape for image in row] for row in found.rows] == [[(16, 16, 3)] * 2] * 3
     original, masked, whole = (reference.patchify(np.array(row), 4) for row in found.rows)
