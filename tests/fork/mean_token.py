@@ -60,5 +60,8 @@ class MeanTokenLoss:
             rows.append(jnp.pad(share, ((0, 0), (encoder.num_prefix, 0))))
         return {"share": tuple(rows)}
 
+    def sides(self, teacher: Encoder) -> tuple[str, str]:
+        return f"block {self.cfg.teacher_block}", f"block {self.cfg.student_block}"
+
     def flops(self) -> float:
         return 6.0 * self.widths[0] * self.widths[1]

@@ -10,7 +10,7 @@ import pytest
 from tests.models import reference
 from tinymim_jax.experiment import recipes
 from tinymim_jax.experiment.config import ViT
-from tinymim_jax.models import posembed
+from tinymim_jax.models import layers, posembed
 from tinymim_jax.runtime.errors import InputError
 
 TINY = ViT(24, 3, 3, last_block_heads=6, image_size=16, patch_size=4)
@@ -362,3 +362,13 @@ def test_images_of_any_float_type():
     model, params = make()
     images = jax.ShapeDtypeStruct((2, 16, 16, 3), "bfloat16")
     assert jax.eval_shape(model.apply, {"params": params}, images).tokens.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("weight_init", ["mae", "deit"])
+def test_blocks_are_traced_once_in_all_calls(weight_init):
+    model, params = make(depth=2, weight_init=weight_init)
+    counts = []
+    for _ in range(3):
+        model.apply({"params": params}, pictures())
+        counts.append(layers._apply_jitted._cache_size())
+    assert len(set(counts)) == 1

@@ -151,7 +151,7 @@ def pixel_noise(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     A tenth of the work of jax.random.normal, whose threefry would be most of the cost of erasing. The hash is the
     finaliser of MurmurHash3 (fmix32).
     """
-    own = jax.random.bits(key, (shape[0], *[1] * (len(shape) - 1)))
+    own = jax.random.bits(key, (shape[0], *[1] * (len(shape) - 1)), jnp.uint32)
     x = jax.lax.iota(jnp.uint32, math.prod(shape[1:])).reshape(1, *shape[1:]) * jnp.uint32(0x9E3779B9) ^ own
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = (x ^ x >> shift) * jnp.uint32(factor)

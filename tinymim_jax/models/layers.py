@@ -17,6 +17,7 @@ from tinymim_jax.models.contract import BlockTrace
 from tinymim_jax.runtime.errors import InputError
 
 xavier = nn.initializers.xavier_uniform()
+normal = nn.initializers.normal(0.02)  # made once: blocks are compared by it
 
 
 def patchify(images: jax.Array, patch_size: int) -> jax.Array:

@@ -206,17 +206,17 @@ class VisionTransformer(nn.Module):
 
     def _kernel_init(self) -> nn.initializers.Initializer:
         # torch's trunc_normal_ cuts at 2, which is 100 standard deviations away: nothing is cut.
-        return nn.initializers.normal(0.02) if self.cfg.weight_init == "deit" else layers.xavier
+        return layers.normal if self.cfg.weight_init == "deit" else layers.xavier
 
     def _embed(self, images: jax.Array, keep: jax.Array | None) -> jax.Array:
         """Patch embedding plus positions, CLS (and the distillation token) in front: [B, N, D]."""
         cfg, extra = self.cfg, self.cfg.num_prefix
         table = posembed.sincos(cfg.grid, cfg.width, extra)
         is_random = cfg.weight_init == "deit" and cfg.posembed == "trainable"
-        start = nn.initializers.normal(0.02) if is_random else lambda *_: jnp.asarray(table)
+        start = layers.normal if is_random else lambda *_: jnp.asarray(table)
         pos = self.param("pos_embed", start, table.shape).astype(images.dtype)
         names = ("cls_token", "dist_token")[:extra]
-        tokens = [self.param(name, nn.initializers.normal(0.02), (1, 1, cfg.width)) for name in names]
+        tokens = [self.param(name, layers.normal, (1, 1, cfg.width)) for name in names]
         front = jnp.concatenate(tokens, axis=1).astype(images.dtype) + pos[:, :extra]
         patches, patch_pos = patchify(images, cfg.patch_size), pos[:, extra:]
         if keep is not None:

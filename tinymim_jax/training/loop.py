@@ -171,12 +171,11 @@ def run_stage(
         evaluations = Evaluations(loaded, log, stop)
 
         def save(step: int) -> None:
-            """Starts to write all that a run needs to go on from `step`; then waits for what is evaluated."""
+            """Waits for what is evaluated; then starts to write all that a run needs to go on from `step`."""
             progress.collect()  # a state whose loss is not finite is never saved
+            evaluations.wait()  # a run that goes on from here does not evaluate what came before
             multihost.run_on_primary(lambda: (guard(), log.flush()))
             checkpoints.save(step, to_items(state), progress.state())
-            evaluations.wait()
-            multihost.run_on_primary(log.flush)
 
         def leave(step: int) -> None:
             checkpoints.wait()

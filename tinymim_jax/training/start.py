@@ -165,7 +165,10 @@ def begin(loaded: Loaded, workdir: Path) -> Begun:
     state = create(host_keys(setup, keys.INIT))
     if setup.stage.init is not None:
         state, lines = _initialised(setup, state, shardings, mesh, workdir)
-        report += [*lines, *_differences(setup.stage, "init", setup.stage.init, workdir)]
+        report += [
+            *lines,
+            *multihost.raise_everywhere(lambda: _differences(setup.stage, "init", setup.stage.init, workdir)),
+        ]
     return Begun(state, shardings, None, report)
 
 
