@@ -93,6 +93,8 @@ def plain(*names: str) -> Iterator[None]:
                 else mock.patch.object(where, name, piece)
             )
             stack.enter_context(patch)
+        jax.clear_caches()  # of blocks that were traced with other pieces
+        stack.callback(jax.clear_caches)
         yield
 
 
