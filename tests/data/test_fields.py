@@ -91,7 +91,7 @@ def test_masks_are_cropped_with_their_images(mesh, workers, caplog):
 
 
 def test_what_a_record_lacks_stops(mesh):
-    with pytest.raises(InputError, match=r"^number 3: has no mask, or set data\.on_bad_image=skip$"):
+    with pytest.raises(InputError, match=r"^number 3: has no mask, or leave such images out with on_bad_image=skip"):
         list(pipeline.eval_batches(EVAL, Segmented(), batch_size=5, mesh=mesh, fields=MASKS))
 
 
