@@ -1,8 +1,7 @@
 """Every command of README and docs/ is typed as it stands there, on small stand-ins for what a user has.
 
 Stand-ins: trees of a few images, a run of the demo whose stages have two steps, a ViT-L with random weights. Runs that are
-not of the demo get --dry_run. Benchmarks
-measure the demo's models.
+not of the demo get --dry_run; benchmarks measure the demo's models.
 """
 
 import os
