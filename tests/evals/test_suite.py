@@ -86,7 +86,8 @@ def test_another_tree(finished, mesh, tmp_path):
     sets = Sets(data, per_class=2, bank_per_class=1)
     report = suite.evaluate(stage_file.read_subject(finished / "finetune"), "imagenet", sets, mesh, tmp_path / "out")
     assert report["results"]["tree/images"] == 20
-    (note,) = report["notes"]  # digits are called 0 to 9, and these c0 to c9
+    measured, note = report["notes"]  # digits are called 0 to 9, and these c0 to c9
+    assert measured.startswith("measured with --suite=imagenet, --data=")
     assert note.startswith("names of classes cannot be compared: output 0 of the model is taken to be 'c0'")
     assert f"N{note[1:]}." in (tmp_path / "out" / "eval.md").read_text()
     assert json.loads((tmp_path / "out" / "eval.json").read_text()) == report
