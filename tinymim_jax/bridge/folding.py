@@ -6,10 +6,10 @@ import numpy as np
 
 from tinymim_jax.bridge.files import Source
 from tinymim_jax.bridge.key_names import Arrays, depth
+from tinymim_jax.models import batch_norm
 from tinymim_jax.runtime.errors import InputError
 
 SCALED = {"ls1.gamma": "attn.proj", "gamma_1": "attn.proj", "ls2.gamma": "mlp.fc2", "gamma_2": "mlp.fc2"}
-PROBE_EPS = 1e-6  # of the BatchNorm in MAE's main_linprobe.py
 
 
 def fold(arrays: Arrays, source: Source) -> list[str]:
@@ -50,12 +50,11 @@ def _probe_norm(arrays: Arrays) -> str:
     keys = ("head.0.running_mean", "head.0.running_var", "head.1.weight", "head.1.bias")
     if not all(key in arrays for key in keys):
         return ""
-    mean, var, weight, bias = (arrays[key].astype(np.float64) for key in keys)
+    mean, var, weight, bias = (arrays[key] for key in keys)
     if weight.shape != (*bias.shape, *mean.shape) or var.shape != mean.shape or (var < 0).any():
         raise InputError("head.0 (BatchNorm) and head.1 (Linear) do not fit together, or a variance is negative")
     for key in keys:
         del arrays[key]
-    weight = weight / np.sqrt(var + PROBE_EPS)
-    arrays["head.weight"] = weight.astype(np.float32)
-    arrays["head.bias"] = (bias - weight @ mean).astype(np.float32)
-    return f"the BatchNorm before the head (eps {PROBE_EPS:g}, as in MAE's linear probe) is folded into it"
+    kernel, arrays["head.bias"] = batch_norm.fold(weight.T, bias, mean, var)
+    arrays["head.weight"] = kernel.T
+    return f"the BatchNorm before the head (eps {batch_norm.PROBE_EPS:g}, as in MAE's linear probe) is folded into it"

@@ -5,8 +5,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 MOMENTUM = 0.1  # torch's: the share of the new
+PROBE_EPS = 1e-6  # of a linear probe (MAE, main_linprobe.py)
 
 
 class BatchNorm(nn.Module):
@@ -39,3 +41,10 @@ def merge(before: Any, parts: Any, rows: int) -> Any:
         return {"mean": new["mean"].mean(axis=0), "var": kept + (within + between) / (total - 1)}
 
     return jax.tree.map(merged, before, parts, is_leaf=lambda node: "mean" in node)
+
+
+def fold(kernel: np.ndarray, bias: np.ndarray, mean: np.ndarray, var: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The kernel [D, C] and bias [C] that give, without the probe's norm, what `kernel` and `bias` give behind it."""
+    kernel, bias, mean, var = (np.asarray(array, np.float64) for array in (kernel, bias, mean, var))
+    kernel = kernel / np.sqrt(var + PROBE_EPS)[:, None]
+    return kernel.astype(np.float32), (bias - mean @ kernel).astype(np.float32)

@@ -8,7 +8,6 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.lax import optimization_barrier
 
 from tinymim_jax.models import batch_norm, layers, posembed
@@ -16,8 +15,6 @@ from tinymim_jax.models.contract import Encoder, EncoderOutput
 from tinymim_jax.models.layers import Block, patchify
 from tinymim_jax.runtime.codec import ranged
 from tinymim_jax.runtime.errors import InputError
-
-BATCH_NORM_EPS = 1e-6  # of a linear probe (MAE's main_linprobe.py)
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -72,12 +69,9 @@ class ViT(Encoder):
         params = variables["params"]
         if not self.head_norm:
             return self, params
-        head = {key: np.asarray(array, np.float64) for key, array in params["encoder"]["head"].items()}
-        mean, var = (np.asarray(variables["batch_stats"]["head_norm"][key], np.float64) for key in ("mean", "var"))
-        kernel = head["kernel"] / np.sqrt(var + BATCH_NORM_EPS)[:, None]
-        folded = {"kernel": kernel.astype(np.float32), "bias": (head["bias"] - mean @ kernel).astype(np.float32)}
-        plain = dataclasses.replace(self, head_norm=False)
-        return plain, {**params, "encoder": {**params["encoder"], "head": folded}}
+        kernel, bias = batch_norm.fold(**params["encoder"]["head"], **variables["batch_stats"]["head_norm"])
+        head = {"kernel": kernel, "bias": bias}
+        return dataclasses.replace(self, head_norm=False), {**params, "encoder": {**params["encoder"], "head": head}}
 
     def check_masked(self, where: str) -> None:
         if self.pool != "cls" or self.num_classes or self.dist_token:
@@ -250,7 +244,7 @@ class VisionTransformer(nn.Module):
         else:
             pooled = x[:, 0]
         if cfg.head_norm:  # MAE's main_linprobe.py
-            pooled = batch_norm.BatchNorm(BATCH_NORM_EPS, name="head_norm")(pooled, train)
+            pooled = batch_norm.BatchNorm(batch_norm.PROBE_EPS, name="head_norm")(pooled, train)
         inputs = {"head": pooled, "head_dist": x[:, 1]} if cfg.dist_token else {"head": pooled}
         init = nn.initializers.normal(0.01 if cfg.head_norm else 2e-5)  # not cut, as in `_kernel_init`
         if cfg.weight_init == "deit":
