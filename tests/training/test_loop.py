@@ -66,7 +66,8 @@ def test_an_interrupted_chain_ends_like_an_uninterrupted_one(chain, mesh, tmp_pa
 def test_a_stage_writes_what_the_design_says(chain, mesh, tmp_path):
     results = run_stage(chain.stages["mae"], "mae", tmp_path, mesh)
     folder = tmp_path / "mae"
-    assert {p.name for p in folder.iterdir()} == {"stage.json", "metrics.jsonl", "tensorboard", "checkpoints", "DONE"}
+    logs = {"metrics.jsonl", "metrics.csv", "tensorboard"}
+    assert {p.name for p in folder.iterdir()} == {"stage.json", "checkpoints", "DONE", *logs}
     assert json.loads((folder / "DONE").read_text()) == {"step": 4, "metrics": results}
     assert stage_file.read_stage(folder) == chain.stages["mae"]
     assert stage_file.read_untrained(folder) == ["encoder/pos_embed", "pretext/decoder/pos_embed"]
