@@ -50,5 +50,5 @@ def main(argv: list[str]) -> None:
     report = suite.evaluate(stage_file.read_subject(folder), values.suite, sets, make_mesh(), out)
     print(suite.table(report))
     print(f"wrote {out}/eval.json and {out}/eval.md")
-    for picture in figures.save(figures.confusions(out, folder.name), out):
+    for picture in figures.save(figures.confusions(storage.children(out, "*.npz"), folder.name), out):
         print(f"wrote {picture}")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ Points = dict[str, list[tuple[float, float]]]
 
 
 def write(workdir: Path, names: list[str]) -> list[Path]:
-    """Draws the finished stages `names` into WORKDIR/report/; returns the files."""
+    """Draws the finished stages `names` into WORKDIR/report/, of replicas the first; returns the files."""
     folder = workdir / "report"
     folder.mkdir(exist_ok=True)
     stages = {name: stage_file.read_stage(workdir / name) for name in names}
@@ -35,7 +35,9 @@ def write(workdir: Path, names: list[str]) -> list[Path]:
     if curves := evaluation_curves(workdir, stages):
         figures["evaluations"] = curves
     for name, stage in stages.items():
-        figures |= {f"{name}_{key}": figure for key, figure in confusions(workdir / name / "evals", name).items()}
+        first = f"{handoff.replica_name(0)}_*.npz" if stage.run.replicas > 1 else "*.npz"
+        arrays = storage.children(workdir / name / "evals", first)
+        figures |= {f"{name}_{key}": figure for key, figure in confusions(arrays, name).items()}
         try:
             if panels := panels_of(stage, name, workdir):
                 figures[f"{name}_{stage.task.kind}"] = drawn(panels, name)
@@ -110,10 +112,10 @@ def curves(panels: Mapping[str, Mapping[str, Points]], ylabel: str) -> matplotli
     return figure
 
 
-def confusions(folder: Path, title: str) -> dict[str, matplotlib.figure.Figure]:
-    """Accuracy by class beside what each class was taken for, of each evaluation whose arrays are in `folder`."""
+def confusions(files: Iterable[Path], title: str) -> dict[str, matplotlib.figure.Figure]:
+    """Accuracy by class beside what each class was taken for, of each evaluation whose arrays are in one of `files`."""
     figures = {}
-    for file in storage.children(folder, "*.npz"):
+    for file in files:
         with file.open("rb") as opened, np.load(opened) as arrays:
             if "confusion" in arrays:
                 figures[f"{file.stem}_classes"] = by_class(**arrays, title=f"{title}: {file.stem}")
