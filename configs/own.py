@@ -16,9 +16,10 @@ Options, after the colon and separated by commas:
 The losses and optimisers are those of MAE and TinyMIM. These are choices of this project, not published ones: as many
 epochs as show 4 million images in pre-training (200 to 1600 epochs), 2 million in distillation (100 to 400) and 400,000 in
 fine-tuning (30 to 200); warm-up in a twentieth of them; batches of up to a quarter of the images (at least 32, if there are
-so many, at most 512, in fine-tuning 256), with learning rates as for 128 images or more; a ViT-B for small data sets; the relations of the block at three quarters of the teacher's depth (the paper's block 18 of 24),
-or of the last block of a teacher that was distilled itself; the values of `recipes.finetune_small`. Images that cannot be
-decoded are named and left out.
+so many, at most 512, in fine-tuning 256), with learning rates as for 128 images or more; a ViT-B for small data sets; the
+relations of the block at three quarters of the teacher's depth (the paper's block 18 of 24), or of the last block of a
+teacher that was distilled itself; the values of `recipes.finetune_small`. Images that cannot be decoded are named and left
+out.
 Cost: not measured; with a teacher, MAE's pre-training, the longest part, is left out.
 Expected: no published number; a teacher that has seen more images is better than one of your own unless you have very many.
 """

@@ -40,7 +40,7 @@ def provenance(folder: Path, depth: int = 0) -> list[str]:
 def _task(stage: config.Stage) -> str:
     run, data = stage.run, stage.data
     length = f"{run.epochs:g} epochs" if run.epochs is not None else f"{run.steps} steps"
-    where = f"{data.source} {data_set(data)}" if data_set(data) != data.source else data.source
+    where = f"{data.source} {data.title()}" if data.title() != data.source else data.source
     return f"{stage.task.summary()}, {length} of {where}, batch {run.batch_size}"
 
 
@@ -85,12 +85,7 @@ def _measured_on(folder: Path, name: str) -> str:
     """The data set of an accuracy, as far as the stage says."""
     stage = None if stage_file.read_converted(folder) else stage_file.read_stage(folder)
     data = stage.evals[name].data if stage and name in stage.evals else None
-    return f"{name}, {data_set(data)}, split {data.split}" if data else name
-
-
-def data_set(data: config.Data) -> str:
-    """A data set's name, without the folders that are of one machine only."""
-    return data.name or (Path(data.path).name if data.path else data.source)
+    return f"{name}, {data.title()}, split {data.split}" if data else name
 
 
 def front_matter(model: Encoder, library: str | None) -> str:

@@ -1,6 +1,7 @@
 """A data set, and how its records become images."""
 
 import dataclasses
+from pathlib import PurePosixPath
 from typing import Literal
 
 from tinymim_jax.runtime.codec import ranged
@@ -43,6 +44,10 @@ class Data:
     threads: int = ranged(2, at_least=1)  # batches read in parallel in each process
     workers: int = ranged(0, at_least=0)  # worker processes; 0: threads only
     prefetch: int = ranged(4, at_least=1)  # batches kept ready
+
+    def title(self) -> str:
+        """What it is called, without the folders that are of one machine only."""
+        return self.name or PurePosixPath(self.path).name or self.source
 
     def check(self, where: str) -> None:
         """Raises InputError, naming fields by `where`, on values that do not fit together."""

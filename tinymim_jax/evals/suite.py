@@ -162,7 +162,7 @@ def _name_of(data: Data) -> str:
     """What results on `data` are called."""
     if subsets.is_imagenet(open_source(data).classes, data.name):
         return "imagenet"
-    name = re.sub(r"[^\w.+-]", "_", storage.path(data.path).name if data.path else data.name or data.source)
+    name = re.sub(r"[^\w.+-]", "_", data.title())
     return f"{name}_" if name in {"corruptions", "knn", "logistic", "imagenet_a", "imagenet_r"} else name
 
 

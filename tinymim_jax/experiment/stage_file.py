@@ -76,8 +76,8 @@ def read_preprocessing(folder: Path) -> dict[str, Any]:
         data = Data("folder", **{key: stated[key] for key in PIXELS if key in stated})
     else:
         stage = read_stage(folder)
-        evals = [cfg.data for cfg in stage.evals.values() if not getattr(cfg, "stored", False)]
-        data = next((own for own in evals if not own.corruption), stage.data)
+        opened = [data for cfg in stage.evals.values() for data in cfg.opened()]
+        data = next((data for data in opened if not data.corruption), stage.data)
     return {key: codec.to_dict(getattr(data, key)) for key in PIXELS}
 
 

@@ -218,7 +218,7 @@ class Block(nn.Module):
 
 
 def run_blocks(
-    parent: nn.Module, blocks: Sequence[Block], x: jax.Array, drop_path: Sequence[float | None] | None = None, *,
+    parent: nn.Module, blocks: Sequence[Block], x: jax.Array, drop_path: Sequence[float] | None = None, *,
     remat: bool = False, capture: Collection[int] = (),
 ) -> tuple[jax.Array, dict[int, BlockTrace]]:  # fmt: skip
     """[B, N, D] through modules without a parent, as `block1`, ... of `parent`; and the traces of those captured.

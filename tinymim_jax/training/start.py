@@ -112,7 +112,7 @@ def rows_of(setup: StageSetup) -> pipeline.TrainRows | pipeline.ReplicaRows:
 
 def make_evaluators(setup: StageSetup, workdir: Path, mesh: jax.sharding.Mesh) -> dict[str, Evaluator]:
     """The stage's evaluators, with the checkpoints that they name."""
-    evaluators = {}
+    evaluators, classes = {}, classes_of(setup.stage)
     for name, cfg in setup.stage.evals.items():
         models = {}
         for field, init in setup.stage.eval_inits(name).items():
@@ -120,7 +120,6 @@ def make_evaluators(setup: StageSetup, workdir: Path, mesh: jax.sharding.Mesh) -
             variables = handoff.read_variables(folder)
             variables = sharding.put_tree(variables, sharding.state_sharding(mesh, variables))
             models[field] = stage_file.read_model(folder), variables
-        classes = classes_of(setup.stage)
         evaluators[name] = cfg.build(Context(mesh, setup.task.predict, setup.stage.model, models, classes))
     return evaluators
 
