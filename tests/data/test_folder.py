@@ -77,7 +77,7 @@ def test_the_files_are_those_that_pillow_reads(tmp_path):
             pixels = read_by_pillow(os.path.join(where, file))
             if pixels is not None and not file.startswith("."):
                 expected[os.path.relpath(os.path.join(where, file), tmp_path / "train")] = pixels
-            elif not file.startswith("."):
+            else:
                 others += 1
     source = folder(tmp_path)
     found = names(source)
@@ -90,7 +90,8 @@ def test_the_files_are_those_that_pillow_reads(tmp_path):
             np.testing.assert_array_equal(np.asarray(decode(source[i]["image"], name)), expected[name])
     (note,) = source.notes
     assert note.startswith(f"{others - (len(found) - len(expected))} files left out: ") and "1 .txt" in note
-    assert "1 without an ending" in note and "1 .csv" in note and note in summary(source)
+    assert "1 without an ending" in note and "1 .csv" in note and "2 hidden" in note
+    assert note in summary(source)
 
 
 def test_pixels_whose_range_nobody_says_are_refused(tmp_path):

@@ -78,6 +78,7 @@ def test_an_unfinished_stage_with_a_checkpoint_may_change_little(chain, tmp_path
     with pytest.raises(InputError, match=r"optim\.weight_decay: 0\.05 -> 0\.1"):
         run_chain(check(chain), tmp_path)
     chain.stages["mae"].optim.weight_decay, chain.stages["mae"].data.on_bad_image = 0.05, "skip"
+    chain.stages["mae"].evals["knn"].bank.on_bad_image = "skip"
     assert "mae" in run_chain(check(chain), tmp_path, "mae")["stages"]
 
 

@@ -145,7 +145,10 @@ def compile_step(setup: StageSetup, mesh: jax.sharding.Mesh) -> tuple[Any, tuple
     stage: Stage = setup.stage
     mesh_lib.check_batch(stage.run.batch_size, mesh, stage.optim.accum_steps)
     batch = step_batch(setup)
-    batch["image"] = np.random.default_rng(0).integers(0, 256, batch["image"].shape, np.uint8)
+    draws = np.random.default_rng(0)
+    for field, zero in setup.task.fields.empty(stage.data).items():
+        if zero.dtype == np.uint8:
+            batch[field] = draws.integers(0, 256, batch[field].shape, np.uint8)
     per_call = stage.run.steps_per_call
     axis = int(per_call > 1) + (not setup.shares_batches)
     batch = mesh_lib.put_batch(stacked([batch] * per_call, per_call), mesh, axis=axis)

@@ -12,7 +12,10 @@ Image.init()
 NOT_READ = {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5", "IMT", "IPTC", "SPIDER"}
 FORMATS = [kind for kind in Image.ID if kind not in NOT_READ]
 EXTENSIONS = {end for end, kind in Image.registered_extensions().items() if kind in (*FORMATS, "MPO")}
-SKIP = "or leave such images out with on_bad_image=skip (a field of data, a flag of eval and prepare)"
+SKIP = (
+    "or leave such images out with on_bad_image=skip (--config.stages.NAME.data.on_bad_image, of an eval's images"
+    " --config.stages.NAME.evals.NAME.data.on_bad_image; a flag of eval and prepare)"
+)
 
 
 def decode(image: bytes | np.ndarray | Image.Image, name: str) -> Image.Image:

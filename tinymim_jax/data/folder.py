@@ -74,7 +74,7 @@ class Folder(Labelled):
         self._labels = np.repeat(np.arange(len(found)) if self.classes else -1, list(map(len, found.values())))
 
     def _list(self, folder: str) -> dict[str, bool]:
-        """Whether each thing in `folder`, hidden ones apart (macOS' `._name.jpg` are no images), is a folder itself."""
+        """Whether each thing in `folder`, hidden folders apart, is a folder itself."""
         try:
             if "://" in folder:
                 listed = self._storage.ls(folder, detail=True)
@@ -86,7 +86,7 @@ class Folder(Labelled):
                     found = {e.name: e.is_dir() and not (e.is_symlink() and _is_loop(e.path)) for e in entries}
         except Exception as error:  # each bucket's library has its own
             raise InputError(f"{folder}: cannot be listed ({reason(error)}); mend it") from error
-        return {name: found[name] for name in sorted(found) if not name.startswith(".")}
+        return {name: found[name] for name in sorted(found) if not (found[name] and _is_hidden(name))}
 
     def _walk(self, folder: str) -> list[str]:
         """The files below a folder of the root, in order, with their paths from the root."""
@@ -139,13 +139,22 @@ def _is_loop(link: str) -> bool:
 
 
 def _is_image(file: str) -> bool:
-    return os.path.splitext(file)[1].lower() in EXTENSIONS
+    return os.path.splitext(file)[1].lower() in EXTENSIONS and not _is_hidden(file)
+
+
+def _is_hidden(file: str) -> bool:
+    """As macOS' `._name.jpg`, which are no images."""
+    return os.path.basename(file).startswith(".")
+
+
+def _kind(file: str) -> str:
+    return "hidden" if _is_hidden(file) else os.path.splitext(file)[1].lower() or "without an ending"
 
 
 def _left_out(files: dict[str, list[str]], found: set[str]) -> tuple[str, ...]:
     """A note of what is no image or, where there are class folders, lies beside these; () if there is nothing."""
     kinds = collections.Counter(
-        "beside the class folders" if _is_image(file) else os.path.splitext(file)[1].lower() or "without an ending"
+        "beside the class folders" if _is_image(file) else _kind(file)
         for name, each in files.items()
         for file in each
         if name not in found or not _is_image(file)

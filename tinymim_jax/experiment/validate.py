@@ -30,18 +30,20 @@ def check(config: Config) -> Config:
                     f"stages.{name}: takes weights from stage {init.stage!r}, which is not an earlier stage;"
                     f" those are: {', '.join(earlier) or 'none'}"
                 )
-            _check_replica(f"stages.{name}.{where}", stage, init.replica, config.stages.get(init.stage))
+            source = config.stages.get(init.stage)
+            _check_replica(f"stages.{name}.{where}", where == "init", stage, init.replica, source)
         earlier.append(name)
     for title, table in config.compare.items():
         _check_table(f"compare.{title}", table, config)
     return config
 
 
-def _check_replica(where: str, stage: Stage, replica: int | None, source: Stage | None) -> None:
+def _check_replica(where: str, is_own: bool, stage: Stage, replica: int | None, source: Stage | None) -> None:
+    """`is_own`: of the weights that the stage itself starts from."""
     count = 1 if source is None else source.run.replicas
     if replica is not None and source is not None and replica >= count:
         raise InputError(f"{where}.replica is {replica}, and its stage has {count} (run.replicas)")
-    is_paired = where.endswith(".init") and stage.run.replicas == count
+    is_paired = is_own and stage.run.replicas == count
     if replica is None and count > 1 and not is_paired:
         raise InputError(
             f"{where} is a stage of {count} replicas: choose one with {where}.replica, or give this stage as many and"

@@ -28,7 +28,6 @@ from tinymim_jax.weights.parameters import flatten, shapes_of
 MENDABLE_FIELDS = (
     "optim.lr",
     "optim.clip_norm",
-    "data.on_bad_image",
     "model.remat",
     "model.attention",
     "run.eval_every",
@@ -122,12 +121,16 @@ def check_unedited(stage: Stage, folder: Path) -> None:
     if not handoff.finished(folder):
         stage_file.check_resumable(folder)
     changes = stage_file.changes(folder, stage)
-    mendable = not handoff.finished(folder) and all(c.split(":")[0] in MENDABLE_FIELDS for c in changes)
+    mendable = not handoff.finished(folder) and all(_is_mendable(change.split(":")[0]) for change in changes)
     if changes and not mendable:
         raise InputError(
             f"{folder} was run with another config ({'; '.join(changes)}); repeat the same --config overrides,"
             f" undo the edit, choose another --workdir, or delete {folder} to run it again"
         )
+
+
+def _is_mendable(field: str) -> bool:
+    return field in MENDABLE_FIELDS or field.endswith(".on_bad_image")
 
 
 def _describe_stage(

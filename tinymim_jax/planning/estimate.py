@@ -257,7 +257,7 @@ def run(cfg: Config, only: str | None, topology: str, workdir: Path) -> dict[str
     devices = devices_of(topology)
     mesh = mesh_lib.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, devices)
     names, stages = [only] if only else list(cfg.stages), {}
-    with bar("plan", len(names), "stage", first="compiling") as shown:
+    with bar("plan", len(names), "stage", first="compiling", leave=False) as shown:
         for name in names:
             shown.write(f"{name}: compiling for {len(devices)} devices ...", file=sys.stderr)
             try:
