@@ -7,6 +7,7 @@ not of the demo get --dry_run; benchmarks measure the demo's models.
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,7 @@ SHORT = [
 SHORT += [f"--config.stages.{stage}.run.replicas=2" for stage in STAGES if stage.startswith("finetune")]
 # What stands in for what is not here; a folder for each kind of data set.
 STAND_INS = {
-    "PATH/cifar10": "images",
+    "PATH/cifar10": "cifar10",
     "=PATH": "=images",
     "/data/imagenet": "images",
     "/data/packed": "packed",
@@ -42,7 +43,7 @@ STAND_INS = {
 # Commands whose sources are not here say so in one line.
 MISSING = {
     "configs/cifar10/first_blocks.py": "runs/cifar10_short/distill_t",
-    "tables.py:row=": "runs/imagenet/distill_t",
+    "tables.py:row=": "converted/deit",
 }
 # What has a test of its own: the launch scripts, several processes, a pod's topology, the profile.
 ELSEWHERE = ("bash ", "--coordinator=", "--topology=", "tests.profile_step", "for ", "done", "source ", "pip ")
@@ -72,9 +73,10 @@ def here(tmp_path_factory):
     here = tmp_path_factory.mktemp("docs")
     (here / "configs").symlink_to(ROOT / "configs")
     random = np.random.default_rng(0)
-    for split, count in (("train", 4), ("val", 2), ("test", 2)):
+    trees = [("images/train", 4), ("images/val", 2), ("images/test", 2), ("cifar10/train", 500), ("cifar10/test", 2)]
+    for split, count in trees:
         for label in range(10):
-            folder = here / "images" / split / f"c{label}"
+            folder = here / split / f"c{label}"
             folder.mkdir(parents=True)
             for i in range(count):
                 Image.fromarray(random.integers(0, 255, (40, 48, 3), np.uint8)).save(folder / f"{i}.jpg")
@@ -100,8 +102,12 @@ def test_a_command_of_the_documentation(line, here):
     if words[1] == "run":
         is_short = "--config=configs/digits/chain.py" in words and "--dry_run" not in words
         words += SHORT if is_short else ["--dry_run"]
-    elif words[1] == "bench" and words[2] != "loader":
+    elif words[1:3] == ["bench", "loader"]:
+        words += ["--config.stages.finetune_t.data.num_examples=none"]
+    elif words[1] == "bench":
         words = [*of_the_demo(words), "--rounds=1"]
+    elif words[1] in ("convert", "export"):
+        shutil.rmtree(here / words[3], ignore_errors=True)  # of another page
     said = call(here, *words, statuses=(2,) if missing else (0, 2) if words[1] == "doctor" else (0,))
     if missing:
         assert len(said.splitlines()) == 1 and missing in said, said
