@@ -88,7 +88,8 @@ def test_it_is_inspected_exported_and_measured(ran):
     call(fork, "eval", "w/head", "--suite=probe", "--out=e")
 
 
-@pytest.mark.parametrize("stage", ["rotation", "small", pytest.param("head", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["rotation", "small", "head"])
 def test_its_steps_are_benchmarked(ran, stage):
     fork, _ = ran
     said = call(fork, "bench", "step", "--config=fork_chain.py", f"--stage={stage}", "--rounds=1")

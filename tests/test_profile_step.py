@@ -39,6 +39,7 @@ def gradient():
     return run
 
 
+@pytest.mark.slow
 def test_each_plain_piece_computes_the_same_by_another_program(gradient):
     text, (value, expected) = gradient()
     for name in profile_step.PLAIN:

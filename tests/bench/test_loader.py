@@ -52,6 +52,7 @@ def config(data):
     return Config("c", {"s": dataclasses.replace(tiny_mae(), data=data)})
 
 
+@pytest.mark.slow
 def test_rand_augment_is_measured_apart(few, tree):
     cfg = config(Data("folder", path=str(tree), image_size=16, rand_augment="rand-m9-inc1", workers=1))
     result = loader.loader(cfg, "s", 1)

@@ -46,6 +46,7 @@ def test_the_matmul_is_not_optimised_away():
     assert 1e8 < step.matmul("float32")() < 1e13
 
 
+@pytest.mark.slow
 def test_augment_prints_one_json_object(capsys):
     assert main(["bench", "augment", DIGITS, "--stage=finetune_chain", "--batch_size=8", "--rounds=1"]) == 0
     result = json.loads(capsys.readouterr().out)

@@ -291,6 +291,7 @@ def skip_without_onnx():
         pytest.importorskip(package, reason=f"ONNX export needs {package}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "output"), [("star", "logits"), ("mae", "last_hidden_state"), ("distilled", "last_hidden_state")]
 )

@@ -179,6 +179,7 @@ def test_a_batch_that_the_devices_do_not_share_equally(config_file):
     )
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_terminal_with_worker_processes(config_file, tmp_path):
     """A terminal sends SIGINT to the whole process group, workers too."""
     import os

@@ -161,6 +161,7 @@ TWO_PROCESSES = """
 """
 
 
+@pytest.mark.slow
 def test_in_two_processes_each_reads_its_own_rows_and_both_know_the_result():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -152,6 +152,7 @@ def consult(homes, tmp_path, **env):
                    for i, home in enumerate(homes)], 200)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_first_process_tells_what_the_others_must_mend(tmp_path):
     """Three processes on their own disks, of which two lack the data."""
     homes = [tmp_path / name for name in ("whole", "bare", "bare_too")]

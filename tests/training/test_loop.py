@@ -173,6 +173,7 @@ def test_updates_are_left_out_up_to_a_bound(stage, mesh, tmp_path, monkeypatch):
     assert not handoff.finished(tmp_path / "mae")
 
 
+@pytest.mark.slow
 def test_steps_in_one_call_are_those_one_by_one(chain, mesh, tmp_path, stop_at):
     """Stopped between calls, and with a last call that is short."""
     stage = chain.stages["mae"]

@@ -107,7 +107,9 @@ def that_count(model):
     return {key: value[[0, 2]] if key.endswith("/qkv/bias") else value for key, value in flat.items()}
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * name.endswith("_shared")) for name in STAGES]
+)
 def test_a_replica_ends_like_the_single_run_with_its_seed(name, runs, mesh, tmp_path):
     folder = runs(name)
     seen = []
