@@ -114,7 +114,8 @@ def limit(job, minutes, env):
 
 def submit(env, tmp_path, arguments, *options):
     """launch/slurm.sbatch for two tasks on this node, as a user submits it; its number and its log."""
-    installed(tmp_path / "venv", "cuda", os.path.dirname(sys.executable))
+    if not (tmp_path / "venv").exists():
+        installed(tmp_path / "venv", "cuda", os.path.dirname(sys.executable))
     own = {**env, "VENV": str(tmp_path / "venv")}
     asked = ["--gpus-per-node=2", "--ntasks-per-node=2", "--cpus-per-task=1", f"--output={tmp_path / 'log'}", *options]
     done = subprocess.run(
