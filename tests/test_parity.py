@@ -25,7 +25,7 @@ from tinymim_jax.experiment import config
 from tinymim_jax.experiment.config import Data, Decoder, ViT
 from tinymim_jax.models import layers, mae, posembed
 from tinymim_jax.objectives import losses
-from tinymim_jax.tasks.contract import BaseTask, Context
+from tinymim_jax.tasks.contract import Context, Task
 from tinymim_jax.tasks.mae import MaeTask
 from tinymim_jax.weights import handoff, resize
 
@@ -52,7 +52,7 @@ def mae_task(cfg: ViT, decoder: Decoder, norm_pix: bool = True) -> MaeTask:
     return config.Mae(decoder=decoder, norm_pix_loss=norm_pix).build(Context(cfg, data))
 
 
-def shapes_of(task: BaseTask) -> Any:
+def shapes_of(task: Task) -> Any:
     """The parameters of a task, as shapes."""
     batch = task.fields.batch(task.data, 1)
     return jax.eval_shape(task.init, jax.random.key(0), batch)[0]["params"]

@@ -12,7 +12,7 @@ from tinymim_jax.models.contract import Encoder
 from tinymim_jax.objectives import losses
 from tinymim_jax.objectives.metrics import Mean
 from tinymim_jax.runtime.codec import ranged
-from tinymim_jax.tasks.contract import Aux, BaseTask, Batch, Context, Panels, Rngs, TaskConfig
+from tinymim_jax.tasks.contract import Aux, Batch, Context, Panels, Rngs, Task, TaskConfig
 from tinymim_jax.weights.parameters import matches
 
 
@@ -33,7 +33,7 @@ class Rotation(TaskConfig):
         pass
 
 
-class RotationTask(BaseTask):
+class RotationTask(Task):
     """Parameters: `encoder` and `pretext/head`."""
 
     def __init__(self, cfg: Rotation, context: Context):

@@ -42,7 +42,8 @@ def train_batches(
     one that cannot read notes that in its `request` and goes on with empty rows. With `per_call` above 1, those of each
     of `calls` come stacked, [K, B, ...]; those of `ReplicaRows` have an axis of replicas, [R, B, ...].
     """
-    return _batches(rows, start, stop, mesh, request or StopRequest(), per_call)
+    _check(rows, mesh)
+    return _to_devices(rows, start, stop, mesh, request or StopRequest(), per_call)
 
 
 def calls(start: int, stop: int, per_call: int) -> Iterator[range]:
@@ -75,31 +76,18 @@ def eval_batches(
     if data.transform != "eval":
         raise InputError(f"data.transform is {data.transform!r}, which is random; set it to 'eval' to evaluate")
     rows = EvalRows(data, source, batch_size, jax.process_index(), jax.process_count(), fields)
-    return _batches(rows, 0, -(-len(source) // batch_size), mesh)
+    _check(rows, mesh)
+    return _to_devices(rows, 0, -(-len(source) // batch_size), mesh)
 
 
-def _batches(
-    rows: Rows,
-    start: int,
-    stop: int,
-    mesh: jax.sharding.Mesh,
-    request: StopRequest | None = None,
-    per_call: int = 1,
-) -> Iterator[dict[str, jax.Array]]:
-    """Checks here, at the call; reads in the generator, at the first batch."""
+def _check(rows: Rows, mesh: jax.sharding.Mesh) -> None:
     mesh_lib.check_batch(rows.batch_size, mesh)
     if rows.batch_size % rows.num_processes:
         raise InputError(f"batch_size {rows.batch_size} is not a multiple of the {rows.num_processes} processes")
-    return _to_devices(rows, start, stop, mesh, request, per_call)
 
 
 def _to_devices(
-    rows: Rows,
-    start: int,
-    stop: int,
-    mesh: jax.sharding.Mesh,
-    request: StopRequest | None,
-    per_call: int,
+    rows: Rows, start: int, stop: int, mesh: jax.sharding.Mesh, request: StopRequest | None = None, per_call: int = 1
 ) -> Iterator[dict[str, jax.Array]]:
     if start >= stop:
         return

@@ -13,7 +13,7 @@ from tinymim_jax.objectives import losses
 from tinymim_jax.objectives.metrics import Mean
 from tinymim_jax.runtime.codec import ranged
 from tinymim_jax.runtime.errors import InputError
-from tinymim_jax.tasks.contract import Aux, BaseTask, Batch, Context, Frozen, Params, Rngs, TaskConfig, Variables
+from tinymim_jax.tasks.contract import Aux, Batch, Context, Frozen, Params, Rngs, Task, TaskConfig, Variables
 from tinymim_jax.weights.handoff import Init
 from tinymim_jax.weights.parameters import flatten, matches
 
@@ -58,7 +58,7 @@ class Classify(TaskConfig):
         return True
 
 
-class ClassifyTask(BaseTask):
+class ClassifyTask(Task):
     """Parameters: `encoder`, which has a head; frozen, if labels are distilled, a second one."""
 
     def __init__(self, cfg: Classify, context: Context):

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import flax.struct
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 
 from tinymim_jax.data.config import Data
 from tinymim_jax.data.device_augment import normalize, to_float
-from tinymim_jax.data.fields import IMAGE_LABEL, Fields
+from tinymim_jax.data.fields import IMAGE_LABEL
 from tinymim_jax.models.contract import Encoder, Outputs
 from tinymim_jax.models.mae import Decoder
 from tinymim_jax.objectives.metrics import Mean
@@ -58,34 +58,48 @@ class Panels:
     box: tuple[int, int, int] | None = None  # left, top and side in pixels, drawn on the first image of each row
 
 
-class Task(Protocol):
-    """All that differs between pre-training, distillation and fine-tuning."""
+class Task(abc.ABC):
+    """All that differs between pre-training, distillation and fine-tuning: an encoder, and what is made of it."""
 
-    fields: Fields
-    """What it reads of a record."""
+    fields = IMAGE_LABEL  # what it reads of a record
 
+    def __init__(self, context: Context):
+        self.context, self.data, self.cfg = context, context.data, context.model
+        self.model = context.model.build()
+
+    def images(self, batch: Batch) -> jax.Array:
+        """Normalised images [B, S, S, 3]."""
+        return normalize(to_float(batch["image"]), self.data.mean, self.data.std)
+
+    @abc.abstractmethod
     def is_untrained(self, name: str) -> bool:
         """Whether the loss does not read parameter `name`, or it is fixed: kept as it is, undecayed."""
 
+    @abc.abstractmethod
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Variables, Frozen]:
         """Fresh variables and frozen arrays."""
 
+    @abc.abstractmethod
     def loss(
         self, params: Params, model_state: Any, frozen: Frozen, batch: Batch, rngs: Rngs, *, train: bool
     ) -> tuple[jax.Array, Aux]:
         """The scalar to minimise, a mean over the valid images."""
 
-    def predict(self, variables: Variables, frozen: Frozen, batch: Batch) -> Outputs:
-        """Features and logits, without augmentation."""
-
+    @abc.abstractmethod
     def flops_per_image(self) -> float:
         """Matmul FLOPs of one training step, for one image."""
 
+    def predict(self, variables: Variables, frozen: Frozen, batch: Batch) -> Outputs:
+        """Features and logits, without augmentation."""
+        return self.cfg.outputs(variables, self.images(batch))
+
     def describe_source(self, source: str) -> str:
         """What is taken from one of the context's sources, in a few words."""
+        return self.context.sources[source].summary()
 
     def panels(self, variables: Variables, frozen: Frozen, batch: Batch, rngs: Rngs) -> Panels | None:
         """A picture of the trained task on a few images, if there is one."""
+        return None
 
 
 class TaskConfig(abc.ABC):
@@ -121,29 +135,3 @@ class Reconstruction:
     decoder: Decoder
     norm_pix_loss: bool
     mask_ratio: float
-
-
-class BaseTask:
-    """What most tasks share: images that are normalised on the device, and an encoder."""
-
-    fields = IMAGE_LABEL
-
-    def __init__(self, context: Context):
-        self.context, self.data, self.cfg = context, context.data, context.model
-        self.model = context.model.build()
-
-    def images(self, batch: Batch) -> jax.Array:
-        """Normalised images [B, S, S, 3]."""
-        return normalize(to_float(batch["image"]), self.data.mean, self.data.std)
-
-    def predict(self, variables: Variables, frozen: Frozen, batch: Batch) -> Outputs:
-        """Features and logits, without augmentation."""
-        return self.cfg.outputs(variables, self.images(batch))
-
-    def describe_source(self, source: str) -> str:
-        """What is taken from one of the context's sources, in a few words."""
-        return self.context.sources[source].summary()
-
-    def panels(self, variables: Variables, frozen: Frozen, batch: Batch, rngs: Rngs) -> Panels | None:
-        """A picture of the trained task on a few images, if there is one."""
-        return None

@@ -15,13 +15,13 @@ from tinymim_jax.runtime.codec import check_name, ranged
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.tasks.contract import (
     Aux,
-    BaseTask,
     Batch,
     Context,
     Frozen,
     Panels,
     Params,
     Rngs,
+    Task,
     TaskConfig,
     Variables,
 )
@@ -67,7 +67,7 @@ def merged(captures: list[Captures]) -> Captures:
     return Captures(blocks, all(one.qkv_only for one in captures if blocks[-1] in one.blocks))
 
 
-class DistillTask(BaseTask):
+class DistillTask(Task):
     """Parameters: `encoder`, and under `pretext` those of the targets; frozen: the teacher's encoder."""
 
     def __init__(self, cfg: Distill, context: Context):

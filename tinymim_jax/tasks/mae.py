@@ -15,7 +15,6 @@ from tinymim_jax.objectives.metrics import Mean
 from tinymim_jax.runtime.codec import ranged
 from tinymim_jax.tasks.contract import (
     Aux,
-    BaseTask,
     Batch,
     Context,
     Frozen,
@@ -23,6 +22,7 @@ from tinymim_jax.tasks.contract import (
     Params,
     Reconstruction,
     Rngs,
+    Task,
     TaskConfig,
     Variables,
 )
@@ -54,7 +54,7 @@ class Mae(TaskConfig):
         return Reconstruction(self.decoder, self.norm_pix_loss, self.mask_ratio)
 
 
-class MaeTask(BaseTask):
+class MaeTask(Task):
     """Parameters: `encoder` and, for this task alone, `pretext/decoder`."""
 
     def __init__(self, cfg: Mae, context: Context):

@@ -144,87 +144,107 @@ def run_stage(
       InputError: bad input, or a loss that is not finite.
       Interrupted: after Ctrl-C or SIGTERM, the state saved.
     """
-    begin = time.perf_counter()
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest()) if stop is None else stop
-        loaded = multihost.raise_everywhere(lambda: start.load(stage, name, workdir, mesh))
-        setup, folder, run = loaded.setup, workdir / name, stage.run
+        running = _Run(stage, name, workdir, mesh, stop, guard, stack)
+        running.train()
+        return running.finish()
+
+
+class _Run:
+    """A stage under way, from its newest checkpoint; what it opens is closed by `stack`."""
+
+    def __init__(
+        self, stage: Stage, name: str, workdir: Path, mesh: jax.sharding.Mesh, stop: StopRequest,
+        guard: Callable[[], object], stack: contextlib.ExitStack,
+    ):  # fmt: skip
+        begin = time.perf_counter()
+        self.loaded = loaded = multihost.raise_everywhere(lambda: start.load(stage, name, workdir, mesh))
+        self.setup, self.folder, self.mesh, self.stop, self.guard = loaded.setup, workdir / name, mesh, stop, guard
         begun = start.begin(loaded, workdir)  # before anything is written
-        state, total = begun.state, setup.total_steps
+        self.state, self.total = begun.state, loaded.setup.total_steps
         multihost.check_stop(stop, f"before stage {name}")
-        first = int(np.ravel(jax.device_get(state.step))[0])
-        content = stage_file.describe(stage, setup.untrained(), start.classes_of(stage), len(loaded.rows.source))
-        multihost.run_on_primary(lambda: write_json(folder / "stage.json", content))
-        checkpoints = stack.enter_context(Checkpoints(folder, run.keep))
-        lines = [f"{name}: {total} steps of {run.batch_size} images", *loaded.report, *begun.report]
-        print("\n  ".join([*lines, *setup.untrained_line()]), flush=True)
-        log = multihost.raise_everywhere(lambda: MetricLog(folder, first, active=jax.process_index() == 0))
-        stack.enter_context(log)
-        batches = multihost.raise_everywhere(lambda: batches_of(loaded, first, mesh, stop))
-        stack.enter_context(contextlib.closing(batches))
-        note = start.BadSteps(loaded, folder)
-        past = {"start": first, "saved": begun.log, "begin": begin}
-        progress = Progress(name, log, total=total, run=run, stop=stop, note=note, **past)
-        stack.enter_context(progress.bar)
-        rng = stage_keys(setup, keys.STEPS, mesh)
-        train_step = jit_step(setup, mesh, begun.shardings, run.steps_per_call)
-        evaluations = Evaluations(loaded, log, stop)
+        self.first = int(np.ravel(jax.device_get(begun.state.step))[0])
+        content = stage_file.describe(stage, self.setup.untrained(), start.classes_of(stage), len(loaded.rows.source))
+        multihost.run_on_primary(lambda: write_json(self.folder / "stage.json", content))
+        self.checkpoints = stack.enter_context(Checkpoints(self.folder, stage.run.keep))
+        lines = [f"{name}: {self.total} steps of {stage.run.batch_size} images", *loaded.report, *begun.report]
+        print("\n  ".join([*lines, *self.setup.untrained_line()]), flush=True)
+        is_primary = jax.process_index() == 0
+        self.log = multihost.raise_everywhere(lambda: MetricLog(self.folder, self.first, active=is_primary))
+        stack.enter_context(self.log)
+        self.batches = multihost.raise_everywhere(lambda: batches_of(loaded, self.first, mesh, stop))
+        stack.enter_context(contextlib.closing(self.batches))
+        note = start.BadSteps(loaded, self.folder)
+        past = {"start": self.first, "saved": begun.log, "begin": begin}
+        self.progress = Progress(name, self.log, total=self.total, run=stage.run, stop=stop, note=note, **past)
+        stack.enter_context(self.progress.bar)
+        self.rng = stage_keys(self.setup, keys.STEPS, mesh)
+        self.step = jit_step(self.setup, mesh, begun.shardings, stage.run.steps_per_call)
+        self.evaluations = Evaluations(loaded, self.log, stop)
 
-        def save(step: int) -> None:
-            """Waits for what is evaluated; then starts to write all that a run needs to go on from `step`."""
-            progress.collect()  # a state whose loss is not finite is never saved
-            evaluations.wait()  # a run that goes on from here does not evaluate what came before
-            multihost.run_on_primary(lambda: (guard(), log.flush()))
-            checkpoints.save(step, to_items(state), progress.state())
-
-        def leave(step: int) -> None:
-            checkpoints.wait()
-            stop.obey(f"stage {name} stopped at step {step} of {total}")
-
-        if evaluations.is_missing(first) and not evaluations.begin(first, state):
-            leave(first)
-        for steps in pipeline.calls(first, total, run.steps_per_call):
+    def train(self) -> None:
+        """To the last step, whose checkpoint is written then; raises Interrupted."""
+        run, evaluations = self.setup.stage.run, self.evaluations
+        if evaluations.is_missing(self.first) and not evaluations.begin(self.first, self.state):
+            self.leave(self.first)
+        for steps in pipeline.calls(self.first, self.total, run.steps_per_call):
             step = steps.stop  # how many are done then
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                batch = progress.next_batch(batches)
+                batch = self.progress.next_batch(self.batches)
                 with jax.transfer_guard("disallow"):
-                    state, step_metrics = train_step(state, loaded.frozen, batch, rng)
-            progress.add(step, step_metrics)
-            last = step == total
+                    self.state, metrics = self.step(self.state, self.loaded.frozen, batch, self.rng)
+            self.progress.add(step, metrics)
+            last = step == self.total
             if step % run.log_every == 0 or last:
-                progress.log(step, {"epoch": step / setup.steps_per_epoch})
-            asked = progress.is_asked()  # read once: what is not saved must not be left
+                self.progress.log(step, {"epoch": step / self.setup.steps_per_epoch})
+            asked = self.progress.is_asked()  # read once: what is not saved must not be left
             if step % run.checkpoint_every == 0 or last or asked:
-                save(step)
+                self.save(step)
             if asked and not last:
-                leave(step)
-            if evaluations.is_due(step) and not evaluations.begin(step, state):
-                save(step)
-                leave(step)
+                self.leave(step)
+            if evaluations.is_due(step) and not evaluations.begin(step, self.state):
+                self.save(step)
+                self.leave(step)
+        if self.total == 0:
+            self.save(0)
+        self.checkpoints.wait()  # from here on the state is safe
 
-        if total == 0:
-            save(0)
-        checkpoints.wait()  # from here on the state is safe
+    def save(self, step: int) -> None:
+        """Waits for what is evaluated; then starts to write all that a run needs to go on from `step`."""
+        self.progress.collect()  # a state whose loss is not finite is never saved
+        self.evaluations.wait()  # a run that goes on from here does not evaluate what came before
+        multihost.run_on_primary(lambda: (self.guard(), self.log.flush()))
+        self.checkpoints.save(step, to_items(self.state), self.progress.state())
+
+    def leave(self, step: int) -> None:
+        """Raises Interrupted once what was saved is written."""
+        self.checkpoints.wait()
+        self.stop.obey(f"stage {self.setup.name} stopped at step {step} of {self.total}")
+
+    def finish(self) -> dict[str, float]:
+        """Evaluates the final weights and writes DONE; returns what it says."""
+        name, folder = self.setup.name, self.folder
         try:
-            evaluated = evaluations.final(state)
+            evaluated = self.evaluations.final(self.state)
         except Stopped:
-            stop.obey(f"stage {name} stopped while it was evaluated")
-        if bad := progress.totals[BAD_IMAGES]:
+            self.stop.obey(f"stage {name} stopped while it was evaluated")
+        if bad := self.progress.totals[BAD_IMAGES]:
             print(f"{name}: images left out because they could not be read: {bad}, all epochs together")
-        results = {**progress.averages, **evaluated}
-        if run.replicas > 1:
-            write_replicas(setup, folder, state, results, mesh, guard)
+        results = {**self.progress.averages, **evaluated}
+        if self.setup.stage.run.replicas > 1:
+            write_replicas(self.setup, folder, self.state, results, self.mesh, self.guard)
 
-        def finish() -> None:
-            guard()
-            log.write(total, evaluated)
-            log.flush()  # a stage that is DONE is not run again
-            write_json(folder / "DONE", {"step": total, "metrics": results})
+        def close() -> None:
+            self.guard()
+            self.log.write(self.total, evaluated)
+            self.log.flush()  # a stage that is DONE is not run again
+            write_json(folder / "DONE", {"step": self.total, "metrics": results})
 
-        multihost.run_on_primary(finish)
+        multihost.run_on_primary(close)
         multihost.raise_everywhere(lambda: storage.wait_for(folder / "DONE"))  # others may read it now
-        multihost.check_stop(stop, f"stopped after stage {name}")
-    return results
+        multihost.check_stop(self.stop, f"stopped after stage {name}")
+        return results
 
 
 def batches_of(loaded: start.Loaded, first: int, mesh: jax.sharding.Mesh, stop: StopRequest) -> Iterator[Batch]:
