@@ -25,6 +25,7 @@ setup(
         "chex>=0.1.90",
         'cykooz-resizer>=4; platform_machine != "aarch64"',  # no wheels there: Pillow resizes instead
         "etils[epath]",
+        "filelock",  # JAX bounds its cache with it
         "flax>=0.12",
         "fsspec",
         "grain>=0.2.15",

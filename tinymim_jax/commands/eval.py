@@ -43,8 +43,10 @@ def main(argv: list[str]) -> None:
     from tinymim_jax.evals import suite
     from tinymim_jax.experiment import stage_file
     from tinymim_jax.report import figures
+    from tinymim_jax.runtime import program_cache
     from tinymim_jax.runtime.sharding import make_mesh
 
+    program_cache.keep()
     sets = suite.Sets(**{f.name: getattr(values, f.name) for f in dataclasses.fields(suite.Sets)})
     out = storage.path(values.out) if values.out else folder / "eval"
     report = suite.evaluate(stage_file.read_subject(folder), values.suite, sets, make_mesh(), out)

@@ -1,7 +1,6 @@
 """`run`: a chain, or one stage of it."""
 
 import contextlib
-import os
 from typing import Any
 
 from etils.epath import Path
@@ -47,11 +46,9 @@ def run(cfg: Config, workdir: Path, only: str | None, stop: StopRequest) -> None
     import jax
 
     from tinymim_jax.report import figures, tables
+    from tinymim_jax.runtime import program_cache
 
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        # Stages that differ in seed or weights only then compile once.
-        jax.config.update("jax_compilation_cache_dir", str(storage.absolute(workdir / "jax_cache")))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    program_cache.keep(workdir)
     results = run_chain(cfg, workdir, only, stop)
     if jax.process_index() == 0:
         print(tables.text(results))
