@@ -32,14 +32,17 @@ def step(cfg: Config, name: str, rounds: int, vs: str | None = None) -> dict[str
     Returns:
       images_per_s and step_s (medians), model_flops (counted by hand, a step) and xla_flops (what the compiler
       counts), matmul_flops_per_s (measured, same dtype), model_flops_share of it, memory_bytes_per_s (measured, as a
-      large array is read and written), peak_memory_bytes. With `vs`, torch_matmul_flops_per_s, and for each of
-      `torch_baseline.VARIANTS` its images_per_s and ratio, ours over theirs: the median over rounds.
+      large array is read and written), floor_s, what the two allow at best (model_flops at that peak, or the state read
+      and written once, frozen networks and images read), floor_share of step_s, peak_memory_bytes. With `vs`,
+      torch_matmul_flops_per_s, and for each of `torch_baseline.VARIANTS` its images_per_s and ratio, ours over theirs:
+      the median over rounds.
     """
     stage, setup, mesh = prepared(cfg, name)
     if vs:
         torch_baseline.check(name, stage, jax.default_backend(), mesh.size)
     compiled, arguments = compile_step(setup, mesh)
     clock = step_clock(compiled, arguments, stage.run.steps_per_call)
+    moved = least_bytes(*arguments[:3], stage.run.steps_per_call)
     clock()
     memory = peak_memory(compiled)  # before anything else takes some
     peaks = {"matmul_flops_per_s": matmul(stage.model.dtype), "memory_bytes_per_s": copying()}
@@ -57,6 +60,7 @@ def step(cfg: Config, name: str, rounds: int, vs: str | None = None) -> dict[str
     seconds = statistics.median(found["step_s"])
     measured = {name: statistics.median(found[name]) * mesh.size for name in peaks}
     model_flops = setup.flops()
+    floor = max(model_flops / measured["matmul_flops_per_s"], moved * mesh.size / measured["memory_bytes_per_s"])
     return {
         "benchmark": "step",
         "stage": name,
@@ -69,6 +73,8 @@ def step(cfg: Config, name: str, rounds: int, vs: str | None = None) -> dict[str
         "xla_flops": hlo_stats.all_flops(compiled) * mesh.size / stage.run.steps_per_call,
         **measured,
         "model_flops_share": model_flops / seconds / measured["matmul_flops_per_s"],
+        "floor_s": floor,
+        "floor_share": floor / seconds,
         "peak_memory_bytes": memory,
         **{
             f"torch_{variant}": _compared(other, found["step_s"], found[f"torch_{variant}_s"], stage)
@@ -204,6 +210,15 @@ def copying() -> Clock:
 
     clock = clock_of(call, CALLS)
     return lambda: 2 * x.nbytes / clock()
+
+
+def least_bytes(state: Any, frozen: Any, batch: Any, per_call: int) -> float:
+    """Bytes that one device must read and write in a step, if nothing stays in its caches."""
+
+    def held(tree: Any) -> int:
+        return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+
+    return 2 * held(state) + held(frozen) + held(batch) / per_call
 
 
 def peak_memory(compiled: Any) -> int:
