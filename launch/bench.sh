@@ -6,11 +6,18 @@
 #
 #   EXTRAS=cuda,torch bash launch/bench.sh results [--rounds=5]
 #   READY=1 bash launch/bench.sh results            # with the python on PATH as it is; nothing is installed
+#   bash launch/bench.sh --quick results            # within BUDGET seconds (default: 600) what tells most, and a table
+#   CONFIG=configs/digits/chain.py BATCHES="8 16" bash launch/bench.sh --quick results    # rehearsed with small models, on a CPU too
 #
 # One JSON file a measurement, what tells most first; what is there already is not measured again, so that a machine taken away
 # loses little. A measurement may take LIMIT seconds (default: 600). STAGES chooses the stages of configs/imagenet/chain.py,
 # BATCHES the batches (default: 128 256 64). The whole set takes hours, one stage at one batch some minutes. One GPU is used:
 # the first, or that of CUDA_VISIBLE_DEVICES. What could not be measured is named, and the exit status is then 1.
+quick=
+if [[ ${1:-} == --quick ]]; then
+  quick=1
+  shift
+fi
 if [[ $# == 0 || $1 == -* || (-e $1 && ! -d $1) ]]; then
   echo "error: name a folder for the results first: bash launch/bench.sh results [--rounds=N]" >&2
   exit 2
@@ -26,7 +33,7 @@ fi
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-${TMPDIR:-/tmp}/tinymim_jax_bench}
 export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
 backend=$(python -c 'import jax; print(jax.default_backend())') || backend=cpu
-if [[ $backend == cpu ]]; then
+if [[ $backend == cpu && -z ${CONFIG:-} ]]; then
   echo "error: jax sees no accelerator here; install it with EXTRAS=cuda or EXTRAS=tpu, or unset JAX_PLATFORMS" >&2
   exit 2
 fi
@@ -35,17 +42,27 @@ vs=()
 python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null && vs=(--vs=torch)
 fused=xla
 [[ $backend == gpu ]] && fused=cudnn
-config=configs/imagenet/chain.py
+config=${CONFIG:-configs/imagenet/chain.py}
 read -ra stages <<< "${STAGES:-distill_b distill_t mae_l finetune_b distill_s finetune_t}"
 read -ra batches <<< "${BATCHES:-128 256 64}"
 
 status=0
+begin=$(date +%s)
 measure() {  # NAME, then the arguments of bench
-  local file=$out/$1.json failed=0
+  local file=$out/$1.json failed=0 limit=${LIMIT:-600} left
   shift
   [[ -s $file ]] && return
+  if [[ -n $quick ]]; then
+    left=$((begin + ${BUDGET:-600} - $(date +%s)))
+    if ((left < 30)); then
+      echo "$file: not measured, the time is over; the same command measures it" >&2
+      status=1
+      return
+    fi
+    limit=$((left < limit ? left : limit))
+  fi
   echo "$file"
-  timeout "${LIMIT:-600}" python -m tinymim_jax bench "$@" > "$file.partial" || failed=$?
+  timeout "$limit" python -m tinymim_jax bench "$@" > "$file.partial" || failed=$?
   if ((failed == 0)); then
     mv "$file.partial" "$file"
     return
@@ -53,7 +70,7 @@ measure() {  # NAME, then the arguments of bench
   rm "$file.partial"
   status=1
   if ((failed == 124)); then
-    echo "$file: not measured within ${LIMIT:-600} seconds; set LIMIT to more" >&2
+    echo "$file: not measured within $limit seconds; set LIMIT to more" >&2
   else
     echo "$file: not measured" >&2
   fi
@@ -79,6 +96,27 @@ steps() {  # STAGE BATCH, then more arguments of bench step: every way of comput
     step "$stage-$batch-scanned" "$stage" "$batch" "$fused" "$fields.run.steps_per_call=10" "$@"
   fi
 }
+
+if [[ -n $quick ]]; then
+  plain=("${vs[@]}")
+  for batch in "${batches[@]:0:2}"; do
+    vs=("${plain[@]}")
+    step "distill_b-$batch-$fused" distill_b "$batch" "$fused" --rounds=3 "$@"
+    vs=()
+    [[ $fused != xla ]] && step "distill_b-$batch-xla" distill_b "$batch" xla --rounds=3 "$@"
+    step "distill_b-$batch-pallas" distill_b "$batch" "$fused" \
+      --config.stages.distill_b.task.targets.relation.kernel=pallas --rounds=3 "$@"
+  done
+  vs=("${plain[@]}")
+  step "distill_t-${batches[0]}-$fused" distill_t "${batches[0]}" "$fused" --rounds=3 "$@"
+  step "mae_l-${batches[0]}-$fused" mae_l "${batches[0]}" "$fused" --rounds=3 "$@"
+  for kernel in xla pallas; do
+    measure "relation-$kernel" relation "--config=$config" --stage=distill_b --batch_size=4 --tokens=197,1025 \
+      "--config.stages.distill_b.task.targets.relation.kernel=$kernel" --rounds=3 "$@"
+  done
+  python -m tinymim_jax bench table "$out"
+  exit $status
+fi
 
 for batch in "${batches[@]}"; do
   for stage in "${stages[@]}"; do

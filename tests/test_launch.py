@@ -288,6 +288,43 @@ def test_benchmarks_are_made_once(tmp_path):
     )
 
 
+FAKE_DATE = """#!/usr/bin/env bash
+seconds=$(cat "$CLOCK" 2> /dev/null || echo 0)
+echo $((seconds + 100)) | tee "$CLOCK"
+"""
+
+
+def test_the_quick_benchmarks_end_in_time_and_go_on(tmp_path):
+    """A clock that moves by 100 s at each look: five measurements fit, the next call makes the others."""
+    programs, out, calls = fake_python(tmp_path / "bin"), tmp_path / "out", tmp_path / "calls"
+    (programs / "date").write_text(FAKE_DATE)
+    (programs / "date").chmod(0o755)
+    own = {"READY": "1", "CALLS": str(calls), "CLOCK": str(tmp_path / "clock"), "BACKEND": "gpu"}
+    env = {**os.environ, **own, "PATH": f"{programs}:{os.environ['PATH']}"}
+    command = ["bash", LAUNCH / "bench.sh", "--quick", out]
+    first = subprocess.run(command, env=env, check=False, capture_output=True, text=True)
+    asked = [line.split() for line in calls.read_text().splitlines()]
+    assert first.returncode == 1 and first.stderr.count("not measured, the time is over") == 5
+    assert [words[3] for words in asked] == ["step"] * 5 + ["table"]
+    assert ["--vs=torch" in words for words in asked[:5]] == [True, False, False, True, False]
+    (tmp_path / "clock").unlink()
+    second = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
+    asked = [line.split() for line in calls.read_text().splitlines()[6:]]
+    assert [words[3] for words in asked] == ["step"] * 3 + ["relation"] * 2 + ["table"] and second.stderr == ""
+    assert [words[5] for words in asked[1:3]] == ["--stage=distill_t", "--stage=mae_l"]
+
+
+@pytest.mark.slow
+def test_the_quick_benchmarks_rehearsed(tmp_path):
+    own = {"READY": "1", "CONFIG": "configs/digits/chain.py", "BATCHES": "8 16", "JAX_PLATFORMS": "cpu"}
+    env = {**os.environ, **own, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = ["bash", LAUNCH / "bench.sh", "--quick", tmp_path / "out", "--rounds=1"]
+    done = subprocess.run(command, env=env, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert len(lines) == 2 + 6 + 2 + 4 and "| step-distill_b-8-pallas | 8 |" in done.stdout
+
+
 def test_benchmarks_of_a_small_model_on_a_tpu(tmp_path):
     programs, calls = fake_python(tmp_path / "bin"), tmp_path / "calls"
     own = {"READY": "1", "CALLS": str(calls), "BACKEND": "tpu", "STAGES": "distill_t", "BATCHES": "2"}

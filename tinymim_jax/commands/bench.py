@@ -3,16 +3,18 @@
 import json
 import os
 
-from tinymim_jax.commands.flags import new_flags, parse
+from tinymim_jax.commands.flags import new_flags, parse, parse_positional
 from tinymim_jax.runtime.errors import InputError
 
 USAGE = """python -m tinymim_jax bench VERB --config=FILE[:options] --stage=NAME [--batch_size=N] [--rounds=N]
+python -m tinymim_jax bench table FOLDER
 
   step      times a stage's training step on random images and weights, no data needed; a teacher named by path needs
             its stage.json
   augment   times it with and without mixup, cutmix and random erasing, which the device does
   loader    times reading, decoding and augmenting; needs the stage's data
   relation  times the relation loss, ours and the plain one, and counts its memory
+  table     what step and relation have printed into FOLDER/*.json, as Markdown
 """
 
 VERBS = ("step", "augment", "loader", "relation")
@@ -35,8 +37,14 @@ def main(argv: list[str]) -> None:
         rows=(int, None, "relation: so many of its rows are worked on at a time (default: as the stage would)"),
     )
     verb = argv[0] if argv else "--help"
+    if verb == "table":
+        (folder,) = parse_positional(new_flags(), argv[1:], ["FOLDER"], USAGE)
+        from tinymim_jax.bench import table
+
+        print(table.table(folder))
+        return
     if verb not in VERBS and verb not in ("-h", "--help"):
-        raise InputError(f"unknown benchmark {verb!r}; choose one of {', '.join(VERBS)}")
+        raise InputError(f"unknown benchmark {verb!r}; choose one of {', '.join(VERBS)}, table")
     cfg = parse(values, argv[1:] or ["--help"], USAGE)
     if values.stage not in cfg.stages:
         given = f"--stage={values.stage}: no such stage" if values.stage else "--stage=NAME is needed"
