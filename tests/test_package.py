@@ -35,7 +35,8 @@ def test_a_dry_run_does_not_wait_for_torch():
 
 def test_load_gives_a_model_with_relations(finished):
     images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 16, 3)), jnp.float32)
-    model, variables = tinymim_jax.load(finished / "distill")
+    model, variables = loaded = tinymim_jax.load(finished / "distill")
+    assert loaded[0] is model and loaded[1] is variables
     out = model.apply(variables, images, capture=(1, 2))
     assert out.tokens.shape == (2, 5, 12) and out.logits is None
     assert out.trace[1].q.shape == (2, 5, 2, 6) and out.trace[2].q.shape == (2, 5, 6, 2)

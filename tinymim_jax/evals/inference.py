@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -47,8 +47,9 @@ class TrainedModel:
             lambda v, x, capture: self.module.apply(v, self._normalized(x), capture=capture), static_argnums=2
         )
 
-    def __iter__(self) -> Iterator[Any]:
-        return iter((self.module, self.variables))
+    def __getitem__(self, index: int) -> Any:
+        """As the pair (module, variables), which it can be unpacked into."""
+        return (self.module, self.variables)[index]
 
     def __call__(self, images: Images, capture: Sequence[int] = ()) -> EncoderOutput:
         """What the encoder makes of images of any size, in evaluation: tokens [B, N, D], logits [B, C] with a head.
