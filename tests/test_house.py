@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "tinymim_jax"
 ENTRIES, FLOORS, LINES = 16, 8, 300
 FILES = [p for p in sorted(PACKAGE.rglob("*.py")) if p.read_text().strip()]
-LONG_FUNCTIONS = {"run_stage", "get_config"}
+LONG_FUNCTIONS = {"get_config"}
 # The dicts that list kinds, and the folder that defines them.
 KINDS = {
     "tasks.TASKS": "tasks",

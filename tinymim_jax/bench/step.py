@@ -45,9 +45,7 @@ def step(cfg: Config, name: str, rounds: int, vs: str | None = None) -> dict[str
     moved = least_bytes(*arguments[:3], stage.run.steps_per_call)
     clock()
     memory = peak_memory(compiled)  # before anything else takes some
-    peaks = {"matmul_flops_per_s": matmul(stage.model.dtype), "memory_bytes_per_s": copying()}
-    if vs:
-        peaks["torch_matmul_flops_per_s"] = torch_baseline.matmul(stage.model.dtype, matmul_size(), CALLS)
+    peaks = _peaks(stage.model.dtype, vs)
     others = torch_baseline.steps(stage, sources_of(cfg, name)) if vs else {}
 
     def ours() -> float:
@@ -76,11 +74,13 @@ def step(cfg: Config, name: str, rounds: int, vs: str | None = None) -> dict[str
         "floor_s": floor,
         "floor_share": floor / seconds,
         "peak_memory_bytes": memory,
-        **{
-            f"torch_{variant}": _compared(other, found["step_s"], found[f"torch_{variant}_s"], stage)
-            for variant, other in others.items()
-        },
+        **{f"torch_{variant}": _compared(other, found, variant, stage) for variant, other in others.items()},
     }
+
+
+def _peaks(dtype: str, vs: str | None) -> dict[str, Clock]:
+    theirs = {"torch_matmul_flops_per_s": torch_baseline.matmul(dtype, matmul_size(), CALLS)} if vs else {}
+    return {"matmul_flops_per_s": matmul(dtype), "memory_bytes_per_s": copying(), **theirs}
 
 
 def _asked(stage: Stage) -> dict[str, Any]:
@@ -94,10 +94,13 @@ def _asked(stage: Stage) -> dict[str, Any]:
     }
 
 
-def _compared(other: torch_baseline.TorchStep, ours: list[float], theirs: list[float], stage: Stage) -> dict[str, Any]:
+def _compared(
+    other: torch_baseline.TorchStep, found: dict[str, list[float]], variant: str, stage: Stage
+) -> dict[str, Any]:
+    theirs = found[f"torch_{variant}_s"]
     seconds = statistics.median(theirs)
     return {
-        "ratio": ratio(theirs, ours),
+        "ratio": ratio(theirs, found["step_s"]),
         "images_per_s": stage.run.batch_size / seconds,
         "step_s": seconds,
         "torch": other.torch.__version__,
