@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from tinymim_jax.models.contract import Encoder
 from tinymim_jax.objectives.losses import smooth_l1
 from tinymim_jax.runtime.codec import ranged
-from tinymim_jax.tasks.targets.contract import Captures, Target, Trace
+from tinymim_jax.tasks.targets.contract import Captures, Target, TargetLoss, Trace
 
 
 @dataclasses.dataclass
@@ -32,11 +32,11 @@ class MeanToken(Target):
         return f"mean patch token of block {self.teacher_block} of {teacher.depth}"
 
 
-class MeanTokenLoss:
+class MeanTokenLoss(TargetLoss):
     """`MeanToken` between two encoders; its parameters are the projection's."""
 
     def __init__(self, cfg: MeanToken, teacher: Encoder, student: Encoder):
-        self.cfg, self.teacher, self.student = cfg, teacher, student
+        super().__init__(cfg, teacher, student)
         self.widths = student.width_of(cfg.student_block), teacher.width_of(cfg.teacher_block)
         self.projection = nn.Dense(self.widths[1])
 
@@ -60,8 +60,5 @@ class MeanTokenLoss:
             rows.append(jnp.pad(share, ((0, 0), (encoder.num_prefix, 0))))
         return {"share": tuple(rows)}
 
-    def sides(self, teacher: Encoder) -> tuple[str, str]:
-        return f"block {self.cfg.teacher_block}", f"block {self.cfg.student_block}"
-
-    def flops(self) -> float:
+    def flops(self, patches: int) -> float:
         return 6.0 * self.widths[0] * self.widths[1]

@@ -62,7 +62,7 @@ def test_blocks_of_the_relation_loss_are_all_counted(cfg, mesh, monkeypatch):
     ((_, plan),) = estimate.plans(cfg, Path("none"), "distill")
     monkeypatch.setattr(relation_kl, "DENSE", 1)
     monkeypatch.setattr(relation_kl, "ROWS", 2)  # 3 blocks for 5 tokens
-    padded = plan.task.flops_per_image() + sum(target.flops() for target in plan.task.targets.values()) / 5
+    padded = plan.task.flops_per_image() + sum(target.flops(4) for target in plan.task.targets.values()) / 5
     assert estimate.forecast(plan, mesh)["matmul_flops"] == pytest.approx(8 * padded)
 
 

@@ -25,10 +25,10 @@ def mae(task=None, **model):
     return task.build(Context(vit(**model), DATA))
 
 
-def distill(targets=None, teacher=TEACHER, color_jitter=0.4, **model):
+def distill(targets=None, teacher=TEACHER, color_jitter=0.4, mask_ratio=0.0, teacher_drop_path=0.0, **model):
     """The teacher's block 3 of 4 has 3 heads, and so has the student's last."""
     targets = {"relation": config.Relation(3, 3)} if targets is None else targets
-    task = config.Distill(config.Init(stage="t"), targets, color_jitter)
+    task = config.Distill(config.Init(stage="t"), targets, color_jitter, mask_ratio, teacher_drop_path)
     model = vit(**{"width": 12, "depth": 3, "last_block_heads": 3, **model})
     return task.build(Context(model, DATA, sources={"teacher": teacher}))
 

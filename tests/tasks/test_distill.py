@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.fork.two_widths import TwoWidths
 from tests.models import reference
 from tests.tasks import stages
 from tests.tasks.test_contract import flops_ratio
 from tinymim_jax.data import device_augment
 from tinymim_jax.experiment import config
+from tinymim_jax.models.mae import mask_by_noise
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.tasks import distill
 from tinymim_jax.tasks.contract import Context
@@ -199,13 +201,72 @@ def test_panels_of_features_show_cosine_similarities():
     found = task.panels({"params": params}, frozen, batch, stages.rngs())
     assert found.column_labels == ["", "cosine teacher\nblock 3 of 4", "cosine student\nblock 3 of 3"]
     own = reference.vit(params["encoder"], stages.normalised(batch["image"]), 4, (2, 2, 3))[2]["out"]
-    dense = jax.tree.map(np.asarray, params["pretext"]["feature"])
+    dense = jax.tree.map(np.asarray, params["pretext"]["feature"]["out"])
     projected = own @ dense["kernel"] + dense["bias"]
     projected /= np.linalg.norm(projected, axis=-1, keepdims=True)
     for i, row in enumerate(found.rows):
         wanted = projected[i, 1:] @ projected[i, 1 + 2 * 4 + 2]
         np.testing.assert_allclose(row[2], wanted.reshape(4, 4), rtol=1e-3, atol=1e-5)
         assert row[1].max() == pytest.approx(1, abs=1e-5)  # the boxed patch itself
+
+
+# Drop path
+
+
+def test_the_teacher_drops_paths_in_training_alone_and_not_the_students():
+    """Table 13. Of both models whole blocks are dropped for an image, by draws of their own."""
+    task, plain = (stages.distill(color_jitter=0.0, teacher_drop_path=rate) for rate in (0.5, 0.0))
+    params, frozen = stages.weights(task)
+    batch = stages.batch(8)
+    dropped, kept, evaluated = (
+        one.traces(params, frozen, batch, stages.rngs(), train=train)[0][3].q
+        for one, train in ((task, True), (plain, True), (task, False))
+    )
+    np.testing.assert_array_equal(kept, evaluated)
+    other = task.traces(params, frozen, batch, stages.rngs(1), train=True)[0][3].q
+    assert not np.allclose(dropped, kept) and not np.allclose(dropped, other)
+    with pytest.raises(InputError, match="an encoder of kind 'two_widths' drops no paths"):
+        TwoWidths(8).dropping(0.1)
+
+
+# Masked images
+
+
+def test_teacher_and_student_see_the_same_patches():
+    """Table 12: what a mask leaves over, another for each image; a picture and features are of the whole image."""
+    task = stages.distill(color_jitter=0.0, mask_ratio=0.75)
+    params, frozen = stages.weights(task)
+    batch, rngs = stages.batch(), stages.rngs()
+    teacher, student = task.traces(params, frozen, batch, rngs, train=True)
+    keep, _, _ = mask_by_noise(jax.random.uniform(rngs["mask"], (4, 16)), 0.75)
+    assert keep.shape == (4, 4) and len(np.unique(keep, axis=0)) > 1
+    images = task.images(batch)
+    alone = task.teacher.apply({"params": frozen["teacher"]["encoder"]}, images, capture=(3,), keep=keep).trace[3]
+    np.testing.assert_array_equal(teacher[3].q, alone.q)
+    own = task.model.apply({"params": params["encoder"]}, images, capture=(3,), keep=keep).trace[3]
+    assert teacher[3].q.shape == (4, 5, 3, 8) and student[3].q.shape == own.q.shape
+    np.testing.assert_allclose(student[3].q, own.q, rtol=1e-5, atol=1e-6)
+    whole, _ = task.traces(params, frozen, batch, rngs, train=False)
+    assert whole[3].q.shape == (4, 17, 3, 8)
+
+
+def test_a_masked_step_costs_its_share_of_tokens():
+    def embed(d):
+        return 2 * 4 * 48 * d
+
+    def block(d):
+        return 2 * 5 * d * 12 * d + 4 * 5 * 5 * d
+
+    seen = 2 * 2 * 5 * 5 * (24 + 3 * 12)
+    passes = [
+        embed(d) * (2 if d == 12 else 1) + (3 if d == 12 else 1) * (2 * block(d) + 2 * 5 * d * 3 * d) for d in (24, 12)
+    ]
+    assert stages.distill(mask_ratio=0.75).flops_per_image() == sum(passes) + seen
+
+
+def test_masks_that_hide_other_patches():
+    with pytest.raises(InputError, match="task.mask_ratio: teacher and student differ in what a mask hides"):
+        stages.distill({"class_token": config.ClassToken(4, 3)}, mask_ratio=0.5, patch_size=8)
 
 
 # Cost

@@ -9,7 +9,7 @@ import pytest
 
 from tests.models import reference
 from tests.tasks import stages
-from tinymim_jax.experiment.config import Feature, Relation
+from tinymim_jax.experiment.config import AttentionLogits, ClassToken, Feature, Relation
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.tasks.distill import merged
 from tinymim_jax.tasks.targets.contract import Captures
@@ -115,6 +115,25 @@ def test_the_loss_with_regrouped_heads():
         (Relation(3, 3, ("qk", "qk")), {}, r"relations \('qk', 'qk'\) must name .* each once"),
         (Relation(5, 3), {}, "teacher_block 5 is beyond the teacher's 4 blocks"),
         (Feature(5, 3), {}, "teacher_block 5 is beyond the teacher's 4 blocks"),
+        (
+            Feature(4, 3, ()),
+            {},
+            r"task\.targets\.feature\.tensors \(\) must name at least one of out, mlp_out, .*, v, each",
+        ),
+        (Feature(4, 3, ("q", "q")), {}, r"tensors \('q', 'q'\) must name .* each once"),
+        (
+            Relation(3, 3, relation_heads=5),
+            {},
+            r"task\.targets\.relation\.relation_heads 5 does not divide 24, the teacher",
+        ),
+        (Relation(3, 3, relation_heads=8), {}, "relation_heads 8 does not divide 12, the student's width"),
+        (ClassToken(5, 3), {}, "teacher_block 5 is beyond the teacher's 4 blocks"),
+        (
+            AttentionLogits(3, 2, adapter=False),
+            {},
+            r"the student's block 2 has 2 heads, the teacher's block 3 has 3; set task\.targets\.attention_logits\.adapter",
+        ),
+        (AttentionLogits(3, 3), {"patch_size": 8}, "teacher and student differ in their tokens"),
         (Feature(3, 3), {"patch_size": 8}, r"task\.targets\.feature: teacher and student differ in their tokens"),
         (Feature(3, 3), {"dist_token": True, "num_classes": 5}, r"task\.targets\.feature: .* no token has a counter"),
     ],
@@ -134,7 +153,7 @@ def test_features_against_float64(target, beta):
     batch = stages.batch(is_valid=[1, 1, 0, 1])
     loss, aux = run.loss(batch, train=False)
     teacher, student = blocks_of(run, batch["image"][[0, 1, 3]])
-    own = run.params["pretext"]["feature"]
+    own = run.params["pretext"]["feature"]["out"]
     assert {name: value.shape for name, value in own.items()} == {"kernel": (12, 24), "bias": (24,)}
     outs = teacher[target.teacher_block - 1]["out"], student[target.student_block - 1]["out"]
     expected = feature_loss(own, *outs, beta)
@@ -162,7 +181,7 @@ def test_two_weighted_targets():
     loss, aux = run.loss(batch, train=False)
     teacher, student = blocks_of(run, batch["image"], student_heads=(3, 3, 3))
     kl = relation_terms(("qk",), teacher[2], student[1])["kl_qk"]
-    smooth = feature_loss(run.params["pretext"]["last"], teacher[3]["out"], student[2]["out"], 2.0)
+    smooth = feature_loss(run.params["pretext"]["last"]["out"], teacher[3]["out"], student[2]["out"], 2.0)
     assert run.params["pretext"].keys() == {"last"}  # relations have no parameters
     np.testing.assert_allclose(loss, 0.5 * kl + 2 * smooth, rtol=1e-5)
     found = {name: metric.value() for name, metric in aux.metrics.items()}
@@ -174,7 +193,7 @@ def test_two_weighted_targets():
 def test_two_features_do_not_share_their_projection():
     task = stages.distill({"a": Feature(3, 3), "b": Feature(3, 3)})
     own = stages.fresh(task)[0]["params"]["pretext"]
-    assert not np.array_equal(own["a"]["kernel"], own["b"]["kernel"])
+    assert not np.array_equal(own["a"]["out"]["kernel"], own["b"]["out"]["kernel"])
 
 
 @pytest.mark.parametrize(
@@ -206,6 +225,10 @@ LOOSE = {"num_heads": 3, "last_block_heads": None}
         ({"relation": Relation(3, 1, ("vv",))}, {"num_heads": 3, "pool": "mean"}, 1, False),
         ({"feature": Feature(4, 3)}, {}, 3, True),
         ({"feature": Feature(2, 2)}, {"pool": "mean", "num_classes": 5}, 2, True),
+        ({"feature": Feature(4, 3, ("q", "k", "v"))}, {}, 3, False),
+        ({"class_token": ClassToken(4, 3)}, {}, 3, True),
+        ({"attention_logits": AttentionLogits(4, 3)}, {"last_block_heads": 2}, 3, False),
+        ({"attention_logits": AttentionLogits(4, 2), "feature": Feature(4, 3)}, {}, 3, True),
         ({"relation": Relation(3, 3), "feature": Feature(3, 2)}, {}, 3, False),
         ({"relation": Relation(3, 2), "feature": Feature(3, 2)}, LOOSE, 2, True),
         (TWO, {"num_heads": 3}, 3, True),

@@ -16,12 +16,13 @@ from tinymim_jax.runtime.codec import from_dict, ranged, to_dict, walk
 from tinymim_jax.runtime.keys import SEEDS
 from tinymim_jax.tasks import TASKS, Classify, Distill, Mae
 from tinymim_jax.tasks.classify import LabelTeacher
-from tinymim_jax.tasks.targets import Feature, Relation
+from tinymim_jax.tasks.targets import AttentionLogits, ClassToken, Feature, Relation
 from tinymim_jax.weights.handoff import Init
 
 __all__ = [
-    "Classification", "Classify", "Compare", "Config", "Corruptions", "Data", "Decoder", "Distill", "Feature", "Init",
-    "Knn", "LabelTeacher", "Logistic", "Mae", "Mesh", "Optim", "Relation", "Run", "Stage", "ViT",
+    "AttentionLogits", "ClassToken", "Classification", "Classify", "Compare", "Config", "Corruptions", "Data",
+    "Decoder", "Distill", "Feature", "Init", "Knn", "LabelTeacher", "Logistic", "Mae", "Mesh", "Optim", "Relation",
+    "Run", "Stage", "ViT",
 ]  # fmt: skip
 
 Model, Task, Eval = (Union[tuple(kinds.values())] for kinds in (MODELS, TASKS, EVALS))  # noqa: UP007

@@ -114,6 +114,10 @@ class Encoder(abc.ABC):
     def computing_like(self, other: "Encoder") -> "Encoder":
         """The encoder as it computes on the images of `other`: dtype, image size. InputError if it cannot see them."""
 
+    def dropping(self, rate: float) -> "Encoder":
+        """The encoder with this rate of drop path; raises InputError if it drops no paths."""
+        raise InputError(f"an encoder of kind {self.kind!r} drops no paths; set that rate to 0")
+
     @abc.abstractmethod
     def embed_flops(self, patches: int) -> float:
         """Matmul FLOPs of the patch embedding of one image of which `patches` are seen."""

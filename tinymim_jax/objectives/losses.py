@@ -49,6 +49,13 @@ def soft_distillation(logits: jax.Array, teacher: jax.Array, temperature: float)
     return temperature**2 * jnp.mean(jnp.exp(log_q) * (log_q - log_p), axis=-1)
 
 
+def mse(pred: jax.Array, target: jax.Array) -> jax.Array:
+    """Mean squared error: two [B, ...] -> [B], float32."""
+    chex.assert_equal_shape([pred, target])
+    error = jnp.square(pred.astype(jnp.float32) - target)
+    return error.mean(axis=tuple(range(1, error.ndim)))
+
+
 def smooth_l1(pred: jax.Array, target: jax.Array, beta: float) -> jax.Array:
     """Squared within beta of the target, linear beyond: two [B, ...] -> their means [B], float32 (TinyMIM Eq. 8)."""
     chex.assert_equal_shape([pred, target])

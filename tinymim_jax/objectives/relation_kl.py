@@ -88,7 +88,7 @@ def _in_blocks(
         dk += jnp.einsum("gnm,gne->gme", d, queries[1], preferred_element_type=jnp.float32)
         return dk, (kl, jnp.einsum("gnm,gme->gne", d, k, preferred_element_type=jnp.float32))
 
-    dk, (kl, dq) = jax.lax.scan(block, jnp.zeros(k.shape, jnp.float32), _blocks(rows, tq, q))
+    dk, (kl, dq) = jax.lax.scan(block, jnp.zeros(k.shape, jnp.float32), blocks(rows, tq, q))
     dq = jnp.moveaxis(dq, 0, 1).reshape(len(q), -1, shape[-1])[:, : shape[2]]
     dq, dk = ((x * scale).astype(dtype).reshape(shape) for x in (dq, dk))
     return kl.sum(axis=(0, 2)).reshape(shape[:2]).sum(axis=1), dq, dk
@@ -105,7 +105,7 @@ def _shifted(q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array, jax.Arra
     return logits, e, e.sum(axis=-1)
 
 
-def _blocks(rows: int, *queries: jax.Array) -> tuple[jax.Array, ...]:
+def blocks(rows: int, *queries: jax.Array) -> tuple[jax.Array, ...]:
     """[B * H, N, E] each -> [blocks, B * H, rows, E]; zeros behind N, whose relations are equal and add nothing."""
     n = queries[0].shape[1]
     count = -(-n // rows)

@@ -10,6 +10,7 @@ import numpy as np
 
 from tinymim_jax.data.device_augment import color_jitter, normalize, to_float
 from tinymim_jax.models.contract import Encoder, Outputs
+from tinymim_jax.models.mae import mask_by_noise
 from tinymim_jax.objectives.metrics import Mean
 from tinymim_jax.runtime.codec import check_name, ranged
 from tinymim_jax.runtime.errors import InputError
@@ -30,6 +31,7 @@ from tinymim_jax.tasks.targets.contract import Captures, Trace
 from tinymim_jax.weights.handoff import Init
 from tinymim_jax.weights.parameters import matches
 
+TEACHER = 1  # folded into the key of its drop path, which is not the student's
 AnyTarget = Union[tuple(TARGETS.values())]  # noqa: UP007
 
 
@@ -40,6 +42,8 @@ class Distill(TaskConfig):
     teacher: Init
     targets: dict[str, AnyTarget]
     color_jitter: float = ranged(0.4, at_least=0)  # brightness, contrast, saturation of the student's view
+    mask_ratio: float = ranged(0.0, at_least=0, below=1)  # of the patches, which neither sees (Table 12); 0: raw images
+    teacher_drop_path: float = ranged(0.0, at_least=0, below=1)  # in training (Table 13); the student's is its model's
     kind: Literal["distill"] = "distill"
 
     def build(self, context: Context) -> "DistillTask":
@@ -50,6 +54,8 @@ class Distill(TaskConfig):
         return f"{', '.join(self.targets)} distillation (TinyMIM), student block {', '.join(map(str, blocks))}"
 
     def check(self, where: str, model: Encoder) -> None:
+        if self.mask_ratio:
+            model.check_masked(where)
         if not self.targets:
             raise InputError(f"{where}.targets is empty: name what the student is to match")
         for name, target in self.targets.items():
@@ -81,7 +87,13 @@ class DistillTask(Task):
                 f"teacher_block {self.of_teacher.blocks[-1]} is beyond the teacher's {teacher.depth} blocks"
             )
         self.teacher_cfg = teacher.trunk(self.of_teacher.blocks[-1]).computing_like(context.model)
+        if cfg.teacher_drop_path:
+            self.teacher_cfg = self.teacher_cfg.dropping(cfg.teacher_drop_path)
         self.teacher = self.teacher_cfg.build()
+        if cfg.mask_ratio:
+            teacher.check_masked("task.teacher")
+            if (teacher.mask_unit, teacher.grid) != (context.model.mask_unit, context.model.grid):
+                raise InputError("task.mask_ratio: teacher and student differ in what a mask hides; give both one grid")
         self.targets = {
             name: target.build(f"task.targets.{name}", self.teacher_cfg, context.model)
             for name, target in cfg.targets.items()
@@ -115,11 +127,23 @@ class DistillTask(Task):
     def traces(self, params: Params, frozen: Frozen, batch: Batch, rngs: Rngs, *, train: bool) -> tuple[Trace, Trace]:
         """The captured blocks of the teacher and of the student."""
         clean, jittered = self._views(batch, rngs["augment"] if train else None)
-        teacher = self.teacher.apply({"params": frozen["teacher"]["encoder"]}, clean, capture=self.of_teacher.blocks)
+        keep = None
+        if self.task.mask_ratio and train:
+            noise = jax.random.uniform(rngs["mask"], (len(clean), self.cfg.grid**2))
+            keep, _, _ = mask_by_noise(noise, self.task.mask_ratio)
+        teacher = self.teacher.apply(
+            {"params": frozen["teacher"]["encoder"]},
+            clean,
+            capture=self.of_teacher.blocks,
+            keep=keep,
+            train=train and self.task.teacher_drop_path > 0,
+            rngs={"drop_path": jax.random.fold_in(rngs["drop_path"], TEACHER)},
+        )
         student = self.model.apply(
             {"params": params["encoder"]},
             jittered,
             capture=self.of_student.blocks,
+            keep=keep,
             train=train,
             rngs={"drop_path": rngs["drop_path"]},
         )
@@ -148,8 +172,9 @@ class DistillTask(Task):
             {"block": captures.blocks[-1], "qkv_only": captures.qkv_only}
             for captures in (self.of_teacher, self.of_student)
         )
-        passes = self.teacher_cfg.forward_flops(**teacher) + self.cfg.train_flops(**student)
-        return passes + sum(target.flops() for target in self.targets.values())
+        seen = int(self.cfg.grid**2 * (1 - self.task.mask_ratio))
+        passes = self.teacher_cfg.forward_flops(seen, **teacher) + self.cfg.train_flops(seen, **student)
+        return passes + sum(target.flops(seen) for target in self.targets.values())
 
     def describe_source(self, source: str) -> str:
         teacher = self.context.sources[source]

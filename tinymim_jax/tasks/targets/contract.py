@@ -3,11 +3,12 @@
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 
 from tinymim_jax.models.contract import BlockTrace, Encoder
+from tinymim_jax.runtime.errors import InputError
 
 Trace = Mapping[int, BlockTrace]  # of the captured blocks
 
@@ -20,23 +21,37 @@ class Captures:
     qkv_only: bool = False
 
 
-class TargetLoss(Protocol):
-    """A target between two given encoders."""
+class TargetLoss(abc.ABC):
+    """A target between two given encoders; `teacher` goes up to the last block that is read."""
+
+    def __init__(self, cfg: Any, teacher: Encoder, student: Encoder):
+        self.cfg, self.teacher, self.student = cfg, teacher, student
+
+    def check_tokens(self, where: str) -> None:
+        """Raises InputError if a token of one has no counterpart in the other."""
+        if (self.teacher.num_prefix, self.teacher.grid) != (self.student.num_prefix, self.student.grid):
+            raise InputError(f"{where}: teacher and student differ in their tokens, so no token has a counterpart")
 
     def init(self, rng: jax.Array) -> Any:
         """Its own parameters, which lie under pretext/<its name>; {} if it has none."""
+        return {}
 
+    @abc.abstractmethod
     def loss(self, params: Any, teacher: Trace, student: Trace) -> dict[str, jax.Array]:
         """Terms [B] by name, whose sum is the loss of each image."""
 
+    @abc.abstractmethod
     def maps(self, params: Any, teacher: Trace, student: Trace, query: int) -> dict[str, tuple[jax.Array, jax.Array]]:
         """For a picture: by name, how token `query` relates to each, [B, N], in the teacher and in the student."""
 
     def sides(self, teacher: Encoder) -> tuple[str, str]:
         """For a picture: which block is read of `teacher`, whole, and of the student, and its heads if they matter."""
+        blocks = (self.cfg.teacher_block, teacher), (self.cfg.student_block, self.student)
+        return tuple(f"block {block} of {model.depth}" for block, model in blocks)
 
-    def flops(self) -> float:
-        """Matmul FLOPs of one image, forward and backward."""
+    @abc.abstractmethod
+    def flops(self, patches: int) -> float:
+        """Matmul FLOPs of one image of which `patches` are seen, forward and backward."""
 
 
 class Target(abc.ABC):

@@ -1,4 +1,4 @@
-"""Features of one block, matched by smooth L1 (TinyMIM section 3.1.1, Eq. 7 and 8, Table 6)."""
+"""Features of one block, projected and matched (TinyMIM section 3.1.1, Eq. 7 and 8, Table 6)."""
 
 import dataclasses
 from typing import Any, Literal
@@ -7,55 +7,82 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tinymim_jax.models.contract import Encoder
+from tinymim_jax.models.contract import BlockTrace, Encoder
 from tinymim_jax.models.layers import xavier
-from tinymim_jax.objectives.losses import smooth_l1
+from tinymim_jax.objectives import losses
 from tinymim_jax.runtime.codec import ranged
 from tinymim_jax.runtime.errors import InputError
-from tinymim_jax.tasks.targets.contract import Captures, Target, Trace
+from tinymim_jax.tasks.targets.contract import Captures, Target, TargetLoss, Trace
+
+NAMES = {
+    "out": "output",
+    "mlp_out": "FFN without shortcut",
+    "mid": "attention with shortcut",
+    "attn_out": "attention without shortcut",
+    "q": "Q",
+    "k": "K",
+    "v": "V",
+}
 
 
 @dataclasses.dataclass
 class Feature(Target):
-    """The student's block output, through a linear projection, matches the teacher's, through a norm without affine."""
+    """The student's tensors, each through a linear projection, match the teacher's, each through a norm."""
 
     teacher_block: int = ranged(at_least=1)  # target block, from 1
     student_block: int = ranged(12, at_least=1)  # from 1
+    # Of the block: its output, FFN and attention before the shortcut, attention behind it, all heads of q, k, v. Losses
+    # of several are summed.
+    tensors: tuple[Literal["out", "mlp_out", "mid", "attn_out", "q", "k", "v"], ...] = ("out",)
+    loss: Literal["smooth_l1", "mse"] = "smooth_l1"
     beta: float = ranged(2.0, above=0)  # of smooth L1
     weight: float = ranged(1.0, above=0)
     kind: Literal["feature"] = "feature"
 
     def captures(self) -> tuple[Captures, Captures]:
-        return Captures((self.teacher_block,)), Captures((self.student_block,))
+        qkv_only = set(self.tensors) <= {"q", "k", "v"}
+        return Captures((self.teacher_block,), qkv_only), Captures((self.student_block,), qkv_only)
 
     def build(self, where: str, teacher: Encoder, student: Encoder) -> "FeatureLoss":
         return FeatureLoss(self, where, teacher, student)
 
     def summary(self, teacher: Encoder) -> str:
-        return f"output of block {self.teacher_block} of {teacher.depth}"
+        return f"{', '.join(NAMES[name] for name in self.tensors)} of block {self.teacher_block} of {teacher.depth}"
 
 
-class FeatureLoss:
-    """`Feature` between two encoders; its parameters are the projection's."""
+class FeatureLoss(TargetLoss):
+    """`Feature` between two encoders; its parameters are the projections', by tensor."""
 
     def __init__(self, cfg: Feature, where: str, teacher: Encoder, student: Encoder):
-        self.cfg, self.teacher, self.student = cfg, teacher, student
-        if (teacher.num_prefix, teacher.grid) != (student.num_prefix, student.grid):
-            raise InputError(f"{where}: teacher and student differ in their tokens, so no token has a counterpart")
+        super().__init__(cfg, teacher, student)
+        if not cfg.tensors or len(set(cfg.tensors)) != len(cfg.tensors):
+            raise InputError(f"{where}.tensors {cfg.tensors} must name at least one of {', '.join(NAMES)}, each once")
+        self.check_tokens(where)
         width = teacher.width_of(cfg.teacher_block)
         self.projection = nn.Dense(width, kernel_init=xavier, dtype=jnp.dtype(student.dtype))
 
     def init(self, rng: jax.Array) -> Any:
-        return self.projection.init(rng, jnp.zeros((1, self.student.width_of(self.cfg.student_block))))["params"]
+        like = jnp.zeros((1, self.student.width_of(self.cfg.student_block)))
+        keys = jax.random.split(rng, len(self.cfg.tensors))
+        return {
+            name: self.projection.init(key, like)["params"] for name, key in zip(self.cfg.tensors, keys, strict=True)
+        }
 
-    def matched(self, params: Any, teacher: Trace, student: Trace) -> tuple[jax.Array, jax.Array]:
+    def matched(self, params: Any, teacher: Trace, student: Trace, name: str) -> tuple[jax.Array, jax.Array]:
         """What the student's tokens become, and what they shall, [B, N, C] each."""
-        target = teacher[self.cfg.teacher_block].out.astype(jnp.float32)
+        target = tensor(teacher[self.cfg.teacher_block], name).astype(jnp.float32)
         target = nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False, use_fast_variance=False).apply({}, target)
-        return self.projection.apply({"params": params}, student[self.cfg.student_block].out), target
+        own = tensor(student[self.cfg.student_block], name)
+        return self.projection.apply({"params": params[name]}, own), target
 
     def loss(self, params: Any, teacher: Trace, student: Trace) -> dict[str, jax.Array]:
-        return {"smooth_l1": smooth_l1(*self.matched(params, teacher, student), self.cfg.beta)}
+        options = {"beta": self.cfg.beta} if self.cfg.loss == "smooth_l1" else {}
+        error = {"smooth_l1": losses.smooth_l1, "mse": losses.mse}[self.cfg.loss]
+        prefix = {name: f"{name}_" if len(self.cfg.tensors) > 1 else "" for name in self.cfg.tensors}
+        return {
+            f"{prefix[name]}{self.cfg.loss}": error(*self.matched(params, teacher, student, name), **options)
+            for name in self.cfg.tensors
+        }
 
     def maps(self, params: Any, teacher: Trace, student: Trace, query: int) -> dict[str, tuple[jax.Array, jax.Array]]:
         """Cosine similarities."""
@@ -64,13 +91,16 @@ class FeatureLoss:
             x = x / jnp.linalg.norm(x, axis=-1, keepdims=True)
             return jnp.einsum("bc,bnc->bn", x[:, query], x)
 
-        projected, target = self.matched(params, teacher, student)
-        return {"cosine": (similarity(target), similarity(projected))}
+        pairs = {name: self.matched(params, teacher, student, name) for name in self.cfg.tensors}
+        of = {name: f" of {name}" if len(pairs) > 1 else "" for name in pairs}
+        return {f"cosine{of[name]}": (similarity(target), similarity(own)) for name, (own, target) in pairs.items()}
 
-    def sides(self, teacher: Encoder) -> tuple[str, str]:
-        blocks = (self.cfg.teacher_block, teacher), (self.cfg.student_block, self.student)
-        return tuple(f"block {block} of {model.depth}" for block, model in blocks)
+    def flops(self, patches: int) -> float:
+        widths = self.student.width_of(self.cfg.student_block) * self.teacher.width_of(self.cfg.teacher_block)
+        return len(self.cfg.tensors) * 6.0 * (patches + self.student.num_prefix) * widths
 
-    def flops(self) -> float:
-        n = self.student.grid**2 + self.student.num_prefix
-        return 6.0 * n * self.student.width_of(self.cfg.student_block) * self.teacher.width_of(self.cfg.teacher_block)
+
+def tensor(block: BlockTrace, name: str) -> jax.Array:
+    """[B, N, D]: one of a block's tensors, q, k and v with all their heads."""
+    found = getattr(block, name)
+    return found.reshape(*found.shape[:2], -1)

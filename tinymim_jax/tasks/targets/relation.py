@@ -4,13 +4,15 @@ import dataclasses
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 
 from tinymim_jax.models.contract import BlockTrace, Encoder
 from tinymim_jax.objectives import relations
 from tinymim_jax.objectives.relation_kl import relation_kl
+from tinymim_jax.objectives.relation_mse import relation_mse
 from tinymim_jax.runtime.codec import ranged
 from tinymim_jax.runtime.errors import InputError
-from tinymim_jax.tasks.targets.contract import Captures, Target, Trace
+from tinymim_jax.tasks.targets.contract import Captures, Target, TargetLoss, Trace
 
 
 @dataclasses.dataclass
@@ -21,6 +23,11 @@ class Relation(Target):
     student_block: int = ranged(12, at_least=1)  # the block whose q, k, v are matched, from 1
     relations: tuple[Literal["qk", "vv", "qq", "kk"], ...] = ("qk", "vv")
     heads: int | None = ranged(None, at_least=1)  # that the teacher's q, k, v are split into; None: as it was trained
+    # That both are split into, whatever they were trained with (MiniLMv2); None: the student's as it was built.
+    relation_heads: int | None = ranged(None, at_least=1)
+    cls: bool = True  # whether the tokens in front of the patches take part
+    temperature: float = ranged(1.0, above=0)  # that products are divided by
+    softmax: bool = True  # KL of softmaxed products; False: the mean squared error of the products (Table 7 names none)
     weight: float = ranged(1.0, above=0)
     kernel: Literal["xla", "pallas"] = "xla"  # of the loss on TPU and GPU; pallas has not been measured yet
     kind: Literal["relation"] = "relation"
@@ -32,15 +39,15 @@ class Relation(Target):
         return RelationLoss(self, where, teacher, student)
 
     def summary(self, teacher: Encoder) -> str:
-        heads = self.heads or teacher.heads_of(self.teacher_block)
+        heads = self.relation_heads or self.heads or teacher.heads_of(self.teacher_block)
         return f"{'+'.join(self.relations)} relations of block {self.teacher_block} of {teacher.depth}, {heads} heads"
 
 
-class RelationLoss:
+class RelationLoss(TargetLoss):
     """`Relation` between two encoders; no parameters."""
 
     def __init__(self, cfg: Relation, where: str, teacher: Encoder, student: Encoder):
-        self.cfg, self.teacher, self.student = cfg, teacher, student
+        super().__init__(cfg, teacher, student)
         if not cfg.relations or len(set(cfg.relations)) != len(cfg.relations):
             raise InputError(f"{where}.relations {cfg.relations} must name at least one relation, each once")
         tokens = [(model.num_prefix, model.grid) for model in (teacher, student)]
@@ -56,6 +63,15 @@ class RelationLoss:
         self._check_heads(where)
 
     def _check_heads(self, where: str) -> None:
+        if (count := self.cfg.relation_heads) is not None:
+            widths = {
+                "teacher": self.teacher.width_of(self.cfg.teacher_block),
+                "student": self.student.width_of(self.cfg.student_block),
+            }
+            for who, width in widths.items():
+                if width % count:
+                    raise InputError(f"{where}.relation_heads {count} does not divide {width}, the {who}'s width")
+            return
         cfg, trained = self.cfg, self.teacher.heads_of(self.cfg.teacher_block)
         width, heads = self.teacher.width_of(cfg.teacher_block), cfg.heads or trained
         if width % heads:
@@ -70,45 +86,56 @@ class RelationLoss:
                 f" {heads}; give that block of the student {heads} (model.last_block_heads), or set {where}.heads={own}"
             )
 
-    def init(self, rng: jax.Array) -> dict[str, Any]:
-        return {}
-
     def read(self, teacher: Trace, student: Trace) -> tuple[BlockTrace, BlockTrace]:
-        """The two blocks, the teacher's q, k and v split into the student's number of heads."""
-        block = teacher[self.cfg.teacher_block]
-        if self.cfg.heads is not None:
-            split = {name: regrouped(getattr(block, name), self.cfg.heads) for name in ("q", "k", "v")}
-            block = block.replace(**split)
-        return block, student[self.cfg.student_block]
+        """The two blocks, the q, k and v of each split into as many heads."""
+        cfg, both = self.cfg, self.cfg.relation_heads
+        block = self._split(teacher[cfg.teacher_block], both or cfg.heads, self.teacher)
+        return block, self._split(student[cfg.student_block], both, self.student)
+
+    def _split(self, block: BlockTrace, heads: int | None, model: Encoder) -> BlockTrace:
+        front = 0 if self.cfg.cls else model.num_prefix
+        if not heads and not front:
+            return block
+        parts = {name: getattr(block, name)[:, front:] for name in ("q", "k", "v")}
+        return block.replace(**{name: regrouped(x, heads) if heads else x for name, x in parts.items()})
 
     def pairs(self, teacher: Trace, student: Trace) -> dict[str, list[tuple[jax.Array, jax.Array]]]:
         """By relation, of the teacher and of the student, the two that are related."""
         traces = self.read(teacher, student)
-        return {name: [relations.pair(trace, name) for trace in traces] for name in self.cfg.relations}
+        found = {name: [relations.pair(trace, name) for trace in traces] for name in self.cfg.relations}
+        if self.cfg.temperature == 1:
+            return found
+        share = 1 / self.cfg.temperature
+        return {name: [(a * share, b) for a, b in pairs] for name, pairs in found.items()}
 
     def loss(self, params: Any, teacher: Trace, student: Trace) -> dict[str, jax.Array]:
         pairs = self.pairs(teacher, student)
+        if not self.cfg.softmax:
+            return {f"mse_{name}": relation_mse(*pair) for name, pair in pairs.items()}
         return {f"kl_{name}": relation_kl(*pair, kernel=self.cfg.kernel) for name, pair in pairs.items()}
 
     def maps(self, params: Any, teacher: Trace, student: Trace, query: int) -> dict[str, tuple[jax.Array, jax.Array]]:
         """A row of each relation, mean over heads."""
 
+        front = 0 if self.cfg.cls else self.student.num_prefix
+
         def row(related: tuple[jax.Array, jax.Array]) -> jax.Array:
-            return relations.relation(*related).mean(axis=1)[:, query]
+            of_query = relations.relation(*related).mean(axis=1)[:, query - front]
+            return jnp.pad(of_query, ((0, 0), (front, 0)))
 
         pairs = self.pairs(teacher, student)
         return {name.upper(): (row(of_teacher), row(of_student)) for name, (of_teacher, of_student) in pairs.items()}
 
     def sides(self, teacher: Encoder) -> tuple[str, str]:
         cfg, trained = self.cfg, teacher.heads_of(self.cfg.teacher_block)
-        split = "" if cfg.heads in (None, trained) else f"\nsplit from {trained}"
-        heads = f"mean of {cfg.heads or trained} heads{split}"
-        own = f"mean of {self.student.heads_of(cfg.student_block)} heads"
+        read, mine = cfg.relation_heads or cfg.heads or trained, self.student.heads_of(cfg.student_block)
+        heads = f"mean of {read} heads" + ("" if read == trained else f"\nsplit from {trained}")
+        own = f"mean of {cfg.relation_heads or mine} heads"
         blocks = f"block {cfg.teacher_block} of {teacher.depth}", f"block {cfg.student_block} of {self.student.depth}"
         return f"{blocks[0]}\n{heads}", f"{blocks[1]}\n{own}"
 
-    def flops(self) -> float:
-        n = self.student.grid**2 + self.student.num_prefix
+    def flops(self, patches: int) -> float:
+        n = patches + (self.student.num_prefix if self.cfg.cls else 0)
         widths = self.teacher.width_of(self.cfg.teacher_block) + 3 * self.student.width_of(self.cfg.student_block)
         return len(self.cfg.relations) * 2.0 * n * n * widths
 

@@ -1,0 +1,79 @@
+"""The class token, as a distribution over channels (TinyMIM section 3.1.1, Eq. 6, Table 5).
+
+How a token becomes a distribution, and how widths meet, is not published: here the student's goes through a norm and a
+linear layer to the teacher's width, and softmax is over channels on both sides.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from tinymim_jax.models.contract import Encoder
+from tinymim_jax.models.layers import xavier
+from tinymim_jax.objectives.losses import soft_distillation
+from tinymim_jax.runtime.codec import ranged
+from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.tasks.targets.contract import Captures, Target, TargetLoss, Trace
+
+
+@dataclasses.dataclass
+class ClassToken(Target):
+    """The student's class token matches the teacher's by KL over channels."""
+
+    teacher_block: int = ranged(at_least=1)  # whose output's first token is the target, from 1
+    student_block: int = ranged(12, at_least=1)  # from 1
+    temperature: float = ranged(1.0, above=0)  # of both; the loss is scaled by its square
+    weight: float = ranged(1.0, above=0)
+    kind: Literal["class_token"] = "class_token"
+
+    def captures(self) -> tuple[Captures, Captures]:
+        return Captures((self.teacher_block,)), Captures((self.student_block,))
+
+    def build(self, where: str, teacher: Encoder, student: Encoder) -> "ClassTokenLoss":
+        return ClassTokenLoss(self, where, teacher, student)
+
+    def summary(self, teacher: Encoder) -> str:
+        return f"class token of block {self.teacher_block} of {teacher.depth}"
+
+
+class ClassTokenLoss(TargetLoss):
+    """`ClassToken` between two encoders; its parameters are a norm's and a linear layer's."""
+
+    def __init__(self, cfg: ClassToken, where: str, teacher: Encoder, student: Encoder):
+        super().__init__(cfg, teacher, student)
+        for who, model in (("teacher", teacher), ("student", student)):
+            if not model.num_prefix:
+                raise InputError(f"{where}: the {who} ({model.kind}) has no class token; choose another target")
+        self.norm = nn.LayerNorm(epsilon=student.layer_norm_eps, use_fast_variance=False)
+        self.projection = nn.Dense(teacher.width_of(cfg.teacher_block), kernel_init=xavier)
+
+    def init(self, rng: jax.Array) -> Any:
+        like = jnp.zeros((1, self.student.width_of(self.cfg.student_block)))
+        modules = {"norm": self.norm, "projection": self.projection}
+        return {name: module.init(rng, like)["params"] for name, module in modules.items()}
+
+    def projected(self, params: Any, student: Trace) -> jax.Array:
+        """The student's tokens in the teacher's width, [B, N, C], float32."""
+        own = self.norm.apply({"params": params["norm"]}, student[self.cfg.student_block].out.astype(jnp.float32))
+        return self.projection.apply({"params": params["projection"]}, own)
+
+    def loss(self, params: Any, teacher: Trace, student: Trace) -> dict[str, jax.Array]:
+        target = teacher[self.cfg.teacher_block].out[:, 0]
+        own = self.projected(params, student)[:, 0]
+        return {"kl_cls": own.shape[-1] * soft_distillation(own, target, self.cfg.temperature)}
+
+    def maps(self, params: Any, teacher: Trace, student: Trace, query: int) -> dict[str, tuple[jax.Array, jax.Array]]:
+        """Cosine similarities of all tokens with the class token."""
+
+        def similarity(x: jax.Array) -> jax.Array:
+            x = x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+            return jnp.einsum("bc,bnc->bn", x[:, 0], x)
+
+        target = teacher[self.cfg.teacher_block].out.astype(jnp.float32)
+        return {"like CLS": (similarity(target), similarity(self.projected(params, student)))}
+
+    def flops(self, patches: int) -> float:
+        return 6.0 * self.student.width_of(self.cfg.student_block) * self.teacher.width_of(self.cfg.teacher_block)
