@@ -41,6 +41,7 @@ setup(
         "rich",
         "safetensors",
         "scikit-learn",
+        "scipy",
         "simplejpeg>=1.8",
         "tensorboardX",
         "tensorflow-datasets>=4.9.9",

@@ -3,8 +3,10 @@
 import dataclasses
 
 from tinymim_jax.experiment.config import (
+    AttentionLogits,
     Classification,
     Classify,
+    ClassToken,
     Compare,
     Config,
     Corruptions,
@@ -54,6 +56,7 @@ def full_config():
     )
     distill = make_distill(Init("mae", rename={"a": "b"}, skip=("x", "y"), regroup_heads=True))
     distill.task.targets["feature"] = Feature(2, 1, beta=1.0, weight=0.5)
+    distill.task.targets["cls"], distill.task.targets["logits"] = ClassToken(2, 1), AttentionLogits(2, 1)
     tuned = make_stage(
         init=Init(path="/somewhere", resize_posembed=True),
         model=ViT(8, 2, 2, num_classes=10, dist_token=True, **SIZE),

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from tinymim_jax.models import layers, posembed
-from tinymim_jax.models.contract import Encoder, EncoderOutput
+from tinymim_jax.models.contract import Encoder, EncoderOutput, Part
 from tinymim_jax.runtime.codec import ranged
 from tinymim_jax.runtime.errors import InputError
 
@@ -62,8 +62,9 @@ class TwoWidths(Encoder):
             return self.depth + 1
         raise InputError(f"there is no parameter {name}")
 
-    def is_behind_qkv(self, name: str) -> bool:
-        return bool(re.match(r"encoder/block\d+/(attn/proj|norm2|mlp)/", name))
+    def is_behind(self, name: str, part: Part) -> bool:
+        behind = {"qkv": "attn/proj|norm2|mlp", "attention": "norm2|mlp"}
+        return part != "all" and bool(re.match(rf"encoder/block\d+/({behind[part]})/", name))
 
     def trunk(self, block: int) -> "TwoWidths":
         # Its widths hang on its depth, so it is not cut: what nothing reads is not computed under jit.
@@ -75,10 +76,11 @@ class TwoWidths(Encoder):
     def embed_flops(self, patches: int) -> float:
         return 2.0 * patches * 3 * self.patch_size**2 * self.width
 
-    def block_flops(self, block: int, patches: int, *, qkv_only: bool = False) -> float:
+    def block_flops(self, block: int, patches: int, part: Part = "all") -> float:
         n, d = patches, self.width_of(block)
         widen = 2.0 * n * self.width * d if block == self.depth // 2 + 1 else 0.0
-        return widen + (6.0 * n * d * d if qkv_only else 24.0 * n * d * d + 4.0 * n * n * d)
+        attention = 8.0 * n * d * d + 4.0 * n * n * d
+        return widen + {"qkv": 6.0 * n * d * d, "attention": attention, "all": attention + 16.0 * n * d * d}[part]
 
 
 class TwoWidthsModule(nn.Module):

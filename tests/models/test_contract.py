@@ -12,6 +12,7 @@ from tests.models.test_vit import TINY, pictures, shapes
 from tinymim_jax.experiment import recipes
 from tinymim_jax.experiment.config import ViT
 from tinymim_jax.models import MODELS
+from tinymim_jax.models.contract import PARTS
 from tinymim_jax.runtime.errors import InputError
 
 # Wide enough for the matmuls to be nearly all of XLA's count, which has the element-wise operations too.
@@ -47,22 +48,23 @@ def test_each_parameter_has_a_layer():
 def test_block_1_is_not_block_12():
     model = ViT(12, 12, 3)
     name = "encoder/block{}/attn/qkv/kernel"
-    assert [model.reads(name.format(i), 1, qkv_only=True) for i in (1, 11, 12)] == [True, False, False]
+    assert [model.reads(name.format(i), 1, "qkv") for i in (1, 11, 12)] == [True, False, False]
 
 
-@pytest.mark.parametrize("qkv_only", [False, True])
-def test_what_a_block_reads_is_what_its_output_depends_on(qkv_only):
+@pytest.mark.parametrize("part", PARTS)
+def test_what_a_block_reads_is_what_its_output_depends_on(part):
     model, params = TINY.build(), reference.random_params(TINY.build().init, pictures())
 
     def output(p):
         trace = model.apply({"params": p}, pictures(), capture=(2,)).trace[2]
-        return (trace.q**2).mean() + (trace.k**2).mean() + (trace.v**3).mean() if qkv_only else (trace.out**3).mean()
+        qkv = (trace.q**2).mean() + (trace.k**2).mean() + (trace.v**3).mean()
+        return {"qkv": qkv, "attention": (trace.mid**3).mean(), "all": (trace.out**3).mean()}[part]
 
     gradients = jax.tree_util.tree_leaves_with_path({"encoder": jax.jit(jax.grad(output))(params)})
     assert len(gradients) > 40
     for path, gradient in gradients:
         name = "/".join(part.key for part in path)
-        assert TINY.reads(name, 2, qkv_only=qkv_only) == bool(np.any(gradient)), name
+        assert TINY.reads(name, 2, part) == bool(np.any(gradient)), name
 
 
 def test_half_trained_is_the_first_block_of_which_a_part_was_trained():
@@ -166,9 +168,9 @@ def test_a_neck_is_counted():
 def test_q_k_and_v_are_all_that_is_counted_of_a_block():
     cfg = ViT(12, 5, 3, image_size=20, patch_size=5)
     qkv, rest = block(17, 12, 48)
-    assert cfg.forward_flops(block=3, qkv_only=True) == matmul(16, 75, 12) + 2 * (qkv + rest) + qkv
+    assert cfg.forward_flops(block=3, part="qkv") == matmul(16, 75, 12) + 2 * (qkv + rest) + qkv
     # The backward pass: two matmuls for each, but none for the pixels.
-    assert cfg.train_flops(block=3, qkv_only=True) == 2 * matmul(16, 75, 12) + 3 * (2 * (qkv + rest) + qkv)
+    assert cfg.train_flops(block=3, part="qkv") == 2 * matmul(16, 75, 12) + 3 * (2 * (qkv + rest) + qkv)
 
 
 def test_frozen_blocks_are_only_passed_forward():
@@ -194,5 +196,5 @@ def test_cost_against_xla():
 
     logits = compiled(lambda v, x: model.apply(v, x).logits, variables, images) / BATCH
     assert 1 < logits / WIDE.forward_flops() < 1.05
-    counted = WIDE.forward_flops(block=2, qkv_only=True)
+    counted = WIDE.forward_flops(block=2, part="qkv")
     np.testing.assert_allclose(compiled(qkv, variables, images) / BATCH, counted, rtol=0.05)

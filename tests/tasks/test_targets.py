@@ -199,11 +199,12 @@ def test_two_features_do_not_share_their_projection():
 @pytest.mark.parametrize(
     ("captures", "expected"),
     [
-        ([Captures((3,), True)], Captures((3,), True)),
-        ([Captures((3,), True), Captures((2,))], Captures((2, 3), True)),
-        ([Captures((2,), True), Captures((3,))], Captures((2, 3), False)),
-        ([Captures((3,)), Captures((3,), True)], Captures((3,), False)),
-        ([Captures((3, 1), True), Captures((3,), True)], Captures((1, 3), True)),
+        ([Captures((3,), "qkv")], Captures((3,), "qkv")),
+        ([Captures((3,), "qkv"), Captures((2,))], Captures((2, 3), "qkv")),
+        ([Captures((2,), "qkv"), Captures((3,))], Captures((2, 3), "all")),
+        ([Captures((3,), "attention"), Captures((3,), "qkv")], Captures((3,), "attention")),
+        ([Captures((3,)), Captures((3,), "qkv")], Captures((3,), "all")),
+        ([Captures((3, 1), "qkv"), Captures((3,), "qkv")], Captures((1, 3), "qkv")),
     ],
 )
 def test_merged_captures(captures, expected):
@@ -226,6 +227,9 @@ LOOSE = {"num_heads": 3, "last_block_heads": None}
         ({"feature": Feature(4, 3)}, {}, 3, True),
         ({"feature": Feature(2, 2)}, {"pool": "mean", "num_classes": 5}, 2, True),
         ({"feature": Feature(4, 3, ("q", "k", "v"))}, {}, 3, False),
+        ({"feature": Feature(4, 3, ("mid", "q"))}, {}, 3, "attention"),
+        ({"feature": Feature(4, 3, ("attn_out",))}, {}, 3, "attention"),
+        ({"feature": Feature(4, 3, ("mlp_out",))}, {}, 3, True),
         ({"class_token": ClassToken(4, 3)}, {}, 3, True),
         ({"attention_logits": AttentionLogits(4, 3)}, {"last_block_heads": 2}, 3, False),
         ({"attention_logits": AttentionLogits(4, 2), "feature": Feature(4, 3)}, {}, 3, True),
@@ -239,9 +243,8 @@ def test_untrained_is_what_has_no_gradient(targets, model, block, is_whole):
     untrained, names = stages.check_untrained(stages.distill(targets, color_jitter=0.0, **model))
     trained = names - untrained
     of_block = {n.split("/", 2)[2] for n in names if n.startswith(f"encoder/block{block}/")}
-    assert {n.split("/", 2)[2] for n in trained if n.startswith(f"encoder/block{block}/")} == (
-        of_block if is_whole else QKV
-    )
+    wanted = {True: of_block, False: QKV, "attention": QKV | {"attn/proj/kernel", "attn/proj/bias"}}[is_whole]
+    assert {n.split("/", 2)[2] for n in trained if n.startswith(f"encoder/block{block}/")} == wanted
     assert {"encoder/cls_token", "encoder/patch_embed/kernel"} <= trained
     assert {n for n in names if n.startswith("pretext/")} <= trained
     assert not any(n.startswith(f"encoder/block{block + 1}/") for n in trained)

@@ -46,16 +46,18 @@ def _task(stage: config.Stage) -> str:
 
 def last_block(model: Encoder, names: Iterable[str], untrained: list[str]) -> str:
     """What the last block is good for, given all parameters and those that were not trained."""
+    names = list(names)
     i = model.half_trained(names, untrained)
     if i is None:
         is_frozen = any(name.startswith("encoder/") and model.block_of(name) == model.depth for name in untrained)
         return f"block {model.depth}: {'not trained in this stage' if is_frozen else 'trained like the others'}"
     behind = f"; nothing behind block {i} was" if i < model.depth else ""
     use = f"take features from the output of block {i - 1}, or fine-tune" if i > 1 else "fine-tune before use"
-    return (
-        f"block {i}: only its norm1 and q, k, v were trained; its projection and MLP (and the final norm) were not"
-        f"{behind}: {use}"
-    )
+    own = [name for name in names if name.startswith("encoder/") and model.block_of(name) == i]
+    trained, others = {
+        "qkv": ("norm1 and q, k, v", "projection and MLP"), "attention": ("norm1 and attention", "norm2 and MLP")
+    }[model.trained_part(own, untrained)]  # fmt: skip
+    return f"block {i}: only its {trained} were trained; its {others} (and the final norm) were not{behind}: {use}"
 
 
 def lines(folder: Path) -> list[str]:

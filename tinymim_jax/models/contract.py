@@ -4,6 +4,7 @@ Shapes: B batch, N tokens, L patch tokens, D width, H heads, E head width, C cla
 """
 
 import abc
+import typing
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
@@ -15,6 +16,8 @@ import jax.numpy as jnp
 from tinymim_jax.runtime.errors import InputError
 
 Pool = Literal["cls", "mean"]  # the first token, the mean patch token
+Part = Literal["qkv", "attention", "all"]  # of a block: up to its q, k, v, up to behind its attention, whole
+PARTS = typing.get_args(Part)
 
 
 @flax.struct.dataclass
@@ -103,8 +106,8 @@ class Encoder(abc.ABC):
         return layer if 1 <= layer <= self.depth else None
 
     @abc.abstractmethod
-    def is_behind_qkv(self, name: str) -> bool:
-        """Whether the q, k and v of the block that parameter `name` belongs to do not depend on it."""
+    def is_behind(self, name: str, part: Part) -> bool:
+        """Whether that part of the block that parameter `name` belongs to does not depend on it."""
 
     @abc.abstractmethod
     def trunk(self, block: int) -> "Encoder":
@@ -123,8 +126,8 @@ class Encoder(abc.ABC):
         """Matmul FLOPs of the patch embedding of one image of which `patches` are seen."""
 
     @abc.abstractmethod
-    def block_flops(self, block: int, patches: int, *, qkv_only: bool = False) -> float:
-        """Matmul FLOPs of one block's forward pass, or up to its q, k and v."""
+    def block_flops(self, block: int, patches: int, part: Part = "all") -> float:
+        """Matmul FLOPs of one block's forward pass, or of that part of it."""
 
     def head_flops(self, patches: int) -> float:
         """Matmul FLOPs of what stands behind the blocks."""
@@ -173,34 +176,42 @@ class Encoder(abc.ABC):
         """Whether probes read the first token and not the mean patch token."""
         return False
 
-    def reads(self, name: str, block: int, *, qkv_only: bool = False) -> bool:
-        """Whether parameter `name` matters for the output of `block`, or for its q, k and v."""
+    def reads(self, name: str, block: int, part: Part = "all") -> bool:
+        """Whether parameter `name` matters for that part of `block`."""
         layer = self.layer_id(name)
-        return layer < block or (layer == block and not (qkv_only and self.is_behind_qkv(name)))
+        return layer < block or (layer == block and not self.is_behind(name, part))
 
     def half_trained(self, names: Iterable[str], untrained: Collection[str]) -> int | None:
-        """The first block, with its parameters among `names`, of which nothing but q, k and v was trained, or None."""
-        frozen: dict[int, dict[bool, set[bool]]] = {}  # block -> whether a parameter is behind qkv -> whether untrained
+        """The first block, with its parameters among `names`, of which nothing behind a `Part` was trained, or None."""
+        blocks: dict[int, list[str]] = {}
         for name in names:
             if name.startswith("encoder/") and (block := self.block_of(name)):
-                parts = frozen.setdefault(block, {False: set(), True: set()})
-                parts[self.is_behind_qkv(name)].add(name in untrained)
-        return min((block for block, parts in frozen.items() if parts == {False: {False}, True: {True}}), default=None)
+                blocks.setdefault(block, []).append(name)
+        return min((block for block, own in blocks.items() if self.trained_part(own, untrained)), default=None)
 
-    def forward_flops(self, patches: int | None = None, block: int | None = None, *, qkv_only: bool = False) -> float:
-        """Of one image's forward pass, a multiply-add counting as 2; up to `block`, or its q, k, v, if there is one."""
+    def trained_part(self, names: Iterable[str], untrained: Collection[str]) -> Part | None:
+        """The part behind which nothing of the block with parameters `names` was trained; None: it is no such block."""
+        found = {name: name in untrained for name in names}
+        for part in ("qkv", "attention"):
+            behind = {name: self.is_behind(name, part) for name in found}
+            if found == behind and len(set(behind.values())) == 2:
+                return part
+        return None
+
+    def forward_flops(self, patches: int | None = None, block: int | None = None, part: Part = "all") -> float:
+        """Of one image's forward pass, a multiply-add counting as 2; up to that part of `block`, if there is one."""
         seen, last = patches or self.grid**2, block or self.depth
-        blocks = sum(self.block_flops(i, seen, qkv_only=qkv_only and i == last) for i in range(1, last + 1))
+        blocks = sum(self.block_flops(i, seen, part if i == last else "all") for i in range(1, last + 1))
         return self.embed_flops(seen) + blocks + (0.0 if block else self.head_flops(seen))
 
     def train_flops(
-        self, patches: int | None = None, block: int | None = None, *, qkv_only: bool = False, frozen_blocks: int = 0
+        self, patches: int | None = None, block: int | None = None, part: Part = "all", *, frozen_blocks: int = 0
     ) -> float:
         """Forward and backward; pixels get no gradient, nor does what lies below `frozen_blocks`."""
         seen = patches or self.grid**2
         frozen = sum(2 * self.block_flops(i, seen) for i in range(1, frozen_blocks + 1))
         embed = self.embed_flops(seen) * (2 if frozen_blocks else 1)
-        return 3 * self.forward_flops(patches, block, qkv_only=qkv_only) - embed - frozen
+        return 3 * self.forward_flops(patches, block, part) - embed - frozen
 
     def outputs(
         self, variables: Mapping[str, Any], images: jax.Array, block: int | None = None, pool: Pool | None = None

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.lax import optimization_barrier
 
 from tinymim_jax.models import batch_norm, layers, posembed
-from tinymim_jax.models.contract import Encoder, EncoderOutput
+from tinymim_jax.models.contract import Encoder, EncoderOutput, Part
 from tinymim_jax.models.layers import Block, patchify
 from tinymim_jax.runtime.codec import ranged
 from tinymim_jax.runtime.errors import InputError
@@ -127,8 +127,9 @@ class ViT(Encoder):
             return self.depth + 1
         raise InputError(f"a ViT has no parameter {name}, so no layer for it")
 
-    def is_behind_qkv(self, name: str) -> bool:
-        return bool(re.match(r"encoder/block\d+/(attn/proj|norm2|mlp)/", name))
+    def is_behind(self, name: str, part: Part) -> bool:
+        behind = {"qkv": "attn/proj|norm2|mlp", "attention": "norm2|mlp"}
+        return part != "all" and bool(re.match(rf"encoder/block\d+/({behind[part]})/", name))
 
     def trunk(self, block: int) -> "ViT":
         bare = {"pool": "mean", "num_classes": 0, "neck": 0, "head_norm": False}
@@ -146,10 +147,10 @@ class ViT(Encoder):
     def embed_flops(self, patches: int) -> float:
         return 2.0 * patches * 3 * self.patch_size**2 * self.width
 
-    def block_flops(self, block: int, patches: int, *, qkv_only: bool = False) -> float:
+    def block_flops(self, block: int, patches: int, part: Part = "all") -> float:
         n, d = patches + self.num_prefix, self.width
-        whole = 8.0 * n * d * d + 4.0 * n * n * d + 4.0 * n * d * int(d * self.mlp_ratio)
-        return 6.0 * n * d * d if qkv_only else whole
+        qkv, attention, mlp = 6.0 * n * d * d, 2.0 * n * d * d + 4.0 * n * n * d, 4.0 * n * d * int(d * self.mlp_ratio)
+        return {"qkv": qkv, "attention": qkv + attention, "all": qkv + attention + mlp}[part]
 
     def head_flops(self, patches: int) -> float:
         neck = 2.0 * (patches + self.num_prefix) * self.width * self.neck

@@ -15,10 +15,14 @@ def text(results: dict[str, Any]) -> str:
         evals = ", ".join(f"{k} {v:.2f}" for k, v in shown.items())
         tables[0].add_row(name, f"{metrics['loss']:.4f}" if "loss" in metrics else "-", evals)
     for title, compared in results["compare"].items():
-        tables.append(Table("", "mean", "std. error", "runs", title=f"{title} ({compared['metric']})"))
+        paper, ranks = compared.get("paper", {}), compared.get("rank_correlation")
+        caption = None if ranks is None else f"rank correlation with the paper: {ranks:.2f}"
+        columns = ["", "mean", "std. error", "runs", *(["paper"] if paper else [])]
+        tables.append(Table(*columns, title=f"{title} ({compared['metric']})", caption=caption))
         for label, row in compared["rows"].items():
             error = "-" if row["stderr"] is None else f"{row['stderr']:.2f}"
-            tables[-1].add_row(label, f"{row['mean']:.2f}", error, str(len(row["values"])))
+            published = [f"{paper[label]:.1f}" if label in paper else ""] if paper else []
+            tables[-1].add_row(label, f"{row['mean']:.2f}", error, str(len(row["values"])), *published)
     console = Console(width=110, color_system=None)  # of standard output, whose characters it keeps to
     with console.capture() as captured:
         console.print(*tables)

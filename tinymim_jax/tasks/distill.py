@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tinymim_jax.data.device_augment import color_jitter, normalize, to_float
-from tinymim_jax.models.contract import Encoder, Outputs
+from tinymim_jax.models.contract import PARTS, Encoder, Outputs
 from tinymim_jax.models.mae import mask_by_noise
 from tinymim_jax.objectives.metrics import Mean
 from tinymim_jax.runtime.codec import check_name, ranged
@@ -68,9 +68,9 @@ class Distill(TaskConfig):
 
 
 def merged(captures: list[Captures]) -> Captures:
-    """All blocks that are read; `qkv_only` if that holds of the last one."""
+    """All blocks that are read, and up to which part the last one is."""
     blocks = tuple(sorted({block for one in captures for block in one.blocks}))
-    return Captures(blocks, all(one.qkv_only for one in captures if blocks[-1] in one.blocks))
+    return Captures(blocks, max((one.part for one in captures if blocks[-1] in one.blocks), key=PARTS.index))
 
 
 class DistillTask(Task):
@@ -102,7 +102,7 @@ class DistillTask(Task):
     def is_untrained(self, name: str) -> bool:
         if not name.startswith("encoder/"):
             return False
-        is_read = self.cfg.reads(name, self.of_student.blocks[-1], qkv_only=self.of_student.qkv_only)
+        is_read = self.cfg.reads(name, self.of_student.blocks[-1], self.of_student.part)
         return not is_read or matches(self.cfg.fixed, name)
 
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Variables, Frozen]:
@@ -165,12 +165,11 @@ class DistillTask(Task):
     def predict(self, variables: Variables, frozen: Frozen, batch: Batch) -> Outputs:
         """Features: those of the last block that is trained whole (of block 1, if none is: as they leave it)."""
         block = self.of_student.blocks[-1]
-        return self.cfg.outputs(variables, self.images(batch), max(block - self.of_student.qkv_only, 1))
+        return self.cfg.outputs(variables, self.images(batch), max(block - (self.of_student.part != "all"), 1))
 
     def flops_per_image(self) -> float:
         teacher, student = (
-            {"block": captures.blocks[-1], "qkv_only": captures.qkv_only}
-            for captures in (self.of_teacher, self.of_student)
+            {"block": captures.blocks[-1], "part": captures.part} for captures in (self.of_teacher, self.of_student)
         )
         seen = int(self.cfg.grid**2 * (1 - self.task.mask_ratio))
         passes = self.teacher_cfg.forward_flops(seen, **teacher) + self.cfg.train_flops(seen, **student)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 from etils.epath import Path
+from scipy.stats import spearmanr
 
 from tinymim_jax.experiment.config import Config
 from tinymim_jax.runtime import storage
@@ -52,7 +53,8 @@ def collect(cfg: Config, workdir: Path) -> dict[str, Any]:
             for label, row in table.rows.items()
         }
         if all(table.metric in stages.get(name, {}) for row in table.rows.values() for name in row):
-            tables[title] = {"metric": table.metric, "rows": {label: summary(row) for label, row in rows.items()}}
+            found = {label: summary(row) for label, row in rows.items()}
+            tables[title] = {"metric": table.metric, "rows": found, "paper": table.paper, **ranked(found, table.paper)}
     return {"config": cfg.name, "stages": stages, "compare": tables}
 
 
@@ -62,6 +64,15 @@ def values_of(metrics: dict[str, float], metric: str) -> list[float]:
     while (name := replica_metric(len(own), metric)) in metrics:
         own.append(metrics[name])
     return own or [value for name, value in metrics.items() if name == metric]
+
+
+def ranked(rows: dict[str, dict[str, Any]], paper: dict[str, float]) -> dict[str, float]:
+    """Spearman's rank correlation of our means with the published values; {} of fewer than three rows."""
+    both = [(row["mean"], paper[label]) for label, row in rows.items() if label in paper]
+    if len(both) < 3:
+        return {}
+    correlation = float(spearmanr(*zip(*both, strict=True)).statistic)
+    return {} if math.isnan(correlation) else {"rank_correlation": correlation}  # of values that are all the same
 
 
 def summary(values: list[float]) -> dict[str, Any]:

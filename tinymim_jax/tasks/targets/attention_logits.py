@@ -26,7 +26,7 @@ class AttentionLogits(Target):
     kind: Literal["attention_logits"] = "attention_logits"
 
     def captures(self) -> tuple[Captures, Captures]:
-        return Captures((self.teacher_block,), True), Captures((self.student_block,), True)
+        return Captures((self.teacher_block,), "qkv"), Captures((self.student_block,), "qkv")
 
     def build(self, where: str, teacher: Encoder, student: Encoder) -> "AttentionLogitsLoss":
         return AttentionLogitsLoss(self, where, teacher, student)

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from tinymim_jax.models.contract import BlockTrace, Encoder
+from tinymim_jax.models.contract import BlockTrace, Encoder, Part
 from tinymim_jax.runtime.errors import InputError
 
 Trace = Mapping[int, BlockTrace]  # of the captured blocks
@@ -15,10 +15,10 @@ Trace = Mapping[int, BlockTrace]  # of the captured blocks
 
 @dataclasses.dataclass(frozen=True)
 class Captures:
-    """What is read of one encoder: its blocks, from 1; `qkv_only` if nothing but q, k and v of them is."""
+    """What is read of one encoder: its blocks, from 1, and up to which part of them."""
 
     blocks: tuple[int, ...]
-    qkv_only: bool = False
+    part: Part = "all"
 
 
 class TargetLoss(abc.ABC):

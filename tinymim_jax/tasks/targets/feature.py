@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tinymim_jax.models.contract import BlockTrace, Encoder
+from tinymim_jax.models.contract import PARTS, BlockTrace, Encoder
 from tinymim_jax.models.layers import xavier
 from tinymim_jax.objectives import losses
 from tinymim_jax.runtime.codec import ranged
@@ -40,8 +40,9 @@ class Feature(Target):
     kind: Literal["feature"] = "feature"
 
     def captures(self) -> tuple[Captures, Captures]:
-        qkv_only = set(self.tensors) <= {"q", "k", "v"}
-        return Captures((self.teacher_block,), qkv_only), Captures((self.student_block,), qkv_only)
+        parts = {"q": "qkv", "k": "qkv", "v": "qkv", "attn_out": "attention", "mid": "attention"}
+        part = max((parts.get(name, "all") for name in self.tensors), key=PARTS.index, default="all")
+        return Captures((self.teacher_block,), part), Captures((self.student_block,), part)
 
     def build(self, where: str, teacher: Encoder, student: Encoder) -> "FeatureLoss":
         return FeatureLoss(self, where, teacher, student)

@@ -33,7 +33,7 @@ class Relation(Target):
     kind: Literal["relation"] = "relation"
 
     def captures(self) -> tuple[Captures, Captures]:
-        return Captures((self.teacher_block,), True), Captures((self.student_block,), True)
+        return Captures((self.teacher_block,), "qkv"), Captures((self.student_block,), "qkv")
 
     def build(self, where: str, teacher: Encoder, student: Encoder) -> "RelationLoss":
         return RelationLoss(self, where, teacher, student)
