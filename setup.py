@@ -19,6 +19,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,!=3.12.0,!=3.12.1",  # these two crash as they collect gcsfs' uploads (cpython 111049)
     packages=find_packages(include=["tinymim_jax", "tinymim_jax.*"]),
+    package_dir={"": "."},  # an editable install then goes before a clone's folder of the same name, too
     install_requires=[
         "absl-py",
         "array_record",
@@ -58,6 +59,7 @@ setup(
         "torch": ["torch>=2.6"],
         "onnx": ["torch>=2.6", *ONNX],
         "verify": ["torch>=2.6", *TRANSFORMERS],  # of Hugging Face folders
+        "timm": ["timm>=1.0"],  # not in test: it brings torchvision, and that a torch for GPUs
         "test": ["pytest", "pytest-xdist", "ruff", "torch==2.13.0", *ONNX, *TRANSFORMERS, *ROBUST, *LAUNCH, *GCS],
     },
 )

@@ -5,7 +5,7 @@ python -m tinymim_jax run --config=configs/own.py:data=PATH,teacher=converted/ma
 
 Options, after the colon and separated by commas:
   data=PATH      class folders of images, PATH/<class>/*, or PATH/train/<class>/* with or without PATH/val/<class>/* (or
-                 test/): without, a tenth of each class is kept to measure on; or images without classes, which are not
+                 test/): without, about a tenth of each class is kept to measure on; or images without classes, which are not
                  fine-tuned on; or array_record:PATH, as `prepare` packs them
   teacher=PATH   a trained ViT: a stage's folder, or what `convert` has made of a checkpoint; its normalisation and patches
                  are taken. Without it, a ViT-B is pre-trained by MAE on your images

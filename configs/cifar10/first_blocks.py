@@ -20,7 +20,7 @@ def get_config(arg: str = "") -> Config:
     spec = importlib.util.spec_from_file_location("cifar10_chain", Path(__file__).with_name("chain.py"))
     chain = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(chain)
-    options = [f"data={o['data']}"] if o["data"] else []
+    options = [f"data={o['data']}".replace(",", r"\,")] if o["data"] else []
     stage = chain.get_config(",".join([*options, *(["short"] if o["short"] else [])])).stages["finetune_chain_0"]
     folder = o["init"] or ("runs/cifar10_short/distill_t" if o["short"] else "runs/cifar10/distill_t")
     stages = {}

@@ -2,11 +2,11 @@
 
 python -m tinymim_jax run --config=configs/cifar10/study.py:table=7,short,data=PATH --workdir=runs/cifar10_study
 
-Options: table=5|6|7|10|12|13, of the paper, its rows with pixel reconstruction left out; row=NAME, one of its rows;
+Options: table=5|6|7|10|12|13 (default: 7), of the paper, its rows with pixel reconstruction left out; row=NAME, one of its rows;
 teacher=PATH, the folder of a trained MAE-L of chain.py (without it, one is trained first); data=PATH and short as there.
 Each row is fine-tuned with three seeds. Rows that are finished are not run again.
 Cost: not measured. Expected: the paper's numbers, of ImageNet, stand beside ours in the table at the end; their order is
-what can be compared.
+what can be compared; the small teacher has six blocks, so that blocks 21 and 24 of Table 10 are one and the same.
 """
 
 import copy
@@ -25,12 +25,14 @@ def get_config(arg: str = "") -> Config:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     chosen = study.rows(o["table"] or "7", o["row"])
-    chain = module.get_config(",".join(filter(None, [f"data={o['data']}" if o["data"] else "", "short" * o["short"]])))
+    options = [f"data={o['data']}".replace(",", r"\,")] if o["data"] else []
+    chain = module.get_config(",".join([*options, *(["short"] if o["short"] else [])]))
     stages = {} if o["teacher"] else {"mae_l": chain.stages["mae_l"]}
     for name, row in chosen.items():
         stage, tuned = copy.deepcopy(chain.stages["distill_b"]), copy.deepcopy(chain.stages["finetune_b"])
         if o["teacher"]:
             stage.task.teacher = Init(path=o["teacher"])
+        stage.model.drop_path = 0.1
         row.change(stage, chain.stages["mae_l"].model.depth)
         tuned.init.stage, tuned.run.replicas = name, SEEDS
         stages |= {name: stage, f"{name}_finetuned": tuned}

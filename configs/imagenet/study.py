@@ -2,7 +2,7 @@
 
 python -m tinymim_jax run --config=configs/imagenet/study.py:table=6 --workdir=runs/study
 
-Options: table=5|6|7|10|12|13, of the paper, its rows with pixel reconstruction left out; row=NAME, one of its rows;
+Options: table=5|6|7|10|12|13 (default: 7), of the paper, its rows with pixel reconstruction left out; row=NAME, one of its rows;
 teacher=PATH, a trained MAE-L, a stage's folder or a PyTorch checkpoint (without it, one is trained first); data=PATH as
 in chain.py. Rows that are finished are not run again.
 Cost: not measured here. Expected: the paper's top-1 stand beside ours in the table at the end.

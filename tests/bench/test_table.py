@@ -29,6 +29,17 @@ def test_a_table_of_what_is_there(tmp_path, capsys):
     )
 
 
+def test_files_of_before_and_of_others(tmp_path):
+    (tmp_path / "old.json").write_text(
+        json.dumps({name: value for name, value in STEP.items() if name != "floor_share"})
+    )
+    assert "| old | 8 | 12.3 | 648.00 |  | 1.25 |" in table(Path(tmp_path))
+    for text in ("{", "[]"):
+        (tmp_path / "x.json").write_text(text)
+        with pytest.raises(InputError, match=r"x\.json is no measurement of bench"):
+            table(Path(tmp_path))
+
+
 def test_a_folder_without_measurements(tmp_path):
     with pytest.raises(InputError, match="has no measurement"):
         table(Path(tmp_path))

@@ -18,11 +18,16 @@ from tinymim_jax.experiment import config
 from tinymim_jax.experiment.config import Config
 from tinymim_jax.experiment.validate import check
 from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.runtime.metric_log import read_done
 from tinymim_jax.weights import handoff
 
 MAE = "MAE pre-training, 4 steps of digits, batch 8"
 DISTILL = "relation distillation (TinyMIM), student block 2, 4 steps of digits, batch 8"
 CLASSIFY = "supervised training, 4 steps of digits, batch 8"
+PIXELS = (
+    "images: 16 px, mean [0.485, 0.456, 0.406], std [0.229, 0.224, 0.225], interpolation bicubic, crop_pct {},"
+    " crop_mode center"
+)
 REMARK = (
     "block 2: only its norm1 and q, k, v were trained; its projection and MLP (and the final norm) were not:"
     " take features from the output of block 1, or fine-tune"
@@ -47,6 +52,7 @@ def test_lines_of_a_teacher(workdir):
         "model: ViT, width 24, 3 blocks, 6 heads, 16 px in patches of 8, no head",
         "with a decoder",
         "not trained: encoder/pos_embed, pretext/decoder/pos_embed",
+        PIXELS.format(1.0),
         "block 3: trained like the others",
         "made from:",
         f"  - mae: {MAE}",
@@ -64,15 +70,19 @@ def test_lines_of_a_student(workdir):
     for part in ("encoder/block2/attn/proj", "encoder/block2/mlp", "encoder/block2/norm2", "encoder/norm"):
         assert part in text[3]
     assert "qkv" not in text[3] and "block1" not in text[3]
-    assert text[4:] == [REMARK, "made from:", f"  - distill: {DISTILL}", f"    - mae: {MAE}"]
+    assert text[4:] == [PIXELS.format(0.875), REMARK, "made from:", f"  - distill: {DISTILL}", f"    - mae: {MAE}"]
 
 
 def test_lines_of_a_fine_tuned_student(workdir):
     text = card.lines(workdir / "finetune")
     sizes = "width 12, 2 blocks, 2 heads, 16 px in patches of 8, 10 classes on the mean patch token"
+    accuracy = read_done(workdir / "finetune" / "DONE")
     assert text[1:] == [
         f"model: ViT, {sizes}",
         "no decoder: it cannot reconstruct",
+        PIXELS.format(1.0),
+        "classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9",
+        *(f"measured: val/top{k} {accuracy[f'val/top{k}']:.2f}" for k in (1, 5)),
         "block 2: trained like the others",
         "made from:",
         f"  - finetune: {CLASSIFY}",

@@ -105,7 +105,7 @@ BAD = {
     "file for a workdir": (["{config}", "--workdir=config.py/x"], "config.py is a file; name a folder"),
     "missing evaluation data": (
         ["{config}", f"{STAGE}.finetune.evals.val.data.source=folder", f"{STAGE}.finetune.evals.val.data.path=gone"],
-        "stage finetune: gone/test: no such folder",
+        "stage finetune: gone: no such folder",
     ),
     "data without a path": (
         ["{config}", f"{STAGE}.mae.data.source=folder", f"{STAGE}.mae.data.per_class=none"], "data.path is empty",

@@ -132,7 +132,7 @@ def test_images_without_classes(tmp_path, inside):
     write_tree(tmp_path / inside, {f"{i:02d}.jpg": jpeg(i) for i in range(12)} | {"notes.txt": b"x"})
     source = folder(tmp_path)
     assert source.classes == () and [source[i]["image"] for i in range(12)] == [jpeg(i) for i in range(12)]
-    assert set(source.labels()) == {-1} and source.notes == ("1 files left out: 1 .txt",)
+    assert set(source.labels()) == {-1} and source.notes == ("1 file left out: 1 .txt",)
     with pytest.raises(InputError, match=r"00\.jpg and the others have no classes; sort them"):
         folder(tmp_path, per_class=2)
     with pytest.raises(InputError, match="no such folder" if inside == "train" else "neither splits nor classes"):
@@ -184,7 +184,7 @@ def test_a_tree_that_is_not_split(tmp_path):
     assert sorted(names(train) + names(val)) == sorted(f"{n}/{i:03d}.jpg" for n, k in sizes.items() for i in range(k))
     held = collections.Counter(name.split("/")[0] for name in names(val))
     assert 15 <= held["ant"] <= 45 and 1 <= held["bee"] <= 10 and held["cat"] == 1 and held["dog"] == 0
-    assert "is not split: its 4 folders are classes, and 10% of each" in train.notes[0]
+    assert "is not split: its 4 folders are classes, and about 10% of each" in train.notes[0]
     assert names(folder(tmp_path, split="val", val_seed=1)) != names(val)
     larger = names(folder(tmp_path, split="val", val_fraction=0.5))
     assert set(names(val)) - set(larger) <= {"cat/000.jpg", "cat/001.jpg"} and 120 <= len(larger) <= 220
@@ -219,4 +219,4 @@ def test_all_images_below_a_path(tmp_path):
     )
     source = folder(tmp_path, split="")
     assert names(source) == ["a/x/y.tif", "b.jpg", "train/z.jpg"] and source.classes == ()
-    assert source.notes == ("1 files left out: 1 .txt",)
+    assert source.notes == ("1 file left out: 1 .txt",)

@@ -225,6 +225,10 @@ def test_the_teacher_drops_paths_in_training_alone_and_not_the_students():
     np.testing.assert_array_equal(kept, evaluated)
     other = task.traces(params, frozen, batch, stages.rngs(1), train=True)[0][3].q
     assert not np.allclose(dropped, kept) and not np.allclose(dropped, other)
+    variables = {"params": frozen["teacher"]["encoder"]}
+    keys = {"drop_path": stages.rngs()["drop_path"]}  # the student's
+    like_student = task.teacher.apply(variables, task.images(batch), capture=(3,), train=True, rngs=keys).trace[3].q
+    assert not np.allclose(dropped, like_student)
     with pytest.raises(InputError, match="an encoder of kind 'two_widths' drops no paths"):
         TwoWidths(8).dropping(0.1)
 
@@ -264,8 +268,24 @@ def test_a_masked_step_costs_its_share_of_tokens():
     assert stages.distill(mask_ratio=0.75).flops_per_image() == sum(passes) + seen
 
 
+def test_a_mask_that_hides_all_patches():
+    with pytest.raises(InputError, match=r"s\.task\.mask_ratio 0\.99 hides all 16 patches; lower it"):
+        config.Distill(config.Init("t"), {"relation": config.Relation(3, 3)}, mask_ratio=0.99).check(
+            "s.task", stages.vit()
+        )
+
+
+def test_a_classifier_is_masked_and_teaches_masked_like_others():
+    """Of both the blocks alone are used."""
+    task = stages.distill(
+        mask_ratio=0.5, teacher=dataclasses.replace(stages.TEACHER, pool="mean", num_classes=5), pool="mean"
+    )
+    params, frozen = stages.weights(task)
+    assert task.traces(params, frozen, stages.batch(), stages.rngs(), train=True)[1][3].q.shape == (4, 9, 3, 4)
+
+
 def test_masks_that_hide_other_patches():
-    with pytest.raises(InputError, match="task.mask_ratio: teacher and student differ in what a mask hides"):
+    with pytest.raises(InputError, match="task.mask_ratio: a mask must hide the same patches from teacher and student"):
         stages.distill({"class_token": config.ClassToken(4, 3)}, mask_ratio=0.5, patch_size=8)
 
 

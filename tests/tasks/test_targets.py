@@ -126,6 +126,7 @@ def test_the_loss_with_regrouped_heads():
             {},
             r"task\.targets\.relation\.relation_heads 5 does not divide 24, the teacher",
         ),
+        (Relation(3, 3, heads=4, relation_heads=6), {}, "heads splits the teacher, relation_heads both; set one"),
         (Relation(3, 3, relation_heads=8), {}, "relation_heads 8 does not divide 12, the student's width"),
         (ClassToken(5, 3), {}, "teacher_block 5 is beyond the teacher's 4 blocks"),
         (

@@ -41,7 +41,9 @@ def relation(cfg: Config, name: str, rounds: int, tokens: list[str], rows: int |
     if not targets:
         raise InputError(f"--stage={name} matches no relations; choose a stage whose task is distill")
     target, (stage, setup, _) = targets[0], prepared(cfg, name)
-    heads = stage.model.heads_of(target.student_block)
+    if not target.softmax:
+        raise InputError(f"--stage={name} compares products without softmax; choose one whose relations have it")
+    heads = target.relation_heads or stage.model.heads_of(target.student_block)
     blocks = (setup.task.teacher_cfg, target.teacher_block), (stage.model, target.student_block)
     widths = [model.width_of(block) // heads for model, block in blocks]
     sizes = [_positive(text) for text in tokens] or [stage.model.grid**2 + stage.model.num_prefix]

@@ -19,7 +19,7 @@ def table(folder: Path) -> str:
     Raises InputError if there is nothing.
     """
     files = sorted(storage.children(folder, "*.json"), key=lambda file: file.stat().mtime)
-    found = [(file.stem, json.loads(file.read_text())) for file in files]
+    found = [(file.stem, _read(file)) for file in files]
     steps = [_step(name, one) for name, one in found if one.get("benchmark") == "step"]
     relations = [row for name, one in found if one.get("benchmark") == "relation" for row in _relation(name, one)]
     if not steps and not relations:
@@ -30,9 +30,20 @@ def table(folder: Path) -> str:
     return "\n\n".join([f"{devices}; {note}", *parts])
 
 
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        one = json.loads(file.read_text())
+    except ValueError:
+        one = None
+    if not isinstance(one, dict):
+        raise InputError(f"{file} is no measurement of bench; delete it, and measure again")
+    return one
+
+
 def _step(name: str, one: dict[str, Any]) -> list[str]:
     ratios = [f"{one[f'torch_{v}']['ratio']:.2f}" if f"torch_{v}" in one else "" for v in STEPS[5:8]]
-    share, memory = f"{one['floor_share']:.2f}", f"{one['peak_memory_bytes'] / 1e9:.2f}"
+    share = f"{one['floor_share']:.2f}" if "floor_share" in one else ""  # version 0.2 has none
+    memory = f"{one['peak_memory_bytes'] / 1e9:.2f}"
     speed = f"{one['images_per_s']:.1f}", f"{1e3 * one['step_s']:.2f}"
     return [name, str(one["batch_size"]), *speed, share, *ratios, memory]
 

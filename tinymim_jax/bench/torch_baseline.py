@@ -222,8 +222,10 @@ def _relation_alone(stage: Stage) -> dict[str, Any]:
     """One target, as the recipe has it."""
     if list(stage.task.targets) != ["relation"]:
         return {"task.targets": "relation alone"}
-    found = {"relations": ("qk", "vv"), "student_block": stage.model.depth, "kind": "relation"}
-    return {f"task.targets.relation.{field}": value for field, value in found.items()}
+    found = {"relations": ("qk", "vv"), "student_block": stage.model.depth, "kind": "relation", "cls": True}
+    found |= {"relation_heads": None, "temperature": 1.0, "softmax": True}
+    target = {f"task.targets.relation.{field}": value for field, value in found.items()}
+    return {"task.mask_ratio": 0.0, "task.teacher_drop_path": 0.0, **target}
 
 
 # Of a task: its models and loss, and further fields that have one value here.

@@ -17,6 +17,7 @@ from tinymim_jax.weights import checkpoint, handoff
 from tinymim_jax.weights.parameters import fold
 
 GONE = "not at hand any more"
+NAMED = 10  # classes that `inspect` names
 
 
 def provenance(folder: Path, depth: int = 0) -> list[str]:
@@ -72,6 +73,11 @@ def lines(folder: Path) -> list[str]:
     text.append("with a decoder" if decoder else "no decoder: it cannot reconstruct")
     if untrained:
         text.append(f"not trained: {fold(untrained, {*names, *untrained})}")
+    pixels = stage_file.read_preprocessing(folder)
+    text.append(f"images: {model.image_size} px, " + ", ".join(f"{key} {value}" for key, value in pixels.items()))
+    if classes := stage_file.read_classes(folder):
+        text.append(f"classes: {', '.join(classes[:NAMED])}{', ...' if len(classes) > NAMED else ''}")
+    text += [f"measured: {name} {value:.2f}" for name, value in accuracy(folder).items()] if state == "finished" else []
     return [*text, last_block(model, names, untrained), "made from:", *(f"  {line}" for line in provenance(folder))]
 
 
@@ -127,6 +133,9 @@ def text(weights: Any, usage: str, library: str | None = None) -> str:
     table = (
         "\n".join(["## Accuracy", "", "| data set | measure | value |", "|---|---|---|", *rows, "", ""]) if rows else ""
     )
+    beside = ""
+    if library == "transformers" and weights.pixels["crop_mode"] != "squash":
+        beside = " The processor here cuts the centre one pixel beside that where the margin is odd."
     names = f"\nClasses, in the order of the outputs: {', '.join(weights.classes)}.\n" if weights.classes else ""
     unknown = "\nPart of what they were made from is not at hand, and its licence is not known here.\n"
     return f"""{front_matter(model, library)}
@@ -137,7 +146,7 @@ def text(weights: Any, usage: str, library: str | None = None) -> str:
 {heads}{left_out}
 {last_block(model, convert.names(model), untrained)}.
 
-{_images(weights)} LayerNorm eps {model.layer_norm_eps:g}, exact GELU.
+{_images(weights)}{beside} LayerNorm eps {model.layer_norm_eps:g}, exact GELU.
 {names}
 {table}## Use
 

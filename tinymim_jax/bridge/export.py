@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -289,6 +290,8 @@ def save_safetensors(arrays: dict[str, np.ndarray], path: Path) -> None:
 
     plain = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     safetensors.numpy.save_file(plain, path, metadata={"format": "pt"})
+    os.umask(umask := os.umask(0))
+    os.chmod(path, 0o666 & ~umask)  # it was made for its owner alone
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

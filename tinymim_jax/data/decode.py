@@ -13,8 +13,8 @@ NOT_READ = {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5", "IMT", "IPTC", "SPIDER
 FORMATS = [kind for kind in Image.ID if kind not in NOT_READ]
 EXTENSIONS = {end for end, kind in Image.registered_extensions().items() if kind in (*FORMATS, "MPO")}
 SKIP = (
-    "or leave such images out with on_bad_image=skip (--config.stages.NAME.data.on_bad_image, of an eval's images"
-    " --config.stages.NAME.evals.NAME.data.on_bad_image; a flag of eval and prepare)"
+    "or leave such images out with on_bad_image=skip (in a run --config.stages.NAME.data.on_bad_image=skip, of an"
+    " eval's images --config.stages.NAME.evals.NAME.data.on_bad_image=skip; elsewhere --on_bad_image=skip)"
 )
 
 
@@ -47,7 +47,7 @@ def _from_array(image: np.ndarray, name: str) -> Image.Image:
     if image.ndim == 3 and image.shape[-1] == 1:
         image = image[..., 0]
     if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[-1] == 3)) or not image.size:
-        raise _undecodable(name, f"{image.dtype}{list(image.shape)} is not uint8[H, W, 3]")
+        raise InputError(f"{name}: an array {image.dtype}{list(image.shape)} is no image; give uint8[H, W, 3], RGB")
     return Image.fromarray(image).convert("RGB")
 
 

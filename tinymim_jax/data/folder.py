@@ -51,6 +51,8 @@ class Folder(Labelled):
         tree = storage.path(data.path)
         storage.check(tree)
         self._storage = storage.files(tree)
+        if not self._storage.isdir(str(tree)):
+            raise InputError(f"{tree}: no such folder; name a folder of images")
         split = next((name for name in names(data.split) if self._storage.isdir(str(tree / name))), None)
         self._root = str(tree if split is None else tree / split)
         top = self._list(self._root) if self._storage.isdir(self._root) else {}
@@ -99,12 +101,15 @@ class Folder(Labelled):
     def _of_split(self, data: Data, files: list[str]) -> list[str]:
         """Those of a class's files, or of all, that belong to `data.split` of a tree without splits."""
         if not self.classes and data.split != "train":
-            raise InputError(f"{self._root} has neither splits nor classes: all of its images are split 'train'")
+            raise InputError(
+                f"{self._root} has neither splits nor classes: all of its images are split 'train'; to"
+                " measure, put them into class folders"
+            )
         if not self.classes:
             return files
         self.notes = (
-            f"{self._root} is not split: its {len(self.classes)} folders are classes, and {data.val_fraction:.0%} of"
-            " each, by a hash of names (val_fraction, val_seed), are val, the rest train",
+            f"{self._root} is not split: its {len(self.classes)} folders are classes, and about {data.val_fraction:.0%}"
+            " of each, by a hash of names (val_fraction, val_seed), are val, the rest train",
         )
         held = held_out(files, data.val_fraction, data.val_seed)
         return [file for file in files if (file in held) != (data.split == "train")]
@@ -160,4 +165,5 @@ def _left_out(files: dict[str, list[str]], found: set[str]) -> tuple[str, ...]:
         if name not in found or not _is_image(file)
     )
     named = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(KINDS))
-    return (f"{kinds.total()} files left out: {named}{', ...' if len(kinds) > KINDS else ''}",) if kinds else ()
+    files = f"{kinds.total()} file{'s' * (kinds.total() > 1)} left out"
+    return (f"{files}: {named}{', ...' if len(kinds) > KINDS else ''}",) if kinds else ()

@@ -23,6 +23,11 @@ ORDER_STREAM, IMAGE_STREAM = 1, 2
 log = logging.getLogger(__name__)
 
 
+@functools.lru_cache(maxsize=10_000)
+def _say_once(what: str) -> None:
+    log.warning("skipped: %s", what)
+
+
 @dataclasses.dataclass(frozen=True)
 class EvalRows:
     """Step -> this process's rows of the batch, as numpy; the batch is the same for any number of processes.
@@ -54,7 +59,9 @@ class EvalRows:
             except InputError as error:
                 if self.data.on_bad_image == "stop":
                     raise InputError(f"{error}, {SKIP}") from error
-                log.warning("skipped: %s", error)
+                _say_once(
+                    str(error).rpartition("; ")[0] or str(error)
+                )  # without a remedy: the set must stay as it was begun with
         return batch
 
     def empty(self) -> Example:

@@ -57,6 +57,8 @@ class TrainedModel:
         `trace[i]` has q, k, v, ... of each block i in `capture`, from 1. One program is compiled for each power of two
         of images, up to 64, and each `capture`. Raises InputError that names an image that cannot be read.
         """
+        if not isinstance(capture, Sequence):
+            raise InputError(f"capture is {capture!r}; it is a sequence of blocks, e.g. ({capture},)")
         listed = _listed(images)
         size = min(AT_ONCE, 1 << (len(listed) - 1).bit_length())
         starts = range(0, len(listed), size)
@@ -114,6 +116,8 @@ class TrainedModel:
         with bar(title, len(batches), "batch", first="compiling", leave=False) as shown:
             found = fetched(functools.partial(update, whole), batches, shown.update)
         values, is_valid, index = jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
+        if count := len(batches.source) - int(is_valid.sum()):
+            log.warning("%s: %d of %d images left out, which cannot be decoded", folder, count, len(batches.source))
         root = f"{storage.path(data.path)}/"
         names = [batches.source.describe(i).removeprefix(root) for i in index[is_valid].tolist()]
         return names, jax.tree.map(lambda rows: rows[is_valid], values)
@@ -155,6 +159,8 @@ def _listed(images: Images) -> list[Any]:
 
 def _read(path: PathLike) -> bytes:
     found = storage.path(path)
+    if not found.exists():
+        raise InputError(f"{path}: there is no such file")
     try:
         return found.read_bytes()
     except Exception as error:  # each bucket's library has its own

@@ -119,7 +119,7 @@ class Encoder(abc.ABC):
 
     def dropping(self, rate: float) -> "Encoder":
         """The encoder with this rate of drop path; raises InputError if it drops no paths."""
-        raise InputError(f"an encoder of kind {self.kind!r} drops no paths; set that rate to 0")
+        raise InputError(f"an encoder of kind {self.kind!r} drops no paths; set task.teacher_drop_path to 0")
 
     @abc.abstractmethod
     def embed_flops(self, patches: int) -> float:

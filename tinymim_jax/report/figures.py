@@ -133,7 +133,7 @@ def by_class(per_class: np.ndarray, confusion: np.ndarray, classes: np.ndarray, 
     bars.set_ylim(count - 0.5, -0.5)
     shares = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     image = grid.imshow(shares, vmin=0, vmax=100, interpolation="nearest")
-    grid.set(title="what images of a class were taken for", xlabel="predicted class", ylabel="class")
+    grid.set(title="what they were taken for", xlabel="predicted class", ylabel="class")
     figure.colorbar(image, ax=grid, label="% of the class")
     if len(classes) == count <= NAMED:
         for axes in (bars, grid):

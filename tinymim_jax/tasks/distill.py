@@ -54,8 +54,8 @@ class Distill(TaskConfig):
         return f"{', '.join(self.targets)} distillation (TinyMIM), student block {', '.join(map(str, blocks))}"
 
     def check(self, where: str, model: Encoder) -> None:
-        if self.mask_ratio:
-            model.check_masked(where)
+        if self.mask_ratio and int(model.grid**2 * (1 - self.mask_ratio)) < 1:
+            raise InputError(f"{where}.mask_ratio {self.mask_ratio} hides all {model.grid**2} patches; lower it")
         if not self.targets:
             raise InputError(f"{where}.targets is empty: name what the student is to match")
         for name, target in self.targets.items():
@@ -90,10 +90,12 @@ class DistillTask(Task):
         if cfg.teacher_drop_path:
             self.teacher_cfg = self.teacher_cfg.dropping(cfg.teacher_drop_path)
         self.teacher = self.teacher_cfg.build()
-        if cfg.mask_ratio:
-            teacher.check_masked("task.teacher")
-            if (teacher.mask_unit, teacher.grid) != (context.model.mask_unit, context.model.grid):
-                raise InputError("task.mask_ratio: teacher and student differ in what a mask hides; give both one grid")
+        units = [(model.mask_unit, model.grid) for model in (self.teacher_cfg, context.model)]
+        if cfg.mask_ratio and (units[0] != units[1] or units[0][0] is None):
+            raise InputError(
+                "task.mask_ratio: a mask must hide the same patches from teacher and student; give encoders that can be"
+                " masked one grid, or set it to 0"
+            )
         self.targets = {
             name: target.build(f"task.targets.{name}", self.teacher_cfg, context.model)
             for name, target in cfg.targets.items()

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 from etils.epath import Path
-from scipy.stats import spearmanr
 
 from tinymim_jax.experiment.config import Config
 from tinymim_jax.runtime import storage
@@ -67,12 +66,17 @@ def values_of(metrics: dict[str, float], metric: str) -> list[float]:
 
 
 def ranked(rows: dict[str, dict[str, Any]], paper: dict[str, float]) -> dict[str, float]:
-    """Spearman's rank correlation of our means with the published values; {} of fewer than three rows."""
-    both = [(row["mean"], paper[label]) for label, row in rows.items() if label in paper]
-    if len(both) < 3:
+    """Spearman's rank correlation of our means with the published values; {} of fewer than three, or of equal ones."""
+    from scipy.stats import spearmanr  # takes a second
+
+    ours, theirs = ([one[label] for label in paper if label in rows] for one in (_means(rows), paper))
+    if len(ours) < 3 or len(set(ours)) == 1 or len(set(theirs)) == 1:
         return {}
-    correlation = float(spearmanr(*zip(*both, strict=True)).statistic)
-    return {} if math.isnan(correlation) else {"rank_correlation": correlation}  # of values that are all the same
+    return {"rank_correlation": float(spearmanr(ours, theirs).statistic)}
+
+
+def _means(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
+    return {label: row["mean"] for label, row in rows.items()}
 
 
 def summary(values: list[float]) -> dict[str, Any]:

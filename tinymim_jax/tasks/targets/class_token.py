@@ -55,14 +55,14 @@ class ClassTokenLoss(TargetLoss):
         modules = {"norm": self.norm, "projection": self.projection}
         return {name: module.init(rng, like)["params"] for name, module in modules.items()}
 
-    def projected(self, params: Any, student: Trace) -> jax.Array:
-        """The student's tokens in the teacher's width, [B, N, C], float32."""
-        own = self.norm.apply({"params": params["norm"]}, student[self.cfg.student_block].out.astype(jnp.float32))
+    def projected(self, params: Any, tokens: jax.Array) -> jax.Array:
+        """Tokens of the student, [B, N, D], in the teacher's width, [B, N, C], float32."""
+        own = self.norm.apply({"params": params["norm"]}, tokens.astype(jnp.float32))
         return self.projection.apply({"params": params["projection"]}, own)
 
     def loss(self, params: Any, teacher: Trace, student: Trace) -> dict[str, jax.Array]:
         target = teacher[self.cfg.teacher_block].out[:, 0]
-        own = self.projected(params, student)[:, 0]
+        own = self.projected(params, student[self.cfg.student_block].out[:, :1])[:, 0]
         return {"kl_cls": own.shape[-1] * soft_distillation(own, target, self.cfg.temperature)}
 
     def maps(self, params: Any, teacher: Trace, student: Trace, query: int) -> dict[str, tuple[jax.Array, jax.Array]]:
@@ -73,7 +73,9 @@ class ClassTokenLoss(TargetLoss):
             return jnp.einsum("bc,bnc->bn", x[:, 0], x)
 
         target = teacher[self.cfg.teacher_block].out.astype(jnp.float32)
-        return {"like CLS": (similarity(target), similarity(self.projected(params, student)))}
+        return {
+            "like CLS": (similarity(target), similarity(self.projected(params, student[self.cfg.student_block].out)))
+        }
 
     def flops(self, patches: int) -> float:
         return 6.0 * self.student.width_of(self.cfg.student_block) * self.teacher.width_of(self.cfg.teacher_block)

@@ -64,6 +64,8 @@ class RelationLoss(TargetLoss):
 
     def _check_heads(self, where: str) -> None:
         if (count := self.cfg.relation_heads) is not None:
+            if self.cfg.heads is not None:
+                raise InputError(f"{where}: heads splits the teacher, relation_heads both; set one of them")
             widths = {
                 "teacher": self.teacher.width_of(self.cfg.teacher_block),
                 "student": self.student.width_of(self.cfg.student_block),
@@ -105,8 +107,9 @@ class RelationLoss(TargetLoss):
         found = {name: [relations.pair(trace, name) for trace in traces] for name in self.cfg.relations}
         if self.cfg.temperature == 1:
             return found
-        share = 1 / self.cfg.temperature
-        return {name: [(a * share, b) for a, b in pairs] for name, pairs in found.items()}
+        share = 1 / self.cfg.temperature  # in float32: bfloat16 would round it, and each product with it
+        exact = {name: [[x.astype(jnp.float32) for x in pair] for pair in pairs] for name, pairs in found.items()}
+        return {name: [(a * share, b) for a, b in pairs] for name, pairs in exact.items()}
 
     def loss(self, params: Any, teacher: Trace, student: Trace) -> dict[str, jax.Array]:
         pairs = self.pairs(teacher, student)
