@@ -59,9 +59,8 @@ class EvalRows:
             except InputError as error:
                 if self.data.on_bad_image == "stop":
                     raise InputError(f"{error}, {SKIP}") from error
-                _say_once(
-                    str(error).rpartition("; ")[0] or str(error)
-                )  # without a remedy: the set must stay as it was begun with
+                # Without its remedy: a stage goes on with as many images as it was begun with.
+                _say_once(str(error).rpartition("; ")[0] or str(error))
         return batch
 
     def empty(self) -> Example:
