@@ -129,15 +129,15 @@ class DistillTask(Task):
     def traces(self, params: Params, frozen: Frozen, batch: Batch, rngs: Rngs, *, train: bool) -> tuple[Trace, Trace]:
         """The captured blocks of the teacher and of the student."""
         clean, jittered = self._views(batch, rngs["augment"] if train else None)
-        keep = None
+        seen = {}  # encoders that cannot be masked take no `keep`
         if self.task.mask_ratio and train:
             noise = jax.random.uniform(rngs["mask"], (len(clean), self.cfg.grid**2))
-            keep, _, _ = mask_by_noise(noise, self.task.mask_ratio)
+            seen["keep"], _, _ = mask_by_noise(noise, self.task.mask_ratio)
         teacher = self.teacher.apply(
             {"params": frozen["teacher"]["encoder"]},
             clean,
             capture=self.of_teacher.blocks,
-            keep=keep,
+            **seen,
             train=train and self.task.teacher_drop_path > 0,
             rngs={"drop_path": jax.random.fold_in(rngs["drop_path"], TEACHER)},
         )
@@ -145,7 +145,7 @@ class DistillTask(Task):
             {"params": params["encoder"]},
             jittered,
             capture=self.of_student.blocks,
-            keep=keep,
+            **seen,
             train=train,
             rngs={"drop_path": rngs["drop_path"]},
         )
