@@ -177,12 +177,16 @@ def test_a_run_that_was_suspended_stops_if_another_has_taken_over(tmp_path, monk
         with pytest.raises(InputError, match=f"in use by process {process.pid} on {socket.gethostname()}"):
             WorkdirLock(tmp_path).__enter__()  # its number says nothing here, its beats do
         process.send_signal(signal.SIGSTOP)
-        with WorkdirLock(tmp_path):
-            process.stdin.write("\n")
-            process.stdin.flush()
-            process.send_signal(signal.SIGCONT)
-            line = process.stdout.readline()
-            assert line.startswith(f"another run (process {os.getpid()} on {socket.gethostname()}) has taken over")
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)  # until it has stopped, it may beat once more
+        try:
+            with WorkdirLock(tmp_path):
+                process.stdin.write("\n")
+                process.stdin.flush()
+                process.send_signal(signal.SIGCONT)
+                line = process.stdout.readline()
+                assert line.startswith(f"another run (process {os.getpid()} on {socket.gethostname()}) has taken over")
+        finally:
+            process.kill()  # one that is stopped would be waited for for ever
 
 
 def test_a_killed_run_that_nobody_has_buried_is_dead(tmp_path, capsys):
