@@ -115,7 +115,7 @@ def test_a_grid_and_data_that_do_not_fit(cfg, tmp_path):
     assert "does not fill 1 devices" in doctor.mesh(cfg).fix
     cfg.stages["mae"].data.source, cfg.stages["mae"].data.path = "folder", str(tmp_path / "gone")
     found = fixes(doctor.data(cfg))
-    assert len(found) == 1 and "gone/train: no such folder" in found[0]
+    assert len(found) == 1 and "gone: no such folder" in found[0]
 
 
 def test_what_a_run_would_stumble_over_is_said_once(cfg, tmp_path):
@@ -124,7 +124,7 @@ def test_what_a_run_would_stumble_over_is_said_once(cfg, tmp_path):
     assert found.startswith("the stages of tiny: stage mae: batch_size 400 is more than the 40 images")
     cfg.stages["mae"].data.source, cfg.stages["mae"].data.path = "folder", str(tmp_path / "gone")
     (found,) = fixes(doctor.examine(cfg, tmp_path, {}))
-    assert found.startswith("folder ") and "gone/train: no such folder" in found
+    assert found.startswith("folder ") and "gone: no such folder" in found
 
 
 CONFIG = """

@@ -43,7 +43,7 @@ def test_a_description_of_other_devices_and_data_elsewhere(chain, tmp_path):
     assert "fsdp 3 does not fill 1 devices" in text
     assert "4 steps of 8 images in 2 micro-batches" in text
     assert "data: folder /gone, split train: not at hand" in text
-    assert text.splitlines()[-1].startswith("before stage mae can run: /gone/train: no such folder")
+    assert text.splitlines()[-1].startswith("before stage mae can run: /gone: no such folder")
 
 
 def test_the_owner_of_a_workdir_is_named_before_what_differs(chain, tmp_path):
