@@ -167,9 +167,7 @@ def test_the_first_process_tells_what_the_others_must_mend(tmp_path):
     out = ended[0][1].splitlines()
     assert any(line.startswith("ok   folder images, split train: 4 images") for line in out)
     (line,) = [line for line in out if "FIX" in line]
-    assert line.startswith(
-        f"processes 1, 2 ({socket.gethostname()}): FIX  folder images, split train: images/train: no"
-    )
+    assert line.startswith(f"processes 1, 2 ({socket.gethostname()}): FIX  folder images, split train: images: no such")
     assert ended[0][2].splitlines()[-1] == "error: 1 of these need mending"
     for _, out, err in ended[1:]:
         assert (

@@ -81,9 +81,7 @@ def test_a_data_set_in_the_devices_memory_is_there(cfg, mesh):
 
 def test_a_data_set_for_the_devices_memory_that_is_not_at_hand(cfg, mesh, tmp_path):
     cfg.stages["mae"].data = Data("folder", path=str(tmp_path / "none"), image_size=16, num_examples=40, resident=True)
-    with pytest.raises(
-        InputError, match=r"stage mae: .*none: no such folder; .* the size of an image must be known"
-    ):
+    with pytest.raises(InputError, match=r"stage mae: .*none: no such folder; .* the size of an image must be known"):
         estimate.run(cfg, "mae", "", tmp_path)
 
 
