@@ -98,21 +98,22 @@ steps() {  # STAGE BATCH, then more arguments of bench step: every way of comput
 }
 
 if [[ -n $quick ]]; then
+  set -- --rounds=3 "$@"
   plain=("${vs[@]}")
   for batch in "${batches[@]:0:2}"; do
     vs=("${plain[@]}")
-    step "distill_b-$batch-$fused" distill_b "$batch" "$fused" --rounds=3 "$@"
+    step "distill_b-$batch-$fused" distill_b "$batch" "$fused" "$@"
     vs=()
-    [[ $fused != xla ]] && step "distill_b-$batch-xla" distill_b "$batch" xla --rounds=3 "$@"
+    [[ $fused != xla ]] && step "distill_b-$batch-xla" distill_b "$batch" xla "$@"
     step "distill_b-$batch-pallas" distill_b "$batch" "$fused" \
-      --config.stages.distill_b.task.targets.relation.kernel=pallas --rounds=3 "$@"
+      --config.stages.distill_b.task.targets.relation.kernel=pallas "$@"
   done
   vs=("${plain[@]}")
-  step "distill_t-${batches[0]}-$fused" distill_t "${batches[0]}" "$fused" --rounds=3 "$@"
-  step "mae_l-${batches[0]}-$fused" mae_l "${batches[0]}" "$fused" --rounds=3 "$@"
+  step "distill_t-${batches[0]}-$fused" distill_t "${batches[0]}" "$fused" "$@"
+  step "mae_l-${batches[0]}-$fused" mae_l "${batches[0]}" "$fused" "$@"
   for kernel in xla pallas; do
     measure "relation-$kernel" relation "--config=$config" --stage=distill_b --batch_size=4 --tokens=197,1025 \
-      "--config.stages.distill_b.task.targets.relation.kernel=$kernel" --rounds=3 "$@"
+      "--config.stages.distill_b.task.targets.relation.kernel=$kernel" "$@"
   done
   python -m tinymim_jax bench table "$out"
   exit $status

@@ -286,6 +286,12 @@ def test_every_row_of_the_study_loads():
             load(f"imagenet/study.py:{options}")
 
 
+def test_a_path_with_a_comma_reaches_the_config_beside():
+    for name in ("study.py:table=7,", "first_blocks.py:"):
+        stages = load(f"cifar10/{name}data=/a\\,b,short").stages
+        assert {stage.data.path for stage in stages.values()} == {"/a,b"}
+
+
 def test_the_first_blocks_are_swept():
     stages = load("cifar10/first_blocks.py:short").stages
     assert [stage.init.keep_blocks for stage in stages.values()] == list(range(7))

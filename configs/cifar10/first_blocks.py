@@ -8,20 +8,15 @@ Cost: the chain's fine-tuning of T for each k. Expected: accuracy rises with k; 
 """
 
 import dataclasses
-import importlib.util
-from pathlib import Path
 
-from tinymim_jax.experiment import recipes
+from tinymim_jax.experiment import config_file, recipes
 from tinymim_jax.experiment.config import Compare, Config
 
 
 def get_config(arg: str = "") -> Config:
     o = recipes.options(arg, init="", data="", short=False)
-    spec = importlib.util.spec_from_file_location("cifar10_chain", Path(__file__).with_name("chain.py"))
-    chain = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(chain)
-    options = [f"data={o['data']}".replace(",", r"\,")] if o["data"] else []
-    stage = chain.get_config(",".join([*options, *(["short"] if o["short"] else [])])).stages["finetune_chain_0"]
+    chain = config_file.beside(__file__, "chain.py", data=o["data"], short=o["short"])
+    stage = chain.stages["finetune_chain_0"]
     folder = o["init"] or ("runs/cifar10_short/distill_t" if o["short"] else "runs/cifar10/distill_t")
     stages = {}
     for k in range(stage.model.depth + 1):

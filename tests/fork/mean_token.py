@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from tinymim_jax.models.contract import Encoder
 from tinymim_jax.objectives.losses import smooth_l1
 from tinymim_jax.runtime.codec import ranged
-from tinymim_jax.tasks.targets.contract import Captures, Target, TargetLoss, Trace
+from tinymim_jax.tasks.targets.contract import Target, TargetLoss, Trace
 
 
 @dataclasses.dataclass
@@ -21,9 +21,6 @@ class MeanToken(Target):
     student_block: int = ranged(12, at_least=1)
     weight: float = ranged(1.0, above=0)
     kind: Literal["mean_token"] = "mean_token"
-
-    def captures(self) -> tuple[Captures, Captures]:
-        return Captures((self.teacher_block,)), Captures((self.student_block,))
 
     def build(self, where: str, teacher: Encoder, student: Encoder) -> "MeanTokenLoss":
         return MeanTokenLoss(self, teacher, student)

@@ -230,7 +230,7 @@ def test_the_teacher_drops_paths_in_training_alone_and_not_the_students():
     like_student = task.teacher.apply(variables, task.images(batch), capture=(3,), train=True, rngs=keys).trace[3].q
     assert not np.allclose(dropped, like_student)
     with pytest.raises(InputError, match="an encoder of kind 'two_widths' drops no paths"):
-        TwoWidths(8).dropping(0.1)
+        TwoWidths(8).dropping(0.1, "task.teacher_drop_path")
 
 
 # Masked images

@@ -51,9 +51,9 @@ class Folder(Labelled):
         tree = storage.path(data.path)
         storage.check(tree)
         self._storage = storage.files(tree)
-        if not self._storage.isdir(str(tree)):
-            raise InputError(f"{tree}: no such folder; name a folder of images")
         split = next((name for name in names(data.split) if self._storage.isdir(str(tree / name))), None)
+        if split is None and not self._storage.isdir(str(tree)):
+            raise InputError(f"{tree}: no such folder; name a folder of images")
         self._root = str(tree if split is None else tree / split)
         top = self._list(self._root) if self._storage.isdir(self._root) else {}
         is_splittable = top and data.split in ("train", *HELD_OUT) and SPLITS.isdisjoint(name.lower() for name in top)

@@ -158,11 +158,10 @@ def _listed(images: Images) -> list[Any]:
 
 
 def _read(path: PathLike) -> bytes:
-    found = storage.path(path)
-    if not found.exists():
-        raise InputError(f"{path}: there is no such file")
     try:
-        return found.read_bytes()
+        return storage.path(path).read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such file") from None
     except Exception as error:  # each bucket's library has its own
         raise storage.unreadable(str(path), error) from None
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from tinymim_jax.experiment.config import ClassToken, Feature, Relation, Stage
+from tinymim_jax.experiment.config import ClassToken, Compare, Feature, Relation, Stage
 from tinymim_jax.runtime.errors import InputError
 
 DEPTH = 24  # blocks of the published teacher, in which the tables count
@@ -85,6 +85,13 @@ TABLES = {
         for teacher, student, paper in ((0, 0, 84.3), (0, 0.1, 84.6), (0, 0.2, 84.3), (0, 0.3, 84.1), (0.1, 0.1, 83.9))
     },
 }
+
+
+def compared(table: str, chosen: dict[str, Row]) -> dict[str, Compare]:
+    """The paper's values of the `chosen` rows beside those of stages ROW_finetuned."""
+    stages = {name: (f"{name}_finetuned",) for name in chosen}
+    paper = {name: row.paper for name, row in chosen.items()}
+    return {f"TinyMIM, Table {table}": Compare("val/top1", stages, paper)}
 
 
 def rows(table: str, row: str = "") -> dict[str, Row]:

@@ -4,9 +4,8 @@ Shapes: B batch, N tokens, L patch tokens, D width, H heads, E head width, C cla
 """
 
 import abc
-import typing
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import flax.linen as nn
 import flax.struct
@@ -17,7 +16,7 @@ from tinymim_jax.runtime.errors import InputError
 
 Pool = Literal["cls", "mean"]  # the first token, the mean patch token
 Part = Literal["qkv", "attention", "all"]  # of a block: up to its q, k, v, up to behind its attention, whole
-PARTS = typing.get_args(Part)
+PARTS = get_args(Part)
 
 
 @flax.struct.dataclass
@@ -117,9 +116,9 @@ class Encoder(abc.ABC):
     def computing_like(self, other: "Encoder") -> "Encoder":
         """The encoder as it computes on the images of `other`: dtype, image size. InputError if it cannot see them."""
 
-    def dropping(self, rate: float) -> "Encoder":
-        """The encoder with this rate of drop path; raises InputError if it drops no paths."""
-        raise InputError(f"an encoder of kind {self.kind!r} drops no paths; set task.teacher_drop_path to 0")
+    def dropping(self, rate: float, where: str) -> "Encoder":
+        """The encoder with this rate of drop path; raises InputError, naming `where`, if it drops no paths."""
+        raise InputError(f"{where}: an encoder of kind {self.kind!r} drops no paths; set it to 0")
 
     @abc.abstractmethod
     def embed_flops(self, patches: int) -> float:
@@ -192,7 +191,7 @@ class Encoder(abc.ABC):
     def trained_part(self, names: Iterable[str], untrained: Collection[str]) -> Part | None:
         """The part behind which nothing of the block with parameters `names` was trained; None: it is no such block."""
         found = {name: name in untrained for name in names}
-        for part in ("qkv", "attention"):
+        for part in PARTS[:-1]:
             behind = {name: self.is_behind(name, part) for name in found}
             if found == behind and len(set(behind.values())) == 2:
                 return part

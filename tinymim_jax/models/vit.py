@@ -135,7 +135,7 @@ class ViT(Encoder):
         bare = {"pool": "mean", "num_classes": 0, "neck": 0, "head_norm": False}
         return dataclasses.replace(self, depth=block, last_block_heads=self.heads_of(block), **bare)
 
-    def dropping(self, rate: float) -> "ViT":
+    def dropping(self, rate: float, where: str) -> "ViT":
         return dataclasses.replace(self, drop_path=rate)
 
     def computing_like(self, other: Encoder) -> "ViT":

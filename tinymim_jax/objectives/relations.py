@@ -30,3 +30,9 @@ def relation_logits(a: jax.Array, b: jax.Array) -> jax.Array:
 def relation(a: jax.Array, b: jax.Array) -> jax.Array:
     """softmax of `relation_logits` over the last (key) axis: [B, H, N, N], rows sum to 1."""
     return jax.nn.softmax(relation_logits(a, b))
+
+
+def cosine(x: jax.Array, token: int) -> jax.Array:
+    """Cosine similarities of one token of x [B, N, C] with all: [B, N]."""
+    x = x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+    return jnp.einsum("bc,bnc->bn", x[:, token], x)

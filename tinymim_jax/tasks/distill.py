@@ -88,7 +88,7 @@ class DistillTask(Task):
             )
         self.teacher_cfg = teacher.trunk(self.of_teacher.blocks[-1]).computing_like(context.model)
         if cfg.teacher_drop_path:
-            self.teacher_cfg = self.teacher_cfg.dropping(cfg.teacher_drop_path)
+            self.teacher_cfg = self.teacher_cfg.dropping(cfg.teacher_drop_path, "task.teacher_drop_path")
         self.teacher = self.teacher_cfg.build()
         units = [(model.mask_unit, model.grid) for model in (self.teacher_cfg, context.model)]
         if cfg.mask_ratio and (units[0] != units[1] or units[0][0] is None):

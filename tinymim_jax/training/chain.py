@@ -67,16 +67,12 @@ def values_of(metrics: dict[str, float], metric: str) -> list[float]:
 
 def ranked(rows: dict[str, dict[str, Any]], paper: dict[str, float]) -> dict[str, float]:
     """Spearman's rank correlation of our means with the published values; {} of fewer than three, or of equal ones."""
-    from scipy.stats import spearmanr  # takes a second
-
-    ours, theirs = ([one[label] for label in paper if label in rows] for one in (_means(rows), paper))
-    if len(ours) < 3 or len(set(ours)) == 1 or len(set(theirs)) == 1:
+    both = [(row["mean"], paper[label]) for label, row in rows.items() if label in paper]
+    if len(both) < 3 or any(len(set(side)) == 1 for side in zip(*both, strict=True)):
         return {}
-    return {"rank_correlation": float(spearmanr(ours, theirs).statistic)}
+    from scipy.stats import spearmanr  # takes a second, which tables without published values need not wait for
 
-
-def _means(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
-    return {label: row["mean"] for label, row in rows.items()}
+    return {"rank_correlation": float(spearmanr(both).statistic)}
 
 
 def summary(values: list[float]) -> dict[str, Any]:

@@ -6,13 +6,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from tinymim_jax.models.contract import Encoder
+from tinymim_jax.models.contract import Encoder, Part
 from tinymim_jax.models.layers import torch_uniform
 from tinymim_jax.objectives.losses import mse
 from tinymim_jax.objectives.relations import relation_logits
 from tinymim_jax.runtime.codec import ranged
 from tinymim_jax.runtime.errors import InputError
-from tinymim_jax.tasks.targets.contract import Captures, Target, TargetLoss, Trace
+from tinymim_jax.tasks.targets.contract import Target, TargetLoss, Trace
 
 
 @dataclasses.dataclass
@@ -25,8 +25,8 @@ class AttentionLogits(Target):
     weight: float = ranged(1.0, above=0)
     kind: Literal["attention_logits"] = "attention_logits"
 
-    def captures(self) -> tuple[Captures, Captures]:
-        return Captures((self.teacher_block,), "qkv"), Captures((self.student_block,), "qkv")
+    def part(self) -> Part:
+        return "qkv"
 
     def build(self, where: str, teacher: Encoder, student: Encoder) -> "AttentionLogitsLoss":
         return AttentionLogitsLoss(self, where, teacher, student)

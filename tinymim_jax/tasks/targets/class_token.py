@@ -13,10 +13,11 @@ import jax.numpy as jnp
 
 from tinymim_jax.models.contract import Encoder
 from tinymim_jax.models.layers import xavier
+from tinymim_jax.objectives import relations
 from tinymim_jax.objectives.losses import soft_distillation
 from tinymim_jax.runtime.codec import ranged
 from tinymim_jax.runtime.errors import InputError
-from tinymim_jax.tasks.targets.contract import Captures, Target, TargetLoss, Trace
+from tinymim_jax.tasks.targets.contract import Target, TargetLoss, Trace
 
 
 @dataclasses.dataclass
@@ -28,9 +29,6 @@ class ClassToken(Target):
     temperature: float = ranged(1.0, above=0)  # of both; the loss is scaled by its square
     weight: float = ranged(1.0, above=0)
     kind: Literal["class_token"] = "class_token"
-
-    def captures(self) -> tuple[Captures, Captures]:
-        return Captures((self.teacher_block,)), Captures((self.student_block,))
 
     def build(self, where: str, teacher: Encoder, student: Encoder) -> "ClassTokenLoss":
         return ClassTokenLoss(self, where, teacher, student)
@@ -67,15 +65,9 @@ class ClassTokenLoss(TargetLoss):
 
     def maps(self, params: Any, teacher: Trace, student: Trace, query: int) -> dict[str, tuple[jax.Array, jax.Array]]:
         """Cosine similarities of all tokens with the class token."""
-
-        def similarity(x: jax.Array) -> jax.Array:
-            x = x / jnp.linalg.norm(x, axis=-1, keepdims=True)
-            return jnp.einsum("bc,bnc->bn", x[:, 0], x)
-
         target = teacher[self.cfg.teacher_block].out.astype(jnp.float32)
-        return {
-            "like CLS": (similarity(target), similarity(self.projected(params, student[self.cfg.student_block].out)))
-        }
+        own = self.projected(params, student[self.cfg.student_block].out)
+        return {"like CLS": (relations.cosine(target, 0), relations.cosine(own, 0))}
 
     def flops(self, patches: int) -> float:
         return 6.0 * self.student.width_of(self.cfg.student_block) * self.teacher.width_of(self.cfg.teacher_block)

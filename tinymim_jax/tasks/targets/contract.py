@@ -58,11 +58,17 @@ class Target(abc.ABC):
     """The config of a target, a dataclass with a `kind` that `targets.TARGETS` lists."""
 
     kind: str
+    teacher_block: int  # from 1, as the student's
+    student_block: int
     weight: float  # of its loss in the sum
 
-    @abc.abstractmethod
+    def part(self) -> Part:
+        """Up to where it reads the two blocks."""
+        return "all"
+
     def captures(self) -> tuple[Captures, Captures]:
         """What it reads of the teacher and of the student."""
+        return Captures((self.teacher_block,), self.part()), Captures((self.student_block,), self.part())
 
     @abc.abstractmethod
     def build(self, where: str, teacher: Encoder, student: Encoder) -> TargetLoss:

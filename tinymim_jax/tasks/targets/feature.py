@@ -7,12 +7,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tinymim_jax.models.contract import PARTS, BlockTrace, Encoder
+from tinymim_jax.models.contract import PARTS, BlockTrace, Encoder, Part
 from tinymim_jax.models.layers import xavier
-from tinymim_jax.objectives import losses
+from tinymim_jax.objectives import losses, relations
 from tinymim_jax.runtime.codec import ranged
 from tinymim_jax.runtime.errors import InputError
-from tinymim_jax.tasks.targets.contract import Captures, Target, TargetLoss, Trace
+from tinymim_jax.tasks.targets.contract import Target, TargetLoss, Trace
 
 NAMES = {
     "out": "output",
@@ -39,10 +39,9 @@ class Feature(Target):
     weight: float = ranged(1.0, above=0)
     kind: Literal["feature"] = "feature"
 
-    def captures(self) -> tuple[Captures, Captures]:
+    def part(self) -> Part:
         parts = {"q": "qkv", "k": "qkv", "v": "qkv", "attn_out": "attention", "mid": "attention"}
-        part = max((parts.get(name, "all") for name in self.tensors), key=PARTS.index, default="all")
-        return Captures((self.teacher_block,), part), Captures((self.student_block,), part)
+        return max((parts.get(name, "all") for name in self.tensors), key=PARTS.index, default="all")
 
     def build(self, where: str, teacher: Encoder, student: Encoder) -> "FeatureLoss":
         return FeatureLoss(self, where, teacher, student)
@@ -87,14 +86,12 @@ class FeatureLoss(TargetLoss):
 
     def maps(self, params: Any, teacher: Trace, student: Trace, query: int) -> dict[str, tuple[jax.Array, jax.Array]]:
         """Cosine similarities."""
-
-        def similarity(x: jax.Array) -> jax.Array:
-            x = x / jnp.linalg.norm(x, axis=-1, keepdims=True)
-            return jnp.einsum("bc,bnc->bn", x[:, query], x)
-
         pairs = {name: self.matched(params, teacher, student, name) for name in self.cfg.tensors}
         of = {name: f" of {name}" if len(pairs) > 1 else "" for name in pairs}
-        return {f"cosine{of[name]}": (similarity(target), similarity(own)) for name, (own, target) in pairs.items()}
+        return {
+            f"cosine{of[name]}": (relations.cosine(target, query), relations.cosine(own, query))
+            for name, (own, target) in pairs.items()
+        }
 
     def flops(self, patches: int) -> float:
         widths = self.student.width_of(self.cfg.student_block) * self.teacher.width_of(self.cfg.teacher_block)

@@ -6,13 +6,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from tinymim_jax.models.contract import BlockTrace, Encoder
+from tinymim_jax.models.contract import BlockTrace, Encoder, Part
 from tinymim_jax.objectives import relations
 from tinymim_jax.objectives.relation_kl import relation_kl
 from tinymim_jax.objectives.relation_mse import relation_mse
 from tinymim_jax.runtime.codec import ranged
 from tinymim_jax.runtime.errors import InputError
-from tinymim_jax.tasks.targets.contract import Captures, Target, TargetLoss, Trace
+from tinymim_jax.tasks.targets.contract import Target, TargetLoss, Trace
 
 
 @dataclasses.dataclass
@@ -32,8 +32,8 @@ class Relation(Target):
     kernel: Literal["xla", "pallas"] = "xla"  # of the loss on TPU and GPU; pallas has not been measured yet
     kind: Literal["relation"] = "relation"
 
-    def captures(self) -> tuple[Captures, Captures]:
-        return Captures((self.teacher_block,), "qkv"), Captures((self.student_block,), "qkv")
+    def part(self) -> Part:
+        return "qkv"
 
     def build(self, where: str, teacher: Encoder, student: Encoder) -> "RelationLoss":
         return RelationLoss(self, where, teacher, student)
