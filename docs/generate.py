@@ -52,14 +52,17 @@ def fields() -> str:
 
 
 def comments(cls: type) -> dict[str, str]:
-    """What stands behind each field in the source."""
+    """What stands behind each field in the source, or in the lines above it."""
     lines = io.StringIO(inspect.getsource(cls))
-    name, found = "", {}
+    found, above = {}, []
     for token in tokenize.generate_tokens(lines.readline):
-        if match := re.match(r"    (\w+): ", token.line):
-            name = match[1]
-            if token.type == tokenize.COMMENT and not token.string.startswith("# noqa"):
-                found.setdefault(name, token.string.removeprefix("# "))
+        is_note = token.type == tokenize.COMMENT and not token.string.startswith("# noqa")
+        if is_note and token.line.lstrip().startswith("#"):
+            above.append(token.string.removeprefix("# "))
+        elif match := re.match(r"    (\w+): ", token.line):
+            if is_note or above:
+                found.setdefault(match[1], token.string.removeprefix("# ") if is_note else " ".join(above))
+            above = []
     return found
 
 

@@ -23,7 +23,7 @@ from tinymim_jax.bench import relation
 from tinymim_jax.bench import step as bench
 from tinymim_jax.bench.timing import Clock, clock_of, conditions
 from tinymim_jax.commands.flags import new_flags, parse
-from tinymim_jax.models import layers, vit
+from tinymim_jax.models import attention, layers, vit
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.tasks.contract import STREAMS
 from tinymim_jax.tasks.targets import relation as relation_target
@@ -31,7 +31,7 @@ from tinymim_jax.training import optim
 
 
 def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """As `layers.attention`, over [B, N, H, E]."""
+    """As `attention.attention`, over [B, N, H, E]."""
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     logits = jnp.einsum("bnhe,bmhe->bhnm", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     return jnp.einsum("bhnm,bmhe->bnhe", jax.nn.softmax(logits).astype(v.dtype), v).swapaxes(1, 2)
@@ -50,7 +50,7 @@ class PlainAttention(nn.Module):
         heads = (3, self.num_heads, x.shape[-1] // self.num_heads)
         qkv = nn.DenseGeneral(heads, kernel_init=layers.xavier, dtype=self.dtype, name="qkv")(x)
         q, k, v = jnp.moveaxis(qkv, 2, 0)
-        out = layers.ATTENTIONS[self.kind](*(a.swapaxes(1, 2) for a in (q, k, v))).swapaxes(1, 2).reshape(x.shape)
+        out = attention.ATTENTIONS[self.kind](*(a.swapaxes(1, 2) for a in (q, k, v))).swapaxes(1, 2).reshape(x.shape)
         return nn.Dense(x.shape[-1], kernel_init=layers.xavier, dtype=self.dtype, name="proj")(out), (q, k, v)
 
 
@@ -74,7 +74,7 @@ def plain_kl(teacher: Any, student: Any, **_: Any) -> jax.Array:
 
 
 PLAIN = {
-    "attention": [(layers.ATTENTIONS, kind, plain_attention) for kind in layers.ATTENTIONS],
+    "attention": [(attention.ATTENTIONS, kind, plain_attention) for kind in attention.ATTENTIONS],
     "linear layers": [(layers, "Attention", PlainAttention), (layers, "Mlp", PlainMlp)],
     "GELU": [(layers, "gelu", functools.partial(nn.gelu, approximate=False))],
     "patches": [(vit, "optimization_barrier", lambda x: x)],
@@ -89,7 +89,7 @@ def plain(*names: str) -> Iterator[None]:
         for where, name, piece in (patch for key in names for patch in PLAIN[key]):
             patch = (
                 mock.patch.dict(where, {name: piece})
-                if where is layers.ATTENTIONS
+                if where is attention.ATTENTIONS
                 else mock.patch.object(where, name, piece)
             )
             stack.enter_context(patch)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from tinymim_jax.models.contract import Encoder
 from tinymim_jax.objectives.losses import smooth_l1
 from tinymim_jax.runtime.codec import ranged
-from tinymim_jax.tasks.targets.contract import Target, TargetLoss, Trace
+from tinymim_jax.tasks.targets.contract import Pass, Target, TargetLoss
 
 
 @dataclasses.dataclass
@@ -40,16 +40,16 @@ class MeanTokenLoss(TargetLoss):
     def init(self, rng: jax.Array) -> Any:
         return self.projection.init(rng, jnp.zeros((1, self.widths[0])))["params"]
 
-    def tokens(self, teacher: Trace, student: Trace) -> tuple[jax.Array, jax.Array]:
+    def tokens(self, teacher: Pass, student: Pass) -> tuple[jax.Array, jax.Array]:
         """[B, L, D] of patches, in float32."""
         pairs = (self.teacher, teacher[self.cfg.teacher_block]), (self.student, student[self.cfg.student_block])
         return tuple(trace.out[:, encoder.num_prefix :].astype(jnp.float32) for encoder, trace in pairs)
 
-    def loss(self, params: Any, teacher: Trace, student: Trace) -> dict[str, jax.Array]:
+    def loss(self, params: Any, teacher: Pass, student: Pass) -> dict[str, jax.Array]:
         target, own = (tokens.mean(axis=1, keepdims=True) for tokens in self.tokens(teacher, student))
         return {"smooth_l1": smooth_l1(self.projection.apply({"params": params}, own), target, 1.0)}
 
-    def maps(self, params: Any, teacher: Trace, student: Trace, query: int) -> dict[str, tuple[jax.Array, jax.Array]]:
+    def maps(self, params: Any, teacher: Pass, student: Pass, query: int) -> dict[str, tuple[jax.Array, jax.Array]]:
         """Each token's share in the mean's length."""
         rows = []
         for encoder, tokens in zip((self.teacher, self.student), self.tokens(teacher, student), strict=True):

@@ -63,10 +63,10 @@ class TwoWidths(Encoder):
         raise InputError(f"there is no parameter {name}")
 
     def is_behind(self, name: str, part: Part) -> bool:
-        behind = {"qkv": "attn/proj|norm2|mlp", "attention": "norm2|mlp"}
+        behind = {"norm1": "attn|norm2|mlp", "qkv": "attn/proj|norm2|mlp", "attention": "norm2|mlp"}
         return part != "all" and bool(re.match(rf"encoder/block\d+/({behind[part]})/", name))
 
-    def trunk(self, block: int) -> "TwoWidths":
+    def trunk(self, block: int, norm: bool = False) -> "TwoWidths":
         # Its widths hang on its depth, so it is not cut: what nothing reads is not computed under jit.
         return dataclasses.replace(self, num_classes=0)
 

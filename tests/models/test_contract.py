@@ -58,7 +58,8 @@ def test_what_a_block_reads_is_what_its_output_depends_on(part):
     def output(p):
         trace = model.apply({"params": p}, pictures(), capture=(2,)).trace[2]
         qkv = (trace.q**2).mean() + (trace.k**2).mean() + (trace.v**3).mean()
-        return {"qkv": qkv, "attention": (trace.mid**3).mean(), "all": (trace.out**3).mean()}[part]
+        of = {"norm1": (trace.norm1**3).mean(), "qkv": qkv}
+        return (of | {"attention": (trace.mid**3).mean(), "all": (trace.out**3).mean()})[part]
 
     gradients = jax.tree_util.tree_leaves_with_path({"encoder": jax.jit(jax.grad(output))(params)})
     assert len(gradients) > 40
@@ -92,7 +93,14 @@ def test_a_trunk_computes_what_the_whole_does(block, heads):
     kept = {name: value for name, value in params.items() if any(n.split("/")[0] == name for n in needed)}
     found = trunk.build().apply({"params": kept}, pictures(), capture=(block,)).trace[block]
     expected = whole.build().apply({"params": params}, pictures(), capture=(block,)).trace[block]
+    normed, expected = expected.normed, expected.replace(normed=None)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
+    kept["norm"] = params["norm"]
+    found = whole.trunk(block, norm=True).build().apply({"params": kept}, pictures(), capture=(block,))
+    np.testing.assert_allclose(found.trace[block].normed, normed, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(found.tokens, found.trace[block].normed)
+    with pytest.raises(InputError, match="no norm stands behind the blocks of a ViT with pool 'mean'"):
+        dataclasses.replace(whole, pool="mean").trunk(block, norm=True)
 
 
 def test_computing_like_another():

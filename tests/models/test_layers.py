@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.models import reference
-from tinymim_jax.models import layers
+from tinymim_jax.models import attention, layers
 
 
 def normal(*shape, seed=0, scale=1.0):
@@ -65,7 +65,7 @@ def test_attention(dtype):
     # Logits around 200 and close to each other: rounded to bfloat16 they would be off by up to 0.5.
     q, k, v = (normal(2, 3, 5, 4, seed=s, scale=scale) for s, scale in enumerate((1.0, 0.1, 1.0)))
     q, k, v = (jnp.asarray(x, dtype) for x in (q + 16, k + 6, v))
-    out = layers.attention(q, k, v)
+    out = attention.attention(q, k, v)
     assert out.dtype == dtype
     q, k, v = map(reference.f64, (q, k, v))
     expected = np.zeros(v.shape)
@@ -85,7 +85,7 @@ def exact_attention(q, k, v, cotangent):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("route", [layers.attention, layers._by_xla])
+@pytest.mark.parametrize("route", [attention.attention, attention._by_xla])
 @pytest.mark.parametrize(
     ("heads", "n", "width", "scale"), [(3, 17, 7, 1), (5, 65, 24, 3), (2, 197, 64, 1), (1, 1025, 5, 6)]
 )
@@ -97,7 +97,7 @@ def test_attention_and_its_gradient_against_float64(route, heads, n, width, scal
         return out, *pull(cotangent)
 
     # Logits of up to 300 are off by 2e-5 and more. On the CPU nothing but the results is rounded; elsewhere weights are.
-    bound = 1e-4 + (0 if dtype == "float32" else 2**-8 if route is layers.attention else 2**-5)
+    bound = 1e-4 + (0 if dtype == "float32" else 2**-8 if route is attention.attention else 2**-5)
     found = jax.jit(both)(*args, cotangent)
     for actual, wanted in zip(found, exact_attention(*map(reference.f64, (*args, cotangent))), strict=True):
         assert actual.dtype == dtype
@@ -109,14 +109,14 @@ def heads(n, dtype="float32"):
 
 
 def test_attention_by_cudnn_where_there_is_none():
-    for call in (layers.cudnn_attention, layers._by_cudnn):
-        np.testing.assert_array_equal(jax.jit(call)(*heads(5)), jax.jit(layers.attention)(*heads(5)))
+    for call in (attention.cudnn_attention, attention._by_cudnn):
+        np.testing.assert_array_equal(jax.jit(call)(*heads(5)), jax.jit(attention.attention)(*heads(5)))
 
 
 def test_cudnn_that_a_gpu_is_without(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with pytest.raises(RuntimeError, match="cuDNN"):
-        jax.eval_shape(layers._by_cudnn, *heads(5, "bfloat16"))
+        jax.eval_shape(attention._by_cudnn, *heads(5, "bfloat16"))
 
 
 @pytest.mark.parametrize("n", [5, 6])
@@ -130,7 +130,7 @@ def test_what_cudnn_is_asked_for(n, monkeypatch):
         return original(q, k, v, implementation="xla", **lengths)
 
     def both(q, k, v, cotangent):
-        out, pull = jax.vjp(layers._by_cudnn, q, k, v)
+        out, pull = jax.vjp(attention._by_cudnn, q, k, v)
         return out, *pull(cotangent)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", plain)
@@ -145,7 +145,7 @@ def test_what_cudnn_is_asked_for(n, monkeypatch):
 def test_attention_compiled_for_a_gpu_is_cudnns(n, replicas, cudnn):
     def calls(kind, platform, dtype="bfloat16"):
         def loss(*x):
-            return jnp.sum(layers.ATTENTIONS[kind](*x).astype(jnp.float32) ** 2)
+            return jnp.sum(attention.ATTENTIONS[kind](*x).astype(jnp.float32) ** 2)
 
         args = [jax.ShapeDtypeStruct((*replicas, 2, 3, n, 64), dtype) for _ in range(3)]
         gradient = jax.grad(loss, argnums=(0, 1, 2))

@@ -50,7 +50,7 @@ def test_only_the_student_sees_the_jitter():
     jittered = (reference.f64(jittered) - stages.MEAN) / stages.STD
     clean = stages.normalised(batch["image"])
     with jax.default_matmul_precision("highest"):
-        traces = jax.jit(functools.partial(task.traces, train=True))(params, frozen, batch, rngs)
+        traces = jax.jit(functools.partial(task.passes, train=True, masked=True))(params, frozen, batch, rngs)
     expected = (
         reference.vit(frozen["teacher"]["encoder"], clean, 4, (3, 3, 3)),
         reference.vit(params["encoder"], jittered, 4, (2, 2, 3)),
@@ -81,7 +81,7 @@ def test_drop_path_in_training_only_and_never_in_the_teacher():
     teacher = dataclasses.replace(stages.TEACHER, drop_path=0.9)
     plain = stages.distill(teacher=teacher, color_jitter=0.0, drop_path=0.4)
     params, frozen = stages.weights(plain)
-    apply = {train: jax.jit(functools.partial(plain.traces, train=train)) for train in (False, True)}
+    apply = {train: jax.jit(functools.partial(plain.passes, train=train, masked=True)) for train in (False, True)}
     seen = {
         (train, seed): [trace[3].v for trace in apply[train](params, frozen, stages.batch(), stages.rngs(seed))]
         for train in (False, True)
@@ -131,7 +131,7 @@ def test_configs_that_cannot_be_distilled():
     cfg = config.Distill(config.Init("t"), {"a": config.Relation(3, 3), "b": config.Feature(3, 4)})
     with pytest.raises(InputError, match=r"^task\.targets\.b: student_block 4 is beyond the student's 3 blocks$"):
         cfg.check("task", stages.vit(depth=3))
-    with pytest.raises(InputError, match=r"^task\.targets is empty: name what the student is to match$"):
+    with pytest.raises(InputError, match=r"^task\.targets: none reads the teacher; name what of it"):
         config.Distill(config.Init("t"), {}).check("task", stages.vit())
     cfg.check("task", stages.vit(depth=4))
 
@@ -219,11 +219,11 @@ def test_the_teacher_drops_paths_in_training_alone_and_not_the_students():
     params, frozen = stages.weights(task)
     batch = stages.batch(8)
     dropped, kept, evaluated = (
-        one.traces(params, frozen, batch, stages.rngs(), train=train)[0][3].q
+        one.passes(params, frozen, batch, stages.rngs(), train=train, masked=True)[0][3].q
         for one, train in ((task, True), (plain, True), (task, False))
     )
     np.testing.assert_array_equal(kept, evaluated)
-    other = task.traces(params, frozen, batch, stages.rngs(1), train=True)[0][3].q
+    other = task.passes(params, frozen, batch, stages.rngs(1), train=True, masked=True)[0][3].q
     assert not np.allclose(dropped, kept) and not np.allclose(dropped, other)
     variables = {"params": frozen["teacher"]["encoder"]}
     keys = {"drop_path": stages.rngs()["drop_path"]}  # the student's
@@ -241,7 +241,7 @@ def test_teacher_and_student_see_the_same_patches():
     task = stages.distill(color_jitter=0.0, mask_ratio=0.75)
     params, frozen = stages.weights(task)
     batch, rngs = stages.batch(), stages.rngs()
-    teacher, student = task.traces(params, frozen, batch, rngs, train=True)
+    teacher, student = task.passes(params, frozen, batch, rngs, train=True, masked=True)
     keep, _, _ = mask_by_noise(jax.random.uniform(rngs["mask"], (4, 16)), 0.75)
     assert keep.shape == (4, 4) and len(np.unique(keep, axis=0)) > 1
     images = task.images(batch)
@@ -250,7 +250,7 @@ def test_teacher_and_student_see_the_same_patches():
     own = task.model.apply({"params": params["encoder"]}, images, capture=(3,), keep=keep).trace[3]
     assert teacher[3].q.shape == (4, 5, 3, 8) and student[3].q.shape == own.q.shape
     np.testing.assert_allclose(student[3].q, own.q, rtol=1e-5, atol=1e-6)
-    whole, _ = task.traces(params, frozen, batch, rngs, train=False)
+    whole, _ = task.passes(params, frozen, batch, rngs, train=True, masked=False)
     assert whole[3].q.shape == (4, 17, 3, 8)
 
 
@@ -281,7 +281,12 @@ def test_a_classifier_is_masked_and_teaches_masked_like_others():
         mask_ratio=0.5, teacher=dataclasses.replace(stages.TEACHER, pool="mean", num_classes=5), pool="mean"
     )
     params, frozen = stages.weights(task)
-    assert task.traces(params, frozen, stages.batch(), stages.rngs(), train=True)[1][3].q.shape == (4, 9, 3, 4)
+    assert task.passes(params, frozen, stages.batch(), stages.rngs(), train=True, masked=True)[1][3].q.shape == (
+        4,
+        9,
+        3,
+        4,
+    )
 
 
 def test_masks_that_hide_other_patches():

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinymim_jax.experiment.config import AttentionLogits, ClassToken, Feature, Relation, ViT
+from tinymim_jax.experiment.config import AttentionLogits, ClassToken, Decoder, Feature, Reconstruction, Relation, ViT
 from tinymim_jax.models.contract import BlockTrace
+from tinymim_jax.models.mae import mask_by_noise
+from tinymim_jax.tasks.targets.contract import Pass
 from tinymim_jax.weights.parameters import flatten
 
 torch = pytest.importorskip("torch")
@@ -22,7 +24,8 @@ TENSORS = ("mlp_out", "mid", "attn_out", "q", "k", "v")
 def trace(model, seed):
     rng = np.random.default_rng(seed)
     wide, heads = (B, N, model.width), (B, N, model.num_heads, model.width // model.num_heads)
-    shapes = {"attn_out": wide, "mid": wide, "mlp_out": wide, "out": wide, "q": heads, "k": heads, "v": heads}
+    whole = ("norm1", "attn_out", "mid", "mlp_out", "out", "normed")
+    shapes = {**dict.fromkeys(whole, wide), "q": heads, "k": heads, "v": heads}
     return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
 
@@ -56,8 +59,9 @@ def relations(cfg, teacher, student):
 def features(cfg, params, teacher, student):
     total = 0
     for name in cfg.tensors:
-        target = F.layer_norm(flat(teacher[name]), (TEACHER.width,), eps=1e-6)
-        own = flat(student[name]) @ params[f"{name}/kernel"] + params[f"{name}/bias"]
+        target = flat(teacher[name])
+        target = F.layer_norm(target, (TEACHER.width,), eps=1e-6) if cfg.norm else target
+        own = flat(student[name]) @ params[f"{name}/kernel"] + (params[f"{name}/bias"] if cfg.bias else 0)
         error = F.mse_loss if cfg.loss == "mse" else lambda a, b, **how: F.smooth_l1_loss(a, b, beta=cfg.beta, **how)
         total = total + error(own, target, reduction="none").mean(dim=(1, 2))
     return total
@@ -88,6 +92,7 @@ CASES = [
     (Feature(4, 3, TENSORS), NARROW, features),
     (Feature(4, 3, ("q", "k", "v"), "mse"), STUDENT, features),
     (Feature(4, 3, beta=0.3), STUDENT, features),
+    (Feature(4, 3, ("norm1", "normed"), "mse", norm=False, bias=False), STUDENT, features),
     (ClassToken(4, 3), STUDENT, class_token),
     (ClassToken(4, 3, temperature=2.0), STUDENT, class_token),
     (AttentionLogits(4, 3), NARROW, attention),
@@ -125,3 +130,59 @@ def test_products_are_compared_in_blocks_of_rows(rows):
 
     (t, s) = ([jnp.asarray(trace(model, 1)[name]) for name in ("q", "k")] for model in (TEACHER, STUDENT))
     np.testing.assert_allclose(relation_mse(t, s, rows), relation_mse(t, s), rtol=1e-6)
+
+
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+def test_reconstruction_and_its_gradients(norm_pix_loss):
+    """Of a decoder of one block, on 4 of 16 patches."""
+    from tinymim_jax.bridge.torch_reference import mae as theirs
+    from tinymim_jax.experiment.config import Mae
+
+    cfg = Reconstruction(3, Decoder(16, 1, 4), norm_pix_loss)
+    target = cfg.build("task.targets.x", TEACHER, STUDENT)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), target.init(jax.random.key(0))
+    )
+    images, noise = rng.normal(size=(B, 16, 16, 3)).astype(np.float32), rng.uniform(size=(B, 16)).astype(np.float32)
+    tokens = rng.normal(size=(B, 5, STUDENT.width)).astype(np.float32)
+    mask = mask_by_noise(jnp.asarray(noise), 0.75)[1:]
+
+    def loss(params, tokens):
+        values = target.loss(params, None, Pass({3: BlockTrace(normed=tokens)}, jnp.asarray(images), *mask))
+        return values["reconstruction"].sum(), values["reconstruction"]
+
+    (_, values), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, jnp.asarray(tokens))
+    model = theirs.MAE(STUDENT, Mae(cfg.decoder, 0.75, norm_pix_loss)).double()
+    own = decoder_arrays(model, params)
+    seen = torch.tensor(tokens.astype(np.float64), requires_grad=True)
+    _, restore, hidden = theirs.random_masking(torch.tensor(noise.astype(np.float64)), 0.75)
+    pixels = theirs.patchify(torch.tensor(images.astype(np.float64)).permute(0, 3, 1, 2), 4)
+    pixels = theirs.normalise_patches(pixels) if norm_pix_loss else pixels
+    error = (model.decode(seen, restore) - pixels).square().mean(-1)
+    wanted = (error * hidden).sum(1) / hidden.sum(1)
+    wanted.sum().backward()
+    np.testing.assert_allclose(values, wanted.detach(), rtol=2e-6)
+    gradients = {name: own[name](tensor.grad) for name, tensor in model.named_parameters() if name in own}
+    found = decoder_arrays(model, grads[0], read=True)
+    for name, exact in {**gradients, "seen": seen.grad.numpy()}.items():
+        actual = grads[1] if name == "seen" else found[name]
+        np.testing.assert_allclose(actual, exact, rtol=1e-5, atol=2e-5 * np.abs(exact).max())
+
+
+def decoder_arrays(model, params, read=False):
+    """Fills the torch decoder with `params`; or (read) those that it has a gradient of, by its names."""
+    state, found, back = model.state_dict(), {}, {}
+    names = {"embed": "decoder_embed", "pred": "decoder_pred", "norm": "decoder_norm", "mask_token": "mask_token",
+             "pos_embed": "decoder_pos_embed", "block1": "decoder_blocks.0"}  # fmt: skip
+    for name, array in flatten(params).items():
+        first, *rest = name.split("/")
+        parts = [names[first], *({"kernel": "weight", "scale": "weight"}.get(part, part) for part in rest)]
+        key, array = ".".join(parts), np.asarray(array)
+        if "qkv" in rest:
+            array = array.reshape(*array.shape[: array.ndim - 3], -1)
+        found[key] = array.T if key.endswith("weight") and array.ndim == 2 else array
+        back[key] = np.asarray
+        if not read:
+            state[key].copy_(torch.tensor(found[key].astype(np.float64)).reshape(state[key].shape))
+    return {key: value for key, value in (found if read else back).items() if key != "decoder_pos_embed"}

@@ -11,7 +11,6 @@ from tests.models import reference
 from tests.tasks import stages
 from tinymim_jax.experiment.config import AttentionLogits, ClassToken, Feature, Relation
 from tinymim_jax.runtime.errors import InputError
-from tinymim_jax.tasks.distill import merged
 from tinymim_jax.tasks.targets.contract import Captures
 
 
@@ -67,7 +66,7 @@ def test_a_teacher_is_read_as_if_its_block_had_that_many_heads(block):
     """Bit for bit: a block of 3 heads, read with 4, is that of a teacher built so from the same weights."""
     task = stages.distill({"relation": Relation(block, 3, heads=4)}, last_block_heads=4)
     params, frozen = stages.weights(task)
-    teacher, student = task.traces(params, frozen, stages.batch(), stages.rngs(), train=False)
+    teacher, student = task.passes(params, frozen, stages.batch(), stages.rngs(), train=False, masked=False)
     found, other = task.targets["relation"].read(teacher, student)
     assert other is student[3] and teacher[block].q.shape == (4, 17, 3, 8)
     built = dataclasses.replace(stages.TEACHER, depth=block, last_block_heads=4, pool="mean")
@@ -205,11 +204,13 @@ def test_two_features_do_not_share_their_projection():
         ([Captures((2,), "qkv"), Captures((3,))], Captures((2, 3), "all")),
         ([Captures((3,), "attention"), Captures((3,), "qkv")], Captures((3,), "attention")),
         ([Captures((3,)), Captures((3,), "qkv")], Captures((3,), "all")),
-        ([Captures((3, 1), "qkv"), Captures((3,), "qkv")], Captures((1, 3), "qkv")),
+        ([Captures((1, 3), "qkv"), Captures((3,), "qkv")], Captures((1, 3), "qkv")),
+        ([Captures(), Captures((3,), "qkv")], Captures((3,), "qkv")),
+        ([Captures((2,), norm=True), Captures((3,), "qkv")], Captures((2, 3), "qkv", norm=True)),
     ],
 )
 def test_merged_captures(captures, expected):
-    assert merged(captures) == expected
+    assert Captures.merged(captures) == expected
 
 
 # What trains

@@ -27,6 +27,7 @@ VARIANTS = {"eager": None, "compiled": "default", "graphs": "reduce-overhead"}  
 # The fields that change what a step computes and have one value here.
 FIXED = {
     "model.head_norm": False,
+    "model.relative_position": False,
     "model.remat": False,
     "optim.name": "adamw",
     "optim.freeze": (),

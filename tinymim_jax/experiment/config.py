@@ -16,13 +16,13 @@ from tinymim_jax.runtime.codec import from_dict, ranged, to_dict, walk
 from tinymim_jax.runtime.keys import SEEDS
 from tinymim_jax.tasks import TASKS, Classify, Distill, Mae
 from tinymim_jax.tasks.classify import LabelTeacher
-from tinymim_jax.tasks.targets import AttentionLogits, ClassToken, Feature, Relation
+from tinymim_jax.tasks.targets import AttentionLogits, ClassToken, Feature, Reconstruction, Relation
 from tinymim_jax.weights.handoff import Init
 
 __all__ = [
     "AttentionLogits", "ClassToken", "Classification", "Classify", "Compare", "Config", "Corruptions", "Data",
-    "Decoder", "Distill", "Feature", "Init", "Knn", "LabelTeacher", "Logistic", "Mae", "Mesh", "Optim", "Relation",
-    "Run", "Stage", "ViT",
+    "Decoder", "Distill", "Feature", "Init", "Knn", "LabelTeacher", "Logistic", "Mae", "Mesh", "Optim",
+    "Reconstruction", "Relation", "Run", "Stage", "ViT",
 ]  # fmt: skip
 
 Model, Task, Eval = (Union[tuple(kinds.values())] for kinds in (MODELS, TASKS, EVALS))  # noqa: UP007
@@ -49,7 +49,8 @@ class Optim:
     nesterov: bool = False  # sgd, lars
     trust: float = ranged(0.001, above=0)  # lars: coefficient
     weight_decay: float = ranged(0.05, at_least=0)
-    decay: tuple[str, ...] = (".*/kernel", ".*/(cls|dist|mask)_token")  # regexes of decayed parameters
+    # regexes of decayed parameters
+    decay: tuple[str, ...] = (".*/kernel", ".*/(cls|dist|mask)_token", ".*/relative_position")
     no_decay: tuple[str, ...] = (".*/bias", ".*/scale", ".*/pos_embed")  # and of the others
     freeze: tuple[str, ...] = ()  # regexes of parameters that are not trained
     layer_decay: float = ranged(1.0, above=0, at_most=1)  # lr of block i times layer_decay^(depth + 1 - i)

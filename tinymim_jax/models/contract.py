@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from tinymim_jax.runtime.errors import InputError
 
 Pool = Literal["cls", "mean"]  # the first token, the mean patch token
-Part = Literal["qkv", "attention", "all"]  # of a block: up to its q, k, v, up to behind its attention, whole
+Part = Literal["norm1", "qkv", "attention", "all"]  # of a block: up to its norm1, its q, k, v, its attention, whole
 PARTS = get_args(Part)
 
 
@@ -31,6 +31,7 @@ class BlockTrace:
     mid: jax.Array | None = None  # [B, N, D], behind it
     mlp_out: jax.Array | None = None  # [B, N, D], before the shortcut is added
     out: jax.Array | None = None  # [B, N, D]
+    normed: jax.Array | None = None  # [B, N, D], `out` through the norm that stands behind the last block
 
 
 @flax.struct.dataclass
@@ -69,11 +70,11 @@ class Encoder(abc.ABC):
     num_classes: int  # 0: no head
     dtype: str  # of the computation
     remat: bool  # recompute each block in the backward pass
-    attention: Any = "xla"  # who computes attention, of those that layers.ATTENTIONS has
+    attention: Any = "xla"  # who computes attention, of those that attention.ATTENTIONS has
     layer_norm_eps: Any = 1e-6  # of its norms, and of those of a decoder behind it
     num_prefix: ClassVar[Any]  # tokens in front of the patches
     patch_size: Any  # pixels a side of a token's patch
-    export_formats: ClassVar[tuple[str, ...]] = ()  # of other projects, that can hold it (`bridge.export`)
+    export_formats: Any = ()  # of other projects, that can hold it (`bridge.export`)
 
     @abc.abstractmethod
     def build(self) -> nn.Module:
@@ -109,8 +110,11 @@ class Encoder(abc.ABC):
         """Whether that part of the block that parameter `name` belongs to does not depend on it."""
 
     @abc.abstractmethod
-    def trunk(self, block: int) -> "Encoder":
-        """The encoder up to `block`, without norm and head."""
+    def trunk(self, block: int, norm: bool = False) -> "Encoder":
+        """The encoder up to `block`, without head; with the norm that stands behind the last block, or without.
+
+        Raises InputError if it has no such norm.
+        """
 
     @abc.abstractmethod
     def computing_like(self, other: "Encoder") -> "Encoder":
@@ -175,9 +179,11 @@ class Encoder(abc.ABC):
         """Whether probes read the first token and not the mean patch token."""
         return False
 
-    def reads(self, name: str, block: int, part: Part = "all") -> bool:
-        """Whether parameter `name` matters for that part of `block`."""
+    def reads(self, name: str, block: int, part: Part = "all", norm: bool = False) -> bool:
+        """Whether parameter `name` matters for that part of `block`, or for what stands behind the last, if `norm`."""
         layer = self.layer_id(name)
+        if layer > self.depth:
+            return norm
         return layer < block or (layer == block and not self.is_behind(name, part))
 
     def half_trained(self, names: Iterable[str], untrained: Collection[str]) -> int | None:

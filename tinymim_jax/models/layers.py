@@ -5,7 +5,7 @@ Shapes: B batch, N tokens incl. CLS, L patch tokens, D width, H heads, E head wi
 
 import contextlib
 import functools
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.xla_metadata import set_xla_metadata
 
+from tinymim_jax.models import attention, posembed
 from tinymim_jax.models.contract import BlockTrace
-from tinymim_jax.runtime.errors import InputError
 
 xavier = nn.initializers.xavier_uniform()
 normal = nn.initializers.normal(0.02)  # made once: blocks are compared by it
@@ -60,86 +60,6 @@ def _gelu_backward(x: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
 gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """softmax(q k^T / sqrt(E)) v on [B, H, N, E], softmax in float32."""
-    return jax.lax.platform_dependent(q, k, v, cpu=_on_cpu, default=_by_xla)
-
-
-def _logits(q: jax.Array, k: jax.Array) -> jax.Array:
-    """[B, H, N, N]: with heads out front the products are plain batched matmuls, which XLA on the CPU runs fastest."""
-    return jnp.einsum("bhne,bhme->bhnm", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-
-
-def _by_xla(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    return jnp.einsum("bhnm,bhme->bhne", jax.nn.softmax(_logits(q, k)).astype(v.dtype), v)
-
-
-@jax.custom_vjp
-def _on_cpu(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Rows are divided by their sums behind the product: fewer passes over [B, H, N, N], forward and backward."""
-    return _on_cpu_forward(q, k, v)[0]
-
-
-def _on_cpu_forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    logits = _logits(q, k)
-    e = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
-    sums = e.sum(axis=-1, keepdims=True)
-    out = jnp.einsum("bhnm,bhme->bhne", e, v, preferred_element_type=jnp.float32) / sums
-    return out.astype(v.dtype), (q, k, v, e, sums, out)
-
-
-def _on_cpu_backward(kept: tuple[jax.Array, ...], grad: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    q, k, v, e, sums, out = kept
-    grad = grad.astype(jnp.float32)
-    dv = jnp.einsum("bhnm,bhne->bhme", e, grad / sums)
-    by_weight = jnp.einsum("bhne,bhme->bhnm", grad, v) - jnp.sum(grad * out, axis=-1, keepdims=True)
-    d = e * (by_weight * (q.shape[-1] ** -0.5 / sums))
-    dq, dk = jnp.einsum("bhnm,bhme->bhne", d, k), jnp.einsum("bhnm,bhne->bhme", d, q)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
-
-
-_on_cpu.defvjp(_on_cpu_forward, _on_cpu_backward)
-
-
-def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """`attention`, by cuDNN where the program is compiled for an Nvidia GPU; bfloat16 or float16 only."""
-    return jax.lax.platform_dependent(q, k, v, cuda=_by_cudnn, default=attention)
-
-
-def _by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    n = q.shape[2]
-    # jax refuses the gradient of an odd number of tokens: there, one more is added and hidden.
-    odd = n % 2
-    q, k, v = (jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, odd), (0, 0), (0, 0))) for x in (q, k, v))
-    # Made of q: under vmap (replicas) jax takes lengths [B] for those of [R, B].
-    each = n + 0 * jnp.isnan(q[:, 0, 0, 0]).astype(jnp.int32)
-    lengths = dict.fromkeys(("query_seq_lengths", "key_value_seq_lengths"), each) if odd else {}
-    try:
-        out = jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **lengths)
-    except RuntimeError as error:  # without cuDNN jax cannot even trace it
-        if isinstance(error, NotImplementedError) or jax.default_backend() == "gpu":
-            raise
-        return attention(*(x[:, :n].swapaxes(1, 2) for x in (q, k, v)))
-    return out[:, :n].swapaxes(1, 2)
-
-
-ATTENTIONS = {"xla": attention, "cudnn": cudnn_attention}
-
-
-def check_attention(where: str, kind: str, dtype: str, width: int, heads: Iterable[int]) -> None:
-    """Raises InputError if cuDNN is to do what it does not do on every GPU since Ampere."""
-    if kind != "cudnn":
-        return
-    if dtype == "float32":
-        raise InputError(f"{where}: attention 'cudnn' does not compute in float32; set model.dtype=bfloat16")
-    for count in heads:
-        if width // count % 8 or width // count > 128:
-            raise InputError(
-                f"{where}: attention 'cudnn' takes heads of a width that is a multiple of 8 and at most 128, and"
-                f" {count} heads are {width // count} wide; set model.attention=xla"
-            )
-
-
 def torch_uniform(fan_in: int) -> nn.initializers.Initializer:
     """U(-b, b) with b = fan_in^-1/2, torch's default for kernels and biases."""
     bound = fan_in**-0.5
@@ -147,12 +67,16 @@ def torch_uniform(fan_in: int) -> nn.initializers.Initializer:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with one fused qkv kernel [D, 3, H, E]; `kind` is one of `ATTENTIONS`."""
+    """Multi-head self-attention with one fused qkv kernel [D, 3, H, E]; `kind` is one of `attention.ATTENTIONS`.
+
+    `grid`, patches a side, gives it a learnt bias for each distance between two patches, 0 none.
+    """
 
     num_heads: int
     dtype: jnp.dtype
     kind: str
     kernel_init: nn.initializers.Initializer = xavier
+    grid: int = 0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
@@ -164,7 +88,12 @@ class Attention(nn.Module):
         # Split, not indexed: the gradient of that is one concatenation.
         parts = jax.lax.split(qkv.reshape(b, n, *heads), (1, 1, 1), axis=2)
         q, k, v = (part.squeeze(2).swapaxes(1, 2) for part in parts)  # each [B, H, N, E]
-        out = ATTENTIONS[self.kind](q, k, v).swapaxes(1, 2).reshape(b * n, d)
+        bias = ()
+        if self.grid:
+            shape = ((2 * self.grid - 1) ** 2 + 3, self.num_heads)
+            table = self.param("relative_position", nn.initializers.zeros, shape)
+            bias = (table[posembed.relative_index(self.grid)].transpose(2, 0, 1),)
+        out = attention.ATTENTIONS[self.kind](q, k, v, *bias).swapaxes(1, 2).reshape(b * n, d)
         out = nn.Dense(d, kernel_init=self.kernel_init, dtype=self.dtype, name="proj")(out).reshape(b, n, d)
         return out, (q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2))
 
@@ -193,6 +122,7 @@ class Block(nn.Module):
     attention: str
     kernel_init: nn.initializers.Initializer = xavier
     eps: float = 1e-6  # of its norms
+    grid: int = 0  # as `Attention`
 
     @nn.compact
     def __call__(self, x: jax.Array, drop_path: float | jax.Array | None = None) -> tuple[jax.Array, BlockTrace]:
@@ -207,7 +137,7 @@ class Block(nn.Module):
             is_kept = jax.random.bernoulli(self.make_rng("drop_path"), 1 - drop_path, (len(branch), 1, 1))
             return jnp.where(is_kept, branch / (1 - drop_path), 0).astype(branch.dtype)
 
-        attend = Attention(self.num_heads, self.dtype, self.attention, self.kernel_init, name="attn")
+        attend = Attention(self.num_heads, self.dtype, self.attention, self.kernel_init, self.grid, name="attn")
         norm1 = layer_norm(self.dtype, "norm1", self.eps)(x)
         attn_out, (q, k, v) = attend(norm1)
         mid = x + drop(attn_out)

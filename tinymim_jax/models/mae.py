@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tinymim_jax.models import layers, posembed
+from tinymim_jax.models import attention, layers, posembed
 from tinymim_jax.models.contract import Encoder
 from tinymim_jax.runtime.codec import ranged
 from tinymim_jax.runtime.errors import InputError
@@ -34,7 +34,7 @@ class Decoder:
         """Raises InputError if it cannot be built."""
         if self.width % 4 or self.width % self.num_heads:
             raise InputError(f"{where}: width {self.width} must be a multiple of 4 and of its num_heads")
-        layers.check_attention(where, encoder.attention, encoder.dtype, self.width, {self.num_heads})
+        attention.check(where, encoder.attention, encoder.dtype, self.width, {self.num_heads})
 
     def flops(self, encoder: Encoder, visible: int) -> float:
         """Matmul FLOPs of one image's forward pass, of which the encoder has seen `visible` patches."""

@@ -1,4 +1,4 @@
-"""Fixed sin-cos positions."""
+"""Positions: a fixed sin-cos table, and which distance two patches have."""
 
 import numpy as np
 
@@ -15,3 +15,17 @@ def sincos(grid: int, width: int, extra: int = 1) -> np.ndarray:
     rows = np.broadcast_to(axis[:, None], (grid, grid, width // 2))
     table = np.concatenate([columns, rows], axis=-1).reshape(grid * grid, width)
     return np.concatenate([np.zeros((extra, width)), table])[None].astype(np.float32)
+
+
+def relative_index(grid: int) -> np.ndarray:
+    """For each pair of CLS and the patches, [1 + grid^2, 1 + grid^2], its row in a table of distances (BEiT).
+
+    The table has (2 grid - 1)^2 rows, by the distance in rows and then in columns, and three more: from CLS to a patch,
+    from a patch to CLS, CLS itself.
+    """
+    row, column = np.divmod(np.arange(grid**2), grid)
+    span = 2 * grid - 1
+    index = np.empty((1 + grid**2, 1 + grid**2), np.int32)
+    index[1:, 1:] = (row[:, None] - row + grid - 1) * span + column[:, None] - column + grid - 1
+    index[0, 1:], index[1:, 0], index[0, 0] = span**2, span**2 + 1, span**2 + 2
+    return index

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.lax import optimization_barrier
 
-from tinymim_jax.models import batch_norm, layers, posembed
+from tinymim_jax.models import attention, batch_norm, layers, posembed
 from tinymim_jax.models.contract import Encoder, EncoderOutput, Part
 from tinymim_jax.models.layers import Block, patchify
 from tinymim_jax.runtime.codec import ranged
@@ -29,6 +29,7 @@ class ViT(Encoder):
     image_size: int = ranged(224, at_least=1)  # pixels a side
     patch_size: int = ranged(16, at_least=1)  # pixels a side
     posembed: Literal["fixed", "trainable"] = "fixed"  # sin-cos table, frozen or a starting point
+    relative_position: bool = False  # each block's attention learns a bias by distance (BEiT); of whole images alone
     pool: Literal["cls", "mean"] = "cls"  # norm then CLS | mean of patch tokens then fc_norm
     num_classes: int = ranged(0, at_least=0)  # 0: no head
     dist_token: bool = False  # DeiT's distillation token behind CLS, with a head of its own; logits are their mean
@@ -43,15 +44,17 @@ class ViT(Encoder):
     attention: Literal["xla", "cudnn"] = "xla"  # cudnn: fused on Nvidia GPUs, in bfloat16; not measured yet
     kind: Literal["vit"] = "vit"
 
-    export_formats = ("timm", "hf", "mae", "onnx")
+    @property
+    def export_formats(self) -> tuple[str, ...]:
+        return () if self.relative_position else ("timm", "hf", "mae", "onnx")
 
     @property
     def num_prefix(self) -> int:
         return 2 if self.dist_token else 1
 
     @property
-    def mask_unit(self) -> int:
-        return self.patch_size
+    def mask_unit(self) -> int | None:
+        return None if self.relative_position else self.patch_size
 
     @property
     def label_heads(self) -> int:
@@ -74,6 +77,7 @@ class ViT(Encoder):
         return dataclasses.replace(self, head_norm=False), {**params, "encoder": {**params["encoder"], "head": head}}
 
     def check_masked(self, where: str) -> None:
+        super().check_masked(where)
         if self.pool != "cls" or self.num_classes or self.dist_token:
             raise InputError(
                 f"{where}: mae needs model.pool 'cls', whose norm feeds the decoder, no num_classes and no dist_token"
@@ -100,9 +104,12 @@ class ViT(Encoder):
                 raise InputError(f"{where}: width {self.width} is not a multiple of {field} {getattr(self, field)}")
         if self.neck and (not self.num_classes or self.pool != "mean"):
             raise InputError(f"{where}: neck {self.neck} needs pool 'mean' and num_classes; set them, or neck=0")
-        layers.check_attention(
-            where, self.attention, self.dtype, self.width, {self.num_heads, self.heads_of(self.depth)}
-        )
+        if self.relative_position and (self.dist_token or self.attention != "xla"):
+            raise InputError(
+                f"{where}: relative_position knows one token in front of the patches, and attention 'xla'; set"
+                " dist_token=False and attention=xla"
+            )
+        attention.check(where, self.attention, self.dtype, self.width, {self.num_heads, self.heads_of(self.depth)})
 
     def summary(self) -> str:
         last = f" ({self.last_block_heads} in the last block)" if self.last_block_heads else ""
@@ -128,11 +135,14 @@ class ViT(Encoder):
         raise InputError(f"a ViT has no parameter {name}, so no layer for it")
 
     def is_behind(self, name: str, part: Part) -> bool:
-        behind = {"qkv": "attn/proj|norm2|mlp", "attention": "norm2|mlp"}
-        return part != "all" and bool(re.match(rf"encoder/block\d+/({behind[part]})/", name))
+        qkv = "attn/proj|attn/relative_position|norm2|mlp"
+        behind = {"norm1": "attn|norm2|mlp", "qkv": qkv, "attention": "norm2|mlp"}
+        return part != "all" and bool(re.match(rf"encoder/block\d+/({behind[part]})(/|$)", name))
 
-    def trunk(self, block: int) -> "ViT":
-        bare = {"pool": "mean", "num_classes": 0, "neck": 0, "head_norm": False}
+    def trunk(self, block: int, norm: bool = False) -> "ViT":
+        if norm and self.pool != "cls":
+            raise InputError("no norm stands behind the blocks of a ViT with pool 'mean'")
+        bare = {"pool": "cls" if norm else "mean", "num_classes": 0, "neck": 0, "head_norm": False}
         return dataclasses.replace(self, depth=block, last_block_heads=self.heads_of(block), **bare)
 
     def dropping(self, rate: float, where: str) -> "ViT":
@@ -150,7 +160,7 @@ class ViT(Encoder):
     def block_flops(self, block: int, patches: int, part: Part = "all") -> float:
         n, d = patches + self.num_prefix, self.width
         qkv, attention, mlp = 6.0 * n * d * d, 2.0 * n * d * d + 4.0 * n * n * d, 4.0 * n * d * int(d * self.mlp_ratio)
-        return {"qkv": qkv, "attention": qkv + attention, "all": qkv + attention + mlp}[part]
+        return {"norm1": 0.0, "qkv": qkv, "attention": qkv + attention, "all": qkv + attention + mlp}[part]
 
     def head_flops(self, patches: int) -> float:
         neck = 2.0 * (patches + self.num_prefix) * self.width * self.neck
@@ -180,11 +190,13 @@ class VisionTransformer(nn.Module):
         x = self._embed(images.astype(dtype), keep)
         kinds = (int(cfg.width * cfg.mlp_ratio), dtype, cfg.attention, self._kernel_init(), cfg.layer_norm_eps)
         numbers = range(1, cfg.depth + 1)
-        blocks = [Block(cfg.heads_of(i), *kinds, parent=None) for i in numbers]
+        grid = cfg.grid if cfg.relative_position else 0
+        blocks = [Block(cfg.heads_of(i), *kinds, grid, parent=None) for i in numbers]
         drop_path = [self._drop_path(i) for i in numbers] if train else None
         x, trace = layers.run_blocks(self, blocks, x, drop_path, remat=cfg.remat, capture=capture)
         if cfg.pool == "cls":
-            x = layers.layer_norm(dtype, "norm", cfg.layer_norm_eps)(x)
+            norm = layers.layer_norm(dtype, "norm", cfg.layer_norm_eps)
+            x, trace = norm(x), {i: block.replace(normed=norm(block.out)) for i, block in trace.items()}
         if not cfg.num_classes:
             return EncoderOutput(x, trace)
         heads = self._heads(x, train)

@@ -23,6 +23,11 @@ def masked_mse(pred: jax.Array, target: jax.Array, is_masked: jax.Array) -> jax.
     return jnp.sum(error * is_masked, axis=1) / jnp.sum(is_masked, axis=1)
 
 
+def reconstruction(pred: jax.Array, patches: jax.Array, is_masked: jax.Array, *, norm_pix_loss: bool) -> jax.Array:
+    """MAE's loss: the masked ones of `patches` [B, L, P] against `pred`, each normalised if `norm_pix_loss`; [B]."""
+    return masked_mse(pred, normalize_patches(patches) if norm_pix_loss else patches, is_masked)
+
+
 def smooth_one_hot(labels: jax.Array, num_classes: int, smoothing: float) -> jax.Array:
     """Labels [B] -> [B, C]: s/C everywhere and 1 - s more on the label."""
     return jax.nn.one_hot(labels, num_classes) * (1 - smoothing) + smoothing / num_classes

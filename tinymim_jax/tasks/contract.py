@@ -123,13 +123,13 @@ class TaskConfig(abc.ABC):
         """Whether the labels of the data are learnt."""
         return False
 
-    def reconstruction(self) -> "Reconstruction | None":
+    def reconstruction(self) -> "TrainedDecoder | None":
         """The decoder to pixels that is trained under pretext/decoder, for those who take it along; None: none."""
         return None
 
 
 @dataclasses.dataclass(frozen=True)
-class Reconstruction:
+class TrainedDecoder:
     """A trained decoder to pixels, and how it is used."""
 
     decoder: Decoder

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tinymim_jax.data.device_augment import color_jitter, normalize, to_float
-from tinymim_jax.models.contract import PARTS, Encoder, Outputs
+from tinymim_jax.models.contract import Encoder, Outputs
 from tinymim_jax.models.mae import mask_by_noise
 from tinymim_jax.objectives.metrics import Mean
 from tinymim_jax.runtime.codec import check_name, ranged
@@ -27,7 +27,7 @@ from tinymim_jax.tasks.contract import (
     Variables,
 )
 from tinymim_jax.tasks.targets import TARGETS
-from tinymim_jax.tasks.targets.contract import Captures, Trace
+from tinymim_jax.tasks.targets.contract import Captures, Pass
 from tinymim_jax.weights.handoff import Init
 from tinymim_jax.weights.parameters import matches
 
@@ -56,21 +56,17 @@ class Distill(TaskConfig):
     def check(self, where: str, model: Encoder) -> None:
         if self.mask_ratio and int(model.grid**2 * (1 - self.mask_ratio)) < 1:
             raise InputError(f"{where}.mask_ratio {self.mask_ratio} hides all {model.grid**2} patches; lower it")
-        if not self.targets:
-            raise InputError(f"{where}.targets is empty: name what the student is to match")
+        if not any(target.captures()[0].blocks for target in self.targets.values()):
+            raise InputError(f"{where}.targets: none reads the teacher; name what of it the student is to match")
         for name, target in self.targets.items():
             check_name(f"{where}.targets", name)
+            if target.needs_mask and not self.mask_ratio:
+                raise InputError(f"{where}.targets.{name}: no patches are hidden; set {where}.mask_ratio, e.g. to 0.75")
             for block in target.captures()[1].blocks:
                 if block > model.depth:
                     raise InputError(
                         f"{where}.targets.{name}: student_block {block} is beyond the student's {model.depth} blocks"
                     )
-
-
-def merged(captures: list[Captures]) -> Captures:
-    """All blocks that are read, and up to which part the last one is."""
-    blocks = tuple(sorted({block for one in captures for block in one.blocks}))
-    return Captures(blocks, max((one.part for one in captures if blocks[-1] in one.blocks), key=PARTS.index))
 
 
 class DistillTask(Task):
@@ -80,13 +76,15 @@ class DistillTask(Task):
         super().__init__(context)
         self.task, teacher = cfg, context.sources["teacher"]
         self.of_teacher, self.of_student = (
-            merged([target.captures()[side] for target in cfg.targets.values()]) for side in (0, 1)
+            Captures.merged([target.captures()[side] for target in cfg.targets.values()]) for side in (0, 1)
         )
-        if self.of_teacher.blocks[-1] > teacher.depth:
-            raise InputError(
-                f"teacher_block {self.of_teacher.blocks[-1]} is beyond the teacher's {teacher.depth} blocks"
-            )
-        self.teacher_cfg = teacher.trunk(self.of_teacher.blocks[-1]).computing_like(context.model)
+        for name, target in cfg.targets.items():
+            if beyond := [block for block in target.captures()[0].blocks if block > teacher.depth]:
+                raise InputError(
+                    f"task.targets.{name}: teacher_block {beyond[0]} is beyond the teacher's {teacher.depth} blocks"
+                )
+        trunk = teacher.trunk(self.of_teacher.blocks[-1], self.of_teacher.norm)
+        self.teacher_cfg = trunk.computing_like(context.model)
         if cfg.teacher_drop_path:
             self.teacher_cfg = self.teacher_cfg.dropping(cfg.teacher_drop_path, "task.teacher_drop_path")
         self.teacher = self.teacher_cfg.build()
@@ -103,8 +101,9 @@ class DistillTask(Task):
 
     def is_untrained(self, name: str) -> bool:
         if not name.startswith("encoder/"):
-            return False
-        is_read = self.cfg.reads(name, self.of_student.blocks[-1], self.of_student.part)
+            _, target, own = name.split("/", 2)
+            return matches(self.targets[target].fixed, own)
+        is_read = self.cfg.reads(name, self.of_student.blocks[-1], self.of_student.part, self.of_student.norm)
         return not is_read or matches(self.cfg.fixed, name)
 
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Variables, Frozen]:
@@ -126,13 +125,15 @@ class DistillTask(Task):
         jittered = color_jitter(jitter_rng, to_float(batch["image"]), self.task.color_jitter)
         return clean, normalize(jittered, self.data.mean, self.data.std)
 
-    def traces(self, params: Params, frozen: Frozen, batch: Batch, rngs: Rngs, *, train: bool) -> tuple[Trace, Trace]:
-        """The captured blocks of the teacher and of the student."""
+    def passes(
+        self, params: Params, frozen: Frozen, batch: Batch, rngs: Rngs, *, train: bool, masked: bool
+    ) -> tuple[Pass, Pass]:
+        """What the teacher and the student compute, of the same patches where the task masks and it is wanted."""
         clean, jittered = self._views(batch, rngs["augment"] if train else None)
-        seen = {}  # encoders that cannot be masked take no `keep`
-        if self.task.mask_ratio and train:
+        seen, mask = {}, (None, None)  # encoders that cannot be masked take no `keep`
+        if self.task.mask_ratio and masked:
             noise = jax.random.uniform(rngs["mask"], (len(clean), self.cfg.grid**2))
-            seen["keep"], _, _ = mask_by_noise(noise, self.task.mask_ratio)
+            seen["keep"], *mask = mask_by_noise(noise, self.task.mask_ratio)
         teacher = self.teacher.apply(
             {"params": frozen["teacher"]["encoder"]},
             clean,
@@ -149,15 +150,15 @@ class DistillTask(Task):
             train=train,
             rngs={"drop_path": rngs["drop_path"]},
         )
-        return teacher.trace, student.trace
+        return Pass(teacher.trace, clean, *mask), Pass(student.trace, jittered, *mask)
 
     def loss(
         self, params: Params, model_state: Any, frozen: Frozen, batch: Batch, rngs: Rngs, *, train: bool
     ) -> tuple[jax.Array, Aux]:
-        traces = self.traces(params, frozen, batch, rngs, train=train)
+        passes = self.passes(params, frozen, batch, rngs, train=train, masked=True)
         total, terms = jnp.zeros(()), {}
         for name, target in self.targets.items():
-            own = target.loss(params.get("pretext", {}).get(name, {}), *traces)
+            own = target.loss(params.get("pretext", {}).get(name, {}), *passes)
             total = total + self.task.targets[name].weight * sum(own.values())
             prefix = f"{name}_" if len(self.targets) > 1 else ""
             terms |= {f"{prefix}{term}": Mean.of(values, batch["is_valid"]) for term, values in own.items()}
@@ -165,9 +166,11 @@ class DistillTask(Task):
         return loss.value(), Aux({"loss": loss, **terms}, model_state)
 
     def predict(self, variables: Variables, frozen: Frozen, batch: Batch) -> Outputs:
-        """Features: those of the last block that is trained whole (of block 1, if none is: as they leave it)."""
+        """Features: of the last block that is trained whole (of block 1, if none is), normed if that was trained."""
         block = self.of_student.blocks[-1]
-        return self.cfg.outputs(variables, self.images(batch), max(block - (self.of_student.part != "all"), 1))
+        is_normed = self.of_student.norm and (block, self.of_student.part) == (self.cfg.depth, "all")
+        last = None if is_normed else max(block - (self.of_student.part != "all"), 1)
+        return self.cfg.outputs(variables, self.images(batch), last)
 
     def flops_per_image(self) -> float:
         teacher, student = (
@@ -186,12 +189,13 @@ class DistillTask(Task):
         front, side, patch = self.cfg.num_prefix, self.cfg.grid, self.cfg.patch_size
         query = front + (side // 2) * side + side // 2
         params = variables["params"]
-        traces = jax.jit(functools.partial(self.traces, train=False))(params, frozen, batch, rngs)
+        whole = functools.partial(self.passes, train=False, masked=False)
+        passes = jax.jit(whole)(params, frozen, batch, rngs)
         columns = {}
         for name, target in self.targets.items():
             prefix = f"{name} " if len(self.targets) > 1 else ""
             sides = target.sides(self.context.sources["teacher"])
-            for title, maps in target.maps(params.get("pretext", {}).get(name, {}), *traces, query).items():
+            for title, maps in target.maps(params.get("pretext", {}).get(name, {}), *passes, query).items():
                 for who, of, rows in zip(("teacher", "student"), sides, maps, strict=True):
                     columns[f"{prefix}{title} {who}\n{of}"] = np.asarray(rows[:, front:]).reshape(-1, side, side)
         images = np.asarray(to_float(batch["image"]))

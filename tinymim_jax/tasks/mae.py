@@ -20,10 +20,10 @@ from tinymim_jax.tasks.contract import (
     Frozen,
     Panels,
     Params,
-    Reconstruction,
     Rngs,
     Task,
     TaskConfig,
+    TrainedDecoder,
     Variables,
 )
 from tinymim_jax.weights.parameters import matches
@@ -50,8 +50,8 @@ class Mae(TaskConfig):
         model.check_masked(where)
         self.decoder.check(f"{where}.decoder", model)
 
-    def reconstruction(self) -> Reconstruction:
-        return Reconstruction(self.decoder, self.norm_pix_loss, self.mask_ratio)
+    def reconstruction(self) -> TrainedDecoder:
+        return TrainedDecoder(self.decoder, self.norm_pix_loss, self.mask_ratio)
 
 
 class MaeTask(Task):
@@ -88,9 +88,9 @@ class MaeTask(Task):
     ) -> tuple[jax.Array, Aux]:
         images, drop = self.images(batch), {"drop_path": rngs["drop_path"]}
         pred, is_masked = self.reconstruct(params, images, self._noise(rngs["mask"], batch), train=train, rngs=drop)
-        target = patchify(images, self.cfg.patch_size)
-        target = losses.normalize_patches(target) if self.task.norm_pix_loss else target
-        loss = Mean.of(losses.masked_mse(pred, target, is_masked), batch["is_valid"])
+        patches = patchify(images, self.cfg.patch_size)
+        values = losses.reconstruction(pred, patches, is_masked, norm_pix_loss=self.task.norm_pix_loss)
+        loss = Mean.of(values, batch["is_valid"])
         return loss.value(), Aux({"loss": loss}, model_state)
 
     def flops_per_image(self) -> float:

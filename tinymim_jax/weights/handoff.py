@@ -19,6 +19,7 @@ from tinymim_jax.weights import checkpoint, resize
 from tinymim_jax.weights.parameters import flatten, fold, matches, shapes_of, unflatten
 
 WEIGHTS = (".safetensors", ".pth", ".pt", ".tar", ".bin", ".ckpt")  # how names of weight files end
+RELATIVE = "/relative_position"  # how names of tables of distances end
 PRETEXT = "pretext/"  # parameters that no later stage reads
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -35,7 +36,7 @@ class Init:
     fresh: tuple[str, ...] = ()  # regexes: keys that keep their initial values, whatever the source has
     keep_blocks: int | None = ranged(None, at_least=0)  # take over the embeddings and so many blocks only; None: all
     regroup_heads: bool = False  # re-read fused qkv channels with another number of heads
-    resize_posembed: bool = False  # bicubic, to this model's grid
+    resize_posembed: bool = False  # to this model's grid: bicubic; distances by splines
 
     def check(self, where: str) -> None:
         """Raises InputError, naming fields by `where`, on values that do not fit together."""
@@ -141,8 +142,8 @@ def _fit(key: str, old: tuple[int, ...], new: tuple[int, ...], init: Init, repor
                 f"{key} has {old[-2]} heads in the source and {new[-2]} here; use the same number of heads,"
                 " or set init.regroup_heads=True to re-read the channels"
             )
-    elif key.endswith("pos_embed") and _is_resizing(old, new):
-        there, here = (resize.side(s[1]) for s in (old, new))
+    elif (sides := _resizing(key, old, new)) is not None:
+        there, here = sides
         report.resized[key] = (there, here)
         if not init.resize_posembed:
             raise InputError(
@@ -164,10 +165,16 @@ def _is_regrouping(key: str, old: tuple[int, ...], new: tuple[int, ...]) -> bool
     return "/qkv/" in key and old[:-2] == new[:-2] and old[-2] * old[-1] == new[-2] * new[-1]
 
 
-def _is_resizing(old: tuple[int, ...], new: tuple[int, ...]) -> bool:
-    """Positions of as many channels and as many tokens in front of the patches."""
+def _resizing(key: str, old: tuple[int, ...], new: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Patches a side, there and here, of positions of as many channels and tokens in front; None if they are not."""
+    if len(old) != len(new) or old[-1] != new[-1]:
+        return None
+    if key.endswith(RELATIVE):
+        return tuple(resize.relative_side(shape[0]) for shape in (old, new))
     in_front = [shape[1] - resize.side(shape[1]) ** 2 for shape in (old, new)]
-    return old[-1] == new[-1] and in_front[0] == in_front[1]
+    if key.endswith("pos_embed") and in_front[0] == in_front[1]:
+        return tuple(resize.side(shape[1]) for shape in (old, new))
+    return None
 
 
 def transfer(target: Any, source: Any, report: Report) -> Any:
@@ -176,7 +183,8 @@ def transfer(target: Any, source: Any, report: Report) -> Any:
     for key, source_key in report.moves.items():
         array, shape = np.asarray(arrays[source_key]), filled[key].shape
         if key in report.resized:
-            array = resize.resize(array, report.resized[key][1])
+            resized = resize.resize_relative if key.endswith(RELATIVE) else resize.resize
+            array = resized(array, report.resized[key][1])
         filled[key] = array.reshape(shape).astype(filled[key].dtype)
     return unflatten(filled)
 

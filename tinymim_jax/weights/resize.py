@@ -1,8 +1,10 @@
-"""Learnt or fixed positions resampled to another grid, as torch does it."""
+"""Positions resampled to another grid: tables of patches as torch does it, tables of distances as BEiT does it."""
 
 import math
 
 import numpy as np
+import scipy.interpolate
+import scipy.optimize
 
 
 def resize(posembed: np.ndarray, grid: int) -> np.ndarray:
@@ -35,3 +37,30 @@ def _bicubic_weights(old: int, new: int, a: float = -0.75) -> np.ndarray:
         far = a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a
         np.add.at(weights, (np.arange(new), np.clip(left + tap, 0, old - 1)), np.where(x <= 1, near, far))
     return weights
+
+
+def resize_relative(table: np.ndarray, grid: int) -> np.ndarray:
+    """A table of distances [(2 g - 1)^2 + 3, H] (`posembed.relative_index`) resampled to that of another grid.
+
+    A cubic spline for each head, on distances that are spread as a geometric series so that the nearest stay what they
+    are and the farthest become the new grid's (BEiT, load_checkpoint of semantic_segmentation/mmcv_custom).
+    """
+    old, new = relative_side(len(table)) - 1, grid - 1  # the largest distances
+    if old == new:
+        return table
+    steps = np.linspace(0, new, old + 1)[1:]
+    if min(old, new) > 1:  # else there is no such series
+        powers = np.arange(old)
+        steps = np.cumsum(scipy.optimize.brentq(lambda q: np.sum(q**powers) - new, 1e-3, 1e3) ** powers)
+    known, wanted = np.concatenate([-steps[::-1], [0], steps]), np.arange(-new, new + 1)
+    rows, degree = table[:-3].reshape(2 * old + 1, 2 * old + 1, -1), min(3, 2 * old)
+    heads = [
+        scipy.interpolate.RectBivariateSpline(known, known, rows[..., h], kx=degree, ky=degree)(wanted, wanted)
+        for h in range(rows.shape[-1])
+    ]
+    return np.concatenate([np.stack(heads, axis=-1).reshape(-1, len(heads)), table[-3:]]).astype(table.dtype)
+
+
+def relative_side(rows: int) -> int:
+    """Patches a side, of a table of distances with so many rows."""
+    return (math.isqrt(rows - 3) + 1) // 2

@@ -3,6 +3,7 @@
 from tinymim_jax.tasks.targets.attention_logits import AttentionLogits
 from tinymim_jax.tasks.targets.class_token import ClassToken
 from tinymim_jax.tasks.targets.feature import Feature
+from tinymim_jax.tasks.targets.reconstruction import Reconstruction
 from tinymim_jax.tasks.targets.relation import Relation
 
 TARGETS = {
@@ -10,4 +11,5 @@ TARGETS = {
     "feature": Feature,
     "class_token": ClassToken,
     "attention_logits": AttentionLogits,
+    "reconstruction": Reconstruction,
 }

@@ -12,7 +12,7 @@ from tinymim_jax.objectives.losses import mse
 from tinymim_jax.objectives.relations import relation_logits
 from tinymim_jax.runtime.codec import ranged
 from tinymim_jax.runtime.errors import InputError
-from tinymim_jax.tasks.targets.contract import Target, TargetLoss, Trace
+from tinymim_jax.tasks.targets.contract import Pass, Target, TargetLoss
 
 
 @dataclasses.dataclass
@@ -51,7 +51,7 @@ class AttentionLogitsLoss(TargetLoss):
     def init(self, rng: jax.Array) -> Any:
         return {"kernel": torch_uniform(self.heads[0])(rng, self.heads, jnp.float32)} if self.cfg.adapter else {}
 
-    def logits(self, params: Any, teacher: Trace, student: Trace) -> tuple[jax.Array, jax.Array]:
+    def logits(self, params: Any, teacher: Pass, student: Pass) -> tuple[jax.Array, jax.Array]:
         """The student's, adapted, and the teacher's, [B, H, N, N], float32."""
         target, own = teacher[self.cfg.teacher_block], student[self.cfg.student_block]
         target, own = (relation_logits(block.q, block.k) for block in (target, own))
@@ -59,10 +59,10 @@ class AttentionLogitsLoss(TargetLoss):
             own = jnp.einsum("bhnm,ht->btnm", own, params["kernel"], precision="highest")
         return own, target
 
-    def loss(self, params: Any, teacher: Trace, student: Trace) -> dict[str, jax.Array]:
+    def loss(self, params: Any, teacher: Pass, student: Pass) -> dict[str, jax.Array]:
         return {"mse_attention": mse(*self.logits(params, teacher, student))}
 
-    def maps(self, params: Any, teacher: Trace, student: Trace, query: int) -> dict[str, tuple[jax.Array, jax.Array]]:
+    def maps(self, params: Any, teacher: Pass, student: Pass, query: int) -> dict[str, tuple[jax.Array, jax.Array]]:
         """A row, mean over heads."""
         own, target = (logits.mean(axis=1)[:, query] for logits in self.logits(params, teacher, student))
         return {"logits": (target, own)}

@@ -17,7 +17,7 @@ from tinymim_jax.objectives import relations
 from tinymim_jax.objectives.losses import soft_distillation
 from tinymim_jax.runtime.codec import ranged
 from tinymim_jax.runtime.errors import InputError
-from tinymim_jax.tasks.targets.contract import Target, TargetLoss, Trace
+from tinymim_jax.tasks.targets.contract import Pass, Target, TargetLoss
 
 
 @dataclasses.dataclass
@@ -58,12 +58,12 @@ class ClassTokenLoss(TargetLoss):
         own = self.norm.apply({"params": params["norm"]}, tokens.astype(jnp.float32))
         return self.projection.apply({"params": params["projection"]}, own)
 
-    def loss(self, params: Any, teacher: Trace, student: Trace) -> dict[str, jax.Array]:
+    def loss(self, params: Any, teacher: Pass, student: Pass) -> dict[str, jax.Array]:
         target = teacher[self.cfg.teacher_block].out[:, 0]
         own = self.projected(params, student[self.cfg.student_block].out[:, :1])[:, 0]
         return {"kl_cls": own.shape[-1] * soft_distillation(own, target, self.cfg.temperature)}
 
-    def maps(self, params: Any, teacher: Trace, student: Trace, query: int) -> dict[str, tuple[jax.Array, jax.Array]]:
+    def maps(self, params: Any, teacher: Pass, student: Pass, query: int) -> dict[str, tuple[jax.Array, jax.Array]]:
         """Cosine similarities of all tokens with the class token."""
         target = teacher[self.cfg.teacher_block].out.astype(jnp.float32)
         own = self.projected(params, student[self.cfg.student_block].out)

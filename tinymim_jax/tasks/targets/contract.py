@@ -3,22 +3,42 @@
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
+import flax.struct
 import jax
 
-from tinymim_jax.models.contract import BlockTrace, Encoder, Part
+from tinymim_jax.models.contract import PARTS, BlockTrace, Encoder, Part
 from tinymim_jax.runtime.errors import InputError
-
-Trace = Mapping[int, BlockTrace]  # of the captured blocks
 
 
 @dataclasses.dataclass(frozen=True)
 class Captures:
-    """What is read of one encoder: its blocks, from 1, and up to which part of them."""
+    """What is read of one encoder: its blocks, from 1, up to which part of the last of them, and whether its norm."""
 
-    blocks: tuple[int, ...]
+    blocks: tuple[int, ...] = ()
     part: Part = "all"
+    norm: bool = False  # the one that stands behind the last block, on what one of `blocks` puts out
+
+    @classmethod
+    def merged(cls, captures: list["Captures"]) -> "Captures":
+        """All that several read."""
+        blocks = tuple(sorted({block for one in captures for block in one.blocks}))
+        parts = [one.part for one in captures if one.blocks and one.blocks[-1] == blocks[-1]]
+        return cls(blocks, max(parts, key=PARTS.index, default="all"), any(one.norm for one in captures))
+
+
+@flax.struct.dataclass
+class Pass:
+    """What one encoder computed of a batch: `seen[i]` is the trace of block i."""
+
+    trace: Mapping[int, BlockTrace]  # of the captured blocks
+    images: jax.Array | None = None  # [B, S, S, 3], normalised; all of what it saw a part of
+    restore: jax.Array | None = None  # [B, L], of `models.mae.mask_by_noise`; None: nothing was masked
+    is_masked: jax.Array | None = None  # [B, L]
+
+    def __getitem__(self, block: int) -> BlockTrace:
+        return self.trace[block]
 
 
 class TargetLoss(abc.ABC):
@@ -32,17 +52,19 @@ class TargetLoss(abc.ABC):
         if (self.teacher.num_prefix, self.teacher.grid) != (self.student.num_prefix, self.student.grid):
             raise InputError(f"{where}: teacher and student differ in their tokens, so no token has a counterpart")
 
+    fixed: tuple[str, ...] = ()  # regexes of own parameters that are never trained
+
     def init(self, rng: jax.Array) -> Any:
         """Its own parameters, which lie under pretext/<its name>; {} if it has none."""
         return {}
 
     @abc.abstractmethod
-    def loss(self, params: Any, teacher: Trace, student: Trace) -> dict[str, jax.Array]:
+    def loss(self, params: Any, teacher: Pass, student: Pass) -> dict[str, jax.Array]:
         """Terms [B] by name, whose sum is the loss of each image."""
 
-    @abc.abstractmethod
-    def maps(self, params: Any, teacher: Trace, student: Trace, query: int) -> dict[str, tuple[jax.Array, jax.Array]]:
+    def maps(self, params: Any, teacher: Pass, student: Pass, query: int) -> dict[str, tuple[jax.Array, jax.Array]]:
         """For a picture: by name, how token `query` relates to each, [B, N], in the teacher and in the student."""
+        return {}
 
     def sides(self, teacher: Encoder) -> tuple[str, str]:
         """For a picture: which block is read of `teacher`, whole, and of the student, and its heads if they matter."""
@@ -58,9 +80,8 @@ class Target(abc.ABC):
     """The config of a target, a dataclass with a `kind` that `targets.TARGETS` lists."""
 
     kind: str
-    teacher_block: int  # from 1, as the student's
-    student_block: int
     weight: float  # of its loss in the sum
+    needs_mask: ClassVar[bool] = False  # whether patches have to be hidden
 
     def part(self) -> Part:
         """Up to where it reads the two blocks."""

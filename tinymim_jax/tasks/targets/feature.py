@@ -12,7 +12,7 @@ from tinymim_jax.models.layers import xavier
 from tinymim_jax.objectives import losses, relations
 from tinymim_jax.runtime.codec import ranged
 from tinymim_jax.runtime.errors import InputError
-from tinymim_jax.tasks.targets.contract import Target, TargetLoss, Trace
+from tinymim_jax.tasks.targets.contract import Captures, Pass, Target, TargetLoss
 
 NAMES = {
     "out": "output",
@@ -22,26 +22,37 @@ NAMES = {
     "q": "Q",
     "k": "K",
     "v": "V",
+    "norm1": "input behind the first norm",
+    "normed": "output behind the encoder's norm",
 }
 
 
 @dataclasses.dataclass
 class Feature(Target):
-    """The student's tensors, each through a linear projection, match the teacher's, each through a norm."""
+    """The student's tensors, each through a linear projection, match the teacher's, each through a norm.
+
+    MAE-Lite's hidden states (mae_lite_distill_exp.py): norm1 of the next block, or of the last one normed; loss="mse",
+    bias=False and norm=False.
+    """
 
     teacher_block: int = ranged(at_least=1)  # target block, from 1
     student_block: int = ranged(12, at_least=1)  # from 1
-    # Of the block: its output, FFN and attention before the shortcut, attention behind it, all heads of q, k, v. Losses
-    # of several are summed.
-    tensors: tuple[Literal["out", "mlp_out", "mid", "attn_out", "q", "k", "v"], ...] = ("out",)
+    # Of the block: its output, FFN and attention before the shortcut, attention behind it, all heads of q, k, v, what
+    # these are made of; its output behind the norm at the encoder's end. Losses of several are summed.
+    tensors: tuple[Literal["out", "mlp_out", "mid", "attn_out", "q", "k", "v", "norm1", "normed"], ...] = ("out",)
     loss: Literal["smooth_l1", "mse"] = "smooth_l1"
     beta: float = ranged(2.0, above=0)  # of smooth L1
+    norm: bool = True  # whether the teacher's go through a LayerNorm without parameters
+    bias: bool = True  # of the projections
     weight: float = ranged(1.0, above=0)
     kind: Literal["feature"] = "feature"
 
     def part(self) -> Part:
-        parts = {"q": "qkv", "k": "qkv", "v": "qkv", "attn_out": "attention", "mid": "attention"}
+        parts = {"norm1": "norm1", "q": "qkv", "k": "qkv", "v": "qkv", "attn_out": "attention", "mid": "attention"}
         return max((parts.get(name, "all") for name in self.tensors), key=PARTS.index, default="all")
+
+    def captures(self) -> tuple[Captures, Captures]:
+        return tuple(dataclasses.replace(side, norm="normed" in self.tensors) for side in super().captures())
 
     def build(self, where: str, teacher: Encoder, student: Encoder) -> "FeatureLoss":
         return FeatureLoss(self, where, teacher, student)
@@ -59,7 +70,7 @@ class FeatureLoss(TargetLoss):
             raise InputError(f"{where}.tensors {cfg.tensors} must name at least one of {', '.join(NAMES)}, each once")
         self.check_tokens(where)
         width = teacher.width_of(cfg.teacher_block)
-        self.projection = nn.Dense(width, kernel_init=xavier, dtype=jnp.dtype(student.dtype))
+        self.projection = nn.Dense(width, cfg.bias, kernel_init=xavier, dtype=jnp.dtype(student.dtype))
 
     def init(self, rng: jax.Array) -> Any:
         like = jnp.zeros((1, self.student.width_of(self.cfg.student_block)))
@@ -68,14 +79,16 @@ class FeatureLoss(TargetLoss):
             name: self.projection.init(key, like)["params"] for name, key in zip(self.cfg.tensors, keys, strict=True)
         }
 
-    def matched(self, params: Any, teacher: Trace, student: Trace, name: str) -> tuple[jax.Array, jax.Array]:
+    def matched(self, params: Any, teacher: Pass, student: Pass, name: str) -> tuple[jax.Array, jax.Array]:
         """What the student's tokens become, and what they shall, [B, N, C] each."""
         target = tensor(teacher[self.cfg.teacher_block], name).astype(jnp.float32)
-        target = nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False, use_fast_variance=False).apply({}, target)
+        if self.cfg.norm:
+            norm = nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False, use_fast_variance=False)
+            target = norm.apply({}, target)
         own = tensor(student[self.cfg.student_block], name)
         return self.projection.apply({"params": params[name]}, own), target
 
-    def loss(self, params: Any, teacher: Trace, student: Trace) -> dict[str, jax.Array]:
+    def loss(self, params: Any, teacher: Pass, student: Pass) -> dict[str, jax.Array]:
         options = {"beta": self.cfg.beta} if self.cfg.loss == "smooth_l1" else {}
         error = {"smooth_l1": losses.smooth_l1, "mse": losses.mse}[self.cfg.loss]
         prefix = {name: f"{name}_" if len(self.cfg.tensors) > 1 else "" for name in self.cfg.tensors}
@@ -84,7 +97,7 @@ class FeatureLoss(TargetLoss):
             for name in self.cfg.tensors
         }
 
-    def maps(self, params: Any, teacher: Trace, student: Trace, query: int) -> dict[str, tuple[jax.Array, jax.Array]]:
+    def maps(self, params: Any, teacher: Pass, student: Pass, query: int) -> dict[str, tuple[jax.Array, jax.Array]]:
         """Cosine similarities."""
         pairs = {name: self.matched(params, teacher, student, name) for name in self.cfg.tensors}
         of = {name: f" of {name}" if len(pairs) > 1 else "" for name in pairs}

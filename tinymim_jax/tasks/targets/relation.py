@@ -12,7 +12,7 @@ from tinymim_jax.objectives.relation_kl import relation_kl
 from tinymim_jax.objectives.relation_mse import relation_mse
 from tinymim_jax.runtime.codec import ranged
 from tinymim_jax.runtime.errors import InputError
-from tinymim_jax.tasks.targets.contract import Target, TargetLoss, Trace
+from tinymim_jax.tasks.targets.contract import Pass, Target, TargetLoss
 
 
 @dataclasses.dataclass
@@ -88,7 +88,7 @@ class RelationLoss(TargetLoss):
                 f" {heads}; give that block of the student {heads} (model.last_block_heads), or set {where}.heads={own}"
             )
 
-    def read(self, teacher: Trace, student: Trace) -> tuple[BlockTrace, BlockTrace]:
+    def read(self, teacher: Pass, student: Pass) -> tuple[BlockTrace, BlockTrace]:
         """The two blocks, the q, k and v of each split into as many heads."""
         cfg, both = self.cfg, self.cfg.relation_heads
         block = self._split(teacher[cfg.teacher_block], both or cfg.heads, self.teacher)
@@ -101,7 +101,7 @@ class RelationLoss(TargetLoss):
         parts = {name: getattr(block, name)[:, front:] for name in ("q", "k", "v")}
         return block.replace(**{name: regrouped(x, heads) if heads else x for name, x in parts.items()})
 
-    def pairs(self, teacher: Trace, student: Trace) -> dict[str, list[tuple[jax.Array, jax.Array]]]:
+    def pairs(self, teacher: Pass, student: Pass) -> dict[str, list[tuple[jax.Array, jax.Array]]]:
         """By relation, of the teacher and of the student, the two that are related."""
         traces = self.read(teacher, student)
         found = {name: [relations.pair(trace, name) for trace in traces] for name in self.cfg.relations}
@@ -111,13 +111,13 @@ class RelationLoss(TargetLoss):
         exact = {name: [[x.astype(jnp.float32) for x in pair] for pair in pairs] for name, pairs in found.items()}
         return {name: [(a * share, b) for a, b in pairs] for name, pairs in exact.items()}
 
-    def loss(self, params: Any, teacher: Trace, student: Trace) -> dict[str, jax.Array]:
+    def loss(self, params: Any, teacher: Pass, student: Pass) -> dict[str, jax.Array]:
         pairs = self.pairs(teacher, student)
         if not self.cfg.softmax:
             return {f"mse_{name}": relation_mse(*pair) for name, pair in pairs.items()}
         return {f"kl_{name}": relation_kl(*pair, kernel=self.cfg.kernel) for name, pair in pairs.items()}
 
-    def maps(self, params: Any, teacher: Trace, student: Trace, query: int) -> dict[str, tuple[jax.Array, jax.Array]]:
+    def maps(self, params: Any, teacher: Pass, student: Pass, query: int) -> dict[str, tuple[jax.Array, jax.Array]]:
         """A row of each relation, mean over heads."""
 
         front = 0 if self.cfg.cls else self.student.num_prefix

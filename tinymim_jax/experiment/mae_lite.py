@@ -1,0 +1,89 @@
+"""MAE-Lite's recipes: MAE of small ViTs, with distillation (D-MAE), and with it decoupled (D2-MAE); fine-tuning.
+
+Sources: MAE-Lite's projects/mae_lite/{mae_lite,mae_lite_distill,mae_lite_distill_d2}_exp.py and projects/eval_tools/
+{finetuning_mae,finetuning}_exp.py. It resizes training crops by a filter drawn anew each time, here they are bicubic.
+"""
+
+import dataclasses
+
+from tinymim_jax.experiment import recipes
+from tinymim_jax.experiment.config import (
+    AttentionLogits,
+    Classify,
+    Data,
+    Decoder,
+    Distill,
+    Init,
+    Reconstruction,
+    Stage,
+    Task,
+    ViT,
+)
+
+DECODERS = {"tiny": Decoder(96, 1, 3), "small": Decoder(192, 1, 6)}
+TEACHER_BLOCK = 12  # of MAE-B, whose last block it is
+DECODED = 8  # D2-MAE's block that the decoder reads; those behind it learn from the teacher alone
+EPOCHS = (100, 300, 1000)  # of fine-tuning: like MAE's, improved, with relative positions
+LAYER_DECAY = {"tiny": 0.85, "small": 0.75}
+
+
+def vit(size: str, **fields: object) -> ViT:
+    """Tiny and Small as MAE-Lite has them, with 12 heads; raises InputError that lists the names."""
+    recipes.choose(DECODERS, size)
+    return recipes.vit(size, **{"num_heads": 12, "dtype": "bfloat16", **fields})
+
+
+def mae(size: str, data: Data) -> Stage:
+    """MAE pre-training: 400 epochs, batch 4096, lr 2.4e-3, crops from 8 % of the image, a decoder of one block."""
+    stage = recipes.mae(vit(size), dataclasses.replace(data, crop_scale=(0.08, 1.0)), epochs=400)
+    stage.task.decoder = DECODERS[size]
+    return stage
+
+
+def d_mae(size: str, teacher: Init, data: Data) -> Stage:
+    """`mae`, and the attention logits of the last block match those of MAE-B's; both see the same patches."""
+    stage = mae(size, data)
+    last = stage.model.depth
+    stage.task = _distillation(teacher, Reconstruction(last, stage.task.decoder), last)
+    return stage
+
+
+def d2_mae(size: str, teacher: Init, data: Data) -> Stage:
+    """`d_mae`, but pixels are restored from block 8, and the logits are those of a 13th block, which is left out later.
+
+    Of block 13 only norm1 and the q and k of qkv matter to the loss.
+    """
+    stage = mae(size, data)
+    stage.model.depth += 1
+    stage.task = _distillation(teacher, Reconstruction(DECODED, stage.task.decoder), stage.model.depth)
+    return stage
+
+
+def _distillation(teacher: Init, reconstruction: Reconstruction, block: int) -> Task:
+    targets = {"reconstruction": reconstruction, "attention": AttentionLogits(TEACHER_BLOCK, block)}
+    return Distill(teacher, targets, color_jitter=0.0, mask_ratio=0.75)
+
+
+def finetune(
+    size: str, init: Init | None, train: Data, val: Data, *, improved: bool = True, relative_position: bool = False
+) -> Stage:
+    """Fine-tuning with batch 1024 and lr 4e-3, of the first 12 blocks of what `init` names, or (None) from scratch.
+
+    improved: 300 epochs, RandAugment's magnitude 10, mixup 0.2 and no other regularisation (finetuning_exp.py); with
+    relative_position 1000 epochs, and each block learns a bias by distance (finetuning_rpe_exp.py with qv_bias=False);
+    else 100 epochs like MAE's. From scratch it has no layer decay, which is not published.
+    """
+    extra = {"num_heads": 12, "weight_init": "deit", "relative_position": relative_position}
+    model = dataclasses.replace(recipes.classifier(size), **extra)
+    if init is not None:
+        init = dataclasses.replace(init, keep_blocks=model.depth)
+    stage = recipes.finetune(model, init, train, val, code=True)
+    if init is not None:
+        stage.init.fresh = (*stage.init.fresh, "encoder/block.*/attn/relative_position")
+    stage.optim = dataclasses.replace(stage.optim, lr=1e-3, layer_decay=1.0 if init is None else LAYER_DECAY[size])
+    stage.run = dataclasses.replace(stage.run, batch_size=1024, epochs=EPOCHS[improved + relative_position])
+    if improved:
+        stage.model.drop_path = 0.0
+        stage.task = Classify(label_smoothing=0.0, mixup=0.2, cutmix=0.0, erasing=0.0, mix_group=128)
+        stage.data.rand_augment = "rand-m10-mstd0.5-inc1"
+    return stage
