@@ -71,6 +71,7 @@ class Run:
     seed: int = ranged(0, **SEEDS)
     replicas: int = ranged(1, at_least=1)  # seeds trained at once: seed, seed + 1, ...
     data_seed: int | None = ranged(None, **SEEDS)  # of order and crops; None: seed. If set, replicas share batches
+    data_name: str | None = None  # stages of one seed and name see the same batches; None: the stage's own name
     steps_per_call: int = ranged(1, at_least=1)  # scanned in one dispatch: for models whose step is shorter than one
     log_every: int = ranged(50, at_least=1)  # steps
     checkpoint_every: int = ranged(1000, at_least=1)  # steps

@@ -223,6 +223,7 @@ def _add(found: dict[str, Stage], preset: Preset, model: Pretrained) -> None:
         last = preset.depth[size]
         block = math.ceil(BLOCK * last / DEPTH) if size == "large" else last
         VARIANTS[model.how](stage, Teacher(block, last, preset.heads(size)))
+        stage.run.data_name = "study"  # so that rows differ in nothing else, and can share a teacher's pass
         if "reconstruction" in stage.task.targets:
             stage.task.targets["reconstruction"].decoder = preset.mae(model.size).task.decoder
         found[model.name] = stage

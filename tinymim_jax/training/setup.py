@@ -55,7 +55,7 @@ class StageSetup:
         seed = run.seed + replica if run.data_seed is None else run.data_seed
         data = self.stage.data
         subset = seed if data.subset_seed is None else data.subset_seed
-        return dataclasses.replace(data, subset_seed=subset), keys.stage_seed(seed, self.name)
+        return dataclasses.replace(data, subset_seed=subset), keys.stage_seed(seed, run.data_name or self.name)
 
     def flops(self) -> float:
         """Matmul FLOPs that one step needs, of all replicas; a teacher whose pass they share counts for each."""
