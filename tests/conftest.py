@@ -115,8 +115,8 @@ def stop_at(monkeypatch):
     def arrange(step: int) -> None:
         add = progress.Progress.add
 
-        def interrupting(self, at, metrics):
-            add(self, at, metrics)
+        def interrupting(self, at, metrics, waited=0.0):
+            add(self, at, metrics, waited)
             if at == step:
                 monkeypatch.setattr(progress.Progress, "add", add)
                 os.kill(os.getpid(), signal.SIGINT)

@@ -21,6 +21,7 @@ from tinymim_jax.experiment.config import (
     Mae,
     Mesh,
     Optim,
+    Reconstruction,
     Relation,
     Run,
     Stage,
@@ -57,6 +58,7 @@ def full_config():
     distill = make_distill(Init("mae", rename={"a": "b"}, skip=("x", "y"), regroup_heads=True))
     distill.task.targets["feature"] = Feature(2, 1, beta=1.0, weight=0.5)
     distill.task.targets["cls"], distill.task.targets["logits"] = ClassToken(2, 1), AttentionLogits(2, 1)
+    distill.task.targets["pixels"], distill.task.mask_ratio = Reconstruction(1, Decoder(16, 1, 2)), 0.5
     tuned = make_stage(
         init=Init(path="/somewhere", resize_posembed=True),
         model=ViT(8, 2, 2, num_classes=10, dist_token=True, **SIZE),

@@ -35,13 +35,14 @@ def distill(targets=None, teacher=TEACHER, color_jitter=0.4, mask_ratio=0.0, tea
 
 def classify(task=None, teacher=LABEL_TEACHER, freeze=(), **model):
     model = vit(**{"num_classes": 5, **model})
-    return config.Classify(**(task or {})).build(Context(model, DATA, freeze, {"teacher": teacher}))
+    return config.Classify(**(task or {})).build(Context(model, DATA, freeze, sources={"teacher": teacher}))
 
 
 def batch(size=4, seed=0, is_valid=None):
     rng = np.random.default_rng(seed)
     return {
         "image": rng.integers(0, 256, (size, 16, 16, 3), dtype=np.uint8),
+        "second": rng.integers(0, 256, (size, 16, 16, 3), dtype=np.uint8),
         "label": rng.integers(0, 5, size).astype(np.int32),
         "is_valid": np.ones(size, bool) if is_valid is None else np.array(is_valid, bool),
         "index": np.arange(size, dtype=np.int32),
@@ -75,9 +76,10 @@ class Compiled:
     def __init__(self, task):
         self.task = task
         self.params, self.frozen = weights(task)
-        collections = dict(jax.eval_shape(task.init, jax.random.key(0), batch())[0])
-        self.state = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), collections | {"params": {}})
-        del self.state["params"]
+        drawn = dict(fresh(task)[0])
+        del drawn["params"]
+        ones = {"batch_stats": jax.tree.map(np.ones_like, drawn["batch_stats"])} if "batch_stats" in drawn else {}
+        self.state = drawn | ones
         self._loss = {
             train: jax.jit(lambda *args, train=train: task.loss(*args, train=train)) for train in (False, True)
         }
@@ -98,10 +100,15 @@ class Compiled:
             return self._predict({"params": self.params, **self.state}, self.frozen, data)
 
 
+def moco(total_steps=10, **model):
+    return config.Moco(dim=6, hidden=10).build(Context(vit(**model), DATA, total_steps=total_steps))
+
+
 MAKE = {
     "mae": functools.partial(mae, drop_path=0.3),
     "distill": functools.partial(distill, drop_path=0.3),
     "classify": functools.partial(classify, {"mixup": 0.0, "cutmix": 0.0, "erasing": 0.0}, drop_path=0.3),
+    "moco": functools.partial(moco, drop_path=0.3),
 }
 
 

@@ -36,10 +36,10 @@ def test_contract(kind):
     assert isinstance(task.fields, Fields)
     assert isinstance(task.flops_per_image(), float) and task.flops_per_image() > 0
     variables, frozen = jax.eval_shape(task.init, jax.random.key(0), stages.batch(1))
-    assert set(variables) == {"params"}
-    assert set(variables["params"]) == ({"encoder", "pretext"} if kind == "mae" else {"encoder"})
+    assert set(variables) == ({"params", "moco"} if kind == "moco" else {"params"})
+    assert set(variables["params"]) == ({"encoder", "pretext"} if kind in ("mae", "moco") else {"encoder"})
     assert frozen.keys() == ({"teacher"} if kind == "distill" else set())
-    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables["params"])} == {jnp.dtype("float32")}
 
 
 @TASK
@@ -47,7 +47,7 @@ def test_contract(kind):
 def test_loss_and_its_metrics(kind, train):
     loss, aux = standard(kind).loss(stages.batch(is_valid=[1, 1, 0, 1]), train=train)
     assert loss.shape == () and loss.dtype == jnp.float32 and np.isfinite(loss)
-    assert isinstance(aux, Aux) and aux.model_state == {}
+    assert isinstance(aux, Aux) and aux.model_state.keys() == ({"moco"} if kind == "moco" else set())
     assert all(isinstance(m, Mean) and m.sum.shape == m.count.shape == () for m in aux.metrics.values())
     np.testing.assert_allclose(aux.metrics["loss"].value(), loss, rtol=1e-6)
     assert {float(m.count) for key, m in aux.metrics.items() if key != "labels_beyond_head"} == {3}
@@ -56,7 +56,8 @@ def test_loss_and_its_metrics(kind, train):
 @TASK
 def test_model_state_is_handed_on(kind):
     task, (params, frozen) = MAKE[kind](), stages.weights(MAKE[kind]())
-    state = {"batch_stats": {"mean": np.ones(3)}}
+    own = dict(jax.eval_shape(task.init, jax.random.key(0), stages.batch())[0])
+    state = {"batch_stats": {"mean": np.ones(3)}, **{name: own[name] for name in own if name != "params"}}
     _, aux = jax.eval_shape(
         functools.partial(task.loss, train=True), params, state, frozen, stages.batch(), stages.rngs()
     )
@@ -91,6 +92,8 @@ def test_an_invalid_image_counts_for_nothing(kind, train):
         task.loss(batch, train=train)[1].metrics.items(), task.loss(other, train=train)[1].metrics.values(), strict=True
     ):
         np.testing.assert_array_equal(a.sum, b.sum, err_msg=name)
+    if kind == "moco":  # where images are compared with each other
+        return
     # The valid rows weigh as much as if they were alone: the sum of four is that of the three and the fourth.
     every = task.loss(stages.batch(), train=train)[1].metrics["loss"]
     fourth = task.loss(stages.batch(is_valid=[0, 1, 0, 0]), train=train)[1].metrics["loss"]
@@ -135,11 +138,12 @@ PLAIN = {"mixup": 0.0, "cutmix": 0.0, "erasing": 0.0}
         (stages.mae, {*POSITIONS, "pretext/decoder/pos_embed"}),
         (functools.partial(stages.mae, **TRAINABLE), {"pretext/decoder/pos_embed"}),
         (functools.partial(stages.classify, PLAIN), POSITIONS),
+        (stages.moco, POSITIONS),
         (functools.partial(stages.classify, PLAIN, pool="mean", neck=8, **TRAINABLE), set()),
         (functools.partial(stages.classify, {**PLAIN, "teacher": config.LabelTeacher(config.Init("t"))},
                            pool="mean", dist_token=True), POSITIONS),
     ],
-    ids=["mae", "mae trained positions", "classify", "classify with a neck", "classify with a teacher"],
+    ids=["mae", "mae trained positions", "classify", "moco", "classify with a neck", "classify with a teacher"],
 )  # fmt: skip
 def test_untrained_is_what_has_no_gradient(make, untrained):
     """Of distillation, where most of it is: tests of its targets."""

@@ -70,8 +70,9 @@ def test_speed():
         time.sleep(0.05)
         yield "batch"
 
-    assert progress.next_batch(slow()) == "batch"
-    progress.add(1, step_metrics(1.0))
+    begin = time.perf_counter()
+    next(slow())
+    progress.add(1, step_metrics(1.0), time.perf_counter() - begin)
     progress.log(1, {})
     speed = lines[0][1]
     assert 0.5 < speed["data_wait"] <= 1.0

@@ -19,7 +19,7 @@ from tinymim_jax.runtime import sharding as mesh_lib
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.training.setup import StageSetup, example_batch, make_setup, step_batch
 from tinymim_jax.training.start import source_model
-from tinymim_jax.training.step import create_state, host_keys, jit_step, stage_keys
+from tinymim_jax.training.step import create_state, host_keys, jit_step, stage_keys, train_step
 
 MATMUL_SIZES = {"cpu": 2048, "gpu": 8192, "tpu": 8192}
 CALLS = 10  # of a measurement of a peak: a GPU takes less for one than Python for asking
@@ -147,7 +147,14 @@ def sources_of(cfg: Config, name: str) -> dict[str, Encoder]:
 
 
 def compile_step(setup: StageSetup, mesh: jax.sharding.Mesh) -> tuple[Any, tuple]:
-    """The compiled train step of `setup` and arguments for it: fresh weights, random frozen networks, random images.
+    """The compiled train step of `setup`, and `arguments_of` it."""
+    arguments, shardings = arguments_of(setup, mesh)
+    step = jit_step(train_step(setup), mesh, shardings, setup.stage.run.steps_per_call)
+    return step.lower(*arguments).compile(), arguments
+
+
+def arguments_of(setup: StageSetup, mesh: jax.sharding.Mesh) -> tuple[tuple, Any]:
+    """What a step takes, fresh weights, random frozen networks, random images, a key, and where the state lies.
 
     Images are cropped already, also where the stage's data is resident.
     """
@@ -169,8 +176,7 @@ def compile_step(setup: StageSetup, mesh: jax.sharding.Mesh) -> tuple[Any, tuple
         lambda: (create_state(setup, key), setup.task.init(one, example_batch(setup.task, stage))[1]),
         out_shardings=shardings,
     )()
-    arguments = (state, frozen, batch, stage_keys(setup, keys.STEPS, mesh))
-    return jit_step(setup, mesh, shardings[0], per_call).lower(*arguments).compile(), arguments
+    return (state, frozen, batch, stage_keys(setup, keys.STEPS, mesh)), shardings[0]
 
 
 def step_clock(compiled: Any, arguments: tuple, per_call: int = 1) -> Clock:

@@ -11,15 +11,17 @@ python -m tinymim_jax bench table FOLDER
 
   step      times a stage's training step on random images and weights, no data needed; a teacher named by path needs
             its stage.json
+  beside    times --students of them in one program, which runs their teacher once, and one by one
   augment   times it with and without mixup, cutmix and random erasing, which the device does
   loader    times reading, decoding and augmenting; needs the stage's data
   relation  times the relation loss, ours and the plain one, and counts its memory
   table     what step and relation have printed into FOLDER/*.json, as Markdown
 """
 
-VERBS = ("step", "augment", "loader", "relation")
+VERBS = ("step", "beside", "augment", "loader", "relation")
 FLAGS = {  # and the verbs that have them; all have --stage and --rounds
-    "batch_size": ("step", "augment", "relation"),
+    "batch_size": ("step", "beside", "augment", "relation"),
+    "students": ("beside",),
     "vs": ("step",),
     "tokens": ("relation",),
     "rows": ("relation",),
@@ -31,6 +33,7 @@ def main(argv: list[str]) -> None:
     values = new_flags(
         stage=(str, None, "the stage to measure"),
         batch_size=(int, None, "images a step, over all devices (default: the stage's)"),
+        students=(int, 3, "beside: so many"),
         rounds=(int, 5, "the median of so many is reported"),
         vs=(("torch",), None, "step: in turn the same in PyTorch, eager and compiled (in a clone, with [torch])"),
         tokens=(list, [], "relation: how many tokens a side (default: the stage's)"),
@@ -56,11 +59,12 @@ def main(argv: list[str]) -> None:
         cfg.stages[values.stage].run.batch_size = values.batch_size
     if values.vs:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves PyTorch room on a GPU
-    from tinymim_jax.bench import loader, relation, step
+    from tinymim_jax.bench import beside, loader, relation, step
 
     given = cfg, values.stage, values.rounds
     calls = {
         "step": lambda: step.step(*given, values.vs),
+        "beside": lambda: beside.beside(*given, values.students),
         "augment": lambda: step.augment(*given),
         "loader": lambda: loader.loader(*given),
         "relation": lambda: relation.relation(*given, values.tokens, values.rows),

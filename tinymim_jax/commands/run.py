@@ -22,6 +22,7 @@ def main(argv: list[str]) -> None:
     values = new_flags(
         workdir=(str, None, "a folder or gs://BUCKET/... (default: runs/ and the config's name); the same goes on"),
         stage=(str, None, "run this stage only"),
+        side_by_side=(int, 1, "train up to so many students of a study in one program, which runs their teacher once"),
         dry_run=(bool, False, "print what would happen, and touch nothing"),
     )
     define_cluster(values)
@@ -38,10 +39,10 @@ def main(argv: list[str]) -> None:
     facts = {"config": to_dict(cfg), "workdir": str(workdir), "stage": values.stage}
     with StopRequest() as stop:  # before jax is imported, whose callbacks would swallow a Ctrl-C
         start_cluster(values, stop, **facts)
-        run(cfg, workdir, values.stage, stop)
+        run(cfg, workdir, values.stage, stop, values.side_by_side)
 
 
-def run(cfg: Config, workdir: Path, only: str | None, stop: StopRequest) -> None:
+def run(cfg: Config, workdir: Path, only: str | None, stop: StopRequest, beside: int = 1) -> None:
     """Runs the chain, prints its tables and draws its pictures."""
     import jax
 
@@ -49,18 +50,20 @@ def run(cfg: Config, workdir: Path, only: str | None, stop: StopRequest) -> None
     from tinymim_jax.runtime import program_cache
 
     program_cache.keep(workdir)
-    results = run_chain(cfg, workdir, only, stop)
+    results = run_chain(cfg, workdir, only, stop, beside)
     if jax.process_index() == 0:
         print(tables.text(results))
         for picture in figures.write(workdir, list(results["stages"])):
             print(f"wrote {picture}")
 
 
-def run_chain(cfg: Config, workdir: Path, only: str | None = None, stop: StopRequest | None = None) -> dict[str, Any]:
+def run_chain(
+    cfg: Config, workdir: Path, only: str | None = None, stop: StopRequest | None = None, beside: int = 1
+) -> dict[str, Any]:
     """Runs the stages that are not finished (or just `only`) and returns WORKDIR/results.json.
 
-    Raises InputError for bad input, a finished stage whose config was edited among it, before any stage runs, and
-    Interrupted when `stop` asks for it.
+    Up to `beside` stages of a study run side by side. Raises InputError for bad input, a finished stage whose config
+    was edited among it, before any stage runs, and Interrupted when `stop` asks for it.
     """
     from tinymim_jax.planning import dry_run, preflight
     from tinymim_jax.runtime import multihost, sharding
@@ -82,7 +85,7 @@ def run_chain(cfg: Config, workdir: Path, only: str | None = None, stop: StopReq
         multihost.raise_everywhere(lambda: lock.see(token))
         multihost.check_stop(stop, "before anything ran")
         preflight.convert_sources(cfg, to_run, workdir)
-        return chain.run_stages(cfg, names, to_run, workdir, mesh, stop, lock.check)
+        return chain.run_stages(cfg, names, to_run, workdir, mesh, stop, lock.check, beside)
 
 
 def check_workdir(workdir: Path) -> None:

@@ -39,7 +39,7 @@ def color_jitter(key: jax.Array, images: jax.Array, strength: float) -> jax.Arra
 def jitter_in_order(images: jax.Array, factors: jax.Array, order: jax.Array) -> jax.Array:
     """Adjustment order[b, r] is the r-th of image b; 0, 1, 2 are brightness, contrast, saturation by factors[b]."""
     weights = jnp.asarray(GREY, images.dtype)
-    for r in range(3):
+    for r in range(order.shape[1]):
         # All three blend towards something: black, the mean grey, or each pixel's grey.
         which = order[:, r, None, None, None]
         factor = jnp.take_along_axis(factors, order[:, r, None], axis=1)[..., None, None]

@@ -40,4 +40,14 @@ def _read_image_label(record: Record, name: str, data: Data, rng: np.random.Gene
     return {"image": load(record["image"], name, data, rng), "label": np.int32(record["label"])}
 
 
+def _empty_two_crops(data: Data) -> Example:
+    example = _empty_image_label(data)
+    return {**example, "second": example["image"]}
+
+
+def _read_two_crops(record: Record, name: str, data: Data, rng: np.random.Generator) -> Example:
+    return {**_read_image_label(record, name, data, rng), "second": load(record["image"], name, data, rng)}
+
+
 IMAGE_LABEL = Fields(_empty_image_label, _read_image_label)  # image uint8 [B, S, S, 3], label int32 [B]
+TWO_CROPS = Fields(_empty_two_crops, _read_two_crops)  # and second, a crop of its own of the same image

@@ -14,14 +14,14 @@ from tinymim_jax.models import MODELS, ViT
 from tinymim_jax.models.mae import Decoder
 from tinymim_jax.runtime.codec import from_dict, ranged, to_dict, walk
 from tinymim_jax.runtime.keys import SEEDS
-from tinymim_jax.tasks import TASKS, Classify, Distill, Mae
+from tinymim_jax.tasks import TASKS, Classify, Distill, Mae, Moco
 from tinymim_jax.tasks.classify import LabelTeacher
 from tinymim_jax.tasks.targets import AttentionLogits, ClassToken, Feature, Reconstruction, Relation
 from tinymim_jax.weights.handoff import Init
 
 __all__ = [
     "AttentionLogits", "ClassToken", "Classification", "Classify", "Compare", "Config", "Corruptions", "Data",
-    "Decoder", "Distill", "Feature", "Init", "Knn", "LabelTeacher", "Logistic", "Mae", "Mesh", "Optim",
+    "Decoder", "Distill", "Feature", "Init", "Knn", "LabelTeacher", "Logistic", "Mae", "Mesh", "Moco", "Optim",
     "Reconstruction", "Relation", "Run", "Stage", "ViT",
 ]  # fmt: skip
 

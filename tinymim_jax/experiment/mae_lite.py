@@ -1,4 +1,4 @@
-"""MAE-Lite's recipes: MAE of small ViTs, with distillation (D-MAE), and with it decoupled (D2-MAE); fine-tuning.
+"""MAE-Lite's recipes: MAE of small ViTs, with distillation (D-MAE), decoupled (D2-MAE); MoCo v3; fine-tuning.
 
 Sources: MAE-Lite's projects/mae_lite/{mae_lite,mae_lite_distill,mae_lite_distill_d2}_exp.py and projects/eval_tools/
 {finetuning_mae,finetuning}_exp.py. It resizes training crops by a filter drawn anew each time, here they are bicubic.
@@ -14,7 +14,10 @@ from tinymim_jax.experiment.config import (
     Decoder,
     Distill,
     Init,
+    Moco,
+    Optim,
     Reconstruction,
+    Run,
     Stage,
     Task,
     ViT,
@@ -59,14 +62,23 @@ def d2_mae(size: str, teacher: Init, data: Data) -> Stage:
     return stage
 
 
+def moco_v3(size: str, data: Data) -> Stage:
+    """MoCo v3 pre-training: 400 epochs, batch 1024, lr 6e-4, all decayed by 0.1 (projects/mocov3/mocov3_exp.py)."""
+    data = dataclasses.replace(data, crop_scale=(0.08, 1.0), interpolation="bilinear")
+    optim = Optim(lr=1.5e-4, warmup_epochs=40, warmup_lr=1e-6, b2=0.999, weight_decay=0.1, decay=(".*",), no_decay=())
+    model = vit(size, weight_init="moco")
+    return Stage(Moco(), model, data, optim, Run(batch_size=1024, epochs=400))
+
+
 def _distillation(teacher: Init, reconstruction: Reconstruction, block: int) -> Task:
     targets = {"reconstruction": reconstruction, "attention": AttentionLogits(TEACHER_BLOCK, block)}
     return Distill(teacher, targets, color_jitter=0.0, mask_ratio=0.75)
 
 
 def finetune(
-    size: str, init: Init | None, train: Data, val: Data, *, improved: bool = True, relative_position: bool = False
-) -> Stage:
+    size: str, init: Init | None, train: Data, val: Data, *, improved: bool = True, relative_position: bool = False,
+    layer_decay: float | None = None,
+) -> Stage:  # fmt: skip
     """Fine-tuning with batch 1024 and lr 4e-3, of the first 12 blocks of what `init` names, or (None) from scratch.
 
     improved: 300 epochs, RandAugment's magnitude 10, mixup 0.2 and no other regularisation (finetuning_exp.py); with
@@ -80,7 +92,8 @@ def finetune(
     stage = recipes.finetune(model, init, train, val, code=True)
     if init is not None:
         stage.init.fresh = (*stage.init.fresh, "encoder/block.*/attn/relative_position")
-    stage.optim = dataclasses.replace(stage.optim, lr=1e-3, layer_decay=1.0 if init is None else LAYER_DECAY[size])
+    decay = (1.0 if init is None else LAYER_DECAY[size]) if layer_decay is None else layer_decay
+    stage.optim = dataclasses.replace(stage.optim, lr=1e-3, layer_decay=decay)
     stage.run = dataclasses.replace(stage.run, batch_size=1024, epochs=EPOCHS[improved + relative_position])
     if improved:
         stage.model.drop_path = 0.0

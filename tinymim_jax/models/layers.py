@@ -66,6 +66,12 @@ def torch_uniform(fan_in: int) -> nn.initializers.Initializer:
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
+def xavier_of_three(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """Xavier's, of a fused kernel [D, 3 C], whose three parts are matrices for themselves."""
+    bound = (6 / (shape[0] + shape[1] // 3)) ** 0.5
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with one fused qkv kernel [D, 3, H, E]; `kind` is one of `attention.ATTENTIONS`.
 
@@ -77,6 +83,7 @@ class Attention(nn.Module):
     kind: str
     kernel_init: nn.initializers.Initializer = xavier
     grid: int = 0
+    qkv_init: nn.initializers.Initializer | None = None  # None: kernel_init
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
@@ -84,7 +91,8 @@ class Attention(nn.Module):
         b, n, d = x.shape
         heads = (3, self.num_heads, d // self.num_heads)
         # Tokens flattened: the gradient of a plain [B*N, D] matmul is the fast one.
-        qkv = nn.DenseGeneral(heads, kernel_init=self.kernel_init, dtype=self.dtype, name="qkv")(x.reshape(b * n, d))
+        init = self.qkv_init or self.kernel_init
+        qkv = nn.DenseGeneral(heads, kernel_init=init, dtype=self.dtype, name="qkv")(x.reshape(b * n, d))
         # Split, not indexed: the gradient of that is one concatenation.
         parts = jax.lax.split(qkv.reshape(b, n, *heads), (1, 1, 1), axis=2)
         q, k, v = (part.squeeze(2).swapaxes(1, 2) for part in parts)  # each [B, H, N, E]
@@ -123,6 +131,7 @@ class Block(nn.Module):
     kernel_init: nn.initializers.Initializer = xavier
     eps: float = 1e-6  # of its norms
     grid: int = 0  # as `Attention`
+    qkv_init: nn.initializers.Initializer | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, drop_path: float | jax.Array | None = None) -> tuple[jax.Array, BlockTrace]:
@@ -137,7 +146,9 @@ class Block(nn.Module):
             is_kept = jax.random.bernoulli(self.make_rng("drop_path"), 1 - drop_path, (len(branch), 1, 1))
             return jnp.where(is_kept, branch / (1 - drop_path), 0).astype(branch.dtype)
 
-        attend = Attention(self.num_heads, self.dtype, self.attention, self.kernel_init, self.grid, name="attn")
+        attend = Attention(
+            self.num_heads, self.dtype, self.attention, self.kernel_init, self.grid, self.qkv_init, name="attn"
+        )
         norm1 = layer_norm(self.dtype, "norm1", self.eps)(x)
         attn_out, (q, k, v) = attend(norm1)
         mid = x + drop(attn_out)

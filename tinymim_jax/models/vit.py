@@ -8,6 +8,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.lax import optimization_barrier
 
 from tinymim_jax.models import attention, batch_norm, layers, posembed
@@ -38,7 +39,9 @@ class ViT(Encoder):
     head_norm: bool = False  # BatchNorm without affine before the head (linear probing)
     drop_path: float = ranged(0.0, at_least=0, below=1)  # stochastic depth, per sample, per residual branch
     drop_path_shape: Literal["constant", "linear"] = "constant"  # constant: none in the last block
-    weight_init: Literal["mae", "deit"] = "mae"  # xavier, head 2e-5 | truncated normal 0.02 everywhere, biases 0
+    # mae: xavier, head 2e-5; deit: truncated normal 0.02 everywhere, biases 0; moco: as mae, with q, k and v each for
+    # itself, a class token of 1e-6 and a table whose first half encodes the row
+    weight_init: Literal["mae", "deit", "moco"] = "mae"
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters are float32
     remat: bool = False  # recompute each block in the backward pass
     attention: Literal["xla", "cudnn"] = "xla"  # cudnn: fused on Nvidia GPUs, in bfloat16; not measured yet
@@ -191,7 +194,8 @@ class VisionTransformer(nn.Module):
         kinds = (int(cfg.width * cfg.mlp_ratio), dtype, cfg.attention, self._kernel_init(), cfg.layer_norm_eps)
         numbers = range(1, cfg.depth + 1)
         grid = cfg.grid if cfg.relative_position else 0
-        blocks = [Block(cfg.heads_of(i), *kinds, grid, parent=None) for i in numbers]
+        qkv_init = layers.xavier_of_three if cfg.weight_init == "moco" else None
+        blocks = [Block(cfg.heads_of(i), *kinds, grid, qkv_init, parent=None) for i in numbers]
         drop_path = [self._drop_path(i) for i in numbers] if train else None
         x, trace = layers.run_blocks(self, blocks, x, drop_path, remat=cfg.remat, capture=capture)
         if cfg.pool == "cls":
@@ -221,12 +225,14 @@ class VisionTransformer(nn.Module):
     def _embed(self, images: jax.Array, keep: jax.Array | None) -> jax.Array:
         """Patch embedding plus positions, CLS (and the distillation token) in front: [B, N, D]."""
         cfg, extra = self.cfg, self.cfg.num_prefix
-        table = posembed.sincos(cfg.grid, cfg.width, extra)
+        table, is_moco = posembed.sincos(cfg.grid, cfg.width, extra), cfg.weight_init == "moco"
+        table = np.roll(table, cfg.width // 2, axis=-1) if is_moco else table
         is_random = cfg.weight_init == "deit" and cfg.posembed == "trainable"
         start = layers.normal if is_random else lambda *_: jnp.asarray(table)
         pos = self.param("pos_embed", start, table.shape).astype(images.dtype)
         names = ("cls_token", "dist_token")[:extra]
-        tokens = [self.param(name, layers.normal, (1, 1, cfg.width)) for name in names]
+        token_init = nn.initializers.normal(1e-6) if is_moco else layers.normal
+        tokens = [self.param(name, token_init, (1, 1, cfg.width)) for name in names]
         front = jnp.concatenate(tokens, axis=1).astype(images.dtype) + pos[:, :extra]
         patches, patch_pos = patchify(images, cfg.patch_size), pos[:, extra:]
         if keep is not None:
@@ -236,7 +242,10 @@ class VisionTransformer(nn.Module):
         # torch's default for a convolution, which MAE and TinyMIM keep for its bias, and DeiT for its kernel, too.
         uniform = layers.torch_uniform(values)
         kernel_init = uniform if cfg.weight_init == "deit" else layers.xavier
-        embed = nn.Dense(cfg.width, kernel_init=kernel_init, bias_init=uniform, dtype=images.dtype, name="patch_embed")
+        bias_init = nn.initializers.zeros if is_moco else uniform
+        embed = nn.Dense(
+            cfg.width, kernel_init=kernel_init, bias_init=bias_init, dtype=images.dtype, name="patch_embed"
+        )
         # Made once: else XLA on the CPU makes each pixel anew, augmentation included, in the gradient of the kernel.
         patches = optimization_barrier(patches.reshape(-1, values))
         x = embed(patches).reshape(len(images), -1, cfg.width) + patch_pos

@@ -54,6 +54,17 @@ def soft_distillation(logits: jax.Array, teacher: jax.Array, temperature: float)
     return temperature**2 * jnp.mean(jnp.exp(log_q) * (log_q - log_p), axis=-1)
 
 
+def contrastive(queries: jax.Array, keys: jax.Array, is_valid: jax.Array, temperature: float) -> jax.Array:
+    """2 t times the cross entropy of finding each query's own among all valid keys, two [B, C] -> [B] (MoCo v3).
+
+    B is the whole batch, over all devices.
+    """
+    queries, keys = (x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12) for x in (queries, keys))
+    logits = jnp.where(is_valid, jnp.einsum("nc,mc->nm", queries, keys) / temperature, -jnp.inf)
+    own = jnp.sum(queries * keys, axis=-1) / temperature
+    return 2 * temperature * (jax.nn.logsumexp(jnp.where(is_valid.any(), logits, 0), axis=-1) - own)
+
+
 def mse(pred: jax.Array, target: jax.Array) -> jax.Array:
     """Mean squared error: two [B, ...] -> [B], float32."""
     chex.assert_equal_shape([pred, target])

@@ -22,7 +22,7 @@ from tinymim_jax.runtime import sharding as mesh_lib
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.runtime.progress_bar import bar
 from tinymim_jax.training.setup import StageSetup, make_setup, step_batch
-from tinymim_jax.training.step import create_state, host_keys, jit_step
+from tinymim_jax.training.step import create_state, host_keys, jit_step, train_step
 
 TOPOLOGY = re.compile(r"(v\d+[ep]?):([1-9]\d*(?:x[1-9]\d*)*)")  # libtpu divides by the numbers
 
@@ -126,7 +126,7 @@ def compile_for(setup: StageSetup, mesh: jax.sharding.Mesh) -> Any:
         jax.tree.broadcast(places, trees),
     )
     with layers.for_other_devices():
-        return jit_step(setup, mesh, shardings).lower(*arguments).compile()
+        return jit_step(train_step(setup), mesh, shardings).lower(*arguments).compile()
 
 
 def forecast(plan: StageSetup, mesh: jax.sharding.Mesh) -> dict[str, Any]:

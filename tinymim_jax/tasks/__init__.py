@@ -3,5 +3,6 @@
 from tinymim_jax.tasks.classify import Classify
 from tinymim_jax.tasks.distill import Distill
 from tinymim_jax.tasks.mae import Mae
+from tinymim_jax.tasks.moco import Moco
 
-TASKS = {"mae": Mae, "distill": Distill, "classify": Classify}
+TASKS = {"mae": Mae, "distill": Distill, "classify": Classify, "moco": Moco}

@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -40,6 +40,7 @@ class Context:
     model: Encoder
     data: Data
     freeze: tuple[str, ...] = ()  # regexes of parameters that the optimiser leaves alone
+    total_steps: int = 0  # of the whole run
     sources: Mapping[str, Encoder] = dataclasses.field(default_factory=dict)
     """The models of the checkpoints that the task's config names by `Init`, as they were trained, by field."""
 
@@ -89,6 +90,14 @@ class Task(abc.ABC):
     def flops_per_image(self) -> float:
         """Matmul FLOPs of one training step, for one image."""
 
+    def merge_state(self, before: Any, parts: Any, rows: int) -> Any:
+        """The collections behind a batch, from those of its parts of `rows` rows, stacked, which began at `before`."""
+        return self.cfg.merge_state(before, parts, rows)
+
+    def shared(self, frozen: Frozen, batch: Batch, tasks: "Sequence[Task]") -> dict[str, Any]:
+        """What each of `tasks`, whose configs can share with this one's, finds in its batch and need not compute."""
+        return {}
+
     def predict(self, variables: Variables, frozen: Frozen, batch: Batch) -> Outputs:
         """Features and logits, without augmentation."""
         return self.cfg.outputs(variables, self.images(batch))
@@ -118,6 +127,10 @@ class TaskConfig(abc.ABC):
     @abc.abstractmethod
     def check(self, where: str, model: Encoder) -> None:
         """Raises InputError, naming fields by `where`, on what cannot be done with `model`."""
+
+    def can_share(self, other: "TaskConfig") -> bool:
+        """Whether what `Task.shared` gives for a batch serves both, of models of one size, dtype and kind of images."""
+        return False
 
     def has_labels(self) -> bool:
         """Whether the labels of the data are learnt."""

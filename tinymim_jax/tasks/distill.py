@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, Literal, Union
 
 import jax
@@ -27,7 +28,7 @@ from tinymim_jax.tasks.contract import (
     Variables,
 )
 from tinymim_jax.tasks.targets import TARGETS
-from tinymim_jax.tasks.targets.contract import Captures, Pass
+from tinymim_jax.tasks.targets.contract import Captures, Pass, Trace
 from tinymim_jax.weights.handoff import Init
 from tinymim_jax.weights.parameters import matches
 
@@ -48,6 +49,15 @@ class Distill(TaskConfig):
 
     def build(self, context: Context) -> "DistillTask":
         return DistillTask(self, context)
+
+    def can_share(self, other: TaskConfig) -> bool:
+        """With one teacher, which sees whole images and drops no paths: its pass has no draws of a stage's own."""
+        if not isinstance(other, Distill) or self.teacher != other.teacher:
+            return False
+        reads_norm = [any(t.captures()[0].norm for t in one.targets.values()) for one in (self, other)]
+        return reads_norm[0] == reads_norm[1] and not any(
+            one.mask_ratio or one.teacher_drop_path for one in (self, other)
+        )
 
     def summary(self) -> str:
         blocks = dict.fromkeys(b for target in self.targets.values() for b in target.captures()[1].blocks)
@@ -134,14 +144,13 @@ class DistillTask(Task):
         if self.task.mask_ratio and masked:
             noise = jax.random.uniform(rngs["mask"], (len(clean), self.cfg.grid**2))
             seen["keep"], *mask = mask_by_noise(noise, self.task.mask_ratio)
-        teacher = self.teacher.apply(
-            {"params": frozen["teacher"]["encoder"]},
-            clean,
-            capture=self.of_teacher.blocks,
-            **seen,
-            train=train and self.task.teacher_drop_path > 0,
-            rngs={"drop_path": jax.random.fold_in(rngs["drop_path"], TEACHER)},
-        )
+        teacher = batch.get("teacher")
+        if teacher is None:
+            drop = {
+                "train": train and self.task.teacher_drop_path > 0,
+                "rngs": {"drop_path": jax.random.fold_in(rngs["drop_path"], TEACHER)},
+            }
+            teacher = self._teach(frozen, clean, self.of_teacher.blocks, **seen, **drop)
         student = self.model.apply(
             {"params": params["encoder"]},
             jittered,
@@ -150,7 +159,17 @@ class DistillTask(Task):
             train=train,
             rngs={"drop_path": rngs["drop_path"]},
         )
-        return Pass(teacher.trace, clean, *mask), Pass(student.trace, jittered, *mask)
+        return Pass(teacher, clean, *mask), Pass(student.trace, jittered, *mask)
+
+    def _teach(self, frozen: Frozen, images: jax.Array, blocks: tuple[int, ...], **options: Any) -> Trace:
+        params = frozen["teacher"]["encoder"]
+        return self.teacher.apply({"params": params}, images, capture=blocks, **options).trace
+
+    def shared(self, frozen: Frozen, batch: Batch, tasks: Sequence[Task]) -> dict[str, Any]:
+        """The teacher's pass, as far as the deepest of `tasks`, whose `frozen` it is, reads it."""
+        deepest = max(tasks, key=lambda task: task.of_teacher.blocks[-1])
+        blocks = Captures.merged([task.of_teacher for task in tasks]).blocks
+        return {"teacher": deepest._teach(frozen, self.images(batch), blocks)}
 
     def loss(
         self, params: Params, model_state: Any, frozen: Frozen, batch: Batch, rngs: Rngs, *, train: bool

@@ -8,13 +8,13 @@ from typing import Any
 import jax
 from etils.epath import Path
 
-from tinymim_jax.experiment.config import Config
-from tinymim_jax.runtime import storage
+from tinymim_jax.experiment.config import Config, Stage
+from tinymim_jax.runtime import multihost, storage
 from tinymim_jax.runtime.metric_log import read_done, write_json
 from tinymim_jax.runtime.preemption import StopRequest
-from tinymim_jax.training.loop import run_stage
+from tinymim_jax.training.loop import run_side_by_side
 from tinymim_jax.training.progress import replica_metric
-from tinymim_jax.weights import handoff
+from tinymim_jax.weights import checkpoint, handoff
 
 
 def run_stages(
@@ -25,16 +25,56 @@ def run_stages(
     mesh: jax.sharding.Mesh,
     stop: StopRequest,
     guard: Callable[[], object] = lambda: None,
+    beside: int = 1,
 ) -> dict[str, Any]:
-    """Runs those of the stages `names` that are `to_run` and writes WORKDIR/results.json, which it returns."""
+    """Runs those of the stages `names` that are `to_run`, and writes WORKDIR/results.json, which it returns.
+
+    Up to `beside` stages that can share, as those of a study do, run side by side.
+    """
     for name in names:
-        if name in to_run:
-            run_stage(cfg.stages[name], name, workdir, mesh, stop, guard)
-        else:
+        if name not in to_run:
             print(f"{name}: finished, skipped", flush=True)
+    for group in groups(cfg, to_run, beside):
+        steps = multihost.run_on_primary(lambda group=group: {tuple(newest(workdir / name)) for name in group})
+        for part in [group] if len(steps) == 1 else [[name] for name in group]:
+            if len(part) > 1:
+                print(f"side by side: {', '.join(part)}", flush=True)
+            run_side_by_side({name: cfg.stages[name] for name in part}, workdir, mesh, stop, guard)
     results = collect(cfg, workdir)
     write_json(workdir / "results.json", results)
     return results
+
+
+def newest(folder: Path) -> list[int]:
+    """The step that the stage in `folder` would go on from; [] if it has none."""
+    return checkpoint.steps(folder)[-1:]
+
+
+def groups(cfg: Config, to_run: list[str], beside: int) -> list[list[str]]:
+    """`to_run` in parts of up to `beside` stages that can share, each behind those that it reads."""
+    left, found = list(to_run), []
+    while left:
+        group = [left.pop(0)]
+        for name in left:
+            sources = {init.stage for _, init in cfg.stages[name].inits()}
+            if len(group) < beside and sources.isdisjoint(left) and can_share(cfg.stages[group[0]], cfg.stages[name]):
+                group.append(name)
+        left = [name for name in left if name not in group]
+        found.append(group)
+    return found
+
+
+def can_share(one: Stage, other: Stage) -> bool:
+    """Whether both see the same batches, in one run length, and their tasks can share what they make of these."""
+    models = [(stage.model.image_size, stage.model.dtype, stage.model.attention) for stage in (one, other)]
+    return (
+        one.run == other.run
+        and one.run.data_name is not None
+        and one.run.replicas == 1
+        and (one.data, models[0]) == (other.data, models[1])
+        and one.optim.accum_steps == other.optim.accum_steps == 1
+        and one.task.can_share(other.task)
+    )
 
 
 def collect(cfg: Config, workdir: Path) -> dict[str, Any]:

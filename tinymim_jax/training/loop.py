@@ -2,11 +2,12 @@
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import itertools
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,13 +19,14 @@ from tinymim_jax.evals.contract import Measurement, Result, save_arrays, scalars
 from tinymim_jax.experiment import stage_file
 from tinymim_jax.experiment.config import Stage
 from tinymim_jax.runtime import keys, multihost, sharding, storage
+from tinymim_jax.runtime.errors import Unavailable
 from tinymim_jax.runtime.metric_log import MetricLog, write_json
 from tinymim_jax.runtime.preemption import StopRequest
 from tinymim_jax.tasks.contract import Batch, Variables
 from tinymim_jax.training import start
 from tinymim_jax.training.progress import BAD_IMAGES, Progress, replica_metric
 from tinymim_jax.training.setup import StageSetup
-from tinymim_jax.training.step import TrainState, jit_step, stage_keys, to_items
+from tinymim_jax.training.step import TrainState, jit_step, side_by_side, stage_keys, to_items
 from tinymim_jax.weights import handoff
 from tinymim_jax.weights.checkpoint import Checkpoints, save_model
 
@@ -127,13 +129,9 @@ def _take(tree: Any, replica: jax.Array) -> Any:
 
 
 def run_stage(
-    stage: Stage,
-    name: str,
-    workdir: Path,
-    mesh: jax.sharding.Mesh,
-    stop: StopRequest | None = None,
+    stage: Stage, name: str, workdir: Path, mesh: jax.sharding.Mesh, stop: StopRequest | None = None,
     guard: Callable[[], object] = lambda: None,
-) -> dict[str, float]:
+) -> dict[str, float]:  # fmt: skip
     """Runs `stage` in `workdir`/`name` to its end, from its own newest checkpoint if it has one, or until `stop`.
 
     Writes stage.json, metrics.jsonl, tensorboard/, checkpoints/ and, at the end, DONE with the final metrics:
@@ -144,11 +142,85 @@ def run_stage(
       InputError: bad input, or a loss that is not finite.
       Interrupted: after Ctrl-C or SIGTERM, the state saved.
     """
+    return run_side_by_side({name: stage}, workdir, mesh, stop, guard)[name]
+
+
+def run_side_by_side(
+    stages: Mapping[str, Stage], workdir: Path, mesh: jax.sharding.Mesh, stop: StopRequest | None = None,
+    guard: Callable[[], object] = lambda: None,
+) -> dict[str, dict[str, float]]:  # fmt: skip
+    """`run_stage` of several that see the same batches and whose tasks can share, all in one program."""
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest()) if stop is None else stop
-        running = _Run(stage, name, workdir, mesh, stop, guard, stack)
-        running.train()
-        return running.finish()
+        runs: list[_Run] = []
+        for name, stage in stages.items():
+            others = f" + {len(stages) - 1} others" if len(stages) > 1 else ""
+            runs.append(_Run(stage, name, workdir, mesh, stop, guard, stack, "" if runs else f"{name}{others}"))
+            share_frozen(runs)
+        train(runs, mesh, stop, stack)
+        return {run.setup.name: run.finish() for run in runs}
+
+
+def share_frozen(runs: list["_Run"]) -> None:
+    """The frozen networks of the newest run or those of the others, whichever reach further, serve all."""
+    frozen = max((run.loaded.frozen for run in runs), key=lambda tree: len(jax.tree.leaves(tree)))
+    for run in runs:
+        run.loaded = dataclasses.replace(run.loaded, frozen=frozen)
+        run.evaluations.frozen = frozen
+
+
+def train(runs: list["_Run"], mesh: jax.sharding.Mesh, stop: StopRequest, stack: contextlib.ExitStack) -> None:
+    """All to their last step, whose checkpoint is written then; raises Interrupted."""
+    lead = runs[0]
+    run, first, total = lead.setup.stage.run, lead.first, lead.setup.total_steps
+    if any(other.first != first for other in runs):
+        raise Unavailable(f"{lead.setup.name} and the stages beside it are at different steps; run the command again")
+    setups, shardings = [one.setup for one in runs], tuple(one.shardings for one in runs)
+    step = jit_step(side_by_side(setups), mesh, shardings, run.steps_per_call)
+    rngs = tuple(stage_keys(setup, keys.STEPS, mesh) for setup in setups)
+    batches = multihost.raise_everywhere(lambda: batches_of(lead.loaded, first, mesh, stop))
+    stack.enter_context(contextlib.closing(batches))
+
+    def leave(done: int) -> None:
+        for one in runs:
+            one.checkpoints.wait()
+        stop.obey(f"stage {' and '.join(setup.name for setup in setups)} stopped at step {done} of {total}")
+
+    if not all(one.catch_up() for one in runs):
+        leave(first)
+    for steps in pipeline.calls(first, total, run.steps_per_call):
+        done = steps.stop  # how many steps are done then
+        with jax.profiler.StepTraceAnnotation("train", step_num=done):
+            begin = time.perf_counter()
+            batch = next(batches)
+            waited = time.perf_counter() - begin
+            with jax.transfer_guard("disallow"):
+                states, metrics = step(tuple(one.state for one in runs), lead.loaded.frozen, batch, rngs)
+        for one, state, values in zip(runs, states, metrics, strict=True):
+            one.state = state
+            one.progress.add(done, values, waited)
+        last = done == total
+        if done % run.log_every == 0 or last:
+            for one in runs:
+                one.progress.log(done, {"epoch": done / one.setup.steps_per_epoch})
+        asked = lead.progress.is_asked()  # read once: what is not saved must not be left
+        if done % run.checkpoint_every == 0 or last or asked:
+            save_all(runs, done)
+        if asked and not last:
+            leave(done)
+        if not all(one.evaluate(done) for one in runs):
+            save_all(runs, done)
+            leave(done)
+    if total == 0:
+        save_all(runs, 0)
+    for one in runs:
+        one.checkpoints.wait()  # from here on the state is safe
+
+
+def save_all(runs: list["_Run"], done: int) -> None:
+    """Starts to write what is needed to go on from step `done`."""
+    for one in runs:
+        one.save(done)
 
 
 class _Run:
@@ -156,13 +228,13 @@ class _Run:
 
     def __init__(
         self, stage: Stage, name: str, workdir: Path, mesh: jax.sharding.Mesh, stop: StopRequest,
-        guard: Callable[[], object], stack: contextlib.ExitStack,
+        guard: Callable[[], object], stack: contextlib.ExitStack, title: str,
     ):  # fmt: skip
         begin = time.perf_counter()
         self.loaded = loaded = multihost.raise_everywhere(lambda: start.load(stage, name, workdir, mesh))
         self.setup, self.folder, self.mesh, self.stop, self.guard = loaded.setup, workdir / name, mesh, stop, guard
         begun = start.begin(loaded, workdir)  # before anything is written
-        self.state, self.total = begun.state, loaded.setup.total_steps
+        self.state, self.shardings, self.total = begun.state, begun.shardings, loaded.setup.total_steps
         multihost.check_stop(stop, f"before stage {name}")
         self.first = int(np.ravel(jax.device_get(begun.state.step))[0])
         content = stage_file.describe(stage, self.setup.untrained(), start.classes_of(stage), len(loaded.rows.source))
@@ -173,42 +245,19 @@ class _Run:
         is_primary = jax.process_index() == 0
         self.log = multihost.raise_everywhere(lambda: MetricLog(self.folder, self.first, active=is_primary))
         stack.enter_context(self.log)
-        self.batches = multihost.raise_everywhere(lambda: batches_of(loaded, self.first, mesh, stop))
-        stack.enter_context(contextlib.closing(self.batches))
         note = start.BadSteps(loaded, self.folder)
-        past = {"start": self.first, "saved": begun.log, "begin": begin}
+        past = {"start": self.first, "saved": begun.log, "begin": begin, "title": title}
         self.progress = Progress(name, self.log, total=self.total, run=stage.run, stop=stop, note=note, **past)
         stack.enter_context(self.progress.bar)
-        self.rng = stage_keys(self.setup, keys.STEPS, mesh)
-        self.step = jit_step(self.setup, mesh, begun.shardings, stage.run.steps_per_call)
         self.evaluations = Evaluations(loaded, self.log, stop)
 
-    def train(self) -> None:
-        """To the last step, whose checkpoint is written then; raises Interrupted."""
-        run, evaluations = self.setup.stage.run, self.evaluations
-        if evaluations.is_missing(self.first) and not evaluations.begin(self.first, self.state):
-            self.leave(self.first)
-        for steps in pipeline.calls(self.first, self.total, run.steps_per_call):
-            step = steps.stop  # how many are done then
-            with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                batch = self.progress.next_batch(self.batches)
-                with jax.transfer_guard("disallow"):
-                    self.state, metrics = self.step(self.state, self.loaded.frozen, batch, self.rng)
-            self.progress.add(step, metrics)
-            last = step == self.total
-            if step % run.log_every == 0 or last:
-                self.progress.log(step, {"epoch": step / self.setup.steps_per_epoch})
-            asked = self.progress.is_asked()  # read once: what is not saved must not be left
-            if step % run.checkpoint_every == 0 or last or asked:
-                self.save(step)
-            if asked and not last:
-                self.leave(step)
-            if evaluations.is_due(step) and not evaluations.begin(step, self.state):
-                self.save(step)
-                self.leave(step)
-        if self.total == 0:
-            self.save(0)
-        self.checkpoints.wait()  # from here on the state is safe
+    def catch_up(self) -> bool:
+        """Does an evaluation that was due when the last run ended; False if a stop was asked for meanwhile."""
+        return not self.evaluations.is_missing(self.first) or self.evaluations.begin(self.first, self.state)
+
+    def evaluate(self, step: int) -> bool:
+        """Begins the evaluation that is due after `step`, if there is one; False as `catch_up`."""
+        return not self.evaluations.is_due(step) or self.evaluations.begin(step, self.state)
 
     def save(self, step: int) -> None:
         """Waits for what is evaluated; then starts to write all that a run needs to go on from `step`."""
@@ -216,11 +265,6 @@ class _Run:
         self.evaluations.wait()  # a run that goes on from here does not evaluate what came before
         multihost.run_on_primary(lambda: (self.guard(), self.log.flush()))
         self.checkpoints.save(step, to_items(self.state), self.progress.state())
-
-    def leave(self, step: int) -> None:
-        """Raises Interrupted once what was saved is written."""
-        self.checkpoints.wait()
-        self.stop.obey(f"stage {self.setup.name} stopped at step {step} of {self.total}")
 
     def finish(self) -> dict[str, float]:
         """Evaluates the final weights and writes DONE; returns what it says."""

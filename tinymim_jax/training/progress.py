@@ -45,11 +45,13 @@ class Progress:
         stop: StopRequest,
         note: Callable[[int, str], str] = lambda step, what: "",
         begin: float | None = None,
+        title: str | None = None,
     ):
         """Goes on after step `start` of `total`, with what was `saved` there.
 
         `stop` is what this process was asked for; `note` writes down what a step that is not finite was given, and
-        returns where; `begin`, as `time.perf_counter` gave it, is the stage's, from which its first step is timed.
+        returns where; `begin`, as `time.perf_counter` gave it, is the stage's, from which its first step is timed;
+        `title` is what the bar says, "" for none, None for `name`.
         """
         saved = saved or {"window": {}, "averages": {}, "totals": {}}
         self.totals = {BAD_IMAGES: 0, **saved["totals"]}
@@ -60,18 +62,15 @@ class Progress:
         self.pending: list[tuple[int, dict[str, Mean]]] = []
         self.waited, self.since, self.images = 0.0, time.perf_counter(), 0
         self.begin, self.first_step = begin, None
-        shown = {"initial": start, "disable": not writer.active or start == total}
-        self.bar = bar(name, total, "step", first="compiling", speed=(run.batch_size, "img"), **shown)
+        shown = {"initial": start, "disable": title == "" or not writer.active or start == total}
+        self.bar = bar(title or name, total, "step", first="compiling", speed=(run.batch_size, "img"), **shown)
 
-    def next_batch(self, batches: Iterator[Any]) -> Any:
-        """next(batches), with the wait counted."""
-        begin = time.perf_counter()
-        batch = next(batches)
-        self.waited += time.perf_counter() - begin
-        return batch
+    def add(self, step: int, step_metrics: dict[str, Mean], waited: float = 0.0) -> None:
+        """Takes the metrics, still on the device, of step `step`, or stacked of the steps up to it.
 
-    def add(self, step: int, step_metrics: dict[str, Mean]) -> None:
-        """Takes the metrics, still on the device, of step `step`, or stacked of the steps up to it."""
+        `waited` are the seconds that their batches were waited for.
+        """
+        self.waited += waited
         self.pending.append((step, step_metrics))
         if len(self.pending) > STEPS_AHEAD:
             done, finished = self.pending[-1 - STEPS_AHEAD]

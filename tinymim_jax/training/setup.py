@@ -85,7 +85,7 @@ def make_setup(stage: Stage, name: str, sources: Mapping[str, Encoder], num_exam
         raise InputError(f"batch_size {run.batch_size} is more than the {num_examples} images; make it smaller")
     steps_per_epoch = num_examples // run.batch_size
     total_steps = run.steps if run.epochs is None else round(run.epochs * steps_per_epoch)
-    task = stage.task.build(Context(stage.model, stage.data, stage.optim.freeze, sources))
+    task = stage.task.build(Context(stage.model, stage.data, stage.optim.freeze, total_steps, sources))
     if stage.data.resident and task.fields is not IMAGE_LABEL:
         raise InputError("data.resident holds images and labels, and this task reads more; set data.resident=False")
     variables, frozen = jax.eval_shape(task.init, jax.random.key(0), example_batch(task, stage))

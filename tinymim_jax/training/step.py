@@ -1,6 +1,6 @@
 """The training step: one, for every task."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -75,7 +75,7 @@ def make_train_step(setup: StageSetup) -> TrainStep:
         if "held" in batch:
             batch = resident.make_batch(setup.stage.data, batch)
         rng = jax.random.fold_in(rng, state.step)
-        grads, aux = accumulate(gradients, cfg.accum_steps, setup.stage.model.merge_state, state, frozen, batch, rng)
+        grads, aux = accumulate(gradients, cfg.accum_steps, task.merge_state, state, frozen, batch, rng)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = optax.incremental_update(params, state.ema, 1 - cfg.ema) if cfg.ema else {}
@@ -140,11 +140,31 @@ def in_turn(step: TrainStep) -> TrainStep:
     return steps
 
 
-def jit_step(setup: StageSetup, mesh: jax.sharding.Mesh, shardings: TrainState, per_call: int = 1) -> TrainStep:
-    """The train step, compiled, or up to `per_call` of them `in_turn`: the state is donated and nothing else is."""
+def side_by_side(setups: Sequence[StageSetup]) -> TrainStep:
+    """The steps of one or several stages on one batch; states, keys and metrics are tuples, and `frozen` is for all.
+
+    What the tasks of several can share, such as a teacher's pass, is computed once.
+    """
+    steps, tasks = [train_step(setup) for setup in setups], [setup.task for setup in setups]
+
+    def step(states: Any, frozen: Frozen, batch: Batch, rngs: Any) -> tuple[Any, Any]:
+        if len(tasks) > 1:
+            batch = resident.make_batch(setups[0].stage.data, batch) if "held" in batch else batch
+            batch = {**batch, **tasks[0].shared(frozen, batch, tasks)}
+        done = [one(state, frozen, batch, rng) for one, state, rng in zip(steps, states, rngs, strict=True)]
+        return tuple(zip(*done, strict=True))
+
+    return step
+
+
+def train_step(setup: StageSetup) -> TrainStep:
+    """`make_train_step`, of all its replicas."""
     step = make_train_step(setup)
-    if setup.stage.run.replicas > 1:
-        step = of_replicas(step, setup.shares_batches)
+    return of_replicas(step, setup.shares_batches) if setup.stage.run.replicas > 1 else step
+
+
+def jit_step(step: TrainStep, mesh: jax.sharding.Mesh, shardings: Any, per_call: int = 1) -> TrainStep:
+    """`step`, compiled, or up to `per_call` of them `in_turn`: the state is donated and nothing else is."""
     step = step if per_call == 1 else in_turn(step)
     out, options = (shardings, sharding.replicated(mesh)), sharding.compiler_options(mesh)
     return jax.jit(step, donate_argnums=0, out_shardings=out, compiler_options=options)

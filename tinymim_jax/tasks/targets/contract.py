@@ -11,6 +11,8 @@ import jax
 from tinymim_jax.models.contract import PARTS, BlockTrace, Encoder, Part
 from tinymim_jax.runtime.errors import InputError
 
+Trace = Mapping[int, BlockTrace]  # of the captured blocks
+
 
 @dataclasses.dataclass(frozen=True)
 class Captures:
@@ -32,7 +34,7 @@ class Captures:
 class Pass:
     """What one encoder computed of a batch: `seen[i]` is the trace of block i."""
 
-    trace: Mapping[int, BlockTrace]  # of the captured blocks
+    trace: Trace
     images: jax.Array | None = None  # [B, S, S, 3], normalised; all of what it saw a part of
     restore: jax.Array | None = None  # [B, L], of `models.mae.mask_by_noise`; None: nothing was masked
     is_masked: jax.Array | None = None  # [B, L]
