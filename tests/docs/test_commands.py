@@ -44,6 +44,7 @@ STAND_INS = {
 MISSING = {
     "configs/cifar10/first_blocks.py": "runs/cifar10_short/distill_t",
     "tables.py:row=": "converted/deit",
+    "mae_lite.py:row=d2_mae": "mae_b.pth",
 }
 # What has a test of its own: the launch scripts, several processes, a pod's topology, the profile.
 ELSEWHERE = ("bash ", "--coordinator=", "--topology=", "tests.profile_step", "for ", "done", "source ", "pip ")
@@ -114,7 +115,8 @@ def test_a_command_of_the_documentation(line, here):
 
 
 def of_the_demo(words):
-    """A benchmark with the demo's models instead of ImageNet's."""
+    """A benchmark with the demo's models, or the small study's, instead of ImageNet's."""
+    words = [word.replace("imagenet/study.py:table=7", "cifar10/study.py:table=7,short") for word in words]
     words = [re.sub(r"--config=configs/imagenet/\w+\.py", "--config=configs/digits/chain.py", word) for word in words]
     return [word.replace("finetune_t", "finetune_chain") for word in words if ".init=" not in word]
 

@@ -17,7 +17,7 @@ from tinymim_jax.tasks.mae import GREY
 def test_every_picture_is_written_and_is_not_blank(finished, tmp_path):
     workdir = tmp_path / "work"
     shutil.copytree(finished, workdir)
-    paths = figures.write(workdir, ["mae", "distill", "finetune"])
+    paths = figures.write(workdir, {"stages": dict.fromkeys(("mae", "distill", "finetune")), "compare": {}})
     names = ["loss.png", "mae_mae.png", "distill_distill.png", "finetune_val_classes.png"]
     assert [p.name for p in paths] == names  # nothing was evaluated while it was trained
     for path in paths:

@@ -30,9 +30,9 @@ def main(argv: list[str]) -> None:
 
     try:
         results = json.loads((workdir / "results.json").read_text())
-        table, stages = tables.text(results), list(results["stages"])
+        table = tables.text(results)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{workdir / 'results.json'} is damaged; the run command makes it anew") from None
     print(table)
-    for picture in figures.write(workdir, stages):
-        print(f"wrote {picture}")
+    for file in [*tables.write(workdir, results), *figures.write(workdir, results)]:
+        print(f"wrote {file}")

@@ -53,8 +53,8 @@ def run(cfg: Config, workdir: Path, only: str | None, stop: StopRequest, beside:
     results = run_chain(cfg, workdir, only, stop, beside)
     if jax.process_index() == 0:
         print(tables.text(results))
-        for picture in figures.write(workdir, list(results["stages"])):
-            print(f"wrote {picture}")
+        for file in [*tables.write(workdir, results), *figures.write(workdir, results)]:
+            print(f"wrote {file}")
 
 
 def run_chain(
@@ -74,7 +74,8 @@ def run_chain(
         stop = stop or stack.enter_context(StopRequest())
         mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp)
         # What is wrong with a later stage is said now.
-        multihost.raise_everywhere(lambda: dry_run.describe_chain(cfg, workdir, only))
+        setups: dict[str, Any] = {}
+        multihost.raise_everywhere(lambda: dry_run.describe_chain(cfg, workdir, only, setups))
         multihost.check_stop(stop, "before anything ran")
         names = list(cfg.stages) if only is None else [only]
         to_run = multihost.run_on_primary(lambda: [name for name in names if not handoff.finished(workdir / name)])
@@ -85,7 +86,8 @@ def run_chain(
         multihost.raise_everywhere(lambda: lock.see(token))
         multihost.check_stop(stop, "before anything ran")
         preflight.convert_sources(cfg, to_run, workdir)
-        return chain.run_stages(cfg, names, to_run, workdir, mesh, stop, lock.check, beside)
+        work = {name: setups[name].flops() * setups[name].total_steps for name in to_run}
+        return chain.run_stages(cfg, names, work, workdir, mesh, stop, lock.check, beside)
 
 
 def check_workdir(workdir: Path) -> None:

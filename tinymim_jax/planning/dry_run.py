@@ -37,15 +37,18 @@ MENDABLE_FIELDS = (
 )
 
 
-def describe_chain(cfg: Config, workdir: Path, only: str | None = None) -> str:
+def describe_chain(
+    cfg: Config, workdir: Path, only: str | None = None, setups: dict[str, StageSetup] | None = None
+) -> str:
     """What `run_chain` would do, worked out from shapes alone; reads no data but its size, writes nothing.
 
-    Raises InputError if it could not on any machine; what this one lacks for it is said at the end.
+    `setups`, if given, is filled with those of the stages. Raises InputError if it could not on any machine; what this
+    one lacks for it is said at the end.
     """
+    setups = {} if setups is None else setups
     check_stage_name(cfg, only)
     check_owner(cfg, workdir)
     metric_log.tracker()
-    setups: dict[str, StageSetup] = {}
     mesh, line, missing = _devices(cfg)
     text, to_run = [line], [n for n in cfg.stages if only in (None, n) and not handoff.finished(workdir / n)]
     for name in cfg.stages if only is None else needed(cfg, only):

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,14 +27,15 @@ NAMED = 50  # so many classes have room for their names
 Points = dict[str, list[tuple[float, float]]]
 
 
-def write(workdir: Path, names: list[str]) -> list[Path]:
-    """Draws the finished stages `names` into WORKDIR/report/, of replicas the first; returns the files."""
+def write(workdir: Path, results: dict[str, Any]) -> list[Path]:
+    """Draws a run's results and finished stages into WORKDIR/report/, of replicas the first; returns the files."""
     folder = workdir / "report"
     folder.mkdir(exist_ok=True)
-    stages = {name: stage_file.read_stage(workdir / name) for name in names}
+    stages = {name: stage_file.read_stage(workdir / name) for name in results["stages"]}
     figures = {"loss": loss_curves(workdir, stages)}
     if curves := evaluation_curves(workdir, stages):
         figures["evaluations"] = curves
+    figures |= compared_with_papers(results)
     for name, stage in stages.items():
         first = f"{handoff.replica_name(0)}_*.npz" if stage.run.replicas > 1 else "*.npz"
         arrays = storage.children(workdir / name / "evals", first)
@@ -77,6 +79,30 @@ def evaluation_curves(workdir: Path, stages: Mapping[str, Stage]) -> matplotlib.
         key: found for key, found in panels.items() if any(len(xy) > 1 for one in found.values() for xy in one.values())
     }
     return curves(panels, "%") if panels else None
+
+
+def compared_with_papers(results: dict[str, Any]) -> dict[str, matplotlib.figure.Figure]:
+    """Of each comparison that has published values: ours, with standard errors, against them."""
+    figures = {}
+    for title, compared in results["compare"].items():
+        paper = compared.get("paper", {})
+        rows = {label: row for label, row in compared["rows"].items() if label in paper}
+        if not rows:
+            continue
+        figure = matplotlib.figure.Figure(figsize=(6, 4.5))
+        axes = figure.subplots()
+        for label, row in rows.items():
+            axes.errorbar(paper[label], row["mean"], yerr=row["stderr"], fmt="o", capsize=3)
+            axes.annotate(label, (paper[label], row["mean"]), xytext=(5, 4), textcoords="offset points", fontsize=7)
+        ranks = compared.get("rank_correlation")
+        axes.set(
+            title=title + ("" if ranks is None else f", rank correlation {ranks:.2f}"),
+            xlabel="published top-1, %", ylabel=f"{compared['metric']} here, %",
+        )  # fmt: skip
+        axes.margins(0.15)
+        axes.grid(alpha=0.3)
+        figures["compare_" + re.sub(r"\W+", "_", title).strip("_").lower()] = figure
+    return figures
 
 
 def points(log: list[dict[str, float]], metric: str) -> Points:

@@ -1,8 +1,10 @@
 """Tables of a workdir's results."""
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
+from etils.epath import Path
 from rich.console import Console
 from rich.table import Table
 
@@ -15,15 +17,62 @@ def text(results: dict[str, Any]) -> str:
         evals = ", ".join(f"{k} {v:.2f}" for k, v in shown.items())
         tables[0].add_row(name, f"{metrics['loss']:.4f}" if "loss" in metrics else "-", evals)
     for title, compared in results["compare"].items():
-        paper, ranks = compared.get("paper", {}), compared.get("rank_correlation")
-        caption = None if ranks is None else f"rank correlation with the paper: {ranks:.2f}"
-        columns = ["", "mean", "std. error", "runs", *(["paper"] if paper else [])]
-        tables.append(Table(*columns, title=f"{title} ({compared['metric']})", caption=caption))
-        for label, row in compared["rows"].items():
-            error = "-" if row["stderr"] is None else f"{row['stderr']:.2f}"
-            published = [f"{paper[label]:.1f}" if label in paper else ""] if paper else []
-            tables[-1].add_row(label, f"{row['mean']:.2f}", error, str(len(row["values"])), *published)
+        heading, *rows = cells(compared)
+        tables.append(Table(*heading, title=f"{title} ({compared['metric']})", caption=verdict(compared)))
+        for row in rows:
+            tables[-1].add_row(*row)
     console = Console(width=110, color_system=None)  # of standard output, whose characters it keeps to
     with console.capture() as captured:
         console.print(*tables)
     return captured.get()
+
+
+def write(workdir: Path, results: dict[str, Any]) -> list[Path]:
+    """The comparisons as WORKDIR/report/tables.md; returns the files, none if there are none."""
+    if not results["compare"]:
+        return []
+    path = workdir / "report" / "tables.md"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(markdown(results))
+    return [path]
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """Each comparison as Markdown."""
+    parts = []
+    for title, compared in results["compare"].items():
+        heading, *rows = cells(compared)
+        lines = [f"| {' | '.join(row)} |" for row in (heading, ["---"] * len(heading), *rows)]
+        said = ["", text] if (text := verdict(compared)) else []
+        parts.append("\n".join([f"## {title} ({compared['metric']})", "", *lines, *said]))
+    return "\n\n".join([f"# {results['config']}", *parts]) + "\n"
+
+
+def cells(compared: dict[str, Any]) -> Iterator[list[str]]:
+    """A heading, and a row for each of a comparison; with a paper's value, and the places in both orders."""
+    paper, rows = compared.get("paper", {}), compared["rows"]
+    yield ["", "mean", "std. error", "runs", *(["place", "paper", "its place"] if paper else [])]
+    for label, row in rows.items():
+        error = "-" if row["stderr"] is None else f"{row['stderr']:.2f}"
+        shown = [label, f"{row['mean']:.2f}", error, str(len(row["values"]))]
+        if paper:
+            shown.append(place(label, {name: one["mean"] for name, one in rows.items()}))
+            shown += [f"{paper[label]:.1f}", place(label, paper)] if label in paper else ["", ""]
+        yield shown
+
+
+def place(label: str, values: dict[str, float]) -> str:
+    """1 for the best; equal ones share theirs."""
+    return str(1 + sum(value > values[label] for value in values.values()))
+
+
+def verdict(compared: dict[str, Any]) -> str | None:
+    """How far ours and the paper's order agree; None where there is none."""
+    if "rank_correlation" not in compared:
+        return None
+    said = f"rank correlation with the paper: {compared['rank_correlation']:.2f}"
+    if not compared["clear"]:
+        return f"{said}; no pair of rows differs by more than twice its standard error"
+    agreed = f"{compared['agree']} of the {compared['clear']} pairs that differ by more than twice their standard error"
+    against = ", ".join(f"{better} > {worse}" for better, worse in compared["contradicted"])
+    return f"{said}; {agreed} are in its order" + (f"; not so: {against}" if against else "")

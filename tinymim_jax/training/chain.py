@@ -1,8 +1,10 @@
 """A chain: its stages in order, each fed by earlier ones, and what comes out of them."""
 
+import itertools
 import math
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,21 +22,25 @@ from tinymim_jax.weights import checkpoint, handoff
 def run_stages(
     cfg: Config,
     names: list[str],
-    to_run: list[str],
+    work: Mapping[str, float],
     workdir: Path,
     mesh: jax.sharding.Mesh,
     stop: StopRequest,
     guard: Callable[[], object] = lambda: None,
     beside: int = 1,
 ) -> dict[str, Any]:
-    """Runs those of the stages `names` that are `to_run`, and writes WORKDIR/results.json, which it returns.
+    """Runs those of the stages `names` that have `work`, in FLOPs, and writes WORKDIR/results.json, which it returns.
 
     Up to `beside` stages that can share, as those of a study do, run side by side.
     """
     for name in names:
-        if name not in to_run:
+        if name not in work:
             print(f"{name}: finished, skipped", flush=True)
-    for group in groups(cfg, to_run, beside):
+    left, begin = dict(work), time.monotonic()
+    for group in groups(cfg, list(work), beside):
+        if len(work) > 1:
+            print(pace(work, left, time.monotonic() - begin), flush=True)
+        left = {name: flops for name, flops in left.items() if name not in group}
         steps = multihost.run_on_primary(lambda group=group: {tuple(newest(workdir / name)) for name in group})
         for part in [group] if len(steps) == 1 else [[name] for name in group]:
             if len(part) > 1:
@@ -43,6 +49,16 @@ def run_stages(
     results = collect(cfg, workdir)
     write_json(workdir / "results.json", results)
     return results
+
+
+def pace(work: Mapping[str, float], left: Mapping[str, float], seconds: float) -> str:
+    """Which stage comes next, and how long those that are `left` will take if they go like those before."""
+    told, done = f"stage {len(work) - len(left) + 1} of {len(work)}", sum(work.values()) - sum(left.values())
+    if len(work) == len(left) or not done:
+        return told
+    minutes = math.ceil(seconds * sum(left.values()) / done / 60)
+    hours = f"{minutes // 60} h " if minutes >= 60 else ""
+    return f"{told}, about {hours}{minutes % 60} min left"
 
 
 def newest(folder: Path) -> list[int]:
@@ -93,7 +109,7 @@ def collect(cfg: Config, workdir: Path) -> dict[str, Any]:
         }
         if all(table.metric in stages.get(name, {}) for row in table.rows.values() for name in row):
             found = {label: summary(row) for label, row in rows.items()}
-            tables[title] = {"metric": table.metric, "rows": found, "paper": table.paper, **ranked(found, table.paper)}
+            tables[title] = {"metric": table.metric, "rows": found, "paper": table.paper, **ordered(found, table.paper)}
     return {"config": cfg.name, "stages": stages, "compare": tables}
 
 
@@ -105,14 +121,28 @@ def values_of(metrics: dict[str, float], metric: str) -> list[float]:
     return own or [value for name, value in metrics.items() if name == metric]
 
 
-def ranked(rows: dict[str, dict[str, Any]], paper: dict[str, float]) -> dict[str, float]:
-    """Spearman's rank correlation of our means with the published values; {} of fewer than three, or of equal ones."""
-    both = [(row["mean"], paper[label]) for label, row in rows.items() if label in paper]
-    if len(both) < 3 or any(len(set(side)) == 1 for side in zip(*both, strict=True)):
+def ordered(rows: dict[str, dict[str, Any]], paper: dict[str, float]) -> dict[str, Any]:
+    """How far our means are in the order of the published values; {} of fewer than three, or of equal ones.
+
+    Returns:
+      rank_correlation (Spearman's); clear, how many pairs of rows that differ in the paper differ here by more than
+      twice their standard error; of these agree, how many in the paper's order, and contradicted, the others: [ours is
+      better, ours is worse].
+    """
+    both = {label: (row["mean"], paper[label]) for label, row in rows.items() if label in paper}
+    if len(both) < 3 or any(len(set(side)) == 1 for side in zip(*both.values(), strict=True)):
         return {}
     from scipy.stats import spearmanr  # takes a second, which tables without published values need not wait for
 
-    return {"rank_correlation": float(spearmanr(both).statistic)}
+    clear, contradicted = 0, []
+    for one, other in itertools.permutations(both, 2):
+        errors = [rows[label]["stderr"] for label in (one, other)]
+        ours, theirs = (a - b for a, b in zip(both[one], both[other], strict=True))
+        if theirs and None not in errors and ours > 2 * math.hypot(*errors):
+            clear += 1
+            contradicted += [[one, other]] if theirs < 0 else []
+    found = {"clear": clear, "agree": clear - len(contradicted), "contradicted": contradicted}
+    return {"rank_correlation": float(spearmanr(list(both.values())).statistic), **found}
 
 
 def summary(values: list[float]) -> dict[str, Any]:
