@@ -176,9 +176,9 @@ def test_a_bug_in_one_of_two_processes_leaves_nobody_waiting(tmp_path):
 TERMINATED = """
 import os, signal
 from tinymim_jax.evals.contract import Measurement
-from tinymim_jax.training import loop
+from tinymim_jax.training import evaluations
 
-loop.CHECK_EVERY = 1
+evaluations.CHECK_EVERY = 1
 
 def run_stopped(*args, run=Measurement.run):
     os.kill(os.getpid(), signal.SIGTERM)
@@ -190,7 +190,7 @@ Measurement.run = run_stopped
 
 @pytest.mark.slow
 def test_sigterm_to_one_of_two_processes_during_the_final_evaluation(tmp_path):
-    patches = {0: "from tinymim_jax.training import loop\nloop.CHECK_EVERY = 1", 1: TERMINATED}
+    patches = {0: "from tinymim_jax.training import evaluations\nevaluations.CHECK_EVERY = 1", 1: TERMINATED}
     arguments = ["--stage=mae", "--config.stages.mae.run.eval_every=0"]  # so that no evaluation is before it
     ended = finish(start(tmp_path, "steps=4", 2, 1, *arguments, patches=patches))
     assert [status for status, _, _ in ended] == [75, 75], ended

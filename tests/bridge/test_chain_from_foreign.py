@@ -151,7 +151,7 @@ def test_no_process_keeps_what_it_has_read(tmp_path, monkeypatch):
 
     monkeypatch.setattr(convert, "read", noted)
     monkeypatch.setattr(multihost, "run_on_primary", in_the_first_process)
-    monkeypatch.setattr(chain_lib, "run_stage", lambda *_: during.append([ref() for ref in held]))
+    monkeypatch.setattr(chain_lib, "run_side_by_side", lambda *_: during.append([ref() for ref in held]))
     run_chain(config(path), tmp_path / "work")
     assert handoff.finished(converted(path, tmp_path / "work"))
     assert during == [[None, None]]
@@ -223,7 +223,7 @@ def test_only_what_is_needed_is_converted(tmp_path):
         (lambda path: files.mae_encoder(path, TEACHER), "how many heads .* cannot be seen .* convert .* --num_heads=N"),
         (
             lambda path: files.tinymim_pretrained(path, ViT(24, 1, 6, **IMAGE), NAME),
-            "stage distill: teacher_block 2 is beyond the teacher's 1 blocks",
+            "stage distill: task.targets.relation: teacher_block 2 is beyond the teacher's 1 blocks",
         ),
         (
             lambda path: files.tinymim_pretrained(path, ViT(24, 3, 6, image_size=16, patch_size=4), NAME),

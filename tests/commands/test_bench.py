@@ -15,7 +15,7 @@ DIGITS = "--config=configs/digits/chain.py"
         (["step", DIGITS, "--stage=mae_l", "--rows=1"], "--rows is for bench relation, not step"),
         (
             ["loader", DIGITS, "--stage=mae_l", "--batch_size=1"],
-            "--batch_size is for bench step, augment, relation, not loader",
+            "--batch_size is for bench step, beside, augment, relation, not loader",
         ),
         (["step", DIGITS, "--stage=mae_l", "--vs=numpy"], "--vs"),
         (["augment", DIGITS, "--stage=mae_l"], "--stage=mae_l does not mix or erase images"),

@@ -20,6 +20,7 @@ from tinymim_jax.experiment.config import (
     Logistic,
     Mae,
     Mesh,
+    Moco,
     Optim,
     Reconstruction,
     Relation,
@@ -71,5 +72,6 @@ def full_config():
         },
         task=Classify(teacher=LabelTeacher(Init("mae"), labels="soft", weight=0.3, temperature=2.0)),
     )
-    stages = {"mae": mae, "distill": distill, "tuned": tuned}
+    moco = make_stage(task=Moco(dim=8, hidden=16), model=ViT(8, 2, 2, weight_init="moco", **SIZE))
+    stages = {"mae": mae, "distill": distill, "tuned": tuned, "moco": moco}
     return Config("all", stages, Mesh(2, 4), {"T": Compare("val/top1", {"row": ("tuned",)})})

@@ -81,7 +81,10 @@ SEMANTIC = [
         {"task": distill(Relation(1, 1), Feature(1, 3), path="p")},
         "stages.s.task.targets.1: student_block 3 is beyond the student's 2 blocks",
     ),
-    ({"task": distill(path="p")}, "stages.s.task.targets is empty: name what the student is to match"),
+    (
+        {"task": distill(path="p")},
+        "stages.s.task.targets: none reads the teacher; name what of it the student is to match",
+    ),
     (
         {"model.attention": "cudnn"},
         "stages.s.model: attention 'cudnn' does not compute in float32; set model.dtype=bfloat16",
@@ -314,3 +317,10 @@ def test_check_allows_replicas_that_are_chosen_or_paired():
         "taught": make_distill(Init("three", replica=0), run=Run(4, 1.0, replicas=2)),
     }
     check(Config("c", stages))
+
+
+def test_published_values_are_of_rows():
+    stage = make_stage(evals={"val": Classification(EVAL_DATA)})
+    cfg = Config("c", {"a": stage}, compare={"T": Compare("val/top1", {"r": ("a",)}, {"r": 1.0, "s": 2.0})})
+    with pytest.raises(InputError, match=r"compare\.T\.paper: there is no row 's'; choose from r"):
+        check(cfg)

@@ -48,11 +48,11 @@ def test_a_bias_and_its_gradient_against_torch(route):
 def test_a_block_adds_its_table_to_its_logits():
     """Tables of zeros change nothing; others, what is attended to."""
     params = reference.random_params(RELATIVE.build().init, pictures())
-    assert params["block3"]["attn"]["relative_position"].shape == (49 + 3, 6)
+    assert params["block3"]["attn"]["relative_position"]["kernel"].shape == (49 + 3, 6)
     fresh = RELATIVE.build().init(jax.random.key(0), pictures())["params"]
-    assert not any(np.any(fresh[f"block{i}"]["attn"]["relative_position"]) for i in (1, 2, 3))
+    assert not any(np.any(fresh[f"block{i}"]["attn"]["relative_position"]["kernel"]) for i in (1, 2, 3))
     trace = RELATIVE.build().apply({"params": params}, pictures(), capture=(2,)).trace[2]
-    bias = params["block2"]["attn"]["relative_position"][posembed.relative_index(4)].transpose(2, 0, 1)
+    bias = params["block2"]["attn"]["relative_position"]["kernel"][posembed.relative_index(4)].transpose(2, 0, 1)
     q, k, v = (reference.f64(x).swapaxes(1, 2) for x in (trace.q, trace.k, trace.v))
     out = reference.softmax(q @ k.swapaxes(2, 3) / 8**0.5 + bias) @ v
     proj = params["block2"]["attn"]["proj"]
@@ -61,7 +61,7 @@ def test_a_block_adds_its_table_to_its_logits():
     tables = [params[f"block{i}"]["attn"].pop("relative_position") for i in (1, 2, 3)]
     plain = TINY.build().apply({"params": params}, pictures()).tokens
     for i, table in enumerate(tables, 1):
-        params[f"block{i}"]["attn"]["relative_position"] = 0 * table
+        params[f"block{i}"]["attn"]["relative_position"] = {"kernel": 0 * table["kernel"]}
     np.testing.assert_allclose(
         RELATIVE.build().apply({"params": params}, pictures()).tokens, plain, rtol=1e-4, atol=1e-5
     )
@@ -116,6 +116,6 @@ def test_handed_over_to_another_grid_only_if_asked():
     with pytest.raises(InputError, match=r"is for 4 x 4 patches in the source and 6 x 6 here.*resize_posembed=True"):
         match(shapes_of(target), shapes_of(source), Init("s"))
     report = match(shapes_of(target), shapes_of(source), Init("s", resize_posembed=True))
-    assert report.resized["encoder/block2/attn/relative_position"] == (4, 6)
+    assert report.resized["encoder/block2/attn/relative_position/kernel"] == (4, 6)
     filled = transfer(target, source, report)
-    assert filled["encoder"]["block2"]["attn"]["relative_position"].shape == (11 * 11 + 3, 3)
+    assert filled["encoder"]["block2"]["attn"]["relative_position"]["kernel"].shape == (11 * 11 + 3, 3)

@@ -194,6 +194,7 @@ print("RESULT" + json.dumps(out))
 """
 
 
+@pytest.mark.slow
 def test_on_two_by_two_devices_the_negatives_are_those_of_one():
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     del env["JAX_DISABLE_MOST_OPTIMIZATIONS"]  # with it, XLA 0.10 partitions the second view to other pixels

@@ -117,7 +117,7 @@ def test_the_loss_with_regrouped_heads():
         (
             Feature(4, 3, ()),
             {},
-            r"task\.targets\.feature\.tensors \(\) must name at least one of out, mlp_out, .*, v, each",
+            r"task\.targets\.feature\.tensors \(\) must name at least one of out, mlp_out, .*, normed, each",
         ),
         (Feature(4, 3, ("q", "q")), {}, r"tensors \('q', 'q'\) must name .* each once"),
         (

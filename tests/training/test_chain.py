@@ -15,7 +15,7 @@ from tinymim_jax.planning import dry_run, preflight
 from tinymim_jax.runtime import workdir_lock
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.training import chain as chain_lib
-from tinymim_jax.training import loop, progress
+from tinymim_jax.training import evaluations, progress
 from tinymim_jax.weights import checkpoint, handoff
 
 
@@ -99,7 +99,9 @@ def test_checkpoints_of_nobody_knows_what(chain, tmp_path, stop_at, capsys):
 
 def test_a_mistake_in_a_later_stage_is_found_before_the_first_runs(chain, tmp_path):
     chain.stages["distill"].task.targets["relation"].teacher_block = 9
-    with pytest.raises(InputError, match="stage distill: teacher_block 9 is beyond the teacher's 3 blocks"):
+    with pytest.raises(
+        InputError, match="stage distill: task.targets.relation: teacher_block 9 is beyond the teacher's 3 blocks"
+    ):
         run_chain(check(chain), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -118,7 +120,7 @@ def test_one_stage_is_not_kept_from_running_by_another(chain, tmp_path):
     chain.stages["distill"].task.targets["relation"].teacher_block = 9
     chain.stages["mae"].run.steps, chain.stages["mae"].evals = 0, {}
     run_chain(check(chain), tmp_path, only="mae")
-    with pytest.raises(InputError, match="stage distill: teacher_block 9"):
+    with pytest.raises(InputError, match="stage distill: task.targets.relation: teacher_block 9"):
         run_chain(check(chain), tmp_path, only="finetune")
 
 
@@ -144,8 +146,8 @@ def test_a_run_that_has_lost_its_workdir_writes_no_checkpoint(chain, tmp_path, m
     """Suspended for so long that another run has taken over, which the beat has not seen yet."""
     add = progress.Progress.add
 
-    def suspended(self, step, metrics):
-        add(self, step, metrics)
+    def suspended(self, step, metrics, waited):
+        add(self, step, metrics, waited)
         if step == 3:
             owner = {"host": "elsewhere", "pid": 7, "born": "0", "token": "t"}
             (tmp_path / workdir_lock.FILE).write_text(json.dumps(owner))
@@ -157,11 +159,11 @@ def test_a_run_that_has_lost_its_workdir_writes_no_checkpoint(chain, tmp_path, m
 
 
 def test_a_run_that_loses_its_workdir_while_it_is_evaluated_does_not_finish_the_stage(chain, tmp_path, monkeypatch):
-    def run(*args, run=loop.Measurement.run):
+    def run(*args, run=evaluations.Measurement.run):
         (tmp_path / workdir_lock.FILE).unlink()
         return run(*args)
 
-    monkeypatch.setattr(loop.Measurement, "run", run)
+    monkeypatch.setattr(evaluations.Measurement, "run", run)
     with pytest.raises(InputError, match=r"run.lock is gone: another run has taken over .*; this one stops"):
         run_chain(check(chain), tmp_path, "mae")
     assert not handoff.finished(tmp_path / "mae") and not (tmp_path / "results.json").exists()

@@ -19,7 +19,7 @@ from tinymim_jax.experiment import stage_file
 from tinymim_jax.runtime import metric_log
 from tinymim_jax.runtime.errors import InputError, Unavailable
 from tinymim_jax.runtime.preemption import Interrupted
-from tinymim_jax.training import loop, start
+from tinymim_jax.training import evaluations, loop, start
 from tinymim_jax.training import step as step_lib
 from tinymim_jax.training.loop import run_stage
 from tinymim_jax.weights import checkpoint, handoff
@@ -324,14 +324,14 @@ def test_an_evaluation_during_which_a_run_stops_is_made_again(which, step, chain
     stage = chain.stages["mae"]
     stage.run.eval_every = 2
     whole = run_stage(stage, "mae", tmp_path / "whole", mesh)
-    run, calls = loop.Measurement.run, itertools.count()
+    run, calls = evaluations.Measurement.run, itertools.count()
 
     def interrupted(self, variables, frozen, title, check):
         if next(calls) == which:
             os.kill(os.getpid(), signal.SIGINT)
         return run(self, variables, frozen, title, check)
 
-    monkeypatch.setattr(loop.Measurement, "run", interrupted)
+    monkeypatch.setattr(evaluations.Measurement, "run", interrupted)
     with pytest.raises(Interrupted, match="stage mae stopped (at step 2 of 4|while it was evaluated)"):
         run_stage(stage, "mae", tmp_path / "cut", mesh)
     assert checkpoint.steps(tmp_path / "cut" / "mae")[-1] == step
@@ -351,7 +351,7 @@ def test_a_state_that_is_not_finite_is_not_saved_when_a_stop_comes_during_an_eva
     def interrupted(*_):
         raise loop.Stopped
 
-    monkeypatch.setattr(loop.Measurement, "run", interrupted)
+    monkeypatch.setattr(evaluations.Measurement, "run", interrupted)
     with pytest.raises(InputError, match="is not finite at step 2"):
         run_stage(stage, "mae", tmp_path, mesh)
     assert checkpoint.steps(tmp_path / "mae") == []

@@ -59,7 +59,7 @@ def close(folder, other):
         np.testing.assert_allclose(array, arrays[1][name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("per_call", [1, 2])
+@pytest.mark.parametrize("per_call", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_each_ends_like_its_single_run(per_call, tmp_path, capsys):
     cfg = study(steps_per_call=per_call, checkpoint_every=2, log_every=2)
     alone = run_chain(copy.deepcopy(cfg), tmp_path / "alone")
@@ -73,6 +73,7 @@ def test_each_ends_like_its_single_run(per_call, tmp_path, capsys):
         assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]]
 
 
+@pytest.mark.slow
 def test_interrupted_they_end_like_uninterrupted_ones(tmp_path, stop_at, mesh):
     cfg = study()
     loop.run_stage(cfg.stages["mae"], "mae", tmp_path, mesh)
@@ -94,6 +95,7 @@ def _linked(workdir, name):
     return True
 
 
+@pytest.mark.slow
 def test_those_at_different_steps_go_on_one_by_one(tmp_path, stop_at, capsys, mesh):
     cfg = study()
     loop.run_stage(cfg.stages["mae"], "mae", tmp_path, mesh)

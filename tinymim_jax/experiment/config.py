@@ -49,8 +49,7 @@ class Optim:
     nesterov: bool = False  # sgd, lars
     trust: float = ranged(0.001, above=0)  # lars: coefficient
     weight_decay: float = ranged(0.05, at_least=0)
-    # regexes of decayed parameters
-    decay: tuple[str, ...] = (".*/kernel", ".*/(cls|dist|mask)_token", ".*/relative_position")
+    decay: tuple[str, ...] = (".*/kernel", ".*/(cls|dist|mask)_token")  # regexes of decayed parameters
     no_decay: tuple[str, ...] = (".*/bias", ".*/scale", ".*/pos_embed")  # and of the others
     freeze: tuple[str, ...] = ()  # regexes of parameters that are not trained
     layer_decay: float = ranged(1.0, above=0, at_most=1)  # lr of block i times layer_decay^(depth + 1 - i)

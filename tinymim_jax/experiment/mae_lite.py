@@ -91,7 +91,7 @@ def finetune(
         init = dataclasses.replace(init, keep_blocks=model.depth)
     stage = recipes.finetune(model, init, train, val, code=True)
     if init is not None:
-        stage.init.fresh = (*stage.init.fresh, "encoder/block.*/attn/relative_position")
+        stage.init.fresh = (*stage.init.fresh, "encoder/block.*/attn/relative_position/.*")
     decay = (1.0 if init is None else LAYER_DECAY[size]) if layer_decay is None else layer_decay
     stage.optim = dataclasses.replace(stage.optim, lr=1e-3, layer_decay=decay)
     stage.run = dataclasses.replace(stage.run, batch_size=1024, epochs=EPOCHS[improved + relative_position])

@@ -201,7 +201,7 @@ def finetune(model: ViT, init: Init | None, train: Data, val: Data, *, code: boo
             b1=0.9,
             b2=0.999 if code else 0.95,
             weight_decay=0.05,
-            decay=(".*/kernel", ".*/dist_token", ".*/relative_position"),
+            decay=(".*/kernel", ".*/dist_token"),
             no_decay=(".*/bias", ".*/scale", ".*/(pos_embed|cls_token)"),
             layer_decay=0.65,
         ),

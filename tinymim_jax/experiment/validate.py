@@ -53,6 +53,8 @@ def _check_replica(where: str, is_own: bool, stage: Stage, replica: int | None, 
 
 def _check_table(where: str, table: Compare, config: Config) -> None:
     eval_name, _, metric = table.metric.partition("/")
+    if unknown := set(table.paper) - set(table.rows):
+        raise InputError(f"{where}.paper: there is no row {min(unknown)!r}; choose from {', '.join(table.rows)}")
     for name in (name for row in table.rows.values() for name in row):
         if name not in config.stages:
             raise InputError(f"{where}: there is no stage {name!r}")

@@ -72,6 +72,20 @@ def xavier_of_three(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.flo
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
+class RelativePosition(nn.Module):
+    """A learnt bias for each distance between two of `grid` x `grid` patches, and for CLS (BEiT)."""
+
+    grid: int
+    num_heads: int
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        """[H, N, N], to be added to logits."""
+        shape = ((2 * self.grid - 1) ** 2 + 3, self.num_heads)
+        table = self.param("kernel", nn.initializers.zeros, shape)
+        return table[posembed.relative_index(self.grid)].transpose(2, 0, 1)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with one fused qkv kernel [D, 3, H, E]; `kind` is one of `attention.ATTENTIONS`.
 
@@ -96,11 +110,7 @@ class Attention(nn.Module):
         # Split, not indexed: the gradient of that is one concatenation.
         parts = jax.lax.split(qkv.reshape(b, n, *heads), (1, 1, 1), axis=2)
         q, k, v = (part.squeeze(2).swapaxes(1, 2) for part in parts)  # each [B, H, N, E]
-        bias = ()
-        if self.grid:
-            shape = ((2 * self.grid - 1) ** 2 + 3, self.num_heads)
-            table = self.param("relative_position", nn.initializers.zeros, shape)
-            bias = (table[posembed.relative_index(self.grid)].transpose(2, 0, 1),)
+        bias = (RelativePosition(self.grid, self.num_heads, name="relative_position")(),) if self.grid else ()
         out = attention.ATTENTIONS[self.kind](q, k, v, *bias).swapaxes(1, 2).reshape(b * n, d)
         out = nn.Dense(d, kernel_init=self.kernel_init, dtype=self.dtype, name="proj")(out).reshape(b, n, d)
         return out, (q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2))

@@ -116,10 +116,11 @@ class ViT(Encoder):
 
     def summary(self) -> str:
         last = f" ({self.last_block_heads} in the last block)" if self.last_block_heads else ""
+        drop = f", drop path {self.drop_path:g}" if self.drop_path else ""
         head = f"{self.num_classes} classes on the {'mean patch' if self.pool == 'mean' else 'CLS'} token"
         return (
             f"ViT, width {self.width}, {self.depth} blocks, {self.num_heads} heads{last}, {self.image_size} px in"
-            f" patches of {self.patch_size}, {head if self.num_classes else 'no head'}"
+            f" patches of {self.patch_size}, {head if self.num_classes else 'no head'}{drop}"
         )
 
     def width_of(self, block: int) -> int:
@@ -140,7 +141,7 @@ class ViT(Encoder):
     def is_behind(self, name: str, part: Part) -> bool:
         qkv = "attn/proj|attn/relative_position|norm2|mlp"
         behind = {"norm1": "attn|norm2|mlp", "qkv": qkv, "attention": "norm2|mlp"}
-        return part != "all" and bool(re.match(rf"encoder/block\d+/({behind[part]})(/|$)", name))
+        return part != "all" and bool(re.match(rf"encoder/block\d+/({behind[part]})/", name))
 
     def trunk(self, block: int, norm: bool = False) -> "ViT":
         if norm and self.pool != "cls":

@@ -200,8 +200,11 @@ class DistillTask(Task):
         return passes + sum(target.flops(seen) for target in self.targets.values())
 
     def describe_source(self, source: str) -> str:
-        teacher = self.context.sources[source]
-        return "; ".join(target.summary(teacher) for target in self.task.targets.values())
+        teacher, task = self.context.sources[source], self.task
+        parts = [target.summary(teacher) for target in task.targets.values()]
+        parts += [f"{task.mask_ratio:.0%} of the patches hidden from both"] if task.mask_ratio else []
+        parts += [f"drop path {task.teacher_drop_path:g} in the teacher"] if task.teacher_drop_path else []
+        return "; ".join(parts)
 
     def panels(self, variables: Variables, frozen: Frozen, batch: Batch, rngs: Rngs) -> Panels:
         """What one patch (boxed) relates to in each target, in the teacher and in the student."""

@@ -19,7 +19,7 @@ from tinymim_jax.weights import checkpoint, resize
 from tinymim_jax.weights.parameters import flatten, fold, matches, shapes_of, unflatten
 
 WEIGHTS = (".safetensors", ".pth", ".pt", ".tar", ".bin", ".ckpt")  # how names of weight files end
-RELATIVE = "/relative_position"  # how names of tables of distances end
+RELATIVE = "/relative_position/kernel"  # how names of tables of distances end
 PRETEXT = "pretext/"  # parameters that no later stage reads
 Shapes = Mapping[str, tuple[int, ...]]
 

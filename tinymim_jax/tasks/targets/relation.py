@@ -40,7 +40,9 @@ class Relation(Target):
 
     def summary(self, teacher: Encoder) -> str:
         heads = self.relation_heads or self.heads or teacher.heads_of(self.teacher_block)
-        return f"{'+'.join(self.relations)} relations of block {self.teacher_block} of {teacher.depth}, {heads} heads"
+        how = "" if self.softmax else " without softmax"
+        where = f"block {self.teacher_block} of {teacher.depth}, {heads} heads"
+        return f"{'+'.join(self.relations)} relations{how} of {where}"
 
 
 class RelationLoss(TargetLoss):
