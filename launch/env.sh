@@ -50,3 +50,11 @@ if [[ ! -e $stamp ]]; then
   fi
 fi
 source "$venv/bin/activate"
+# XLA asks for a step's memory anew each time: an allocator that keeps it spares the page faults (docs/BENCHMARKS.md).
+# TCMALLOC=FILE names another one, TCMALLOC=none none.
+if [[ -z ${LD_PRELOAD:-} ]]; then
+  libraries=(/usr/lib/*-linux-gnu/libtcmalloc{_minimal,}.so.4 /usr/lib64/libtcmalloc{_minimal,}.so.4)
+  for library in "${TCMALLOC:-${libraries[@]}}"; do
+    [[ ! -e $library ]] || { export LD_PRELOAD=$library TCMALLOC_RELEASE_RATE=0; break; }
+  done
+fi

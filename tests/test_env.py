@@ -41,8 +41,9 @@ def env_sh(tmp_path):
             (tools / name).chmod(0o755)
         calls = tmp_path / "calls"
         calls.write_text("")
-        env = {"PATH": str(tools), "VENV": str(tmp_path / "venv"), "CALLS": str(calls), **variables}
-        run = subprocess.run(["bash", ROOT / "launch" / "env.sh"], env=env, check=False, capture_output=True, text=True)
+        env = {"PATH": str(tools), "TCMALLOC": "none", "VENV": str(tmp_path / "venv"), "CALLS": str(calls), **variables}
+        command = ["bash", "-c", f"source {ROOT}/launch/env.sh && echo ${{LD_PRELOAD:-}} ${{TCMALLOC_RELEASE_RATE:-}}"]
+        run = subprocess.run(command, env=env, check=False, capture_output=True, text=True)
         return run, calls.read_text().splitlines()
 
     return call
@@ -70,6 +71,19 @@ def test_a_python_can_be_chosen(env_sh):
     run, calls = env_sh(pythons, PYTHON="python3.13")
     assert run.returncode == 2 and not calls
     assert re.fullmatch(r"error: \S+/venv is not of the version of PYTHON=python3.13; delete it, .*\n", run.stderr)
+
+
+def test_an_allocator_that_keeps_memory_is_used_where_there_is_one(env_sh, tmp_path):
+    library = tmp_path / "libtcmalloc.so.4"
+    library.touch()
+    pythons = {"python3.13": fake_version("3.13")}
+    for variables, said in (
+        ({"TCMALLOC": str(library)}, f"{library} 0"),
+        ({"TCMALLOC": "none"}, ""),
+        ({"TCMALLOC": str(tmp_path / "none.so")}, ""),
+    ):
+        run, _ = env_sh(pythons, **variables)
+        assert run.returncode == 0 and run.stdout.splitlines()[-1].strip() == said, run.stderr
 
 
 @pytest.mark.parametrize("pythons", [{}, {"python3.13": SHIM, "python3": fake_version("3.15", unsupported=1)}])

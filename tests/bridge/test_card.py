@@ -64,7 +64,7 @@ def test_lines_of_a_student(workdir):
     assert text[:3] == [
         f"{workdir}/distill: {DISTILL}, finished",
         "model: ViT, width 12, 2 blocks, 2 heads (6 in the last block), 16 px in patches of 8, no head",
-        "no decoder: it cannot reconstruct",
+        "no decoder to export",
     ]
     assert text[3].startswith("not trained: ")
     for part in ("encoder/block2/attn/proj", "encoder/block2/mlp", "encoder/block2/norm2", "encoder/norm"):
@@ -79,7 +79,7 @@ def test_lines_of_a_fine_tuned_student(workdir):
     accuracy = read_done(workdir / "finetune" / "DONE")
     assert text[1:] == [
         f"model: ViT, {sizes}",
-        "no decoder: it cannot reconstruct",
+        "no decoder to export",
         PIXELS.format(1.0),
         "classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9",
         *(f"measured: val/top{k} {accuracy[f'val/top{k}']:.2f}" for k in (1, 5)),
@@ -129,7 +129,9 @@ def keys(block, parts=BLOCK):
 )
 def test_the_last_block(depth, untrained, expected):
     model = config.ViT(24, depth, 3)
-    assert card.last_block(model, convert.names(model), untrained) == expected
+    names = convert.names(model)
+    assert card.last_block(model, names, untrained) == expected.replace(" (and the final norm)", "")
+    assert card.last_block(model, names, [*untrained, "encoder/norm/scale"]) == expected
 
 
 # Model cards
@@ -190,7 +192,8 @@ def student(workdir, tmp_path):
     folder = handoff.source_folder(init, tmp_path / "work")
     convert.write(dataclasses.replace(converted, layout=licensed), folder)
     made = stage(config.Distill(init, {"relation": config.Relation(2, 2)}))
-    write_stage(tmp_path / "work" / "student", made, random_params(made.model), untrained=keys(2, BLOCK[2:]))
+    untrained = [*keys(2, BLOCK[2:]), "encoder/norm/scale", "encoder/norm/bias"]
+    write_stage(tmp_path / "work" / "student", made, random_params(made.model), untrained=untrained)
     return tmp_path / "work" / "student"
 
 

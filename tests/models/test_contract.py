@@ -99,8 +99,9 @@ def test_a_trunk_computes_what_the_whole_does(block, heads):
     found = whole.trunk(block, norm=True).build().apply({"params": kept}, pictures(), capture=(block,))
     np.testing.assert_allclose(found.trace[block].normed, normed, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(found.tokens, found.trace[block].normed)
-    with pytest.raises(InputError, match="no norm stands behind the blocks of a ViT with pool 'mean'"):
-        dataclasses.replace(whole, pool="mean").trunk(block, norm=True)
+    with pytest.raises(InputError, match="x: model.pool 'mean' has no norm behind the blocks; set it to 'cls'"):
+        dataclasses.replace(whole, pool="mean").check_norm("x")
+    whole.check_norm("x")
 
 
 def test_computing_like_another():

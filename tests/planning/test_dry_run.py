@@ -17,7 +17,7 @@ def test_a_description_says_what_would_happen_and_touches_nothing(chain, tmp_pat
     assert not (tmp_path / "work").exists()
     for line in (
         "mae: mae, 4 steps of 8 images",
-        "model: ViT, width 12, 2 blocks, 2 heads (6 in the last block), 16 px in patches of 8, no head, float32;",
+        "model: ViT, width 12, 2 blocks, 2 heads (6 in the last block), 16 px in patches of 8, no head, drop path 0.1, float32;",
         "teacher mae: qk+vv relations of block 2 of 3, 6 heads",
         "skipped: encoder/block3, encoder/norm, pretext",
         "regrouped 6 -> 2 heads: encoder/block2/attn/qkv",

@@ -206,7 +206,7 @@ def test_two_features_do_not_share_their_projection():
         ([Captures((3,)), Captures((3,), "qkv")], Captures((3,), "all")),
         ([Captures((1, 3), "qkv"), Captures((3,), "qkv")], Captures((1, 3), "qkv")),
         ([Captures(), Captures((3,), "qkv")], Captures((3,), "qkv")),
-        ([Captures((2,), norm=True), Captures((3,), "qkv")], Captures((2, 3), "qkv", norm=True)),
+        ([Captures((2,), normed=(2,)), Captures((3,), "qkv")], Captures((2, 3), "qkv", normed=(2,))),
     ],
 )
 def test_merged_captures(captures, expected):

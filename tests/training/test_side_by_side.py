@@ -77,8 +77,10 @@ def test_each_ends_like_its_single_run(per_call, tmp_path, capsys):
 def test_interrupted_they_end_like_uninterrupted_ones(tmp_path, stop_at, mesh):
     cfg = study()
     loop.run_stage(cfg.stages["mae"], "mae", tmp_path, mesh)
-    whole = loop.run_side_by_side(rows(), tmp_path / "whole", mesh) if _linked(tmp_path, "whole") else None
-    _linked(tmp_path, "cut")
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mae").symlink_to(tmp_path / "mae")
+    whole = loop.run_side_by_side(rows(), tmp_path / "whole", mesh)
     stop_at(2)
     with pytest.raises(Interrupted, match="relation and feature and cls stopped at step 2 of 4"):
         loop.run_side_by_side(rows(), tmp_path / "cut", mesh)
@@ -87,12 +89,6 @@ def test_interrupted_they_end_like_uninterrupted_ones(tmp_path, stop_at, mesh):
     for name in rows():
         models = [checkpoint.read_model(tmp_path / side / name) for side in ("whole", "cut")]
         jax.tree.map(np.testing.assert_array_equal, *models)
-
-
-def _linked(workdir, name):
-    (workdir / name).mkdir()
-    (workdir / name / "mae").symlink_to(workdir / "mae")
-    return True
 
 
 @pytest.mark.slow
@@ -152,3 +148,7 @@ def test_who_may_run_beside_whom():
     reading.task.teacher = Init("relation")
     cfg.stages = {"relation": base, "reading": reading, "cls": stages["cls"]}
     assert chain.groups(cfg, list(cfg.stages), 3) == [["relation", "cls"], ["reading"]]
+    started = copy.deepcopy(base)
+    started.init = Init("cls")
+    cfg.stages = {"cls": stages["cls"], "started": started, "relation": base}
+    assert chain.groups(cfg, list(cfg.stages), 3) == [["cls", "relation"], ["started"]]

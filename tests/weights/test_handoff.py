@@ -131,7 +131,7 @@ def test_resizing_must_be_asked_for():
         handoff.match(target, source_shapes(), Init("a"))
     report = handoff.match(target, source_shapes(), Init("a", resize_posembed=True))
     assert report.resized == {"encoder/pos_embed": (2, 4)}
-    assert report.lines() == ["loaded 9 arrays", "resized encoder/pos_embed: 2 x 2 -> 4 x 4 patches"]
+    assert report.lines() == ["loaded 9 arrays", "resized 2 x 2 -> 4 x 4 patches: encoder/pos_embed"]
     with pytest.raises(InputError, match="the two models differ in size"):
         handoff.match({"pos_embed": (1, 17, 8)}, {"pos_embed": (1, 5, 12)}, Init("a", resize_posembed=True))
 

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 Clock = Callable[[], float]  # measures once
-SETTING = re.compile("XLA_|LIBTPU_|NVIDIA_TF32|MALLOC_|GLIBC_TUNABLES|JAX_(DEFAULT|CPU|DISABLE)")
+SETTING = re.compile("XLA_|LIBTPU_|NVIDIA_TF32|LD_PRELOAD|TCMALLOC_|MALLOC_|GLIBC_TUNABLES|JAX_(DEFAULT|CPU|DISABLE)")
 
 
 def clock_of(call: Callable[[], Any], calls: int = 1, now: Clock = time.perf_counter) -> Clock:

@@ -45,6 +45,13 @@ def _task(stage: config.Stage) -> str:
     return f"{stage.task.summary()}, {length} of {where}, batch {run.batch_size}"
 
 
+PARTS_SAID = {  # of a block up to which it was trained: what was, and what was not
+    "norm1": ("norm1 was", "attention and MLP"),
+    "qkv": ("norm1 and q, k, v were", "projection and MLP"),
+    "attention": ("norm1 and attention were", "norm2 and MLP"),
+}
+
+
 def last_block(model: Encoder, names: Iterable[str], untrained: list[str]) -> str:
     """What the last block is good for, given all parameters and those that were not trained."""
     names = list(names)
@@ -55,10 +62,9 @@ def last_block(model: Encoder, names: Iterable[str], untrained: list[str]) -> st
     behind = f"; nothing behind block {i} was" if i < model.depth else ""
     use = f"take features from the output of block {i - 1}, or fine-tune" if i > 1 else "fine-tune before use"
     own = [name for name in names if name.startswith("encoder/") and model.block_of(name) == i]
-    trained, others = {
-        "qkv": ("norm1 and q, k, v", "projection and MLP"), "attention": ("norm1 and attention", "norm2 and MLP")
-    }[model.trained_part(own, untrained)]  # fmt: skip
-    return f"block {i}: only its {trained} were trained; its {others} (and the final norm) were not{behind}: {use}"
+    trained, others = PARTS_SAID[model.trained_part(own, untrained)]
+    norm = " (and the final norm)" if any(model.is_norm(name) for name in untrained) else ""
+    return f"block {i}: only its {trained} trained; its {others}{norm} were not{behind}: {use}"
 
 
 def lines(folder: Path) -> list[str]:
@@ -70,7 +76,7 @@ def lines(folder: Path) -> list[str]:
     state = "finished" if handoff.finished(folder) else "not finished"
     names = list(handoff.read_shapes(folder)) if state == "finished" else convert.names(model)
     text = [f"{folder}: {kind}, {state}", f"model: {model.summary()}"]
-    text.append("with a decoder" if decoder else "no decoder: it cannot reconstruct")
+    text.append("with a decoder" if decoder else "no decoder to export")
     if untrained:
         text.append(f"not trained: {fold(untrained, {*names, *untrained})}")
     pixels = stage_file.read_preprocessing(folder)

@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     values = new_flags(
         stage=(str, None, "the stage to measure"),
         batch_size=(int, None, "images a step, over all devices (default: the stage's)"),
-        students=(int, 3, "beside: so many"),
+        students=(int, 3, "beside: so many students in one program"),
         rounds=(int, 5, "the median of so many is reported"),
         vs=(("torch",), None, "step: in turn the same in PyTorch, eager and compiled (in a clone, with [torch])"),
         tokens=(list, [], "relation: how many tokens a side (default: the stage's)"),

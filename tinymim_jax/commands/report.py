@@ -8,7 +8,7 @@ from tinymim_jax.runtime.errors import InputError
 
 USAGE = """python -m tinymim_jax report WORKDIR
 
-  WORKDIR   the --workdir of a run; pictures go to WORKDIR/report/
+  WORKDIR   the --workdir of a run; pictures and tables.md go to WORKDIR/report/
 """
 
 

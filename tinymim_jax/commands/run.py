@@ -13,7 +13,8 @@ from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.runtime.preemption import StopRequest
 from tinymim_jax.runtime.workdir_lock import WorkdirLock
 
-USAGE = """python -m tinymim_jax run --config=FILE[:options] [--workdir=DIR] [--stage=NAME] [--dry_run]
+USAGE = """python -m tinymim_jax run --config=FILE[:options] [--workdir=DIR] [--stage=NAME] [--side_by_side=K]
+  [--dry_run]
 """
 
 

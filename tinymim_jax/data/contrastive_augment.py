@@ -8,7 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from tinymim_jax.data.device_augment import GREY, jitter_in_order
+from tinymim_jax.data.device_augment import GREY, adjusted
 
 JITTER = (0.4, 0.4, 0.2)  # brightness, contrast, saturation
 HUE = 0.1  # of the circle, either way
@@ -54,9 +54,9 @@ def jitter(key: jax.Array, images: jax.Array) -> jax.Array:
     order = jnp.argsort(jax.random.uniform(order_key, (len(images), 4)), axis=1)
     shift = jax.random.uniform(hue_key, (len(images), 1, 1), minval=-HUE, maxval=HUE)
     for r in range(4):
-        which = order[:, r, None, None, None]
-        changed = jitter_in_order(images, factors, jnp.minimum(order[:, r, None], 2))
-        images = jnp.where(which == 3, shifted_hue(images, shift), changed)
+        is_hue = (order[:, r] == 3)[:, None, None, None]
+        others = adjusted(images, factors, jnp.minimum(order[:, r], 2))
+        images = jnp.where(is_hue, shifted_hue(images, shift), others)
     return images
 
 

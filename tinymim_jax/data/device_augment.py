@@ -38,16 +38,20 @@ def color_jitter(key: jax.Array, images: jax.Array, strength: float) -> jax.Arra
 
 def jitter_in_order(images: jax.Array, factors: jax.Array, order: jax.Array) -> jax.Array:
     """Adjustment order[b, r] is the r-th of image b; 0, 1, 2 are brightness, contrast, saturation by factors[b]."""
-    weights = jnp.asarray(GREY, images.dtype)
-    for r in range(order.shape[1]):
-        # All three blend towards something: black, the mean grey, or each pixel's grey.
-        which = order[:, r, None, None, None]
-        factor = jnp.take_along_axis(factors, order[:, r, None], axis=1)[..., None, None]
-        grey = jnp.sum(images * weights, axis=-1, keepdims=True)
-        mean = jnp.mean(grey, axis=(1, 2), keepdims=True)
-        target = jnp.where(which == 0, 0.0, jnp.where(which == 1, mean, grey))
-        images = jnp.clip(factor * images + (1 - factor) * target, 0, 1)
+    for r in range(3):
+        images = adjusted(images, factors, order[:, r])
     return images
+
+
+def adjusted(images: jax.Array, factors: jax.Array, which: jax.Array) -> jax.Array:
+    """One adjustment of each image: 0, 1, 2 in `which` [B] are brightness, contrast, saturation by factors [B, 3]."""
+    # All three blend towards something: black, the mean grey, or each pixel's grey.
+    factor = jnp.take_along_axis(factors, which[:, None], axis=1)[..., None, None]
+    which = which[:, None, None, None]
+    grey = jnp.sum(images * jnp.asarray(GREY, images.dtype), axis=-1, keepdims=True)
+    mean = jnp.mean(grey, axis=(1, 2), keepdims=True)
+    target = jnp.where(which == 0, 0.0, jnp.where(which == 1, mean, grey))
+    return jnp.clip(factor * images + (1 - factor) * target, 0, 1)
 
 
 def mix(

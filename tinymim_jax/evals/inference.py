@@ -33,13 +33,13 @@ class TrainedModel:
     """An encoder that knows how its images are made and what its classes are called: what `tinymim_jax.load` gives.
 
     `module, variables = model` are Flax's own, for images that are normalised already. `data` says how `preprocess`
-    makes images, `classes` names the logits in their order, where that is known, and `block` is the one whose output
-    are the features, if it is not the last: distillation leaves some blocks half trained.
+    makes images, `classes` names the logits in their order, where that is known, `block` is the one whose output are
+    the features, if it is not the last, as distillation leaves some half trained, and `pool` the token that they are.
     """
 
     def __init__(self, subject: suite.Subject):
         self.config, self.classes = subject.model, subject.classes
-        self.data, self.block = suite.pixels(subject), suite.features_block(subject)
+        self.data, self.block, self.pool = suite.pixels(subject), suite.features_block(subject), subject.pool
         self.module: nn.Module = subject.model.build()
         trained = {**subject.variables, "params": subject.variables["params"]["encoder"]}
         self.variables: dict[str, Any] = jax.tree.map(jnp.asarray, trained)
@@ -78,7 +78,7 @@ class TrainedModel:
         takes tokens as they leave that block, before any norm; `pool` is the first token or the mean of the patches.
         """
         chosen = self.block if block is None else block
-        outputs = functools.partial(self.config.outputs, block=chosen, pool=pool)
+        outputs = functools.partial(self.config.outputs, block=chosen, pool=self.pool if pool is None else pool)
         return self.over_folder(folder, lambda *args: outputs(*args).features, "features", **options)
 
     def predictions(self, folder: PathLike, k: int = 5, **options: Any) -> tuple[list[str], Any]:

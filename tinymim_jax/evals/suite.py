@@ -13,7 +13,7 @@ from tinymim_jax.data.device_augment import normalize, to_float
 from tinymim_jax.data.sources import check_same_classes, open_source
 from tinymim_jax.evals import Classification, Corruptions, Knn, Logistic, labels, subsets
 from tinymim_jax.evals.contract import Context, Eval, Measurement, Predict, Variables, save_arrays, scalars
-from tinymim_jax.models.contract import Encoder, Outputs
+from tinymim_jax.models.contract import Encoder, Outputs, Pool
 from tinymim_jax.runtime import codec, storage
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.runtime.metric_log import write_json
@@ -56,6 +56,7 @@ class Subject:
     evals: dict[str, Eval]
     preprocessing: dict[str, Any]  # in evaluation: fields of `Data`
     classes: list[str] | None = None  # what the outputs of its head are called, where that is known
+    pool: Pool | None = None  # the token that its features are; None: what the encoder says
 
 
 def evaluate(subject: Subject, suite: str, sets: Sets, mesh: jax.sharding.Mesh, out: Path) -> dict[str, Any]:
@@ -220,7 +221,8 @@ def predict_of(subject: Subject, data: Data) -> Predict:
     block = features_block(subject)
 
     def predict(variables: Variables, _: Any, batch: Any) -> Outputs:
-        return subject.model.outputs(variables, normalize(to_float(batch["image"]), data.mean, data.std), block)
+        images = normalize(to_float(batch["image"]), data.mean, data.std)
+        return subject.model.outputs(variables, images, block, subject.pool)
 
     return predict
 

@@ -26,7 +26,6 @@ from tinymim_jax.experiment.config import (
 DECODERS = {"tiny": Decoder(96, 1, 3), "small": Decoder(192, 1, 6)}
 TEACHER_BLOCK = 12  # of MAE-B, whose last block it is
 DECODED = 8  # D2-MAE's block that the decoder reads; those behind it learn from the teacher alone
-EPOCHS = (100, 300, 1000)  # of fine-tuning: like MAE's, improved, with relative positions
 LAYER_DECAY = {"tiny": 0.85, "small": 0.75}
 
 
@@ -94,7 +93,8 @@ def finetune(
         stage.init.fresh = (*stage.init.fresh, "encoder/block.*/attn/relative_position/.*")
     decay = (1.0 if init is None else LAYER_DECAY[size]) if layer_decay is None else layer_decay
     stage.optim = dataclasses.replace(stage.optim, lr=1e-3, layer_decay=decay)
-    stage.run = dataclasses.replace(stage.run, batch_size=1024, epochs=EPOCHS[improved + relative_position])
+    epochs = 1000 if relative_position else 300 if improved else 100
+    stage.run = dataclasses.replace(stage.run, batch_size=1024, epochs=epochs)
     if improved:
         stage.model.drop_path = 0.0
         stage.task = Classify(label_smoothing=0.0, mixup=0.2, cutmix=0.0, erasing=0.0, mix_group=128)

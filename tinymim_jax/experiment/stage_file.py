@@ -160,7 +160,8 @@ def read_subject(folder: Path) -> Subject:
     stage = None if read_converted(folder) else read_stage(folder)
     training, evals = (stage.data, stage.evals) if stage else (None, {})
     facts = read_preprocessing(folder), read_classes(folder)
-    return Subject(str(folder), model, variables, untrained, training, evals, *facts)
+    pool = stage.task.features_pool() if stage else None
+    return Subject(str(folder), model, variables, untrained, training, evals, *facts, pool)
 
 
 def load(path: str | LocalPath) -> TrainedModel:

@@ -23,11 +23,9 @@ TEACHER_SIZE = {"base": "large", "small": "base", "tiny": "small"}  # of the cha
 class Preset:
     """The stages that a study is made of, by the name of a size, at one scale."""
 
-    mae: Callable[[str], Stage]
+    mae: Callable[[str], Stage]  # size
     distill: Callable[[str, Init, int], Stage]  # size, teacher, epochs; its targets and drop path are the row's
-    finetune: Callable[
-        [str, str | None, int], Stage
-    ]  # size, stage that it begins with (None: from scratch), its epochs
+    finetune: Callable[[str, str | None, int], Stage]  # size, stage to begin with (None: scratch), epochs of that
     depth: dict[str, int]  # blocks
     heads: Callable[[str], int]  # of the relations that a teacher of this size gives
     teacher: str = ""  # the path of a trained MAE-L; "": it is the first stage

@@ -111,10 +111,15 @@ class Encoder(abc.ABC):
 
     @abc.abstractmethod
     def trunk(self, block: int, norm: bool = False) -> "Encoder":
-        """The encoder up to `block`, without head; with the norm that stands behind the last block, or without.
+        """The encoder up to `block`, without head; with the norm that stands behind the last block, or without."""
 
-        Raises InputError if it has no such norm.
-        """
+    def check_norm(self, where: str) -> None:
+        """Raises InputError, naming `where`, if no norm stands behind the last block."""
+        raise InputError(f"{where}: an encoder of kind {self.kind!r} has no norm behind its blocks")
+
+    def is_norm(self, name: str) -> bool:
+        """Whether parameter `name` is of the norm that stands behind the last block."""
+        return False
 
     @abc.abstractmethod
     def computing_like(self, other: "Encoder") -> "Encoder":
@@ -183,7 +188,7 @@ class Encoder(abc.ABC):
         """Whether parameter `name` matters for that part of `block`, or for what stands behind the last, if `norm`."""
         layer = self.layer_id(name)
         if layer > self.depth:
-            return norm
+            return norm and self.is_norm(name)
         return layer < block or (layer == block and not self.is_behind(name, part))
 
     def half_trained(self, names: Iterable[str], untrained: Collection[str]) -> int | None:

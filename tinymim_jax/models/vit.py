@@ -116,11 +116,11 @@ class ViT(Encoder):
 
     def summary(self) -> str:
         last = f" ({self.last_block_heads} in the last block)" if self.last_block_heads else ""
-        drop = f", drop path {self.drop_path:g}" if self.drop_path else ""
+        relative = ", relative positions" if self.relative_position else ""
         head = f"{self.num_classes} classes on the {'mean patch' if self.pool == 'mean' else 'CLS'} token"
         return (
             f"ViT, width {self.width}, {self.depth} blocks, {self.num_heads} heads{last}, {self.image_size} px in"
-            f" patches of {self.patch_size}, {head if self.num_classes else 'no head'}{drop}"
+            f" patches of {self.patch_size}, {head if self.num_classes else 'no head'}{relative}"
         )
 
     def width_of(self, block: int) -> int:
@@ -144,10 +144,15 @@ class ViT(Encoder):
         return part != "all" and bool(re.match(rf"encoder/block\d+/({behind[part]})/", name))
 
     def trunk(self, block: int, norm: bool = False) -> "ViT":
-        if norm and self.pool != "cls":
-            raise InputError("no norm stands behind the blocks of a ViT with pool 'mean'")
         bare = {"pool": "cls" if norm else "mean", "num_classes": 0, "neck": 0, "head_norm": False}
         return dataclasses.replace(self, depth=block, last_block_heads=self.heads_of(block), **bare)
+
+    def check_norm(self, where: str) -> None:
+        if self.pool != "cls":
+            raise InputError(f"{where}: model.pool 'mean' has no norm behind the blocks; set it to 'cls'")
+
+    def is_norm(self, name: str) -> bool:
+        return name.startswith("encoder/norm/")
 
     def dropping(self, rate: float, where: str) -> "ViT":
         return dataclasses.replace(self, drop_path=rate)

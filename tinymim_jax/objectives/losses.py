@@ -59,7 +59,9 @@ def contrastive(queries: jax.Array, keys: jax.Array, is_valid: jax.Array, temper
 
     B is the whole batch, over all devices.
     """
-    queries, keys = (x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12) for x in (queries, keys))
+    queries, keys = (
+        x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24)) for x in (queries, keys)
+    )
     logits = jnp.where(is_valid, jnp.einsum("nc,mc->nm", queries, keys) / temperature, -jnp.inf)
     own = jnp.sum(queries * keys, axis=-1) / temperature
     return 2 * temperature * (jax.nn.logsumexp(jnp.where(is_valid.any(), logits, 0), axis=-1) - own)

@@ -233,7 +233,9 @@ def _model(setup: StageSetup) -> str:
     model = setup.stage.model
     sizes = {key: math.prod(leaf.shape) for key, leaf in flatten(setup.params).items()}
     trained = sum(sizes.values()) - sum(sizes[key] for key in setup.untrained())
-    return f"model: {model.summary()}, {model.dtype}; {sum(sizes.values()):,} parameters, {trained:,} trained"
+    rate = getattr(model, "drop_path", 0.0)  # not every encoder drops paths
+    drop = f", drop path {rate:g}" if rate else ""
+    return f"model: {model.summary()}{drop}, {model.dtype}; {sum(sizes.values()):,} parameters, {trained:,} trained"
 
 
 def _optimizer(setup: StageSetup) -> str:

@@ -97,7 +97,7 @@ def compared_with_papers(results: dict[str, Any]) -> dict[str, matplotlib.figure
         ranks = compared.get("rank_correlation")
         axes.set(
             title=title + ("" if ranks is None else f", rank correlation {ranks:.2f}"),
-            xlabel="published top-1, %", ylabel=f"{compared['metric']} here, %",
+            xlabel=f"published {compared['metric'].rpartition('/')[2]}, %", ylabel=f"{compared['metric']} here, %",
         )  # fmt: skip
         axes.margins(0.15)
         axes.grid(alpha=0.3)

@@ -56,8 +56,8 @@ def cells(compared: dict[str, Any]) -> Iterator[list[str]]:
         error = "-" if row["stderr"] is None else f"{row['stderr']:.2f}"
         shown = [label, f"{row['mean']:.2f}", error, str(len(row["values"]))]
         if paper:
-            shown.append(place(label, {name: one["mean"] for name, one in rows.items()}))
-            shown += [f"{paper[label]:.1f}", place(label, paper)] if label in paper else ["", ""]
+            ours = {name: one["mean"] for name, one in rows.items() if name in paper}
+            shown += [place(label, ours), f"{paper[label]:.1f}", place(label, paper)] if label in paper else [""] * 3
         yield shown
 
 
@@ -71,6 +71,8 @@ def verdict(compared: dict[str, Any]) -> str | None:
     if "rank_correlation" not in compared:
         return None
     said = f"rank correlation with the paper: {compared['rank_correlation']:.2f}"
+    if "clear" not in compared or all(row["stderr"] is None for row in compared["rows"].values()):
+        return f"{said}; of single runs nothing tells whether a difference is more than chance"
     if not compared["clear"]:
         return f"{said}; no pair of rows differs by more than twice its standard error"
     agreed = f"{compared['agree']} of the {compared['clear']} pairs that differ by more than twice their standard error"

@@ -12,7 +12,7 @@ import numpy as np
 from tinymim_jax.data.config import Data
 from tinymim_jax.data.device_augment import normalize, to_float
 from tinymim_jax.data.fields import IMAGE_LABEL
-from tinymim_jax.models.contract import Encoder, Outputs
+from tinymim_jax.models.contract import Encoder, Outputs, Pool
 from tinymim_jax.models.mae import Decoder
 from tinymim_jax.objectives.metrics import Mean
 
@@ -127,6 +127,10 @@ class TaskConfig(abc.ABC):
     @abc.abstractmethod
     def check(self, where: str, model: Encoder) -> None:
         """Raises InputError, naming fields by `where`, on what cannot be done with `model`."""
+
+    def features_pool(self) -> Pool | None:
+        """The token that is trained to be the features; None: what the encoder says."""
+        return None
 
     def can_share(self, other: "TaskConfig") -> bool:
         """Whether what `Task.shared` gives for a batch serves both, of models of one size, dtype and kind of images."""

@@ -32,6 +32,7 @@ from tinymim_jax.tasks.targets.contract import Captures, Pass, Trace
 from tinymim_jax.weights.handoff import Init
 from tinymim_jax.weights.parameters import matches
 
+TEACHER_PASS = "task.teacher"  # of a batch: the pass that students share
 TEACHER = 1  # folded into the key of its drop path, which is not the student's
 AnyTarget = Union[tuple(TARGETS.values())]  # noqa: UP007
 
@@ -54,7 +55,7 @@ class Distill(TaskConfig):
         """With one teacher, which sees whole images and drops no paths: its pass has no draws of a stage's own."""
         if not isinstance(other, Distill) or self.teacher != other.teacher:
             return False
-        reads_norm = [any(t.captures()[0].norm for t in one.targets.values()) for one in (self, other)]
+        reads_norm = [any(t.captures()[0].normed for t in one.targets.values()) for one in (self, other)]
         return reads_norm[0] == reads_norm[1] and not any(
             one.mask_ratio or one.teacher_drop_path for one in (self, other)
         )
@@ -93,7 +94,11 @@ class DistillTask(Task):
                 raise InputError(
                     f"task.targets.{name}: teacher_block {beyond[0]} is beyond the teacher's {teacher.depth} blocks"
                 )
-        trunk = teacher.trunk(self.of_teacher.blocks[-1], self.of_teacher.norm)
+        sides = ("teacher", teacher, self.of_teacher), ("student", context.model, self.of_student)
+        for who, model, captures in sides:
+            if captures.normed:
+                model.check_norm(f"task.targets, the {who}")
+        trunk = teacher.trunk(self.of_teacher.blocks[-1], bool(self.of_teacher.normed))
         self.teacher_cfg = trunk.computing_like(context.model)
         if cfg.teacher_drop_path:
             self.teacher_cfg = self.teacher_cfg.dropping(cfg.teacher_drop_path, "task.teacher_drop_path")
@@ -113,7 +118,7 @@ class DistillTask(Task):
         if not name.startswith("encoder/"):
             _, target, own = name.split("/", 2)
             return matches(self.targets[target].fixed, own)
-        is_read = self.cfg.reads(name, self.of_student.blocks[-1], self.of_student.part, self.of_student.norm)
+        is_read = self.cfg.reads(name, self.of_student.blocks[-1], self.of_student.part, bool(self.of_student.normed))
         return not is_read or matches(self.cfg.fixed, name)
 
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Variables, Frozen]:
@@ -144,7 +149,7 @@ class DistillTask(Task):
         if self.task.mask_ratio and masked:
             noise = jax.random.uniform(rngs["mask"], (len(clean), self.cfg.grid**2))
             seen["keep"], *mask = mask_by_noise(noise, self.task.mask_ratio)
-        teacher = batch.get("teacher")
+        teacher = batch.get(TEACHER_PASS)
         if teacher is None:
             drop = {
                 "train": train and self.task.teacher_drop_path > 0,
@@ -169,7 +174,7 @@ class DistillTask(Task):
         """The teacher's pass, as far as the deepest of `tasks`, whose `frozen` it is, reads it."""
         deepest = max(tasks, key=lambda task: task.of_teacher.blocks[-1])
         blocks = Captures.merged([task.of_teacher for task in tasks]).blocks
-        return {"teacher": deepest._teach(frozen, self.images(batch), blocks)}
+        return {TEACHER_PASS: deepest._teach(frozen, self.images(batch), blocks)}
 
     def loss(
         self, params: Params, model_state: Any, frozen: Frozen, batch: Batch, rngs: Rngs, *, train: bool
@@ -187,7 +192,7 @@ class DistillTask(Task):
     def predict(self, variables: Variables, frozen: Frozen, batch: Batch) -> Outputs:
         """Features: of the last block that is trained whole (of block 1, if none is), normed if that was trained."""
         block = self.of_student.blocks[-1]
-        is_normed = self.of_student.norm and (block, self.of_student.part) == (self.cfg.depth, "all")
+        is_normed = self.cfg.depth in self.of_student.normed and self.of_student.part == "all"
         last = None if is_normed else max(block - (self.of_student.part != "all"), 1)
         return self.cfg.outputs(variables, self.images(batch), last)
 
@@ -216,8 +221,8 @@ class DistillTask(Task):
         columns = {}
         for name, target in self.targets.items():
             prefix = f"{name} " if len(self.targets) > 1 else ""
-            sides = target.sides(self.context.sources["teacher"])
             for title, maps in target.maps(params.get("pretext", {}).get(name, {}), *passes, query).items():
+                sides = target.sides(self.context.sources["teacher"])
                 for who, of, rows in zip(("teacher", "student"), sides, maps, strict=True):
                     columns[f"{prefix}{title} {who}\n{of}"] = np.asarray(rows[:, front:]).reshape(-1, side, side)
         images = np.asarray(to_float(batch["image"]))

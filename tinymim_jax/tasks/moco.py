@@ -11,7 +11,7 @@ import numpy as np
 from tinymim_jax.data.contrastive_augment import VIEWS, make_view
 from tinymim_jax.data.device_augment import normalize, to_float
 from tinymim_jax.data.fields import TWO_CROPS
-from tinymim_jax.models.contract import Encoder, Outputs
+from tinymim_jax.models.contract import Encoder, Outputs, Pool
 from tinymim_jax.models.layers import torch_uniform
 from tinymim_jax.objectives.losses import contrastive
 from tinymim_jax.objectives.metrics import Mean
@@ -53,10 +53,23 @@ class Moco(TaskConfig):
     def summary(self) -> str:
         return "MoCo v3 pre-training"
 
+    def features_pool(self) -> Pool:
+        return "cls"
+
     def check(self, where: str, model: Encoder) -> None:
         if not model.num_prefix or model.num_classes:
             raise InputError(f"{where}: moco compares class tokens; give it an encoder with one, and num_classes=0")
-        model.trunk(model.depth, norm=True)  # what is compared is normed
+        model.check_norm(where)  # what is compared is normed
+
+
+class Affine(nn.Module):
+    """The scale and bias behind a normalisation."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, D] -> [B, D]."""
+        scale = self.param("scale", nn.initializers.ones, x.shape[1:])
+        return x * scale + self.param("bias", nn.initializers.zeros, x.shape[1:])
 
 
 class Mlp(nn.Module):
@@ -77,8 +90,7 @@ class Mlp(nn.Module):
             x = x - jnp.sum(share * x, axis=0)
             x = x * jax.lax.rsqrt(jnp.sum(share * x**2, axis=0) + 1e-5)
             if i < len(self.widths):
-                scale = self.param(f"bn{i}/scale", nn.initializers.ones, (width,))
-                x = nn.relu(x * scale + self.param(f"bn{i}/bias", nn.initializers.zeros, (width,)))
+                x = nn.relu(Affine(name=f"bn{i}")(x))
         return x
 
 
@@ -137,9 +149,10 @@ class MocoTask(Task):
         return loss.value(), Aux({"loss": loss}, {**model_state, STATE: new})
 
     def followed(self, old: Any, own: Any) -> dict[str, Any]:
-        """The momentum encoder and its projector, a step nearer to the trained ones."""
+        """The momentum encoder and its projector, a step nearer to the trained ones; at the first step, these."""
         done = old["step"] / max(self.context.total_steps, 1)
         momentum = 1 - 0.5 * (1 + jnp.cos(jnp.pi * done)) * (1 - self.task.momentum)
+        momentum = jnp.where(old["step"] == 0, 0.0, momentum)
         return {
             name: jax.tree.map(
                 lambda kept, new: momentum * kept + (1 - momentum) * jax.lax.stop_gradient(new), old[name], own[name]
@@ -149,7 +162,7 @@ class MocoTask(Task):
 
     def predict(self, variables: Variables, frozen: Frozen, batch: Batch) -> Outputs:
         """Features: the class token."""
-        return self.cfg.outputs(variables, self.images(batch), pool="cls")
+        return self.cfg.outputs(variables, self.images(batch), pool=self.task.features_pool())
 
     def flops_per_image(self) -> float:
         width, cfg = self.cfg.width_of(self.cfg.depth), self.task

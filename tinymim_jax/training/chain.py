@@ -41,8 +41,8 @@ def run_stages(
         if len(work) > 1:
             print(pace(work, left, time.monotonic() - begin), flush=True)
         left = {name: flops for name, flops in left.items() if name not in group}
-        steps = multihost.run_on_primary(lambda group=group: {tuple(newest(workdir / name)) for name in group})
-        for part in [group] if len(steps) == 1 else [[name] for name in group]:
+        steps = multihost.run_on_primary(lambda group=group: [newest(workdir / name) for name in group])
+        for part in [group] if steps.count(steps[0]) == len(steps) else [[name] for name in group]:
             if len(part) > 1:
                 print(f"side by side: {', '.join(part)}", flush=True)
             run_side_by_side({name: cfg.stages[name] for name in part}, workdir, mesh, stop, guard)
@@ -73,7 +73,8 @@ def groups(cfg: Config, to_run: list[str], beside: int) -> list[list[str]]:
         group = [left.pop(0)]
         for name in left:
             sources = {init.stage for _, init in cfg.stages[name].inits()}
-            if len(group) < beside and sources.isdisjoint(left) and can_share(cfg.stages[group[0]], cfg.stages[name]):
+            is_ready = sources.isdisjoint({*left, *group})
+            if len(group) < beside and is_ready and can_share(cfg.stages[group[0]], cfg.stages[name]):
                 group.append(name)
         left = [name for name in left if name not in group]
         found.append(group)

@@ -52,7 +52,7 @@ def run_side_by_side(
         stop = stack.enter_context(StopRequest()) if stop is None else stop
         runs: list[_Run] = []
         for name, stage in stages.items():
-            others = f" + {len(stages) - 1} others" if len(stages) > 1 else ""
+            others = f" and {len(stages) - 1} more" if len(stages) > 1 else ""
             runs.append(_Run(stage, name, workdir, mesh, stop, guard, stack, "" if runs else f"{name}{others}"))
             share_frozen(runs)
         train(runs, mesh, stop, stack)
@@ -143,7 +143,7 @@ class _Run:
         is_primary = jax.process_index() == 0
         self.log = multihost.raise_everywhere(lambda: MetricLog(self.folder, self.first, active=is_primary))
         stack.enter_context(self.log)
-        note = start.BadSteps(loaded, self.folder)
+        note = start.BadSteps(loaded.rows, self.folder)
         past = {"start": self.first, "saved": begun.log, "begin": begin, "title": title}
         self.progress = Progress(name, self.log, total=self.total, run=stage.run, stop=stop, note=note, **past)
         stack.enter_context(self.progress.bar)

@@ -204,12 +204,12 @@ def _pass_over(folder: Path, step: int, error: InputError) -> None:
 class BadSteps:
     """bad_steps.jsonl: the records of steps whose loss or gradient was not finite."""
 
-    def __init__(self, loaded: Loaded, folder: Path):
-        self.loaded, self.path = loaded, folder / "bad_steps.jsonl"
+    def __init__(self, rows: pipeline.TrainRows | pipeline.ReplicaRows, folder: Path):
+        self.rows, self.path = rows, folder / "bad_steps.jsonl"
 
     def __call__(self, step: int, what: str) -> str:
         """Notes a step whose `what` is not finite, once; says where."""
-        rows = self.loaded.rows
+        rows = self.rows
         noted = read(self.path) if jax.process_index() == 0 else [{"step": step}]
         if all(line["step"] != step for line in noted):
             records = []

@@ -75,7 +75,9 @@ class Report:
         for heads in dict.fromkeys(self.regrouped.values()):
             keys = [key for key, value in self.regrouped.items() if value == heads]
             text.append(f"regrouped {heads[0]} -> {heads[1]} heads: {fold(keys, self.target)}")
-        text += [f"resized {key}: {old} x {old} -> {new} x {new} patches" for key, (old, new) in self.resized.items()]
+        for old, new in dict.fromkeys(self.resized.values()):
+            keys = [key for key, sides in self.resized.items() if sides == (old, new)]
+            text.append(f"resized {old} x {old} -> {new} x {new} patches: {fold(keys, self.target)}")
         text += [f"not trained by the source: {fold(self.untrained, self.target)}"] if self.untrained else []
         text += [f"re-initialised: {fold(self.fresh, self.target)}"] if self.fresh else []
         return text + ([f"skipped: {fold(self.skipped, self.source)}"] if self.skipped else [])

@@ -3,8 +3,8 @@
 import math
 
 import numpy as np
-import scipy.interpolate
-import scipy.optimize
+
+from tinymim_jax.runtime.errors import InputError
 
 
 def resize(posembed: np.ndarray, grid: int) -> np.ndarray:
@@ -45,7 +45,12 @@ def resize_relative(table: np.ndarray, grid: int) -> np.ndarray:
     A cubic spline for each head, on distances that are spread as a geometric series so that the nearest stay what they
     are and the farthest become the new grid's (BEiT, load_checkpoint of semantic_segmentation/mmcv_custom).
     """
+    import scipy.interpolate  # these take a third of a second, which others need not wait for
+    import scipy.optimize
+
     old, new = relative_side(len(table)) - 1, grid - 1  # the largest distances
+    if not min(old, new):
+        raise InputError("a table of distances of one patch cannot be resized; start it anew (init.fresh)")
     if old == new:
         return table
     steps = np.linspace(0, new, old + 1)[1:]

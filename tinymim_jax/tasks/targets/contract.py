@@ -16,23 +16,24 @@ Trace = Mapping[int, BlockTrace]  # of the captured blocks
 
 @dataclasses.dataclass(frozen=True)
 class Captures:
-    """What is read of one encoder: its blocks, from 1, up to which part of the last of them, and whether its norm."""
+    """What is read of one encoder: its blocks, from 1, up to which part of the last of them, which of them normed."""
 
     blocks: tuple[int, ...] = ()
     part: Part = "all"
-    norm: bool = False  # the one that stands behind the last block, on what one of `blocks` puts out
+    normed: tuple[int, ...] = ()  # blocks whose output is read through the norm that stands behind the last one
 
     @classmethod
     def merged(cls, captures: list["Captures"]) -> "Captures":
         """All that several read."""
         blocks = tuple(sorted({block for one in captures for block in one.blocks}))
         parts = [one.part for one in captures if one.blocks and one.blocks[-1] == blocks[-1]]
-        return cls(blocks, max(parts, key=PARTS.index, default="all"), any(one.norm for one in captures))
+        normed = tuple(sorted({block for one in captures for block in one.normed}))
+        return cls(blocks, max(parts, key=PARTS.index, default="all"), normed)
 
 
 @flax.struct.dataclass
 class Pass:
-    """What one encoder computed of a batch: `seen[i]` is the trace of block i."""
+    """What one encoder computed of a batch; indexed by a block, from 1, its trace."""
 
     trace: Trace
     images: jax.Array | None = None  # [B, S, S, 3], normalised; all of what it saw a part of
@@ -46,6 +47,8 @@ class Pass:
 class TargetLoss(abc.ABC):
     """A target between two given encoders; `teacher` goes up to the last block that is read."""
 
+    fixed: tuple[str, ...] = ()  # regexes of own parameters that are never trained
+
     def __init__(self, cfg: Any, teacher: Encoder, student: Encoder):
         self.cfg, self.teacher, self.student = cfg, teacher, student
 
@@ -53,8 +56,6 @@ class TargetLoss(abc.ABC):
         """Raises InputError if a token of one has no counterpart in the other."""
         if (self.teacher.num_prefix, self.teacher.grid) != (self.student.num_prefix, self.student.grid):
             raise InputError(f"{where}: teacher and student differ in their tokens, so no token has a counterpart")
-
-    fixed: tuple[str, ...] = ()  # regexes of own parameters that are never trained
 
     def init(self, rng: jax.Array) -> Any:
         """Its own parameters, which lie under pretext/<its name>; {} if it has none."""
@@ -90,7 +91,7 @@ class Target(abc.ABC):
         return "all"
 
     def captures(self) -> tuple[Captures, Captures]:
-        """What it reads of the teacher and of the student."""
+        """What it reads of the teacher and of the student: of one that has no such fields, to be written by itself."""
         return Captures((self.teacher_block,), self.part()), Captures((self.student_block,), self.part())
 
     @abc.abstractmethod

@@ -52,7 +52,8 @@ class Feature(Target):
         return max((parts.get(name, "all") for name in self.tensors), key=PARTS.index, default="all")
 
     def captures(self) -> tuple[Captures, Captures]:
-        return tuple(dataclasses.replace(side, norm="normed" in self.tensors) for side in super().captures())
+        sides = super().captures()
+        return tuple(dataclasses.replace(side, normed=side.blocks * ("normed" in self.tensors)) for side in sides)
 
     def build(self, where: str, teacher: Encoder, student: Encoder) -> "FeatureLoss":
         return FeatureLoss(self, where, teacher, student)

@@ -28,7 +28,7 @@ class Reconstruction(Target):
     needs_mask: ClassVar[bool] = True
 
     def captures(self) -> tuple[Captures, Captures]:
-        return Captures(), Captures((self.student_block,), norm=True)
+        return Captures(), Captures((self.student_block,), normed=(self.student_block,))
 
     def build(self, where: str, teacher: Encoder, student: Encoder) -> "ReconstructionLoss":
         return ReconstructionLoss(self, where, teacher, student)
@@ -46,7 +46,6 @@ class ReconstructionLoss(TargetLoss):
         super().__init__(cfg, teacher, student)
         if student.mask_unit != student.patch_size:
             raise InputError(f"{where}: a decoder restores single patches, and this encoder's cannot be masked")
-        student.trunk(student.depth, norm=True)  # what the decoder reads
         cfg.decoder.check(f"{where}.decoder", student)
         self.decoder = cfg.decoder.build(student)
 
