@@ -54,7 +54,8 @@ source "$venv/bin/activate"
 # TCMALLOC=FILE names another one, TCMALLOC=none none.
 if [[ -z ${LD_PRELOAD:-} ]]; then
   libraries=(/usr/lib/*-linux-gnu/libtcmalloc{_minimal,}.so.4 /usr/lib64/libtcmalloc{_minimal,}.so.4)
-  for library in "${TCMALLOC:-${libraries[@]}}"; do
+  [[ -z ${TCMALLOC:-} ]] || libraries=("$TCMALLOC")
+  for library in "${libraries[@]}"; do
     [[ ! -e $library ]] || { export LD_PRELOAD=$library TCMALLOC_RELEASE_RATE=0; break; }
   done
 fi

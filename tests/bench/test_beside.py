@@ -7,6 +7,7 @@ from tinymim_jax.__main__ import main
 STUDY = "--config=configs/cifar10/study.py:table=7,short"
 
 
+@pytest.mark.slow
 def test_students_beside_each_other_and_one_by_one(capsys):
     assert main(["bench", "beside", STUDY, "--stage=relation_b", "--batch_size=4", "--rounds=1", "--students=2"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -81,7 +81,7 @@ def test_what_is_said_of_them(run):
     assert "block 3: only its norm1 and q, k, v were trained; its projection and MLP were not" in said["d2_mae"]
     assert "block 2: only its norm1 was trained; its attention and MLP (and the final norm)" in said["hidden"]
     assert "MoCo v3 pre-training" in said["moco"] and "relative positions" in said["tuned"]
-    with pytest.raises(InputError, match="--format=timm cannot hold this encoder .*relative positions"):
+    with pytest.raises(InputError, match="--format=timm cannot hold this encoder of kind 'vit' .*relative positions"):
         export.export(workdir / "tuned", workdir / "out", "timm")
 
 

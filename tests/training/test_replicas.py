@@ -108,7 +108,7 @@ def that_count(model):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * name.endswith(("_shared", "resident"))) for name in STAGES]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("mae", "distill"))) for name in STAGES]
 )
 def test_a_replica_ends_like_the_single_run_with_its_seed(name, runs, mesh, tmp_path):
     folder = runs(name)
@@ -127,7 +127,7 @@ def test_a_replica_ends_like_the_single_run_with_its_seed(name, runs, mesh, tmp_
     assert seen[0] != seen[1]
 
 
-@pytest.mark.parametrize("name", ["finetune", "resident"])
+@pytest.mark.parametrize("name", ["finetune", pytest.param("resident", marks=pytest.mark.slow)])
 def test_an_interruption_changes_no_bit(name, runs, mesh, tmp_path, stop_at):
     folder = runs(name)
     stage = STAGES[name]()

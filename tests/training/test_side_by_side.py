@@ -104,6 +104,7 @@ def test_those_at_different_steps_go_on_one_by_one(tmp_path, stop_at, capsys, me
     assert "side by side" not in capsys.readouterr().out and handoff.finished(tmp_path / "cls")
 
 
+@pytest.mark.slow
 def test_the_teacher_computes_once(mesh):
     """As XLA counts operations: one program has those of the three less those of two passes of the teacher."""
     stages, teacher = rows(), tiny_mae().model

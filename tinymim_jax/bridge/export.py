@@ -90,7 +90,7 @@ def export(folder: Path, destination: Path, form: str, regroup_heads: bool = Fal
     model = stage_file.read_model(folder)
     if form not in model.export_formats:
         can = f"choose one of {', '.join(model.export_formats)}" if model.export_formats else "none here can"
-        raise InputError(f"--format={form} cannot hold this encoder ({model.summary()}): {can}")
+        raise InputError(f"--format={form} cannot hold this encoder of kind {model.kind!r} ({model.summary()}): {can}")
     weights = Weights(folder, regroup_heads)
     with new_folder(destination) as partial:
         usage = FORMATS[form](weights, partial)
