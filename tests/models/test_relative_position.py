@@ -71,7 +71,7 @@ def test_what_has_no_relative_positions():
     for fields in ({"dist_token": True}, {"attention": "cudnn", "dtype": "bfloat16"}):
         with pytest.raises(InputError, match="m: relative_position knows one token in front of the patches"):
             dataclasses.replace(RELATIVE, **fields).check("m")
-    with pytest.raises(InputError, match="cannot be masked"):
+    with pytest.raises(InputError, match="task: model.relative_position needs whole images"):
         Mae().check("task", RELATIVE)
     assert RELATIVE.export_formats == () and TINY.export_formats
 

@@ -101,7 +101,7 @@ def test_those_at_different_steps_go_on_one_by_one(tmp_path, stop_at, capsys, me
     with pytest.raises(Unavailable, match="relation and the stages beside it are at different steps"):
         loop.run_side_by_side(rows(), tmp_path, mesh)
     run_chain(cfg, tmp_path, beside=3)
-    assert "side by side" not in capsys.readouterr().out and handoff.finished(tmp_path / "cls")
+    assert "side by side: relation, feature\n" in capsys.readouterr().out and handoff.finished(tmp_path / "cls")
 
 
 @pytest.mark.slow
@@ -123,10 +123,12 @@ def test_the_teacher_computes_once(mesh):
 def test_who_may_run_beside_whom():
     stages = rows()
     cfg = Config("study", {"mae": tiny_mae(), **stages, "tuned": tiny_classify("cls")})
-    assert chain.groups(cfg, list(cfg.stages), 1) == [[name] for name in cfg.stages]
-    assert chain.groups(cfg, list(cfg.stages), 3) == [["mae"], ["relation", "feature", "cls"], ["tuned"]]
-    assert chain.groups(cfg, list(cfg.stages), 2) == [["mae"], ["relation", "feature"], ["cls"], ["tuned"]]
-    assert chain.groups(cfg, ["cls", "tuned", "feature"], 2) == [["cls", "feature"], ["tuned"]]
+    assert chain.groups(cfg, dict.fromkeys(cfg.stages), 1) == [[name] for name in cfg.stages]
+    assert chain.groups(cfg, dict.fromkeys(cfg.stages), 3) == [["mae"], ["relation", "feature", "cls"], ["tuned"]]
+    assert chain.groups(cfg, dict.fromkeys(cfg.stages), 2) == [["mae"], ["relation", "feature"], ["cls"], ["tuned"]]
+    assert chain.groups(cfg, dict.fromkeys(["cls", "tuned", "feature"]), 2) == [["cls", "feature"], ["tuned"]]
+    begun = {**{name: [] for name in stages}, "relation": [4]}
+    assert chain.groups(cfg, begun, 3) == [["relation"], ["feature", "cls"]]
     base = stages["relation"]
 
     def other(**changes):
@@ -148,8 +150,8 @@ def test_who_may_run_beside_whom():
     reading = student({"f": Feature(2, 2)})
     reading.task.teacher = Init("relation")
     cfg.stages = {"relation": base, "reading": reading, "cls": stages["cls"]}
-    assert chain.groups(cfg, list(cfg.stages), 3) == [["relation", "cls"], ["reading"]]
+    assert chain.groups(cfg, dict.fromkeys(cfg.stages), 3) == [["relation", "cls"], ["reading"]]
     started = copy.deepcopy(base)
     started.init = Init("cls")
     cfg.stages = {"cls": stages["cls"], "started": started, "relation": base}
-    assert chain.groups(cfg, list(cfg.stages), 3) == [["cls", "relation"], ["started"]]
+    assert chain.groups(cfg, dict.fromkeys(cfg.stages), 3) == [["cls", "relation"], ["started"]]

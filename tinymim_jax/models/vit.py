@@ -80,7 +80,8 @@ class ViT(Encoder):
         return dataclasses.replace(self, head_norm=False), {**params, "encoder": {**params["encoder"], "head": head}}
 
     def check_masked(self, where: str) -> None:
-        super().check_masked(where)
+        if self.relative_position:
+            raise InputError(f"{where}: model.relative_position needs whole images; set it to False")
         if self.pool != "cls" or self.num_classes or self.dist_token:
             raise InputError(
                 f"{where}: mae needs model.pool 'cls', whose norm feeds the decoder, no num_classes and no dist_token"

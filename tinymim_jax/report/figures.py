@@ -91,15 +91,18 @@ def compared_with_papers(results: dict[str, Any]) -> dict[str, matplotlib.figure
             continue
         figure = matplotlib.figure.Figure(figsize=(6, 4.5))
         axes = figure.subplots()
-        for label, row in rows.items():
+        for i, label in enumerate(sorted(rows, key=lambda name: (paper[name], rows[name]["mean"]))):
+            row, side = rows[label], (("left", (5, 5)), ("right", (-5, -9)))[i % 2]  # so that neighbours do not overlap
             axes.errorbar(paper[label], row["mean"], yerr=row["stderr"], fmt="o", capsize=3)
-            axes.annotate(label, (paper[label], row["mean"]), xytext=(5, 4), textcoords="offset points", fontsize=7)
+            axes.annotate(
+                label, (paper[label], row["mean"]), xytext=side[1], ha=side[0], textcoords="offset points", fontsize=7
+            )
         ranks = compared.get("rank_correlation")
         axes.set(
             title=title + ("" if ranks is None else f", rank correlation {ranks:.2f}"),
             xlabel=f"published {compared['metric'].rpartition('/')[2]}, %", ylabel=f"{compared['metric']} here, %",
         )  # fmt: skip
-        axes.margins(0.15)
+        axes.margins(0.35, 0.15)
         axes.grid(alpha=0.3)
         figures["compare_" + re.sub(r"\W+", "_", title).strip("_").lower()] = figure
     return figures

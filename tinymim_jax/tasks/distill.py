@@ -80,6 +80,18 @@ class Distill(TaskConfig):
                     )
 
 
+def check_masks(teacher: Encoder, student: Encoder) -> None:
+    """Raises InputError unless one mask can hide the same patches from both."""
+    for who, model in (("teacher", teacher), ("student", student)):
+        if model.mask_unit is None:
+            raise InputError(f"task.mask_ratio: the {who} cannot be masked ({model.summary()}); set it to 0")
+    if (teacher.mask_unit, teacher.grid) != (student.mask_unit, student.grid):
+        raise InputError(
+            "task.mask_ratio: a mask must hide the same patches from teacher and student, and they have"
+            f" {teacher.grid} and {student.grid} patches a side; give both one grid, or set it to 0"
+        )
+
+
 class DistillTask(Task):
     """Parameters: `encoder`, and under `pretext` those of the targets; frozen: the teacher's encoder."""
 
@@ -103,12 +115,8 @@ class DistillTask(Task):
         if cfg.teacher_drop_path:
             self.teacher_cfg = self.teacher_cfg.dropping(cfg.teacher_drop_path, "task.teacher_drop_path")
         self.teacher = self.teacher_cfg.build()
-        units = [(model.mask_unit, model.grid) for model in (self.teacher_cfg, context.model)]
-        if cfg.mask_ratio and (units[0] != units[1] or units[0][0] is None):
-            raise InputError(
-                "task.mask_ratio: a mask must hide the same patches from teacher and student; give encoders that can be"
-                " masked one grid, or set it to 0"
-            )
+        if cfg.mask_ratio:
+            check_masks(self.teacher_cfg, context.model)
         self.targets = {
             name: target.build(f"task.targets.{name}", self.teacher_cfg, context.model)
             for name, target in cfg.targets.items()
@@ -213,8 +221,8 @@ class DistillTask(Task):
 
     def panels(self, variables: Variables, frozen: Frozen, batch: Batch, rngs: Rngs) -> Panels:
         """What one patch (boxed) relates to in each target, in the teacher and in the student."""
-        front, side, patch = self.cfg.num_prefix, self.cfg.grid, self.cfg.patch_size
-        query = front + (side // 2) * side + side // 2
+        side, patch, fronts = self.cfg.grid, self.cfg.patch_size, (self.teacher_cfg.num_prefix, self.cfg.num_prefix)
+        query = fronts[1] + (side // 2) * side + side // 2
         params = variables["params"]
         whole = functools.partial(self.passes, train=False, masked=False)
         passes = jax.jit(whole)(params, frozen, batch, rngs)
@@ -223,7 +231,7 @@ class DistillTask(Task):
             prefix = f"{name} " if len(self.targets) > 1 else ""
             for title, maps in target.maps(params.get("pretext", {}).get(name, {}), *passes, query).items():
                 sides = target.sides(self.context.sources["teacher"])
-                for who, of, rows in zip(("teacher", "student"), sides, maps, strict=True):
+                for who, of, rows, front in zip(("teacher", "student"), sides, maps, fronts, strict=True):
                     columns[f"{prefix}{title} {who}\n{of}"] = np.asarray(rows[:, front:]).reshape(-1, side, side)
         images = np.asarray(to_float(batch["image"]))
         rows = [[image, *maps] for image, *maps in zip(images, *columns.values(), strict=True)]

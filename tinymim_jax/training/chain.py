@@ -18,6 +18,8 @@ from tinymim_jax.training.loop import run_side_by_side
 from tinymim_jax.training.progress import replica_metric
 from tinymim_jax.weights import checkpoint, handoff
 
+ENOUGH = 0.1  # of the work, after which it can be told how long the rest takes
+
 
 def run_stages(
     cfg: Config,
@@ -37,15 +39,14 @@ def run_stages(
         if name not in work:
             print(f"{name}: finished, skipped", flush=True)
     left, begin = dict(work), time.monotonic()
-    for group in groups(cfg, list(work), beside):
+    found = multihost.run_on_primary(lambda: [checkpoint.steps(workdir / name)[-1:] for name in work])
+    for group in groups(cfg, dict(zip(work, found, strict=True)), beside):
         if len(work) > 1:
             print(pace(work, left, time.monotonic() - begin), flush=True)
         left = {name: flops for name, flops in left.items() if name not in group}
-        steps = multihost.run_on_primary(lambda group=group: [newest(workdir / name) for name in group])
-        for part in [group] if steps.count(steps[0]) == len(steps) else [[name] for name in group]:
-            if len(part) > 1:
-                print(f"side by side: {', '.join(part)}", flush=True)
-            run_side_by_side({name: cfg.stages[name] for name in part}, workdir, mesh, stop, guard)
+        if len(group) > 1:
+            print(f"side by side: {', '.join(group)}", flush=True)
+        run_side_by_side({name: cfg.stages[name] for name in group}, workdir, mesh, stop, guard)
     results = collect(cfg, workdir)
     write_json(workdir / "results.json", results)
     return results
@@ -54,26 +55,24 @@ def run_stages(
 def pace(work: Mapping[str, float], left: Mapping[str, float], seconds: float) -> str:
     """Which stage comes next, and how long those that are `left` will take if they go like those before."""
     told, done = f"stage {len(work) - len(left) + 1} of {len(work)}", sum(work.values()) - sum(left.values())
-    if len(work) == len(left) or not done:
+    if done < ENOUGH * sum(work.values()):
         return told
     minutes = math.ceil(seconds * sum(left.values()) / done / 60)
     hours = f"{minutes // 60} h " if minutes >= 60 else ""
     return f"{told}, about {hours}{minutes % 60} min left"
 
 
-def newest(folder: Path) -> list[int]:
-    """The step that the stage in `folder` would go on from; [] if it has none."""
-    return checkpoint.steps(folder)[-1:]
+def groups(cfg: Config, steps: Mapping[str, list[int]], beside: int) -> list[list[str]]:
+    """The stages of `steps` in parts of up to `beside` that can share, each behind those that it reads.
 
-
-def groups(cfg: Config, to_run: list[str], beside: int) -> list[list[str]]:
-    """`to_run` in parts of up to `beside` stages that can share, each behind those that it reads."""
-    left, found = list(to_run), []
+    `steps` has the step that each goes on from, [] at its begin; those beside each other have the same.
+    """
+    left, found = list(steps), []
     while left:
         group = [left.pop(0)]
         for name in left:
             sources = {init.stage for _, init in cfg.stages[name].inits()}
-            is_ready = sources.isdisjoint({*left, *group})
+            is_ready = sources.isdisjoint({*left, *group}) and steps[name] == steps[group[0]]
             if len(group) < beside and is_ready and can_share(cfg.stages[group[0]], cfg.stages[name]):
                 group.append(name)
         left = [name for name in left if name not in group]

@@ -65,7 +65,7 @@ class AttentionLogitsLoss(TargetLoss):
     def maps(self, params: Any, teacher: Pass, student: Pass, query: int) -> dict[str, tuple[jax.Array, jax.Array]]:
         """A row, mean over heads."""
         own, target = (logits.mean(axis=1)[:, query] for logits in self.logits(params, teacher, student))
-        return {"logits": (target, own)}
+        return {"attention": (target, own)}
 
     def flops(self, patches: int) -> float:
         n = patches + self.student.num_prefix

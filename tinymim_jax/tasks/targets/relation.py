@@ -129,7 +129,11 @@ class RelationLoss(TargetLoss):
             return jnp.pad(of_query, ((0, 0), (front, 0)))
 
         pairs = self.pairs(teacher, student)
-        return {name.upper(): (row(of_teacher), row(of_student)) for name, (of_teacher, of_student) in pairs.items()}
+        how = "" if self.cfg.softmax else ", softmaxed here"
+        return {
+            f"{name.upper()}{how}": (row(of_teacher), row(of_student))
+            for name, (of_teacher, of_student) in pairs.items()
+        }
 
     def sides(self, teacher: Encoder) -> tuple[str, str]:
         cfg, trained = self.cfg, teacher.heads_of(self.cfg.teacher_block)
