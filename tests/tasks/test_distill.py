@@ -210,6 +210,13 @@ def test_panels_of_features_show_cosine_similarities():
         assert row[1].max() == pytest.approx(1, abs=1e-5)  # the boxed patch itself
 
 
+def test_a_picture_of_a_student_with_another_token_in_front():
+    task = stages.distill({"cls": config.ClassToken(3, 3)}, dist_token=True, last_block_heads=None)
+    params, frozen = stages.weights(task)
+    found = task.panels({"params": params}, frozen, stages.batch(), stages.rngs())
+    assert [image.shape for image in found.rows[0]] == [(16, 16, 3), (4, 4), (4, 4)]
+
+
 # Drop path
 
 
