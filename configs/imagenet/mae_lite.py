@@ -3,8 +3,8 @@
 python -m tinymim_jax run --config=configs/imagenet/mae_lite.py:row=d2_mae,teacher=MAE_B --workdir=runs/mae_lite
 
 Options: row=NAME, one of supervised, moco_v3, mae, d_mae, d2_mae and, with relative positions, mae_rpe and d2_mae_rpe
-(default: all; small has supervised, mae and d_mae); size=tiny|small (default: tiny); teacher=PATH, a trained MAE-B, a stage's folder or a
-PyTorch checkpoint (without it, one is trained first); data=PATH as in chain.py.
+(default: all; small has supervised, mae and d_mae); size=tiny|small (default: tiny); teacher=PATH, a trained MAE-B, a
+stage's folder or a PyTorch checkpoint (without it, one is trained first); data=PATH as in chain.py.
 Cost: not measured here. Expected: the top-1 of MAE-Lite's README.md and SMALL.md, which stand beside ours in the table
 at the end.
 """

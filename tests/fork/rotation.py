@@ -13,7 +13,6 @@ from tinymim_jax.objectives import losses
 from tinymim_jax.objectives.metrics import Mean
 from tinymim_jax.runtime.codec import ranged
 from tinymim_jax.tasks.contract import Aux, Batch, Context, Panels, Rngs, Task, TaskConfig
-from tinymim_jax.weights.parameters import matches
 
 
 @dataclasses.dataclass
@@ -39,9 +38,6 @@ class RotationTask(Task):
     def __init__(self, cfg: Rotation, context: Context):
         super().__init__(context)
         self.task, self.head = cfg, nn.Dense(cfg.turns)
-
-    def is_untrained(self, name: str) -> bool:
-        return matches(self.cfg.fixed, name)
 
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Any, Any]:
         out, encoder = self.model.init_with_output(rng, self.images(batch))

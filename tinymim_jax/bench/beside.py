@@ -3,8 +3,11 @@
 import statistics
 from typing import Any
 
-from tinymim_jax.bench.step import arguments_of, compile_step, prepared, step_clock
-from tinymim_jax.bench.timing import conditions, in_turn, ratio
+import jax
+import jax.numpy as jnp
+
+from tinymim_jax.bench.step import compile_step, prepared, step_clock
+from tinymim_jax.bench.timing import heading, in_turn, ratio
 from tinymim_jax.experiment.config import Config
 from tinymim_jax.runtime import hlo_stats
 from tinymim_jax.runtime.errors import InputError
@@ -25,10 +28,9 @@ def beside(cfg: Config, name: str, rounds: int, students: int) -> dict[str, Any]
         raise InputError(f"--stage={name} shares no teacher's pass; choose a stage that distils, of configs/*/study.py")
     per_call = stage.run.steps_per_call
     alone, arguments = compile_step(setup, mesh)
-    fresh = [arguments_of(setup, mesh) for _ in range(students)]
-    states, shardings = tuple(given[0] for given, _ in fresh), tuple(where for _, where in fresh)
+    states = tuple(jax.tree.map(jnp.copy, arguments[0]) for _ in range(students))  # each step gives its state away
+    shardings = jax.tree.map(lambda x: x.sharding, states)
     joint = states, *arguments[1:3], (arguments[3],) * students
-    del fresh
     together = jit_step(side_by_side([setup] * students), mesh, shardings, per_call).lower(*joint).compile()
     clock = step_clock(alone, arguments, per_call)
     clocks = {
@@ -37,11 +39,7 @@ def beside(cfg: Config, name: str, rounds: int, students: int) -> dict[str, Any]
     }
     found = in_turn(clocks, rounds)
     return {
-        "benchmark": "beside",
-        "stage": name,
-        **conditions(),
-        "dtype": stage.model.dtype,
-        "batch_size": stage.run.batch_size,
+        **heading("beside", name, stage),
         "students": students,
         **{key: statistics.median(values) for key, values in found.items()},
         "ratio": ratio(found["alone_s"], found["together_s"]),

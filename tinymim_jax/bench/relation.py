@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tinymim_jax.bench.step import prepared
-from tinymim_jax.bench.timing import clock_of, conditions, in_turn, of_linux, ratio
+from tinymim_jax.bench.timing import clock_of, heading, in_turn, of_linux, ratio
 from tinymim_jax.experiment.config import Config, Relation
 from tinymim_jax.objectives.relation_kl import Pair, relation_kl, with_kernel
 from tinymim_jax.objectives.relations import relation_logits
@@ -57,11 +57,7 @@ def relation(cfg: Config, name: str, rounds: int, tokens: list[str], rows: int |
         beside = f"{found[n]['time_ratio']:.2f} of the plain one's" if "plain_s" in found[n] else "plain does not fit"
         print(f"{n} tokens: {found[n]['ours_s']:.4f} s, {beside}", file=sys.stderr)
     return {
-        "benchmark": "relation",
-        "stage": name,
-        **conditions(),
-        "dtype": stage.model.dtype,
-        "batch_size": stage.run.batch_size,
+        **heading("relation", name, stage),
         "heads": heads,
         "rows": rows,
         "tokens": found,

@@ -10,7 +10,7 @@ import numpy as np
 from etils.epath import Path
 
 from tinymim_jax.bench import torch_baseline
-from tinymim_jax.bench.timing import Clock, clock_of, conditions, in_turn, ratio
+from tinymim_jax.bench.timing import Clock, clock_of, conditions, heading, in_turn, ratio
 from tinymim_jax.data.pipeline import stacked
 from tinymim_jax.experiment.config import Config, Stage
 from tinymim_jax.models.contract import Encoder
@@ -123,11 +123,7 @@ def augment(cfg: Config, name: str, rounds: int) -> dict[str, Any]:
     clocks["plain_step_s"] = step_clock(*compile_step(prepared(cfg, name)[1], mesh), stage.run.steps_per_call)
     seconds = in_turn(clocks, rounds)
     return {
-        "benchmark": "augment",
-        "stage": name,
-        **conditions(),
-        "dtype": stage.model.dtype,
-        "batch_size": stage.run.batch_size,
+        **heading("augment", name, stage),
         **{key: statistics.median(values) for key, values in seconds.items()},
         "share": 1 - ratio(seconds["plain_step_s"], seconds["step_s"]),
     }
@@ -147,14 +143,7 @@ def sources_of(cfg: Config, name: str) -> dict[str, Encoder]:
 
 
 def compile_step(setup: StageSetup, mesh: jax.sharding.Mesh) -> tuple[Any, tuple]:
-    """The compiled train step of `setup`, and `arguments_of` it."""
-    arguments, shardings = arguments_of(setup, mesh)
-    step = jit_step(train_step(setup), mesh, shardings, setup.stage.run.steps_per_call)
-    return step.lower(*arguments).compile(), arguments
-
-
-def arguments_of(setup: StageSetup, mesh: jax.sharding.Mesh) -> tuple[tuple, Any]:
-    """What a step takes, fresh weights, random frozen networks, random images, a key, and where the state lies.
+    """The compiled train step of `setup` and arguments for it: fresh weights, random frozen networks, random images.
 
     Images are cropped already, also where the stage's data is resident.
     """
@@ -176,7 +165,8 @@ def arguments_of(setup: StageSetup, mesh: jax.sharding.Mesh) -> tuple[tuple, Any
         lambda: (create_state(setup, key), setup.task.init(one, example_batch(setup.task, stage))[1]),
         out_shardings=shardings,
     )()
-    return (state, frozen, batch, stage_keys(setup, keys.STEPS, mesh)), shardings[0]
+    arguments = (state, frozen, batch, stage_keys(setup, keys.STEPS, mesh))
+    return jit_step(train_step(setup), mesh, shardings[0], per_call).lower(*arguments).compile(), arguments
 
 
 def step_clock(compiled: Any, arguments: tuple, per_call: int = 1) -> Clock:

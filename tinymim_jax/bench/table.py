@@ -5,7 +5,7 @@ from typing import Any
 
 from etils.epath import Path
 
-from tinymim_jax.runtime import storage
+from tinymim_jax.runtime import markdown, storage
 from tinymim_jax.runtime.errors import InputError
 
 STEPS = "step", "images", "images/s", "ms", "share of the floor", "eager", "compiled", "graphs", "GB at the peak"
@@ -25,7 +25,7 @@ def table(folder: Path) -> str:
     if not steps and not relations:
         raise InputError(f"{folder} has no measurement; name the folder that launch/bench.sh wrote into")
     devices = ", ".join(dict.fromkeys(one["device"] for _, one in found if "device" in one))
-    parts = [_markdown(head, rows) for head, rows in ((STEPS, steps), (RELATIONS, relations)) if rows]
+    parts = [markdown.table(head, rows) for head, rows in ((STEPS, steps), (RELATIONS, relations)) if rows]
     note = "eager, compiled and graphs are PyTorch's: our images/s over theirs, the median over rounds."
     return "\n\n".join([f"{devices}; {note}", *parts])
 
@@ -53,7 +53,3 @@ def _relation(name: str, one: dict[str, Any]) -> list[list[str]]:
         [name, tokens, of["kernel"], f"{1e3 * of['ours_s']:.3f}", *(f"{of[k]:.2f}" if k in of else "" for k in RATIOS)]
         for tokens, of in one["tokens"].items()
     ]
-
-
-def _markdown(head: tuple[str, ...], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])

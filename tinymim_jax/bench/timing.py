@@ -14,6 +14,8 @@ from typing import Any
 
 import jax
 
+from tinymim_jax.experiment.config import Stage
+
 Clock = Callable[[], float]  # measures once
 SETTING = re.compile("XLA_|LIBTPU_|NVIDIA_TF32|LD_PRELOAD|TCMALLOC_|MALLOC_|GLIBC_TUNABLES|JAX_(DEFAULT|CPU|DISABLE)")
 
@@ -49,6 +51,12 @@ def in_turn(clocks: Mapping[str, Clock], rounds: int, turns: int = 1) -> dict[st
 def ratio(values: list[float], others: list[float]) -> float:
     """The median over rounds."""
     return statistics.median(a / b for a, b in zip(values, others, strict=True))
+
+
+def heading(benchmark: str, name: str, stage: Stage) -> dict[str, Any]:
+    """What a measurement of stage `name` begins with."""
+    asked = {"dtype": stage.model.dtype, "batch_size": stage.run.batch_size}
+    return {"benchmark": benchmark, "stage": name, **conditions(), **asked}
 
 
 def conditions() -> dict[str, Any]:

@@ -75,8 +75,7 @@ def run_chain(
         stop = stop or stack.enter_context(StopRequest())
         mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp)
         # What is wrong with a later stage is said now.
-        setups: dict[str, Any] = {}
-        multihost.raise_everywhere(lambda: dry_run.describe_chain(cfg, workdir, only, setups))
+        _, setups = multihost.raise_everywhere(lambda: dry_run.work_out(cfg, workdir, only))
         multihost.check_stop(stop, "before anything ran")
         names = list(cfg.stages) if only is None else [only]
         to_run = multihost.run_on_primary(lambda: [name for name in names if not handoff.finished(workdir / name)])

@@ -1,6 +1,7 @@
 """Views for contrastive learning, made on the device from crops: float32 [B, H, W, 3] in [0, 1] (MoCo v3, BYOL).
 
-Differs from the original in its blur: a Gaussian, where PIL approximates one by boxes.
+Differs from the original in that all is computed in float, where PIL rounds to 8 bits in between, and in its blur: a
+Gaussian, where PIL approximates one by boxes.
 """
 
 import dataclasses

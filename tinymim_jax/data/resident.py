@@ -158,7 +158,9 @@ def example_batch(data: Data, batch_size: int, replicas: int = 0) -> Batch:
 
 
 def make_batch(data: Data, batch: Batch) -> Batch:
-    """Of what `train_batches` here yields, what `pipeline.train_batches` would."""
+    """Of what `train_batches` here yields, what `pipeline.train_batches` would; a batch of that one as it is."""
+    if "held" not in batch:
+        return batch
     held, (epoch, index, repeat, stop) = batch["held"], batch["numbers"].T
     stream = jax.random.wrap_key_data(held["key"])
     keys = jax.vmap(lambda *row: functools.reduce(jax.random.fold_in, row, stream))(epoch, index, repeat)

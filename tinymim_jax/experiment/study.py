@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Optional
 
-from tinymim_jax.experiment.config import ClassToken, Compare, Feature, Init, Reconstruction, Relation, Stage
+from tinymim_jax.experiment.config import ClassToken, Compare, Decoder, Feature, Init, Reconstruction, Relation, Stage
 from tinymim_jax.runtime.errors import InputError
 
 DEPTH = 24  # blocks of the published teacher, in which the tables count
@@ -66,24 +66,25 @@ def chain(size: str, how: str = "relation", epochs: int = 100) -> Pretrained:
     return Pretrained(size, how, teacher, epochs)
 
 
-class Teacher(NamedTuple):
-    """Of a student: the block that is matched, the last one, and the heads of its relations."""
+class Facts(NamedTuple):
+    """What a variant is told: the teacher's usual block, its last one, the heads of its relations; a decoder."""
 
     block: int
     last: int
     heads: int
+    decoder: Decoder  # of the student's own MAE
 
 
-Change = Callable[[Stage, Teacher], None]
+Change = Callable[[Stage, Facts], None]
 
 
 def _relations(block: int | None = None, **fields: Any) -> Change:
     """Relations of `block` of the published MAE-L, or of the usual one."""
 
-    def change(stage: Stage, teacher: Teacher) -> None:
-        chosen = teacher.block if block is None else math.ceil(block * teacher.last / DEPTH)
-        stage.model.last_block_heads = teacher.heads
-        stage.task.targets = {"relation": Relation(chosen, stage.model.depth, heads=teacher.heads, **fields)}
+    def change(stage: Stage, facts: Facts) -> None:
+        chosen = facts.block if block is None else math.ceil(block * facts.last / DEPTH)
+        stage.model.last_block_heads = facts.heads
+        stage.task.targets = {"relation": Relation(chosen, stage.model.depth, heads=facts.heads, **fields)}
 
     return change
 
@@ -91,29 +92,29 @@ def _relations(block: int | None = None, **fields: Any) -> Change:
 def _others(kind: type, last: bool = False, **fields: Any) -> Change:
     """Targets that need no heads like the teacher's, of the usual block or of the last."""
 
-    def change(stage: Stage, teacher: Teacher) -> None:
-        target = kind(teacher.last if last else teacher.block, stage.model.depth, **fields)
+    def change(stage: Stage, facts: Facts) -> None:
+        target = kind(facts.last if last else facts.block, stage.model.depth, **fields)
         stage.task.targets, stage.model.last_block_heads = {target.kind: target}, None
 
     return change
 
 
 def _drop_path(teacher_rate: float, rate: float) -> Change:
-    def change(stage: Stage, teacher: Teacher) -> None:
-        _relations()(stage, teacher)
+    def change(stage: Stage, facts: Facts) -> None:
+        _relations()(stage, facts)
         stage.task.teacher_drop_path, stage.model.drop_path = teacher_rate, rate
 
     return change
 
 
 def _masked(before: Change, reconstruct: bool = False) -> Change:
-    """75 % of the patches hidden from both; and restored by a decoder like that of the preset's MAE."""
+    """75 % of the patches hidden from both; and restored by a decoder like that of the student's own MAE."""
 
-    def change(stage: Stage, teacher: Teacher) -> None:
-        before(stage, teacher)
+    def change(stage: Stage, facts: Facts) -> None:
+        before(stage, facts)
         stage.task.mask_ratio = 0.75
         if reconstruct:
-            stage.task.targets["reconstruction"] = Reconstruction(stage.model.depth)
+            stage.task.targets["reconstruction"] = Reconstruction(stage.model.depth, facts.decoder)
 
     return change
 
@@ -220,10 +221,9 @@ def _add(found: dict[str, Stage], preset: Preset, model: Pretrained) -> None:
         stage, size = preset.distill(model.size, init, model.epochs), model.teacher.size
         last = preset.depth[size]
         block = math.ceil(BLOCK * last / DEPTH) if size == "large" else last
-        VARIANTS[model.how](stage, Teacher(block, last, preset.heads(size)))
+        decoder = preset.mae(model.size).task.decoder
+        VARIANTS[model.how](stage, Facts(block, last, preset.heads(size), decoder))
         stage.run.data_name = "study"  # so that rows differ in nothing else, and can share a teacher's pass
-        if "reconstruction" in stage.task.targets:
-            stage.task.targets["reconstruction"].decoder = preset.mae(model.size).task.decoder
         found[model.name] = stage
 
 

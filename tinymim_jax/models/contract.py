@@ -70,6 +70,7 @@ class Encoder(abc.ABC):
     num_classes: int  # 0: no head
     dtype: str  # of the computation
     remat: bool  # recompute each block in the backward pass
+    drop_path: Any = 0.0  # the largest rate in training
     attention: Any = "xla"  # who computes attention, of those that attention.ATTENTIONS has
     layer_norm_eps: Any = 1e-6  # of its norms, and of those of a decoder behind it
     num_prefix: ClassVar[Any]  # tokens in front of the patches

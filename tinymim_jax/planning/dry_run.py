@@ -37,15 +37,18 @@ MENDABLE_FIELDS = (
 )
 
 
-def describe_chain(
-    cfg: Config, workdir: Path, only: str | None = None, setups: dict[str, StageSetup] | None = None
-) -> str:
+def describe_chain(cfg: Config, workdir: Path, only: str | None = None) -> str:
+    """`work_out`, as text."""
+    return work_out(cfg, workdir, only)[0]
+
+
+def work_out(cfg: Config, workdir: Path, only: str | None = None) -> tuple[str, dict[str, StageSetup]]:
     """What `run_chain` would do, worked out from shapes alone; reads no data but its size, writes nothing.
 
-    `setups`, if given, is filled with those of the stages. Raises InputError if it could not on any machine; what this
-    one lacks for it is said at the end.
+    Returns it for people, and the setups of the stages. Raises InputError if it could not on any machine; what this one
+    lacks for it is said at the end.
     """
-    setups = {} if setups is None else setups
+    setups: dict[str, StageSetup] = {}
     check_stage_name(cfg, only)
     check_owner(cfg, workdir)
     metric_log.tracker()
@@ -66,7 +69,7 @@ def describe_chain(
             for error in preflight.lacking(cfg, name, to_run, workdir, mesh):
                 missing.setdefault(error, name)
     text += [f"before stage {name} can run: {error}" for error, name in missing.items()]
-    return "\n".join(text)
+    return "\n".join(text), setups
 
 
 def check_owner(cfg: Config, workdir: Path) -> None:
@@ -233,8 +236,7 @@ def _model(setup: StageSetup) -> str:
     model = setup.stage.model
     sizes = {key: math.prod(leaf.shape) for key, leaf in flatten(setup.params).items()}
     trained = sum(sizes.values()) - sum(sizes[key] for key in setup.untrained())
-    rate = getattr(model, "drop_path", 0.0)  # not every encoder drops paths
-    drop = f", drop path {rate:g}" if rate else ""
+    drop = f", drop path {model.drop_path:g}" if model.drop_path else ""
     return f"model: {model.summary()}{drop}, {model.dtype}; {sum(sizes.values()):,} parameters, {trained:,} trained"
 
 

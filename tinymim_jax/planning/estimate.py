@@ -17,7 +17,7 @@ from tinymim_jax.experiment.config import Config
 from tinymim_jax.models import layers
 from tinymim_jax.planning import dry_run
 from tinymim_jax.planning.preflight import source_models
-from tinymim_jax.runtime import hlo_stats, keys
+from tinymim_jax.runtime import hlo_stats, keys, markdown
 from tinymim_jax.runtime import sharding as mesh_lib
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.runtime.progress_bar import bar
@@ -226,9 +226,7 @@ def table(report: dict[str, Any]) -> str:
         "at least, ms a step",
         "at least, hours",
     ]
-    rows = [columns, ["---"] * len(columns)]
-    rows += [_row(name, f) for name, f in report["stages"].items()]
-    lines = [f"| {' | '.join(row)} |" for row in rows]
+    lines = [markdown.table(columns, [_row(name, f) for name, f in report["stages"].items()])]
     if not all("memory_bytes" in f for f in report["stages"].values()):
         lines += ["", f"no bounds: the limits of {report['device']} are not known here; --topology has chips that are"]
     return "\n".join(lines)

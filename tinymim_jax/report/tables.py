@@ -8,6 +8,8 @@ from etils.epath import Path
 from rich.console import Console
 from rich.table import Table
 
+from tinymim_jax.runtime.markdown import table
+
 
 def text(results: dict[str, Any]) -> str:
     """The metrics of each stage, then each comparison, as text for a terminal."""
@@ -18,7 +20,7 @@ def text(results: dict[str, Any]) -> str:
         tables[0].add_row(name, f"{metrics['loss']:.4f}" if "loss" in metrics else "-", evals)
     for title, compared in results["compare"].items():
         heading, *rows = cells(compared)
-        tables.append(Table(*heading, title=f"{title} ({compared['metric']})", caption=verdict(compared)))
+        tables.append(Table(*heading, title=f"{title} ({compared['metric']})", caption=agreement(compared)))
         for row in rows:
             tables[-1].add_row(*row)
     console = Console(width=110, color_system=None)  # of standard output, whose characters it keeps to
@@ -42,21 +44,20 @@ def markdown(results: dict[str, Any]) -> str:
     parts = []
     for title, compared in results["compare"].items():
         heading, *rows = cells(compared)
-        lines = [f"| {' | '.join(row)} |" for row in (heading, ["---"] * len(heading), *rows)]
-        said = ["", text] if (text := verdict(compared)) else []
-        parts.append("\n".join([f"## {title} ({compared['metric']})", "", *lines, *said]))
+        said = [verdict] if (verdict := agreement(compared)) else []
+        parts += [f"## {title} ({compared['metric']})", table(heading, rows), *said]
     return "\n\n".join([f"# {results['config']}", *parts]) + "\n"
 
 
 def cells(compared: dict[str, Any]) -> Iterator[list[str]]:
     """A heading, and a row for each of a comparison; with a paper's value, and the places in both orders."""
     paper, rows = compared.get("paper", {}), compared["rows"]
+    ours = {name: one["mean"] for name, one in rows.items() if name in paper}
     yield ["", "mean", "std. error", "runs", *(["place", "paper", "its place"] if paper else [])]
     for label, row in rows.items():
         error = "-" if row["stderr"] is None else f"{row['stderr']:.2f}"
         shown = [label, f"{row['mean']:.2f}", error, str(len(row["values"]))]
         if paper:
-            ours = {name: one["mean"] for name, one in rows.items() if name in paper}
             shown += [place(label, ours), f"{paper[label]:.1f}", place(label, paper)] if label in paper else [""] * 3
         yield shown
 
@@ -66,7 +67,7 @@ def place(label: str, values: dict[str, float]) -> str:
     return str(1 + sum(value > values[label] for value in values.values()))
 
 
-def verdict(compared: dict[str, Any]) -> str | None:
+def agreement(compared: dict[str, Any]) -> str | None:
     """How far ours and the paper's order agree; None where there is none."""
     if "rank_correlation" not in compared:
         return None

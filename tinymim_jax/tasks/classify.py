@@ -67,9 +67,6 @@ class ClassifyTask(Task):
         self.teacher_cfg = check_teacher(self.cfg, context.sources["teacher"]) if cfg.teacher else None
         self.frozen_blocks = frozen_blocks(self.cfg, context.freeze) if context.freeze else 0
 
-    def is_untrained(self, name: str) -> bool:
-        return matches(self.cfg.fixed, name)
-
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Variables, Frozen]:
         images = self.images(batch)
         rng, teacher_rng = jax.random.split(rng)

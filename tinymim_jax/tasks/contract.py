@@ -15,6 +15,7 @@ from tinymim_jax.data.fields import IMAGE_LABEL
 from tinymim_jax.models.contract import Encoder, Outputs, Pool
 from tinymim_jax.models.mae import Decoder
 from tinymim_jax.objectives.metrics import Mean
+from tinymim_jax.weights.parameters import matches
 
 Params = Any  # nested dict of arrays: encoder/..., which later stages read, and pretext/..., which none does
 Variables = Mapping[str, Any]  # {"params": Params, other collections}
@@ -72,9 +73,9 @@ class Task(abc.ABC):
         """Normalised images [B, S, S, 3]."""
         return normalize(to_float(batch["image"]), self.data.mean, self.data.std)
 
-    @abc.abstractmethod
     def is_untrained(self, name: str) -> bool:
         """Whether the loss does not read parameter `name`, or it is fixed: kept as it is, undecayed."""
+        return matches(self.cfg.fixed, name)
 
     @abc.abstractmethod
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Variables, Frozen]:

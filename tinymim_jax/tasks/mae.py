@@ -26,7 +26,6 @@ from tinymim_jax.tasks.contract import (
     TrainedDecoder,
     Variables,
 )
-from tinymim_jax.weights.parameters import matches
 
 GREY = 0.5  # of masked patches in a picture
 
@@ -62,7 +61,7 @@ class MaeTask(Task):
         self.task, self.decoder = cfg, cfg.decoder.build(context.model)
 
     def is_untrained(self, name: str) -> bool:
-        return matches((*self.cfg.fixed, "pretext/decoder/pos_embed"), name)
+        return name == "pretext/decoder/pos_embed" or super().is_untrained(name)
 
     def _noise(self, rng: jax.Array, batch: Batch) -> jax.Array:
         return jax.random.uniform(rng, (len(batch["image"]), self.cfg.grid**2))

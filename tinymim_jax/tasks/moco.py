@@ -29,7 +29,6 @@ from tinymim_jax.tasks.contract import (
     TaskConfig,
     Variables,
 )
-from tinymim_jax.weights.parameters import matches
 
 STATE = "moco"  # the collection of the momentum encoder, its projector and the step
 
@@ -104,9 +103,6 @@ class MocoTask(Task):
         self.task = cfg
         self.projector, self.predictor = Mlp((cfg.hidden, cfg.hidden, cfg.dim)), Mlp((cfg.hidden, cfg.dim))
 
-    def is_untrained(self, name: str) -> bool:
-        return matches(self.cfg.fixed, name)
-
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Variables, Frozen]:
         keys, token = jax.random.split(rng, 3), jnp.zeros((1, self.cfg.width_of(self.cfg.depth)))
         encoder = self.model.init(keys[0], self.images(batch))["params"]
@@ -172,8 +168,6 @@ class MocoTask(Task):
 
     def panels(self, variables: Variables, frozen: Frozen, batch: Batch, rngs: Rngs) -> Panels:
         """The images, and two views of each."""
-        images = to_float(batch["image"])
-        keys = jax.random.split(rngs["augment"])
-        views = [make_view(key, images, view) for key, view in zip(keys, VIEWS, strict=True)]
-        rows = [list(np.asarray(row)) for row in (images, *views)]
+        views = self.views({**batch, "second": batch["image"]}, rngs["augment"])
+        rows = [list(np.asarray(row)) for row in (to_float(batch["image"]), *views)]
         return Panels("what two views of an image differ in, but for their crops", rows, ["image", "view 1", "view 2"])

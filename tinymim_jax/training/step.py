@@ -72,8 +72,7 @@ def make_train_step(setup: StageSetup) -> TrainStep:
         return jax.grad(loss, has_aux=True)(state.params)
 
     def step(state: TrainState, frozen: Frozen, batch: Batch, rng: jax.Array) -> tuple[TrainState, dict[str, Mean]]:
-        if "held" in batch:
-            batch = resident.make_batch(setup.stage.data, batch)
+        batch = resident.make_batch(setup.stage.data, batch)
         rng = jax.random.fold_in(rng, state.step)
         grads, aux = accumulate(gradients, cfg.accum_steps, task.merge_state, state, frozen, batch, rng)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -149,7 +148,7 @@ def side_by_side(setups: Sequence[StageSetup]) -> TrainStep:
 
     def step(states: Any, frozen: Frozen, batch: Batch, rngs: Any) -> tuple[Any, Any]:
         if len(tasks) > 1:
-            batch = resident.make_batch(setups[0].stage.data, batch) if "held" in batch else batch
+            batch = resident.make_batch(setups[0].stage.data, batch)
             batch = {**batch, **tasks[0].shared(frozen, batch, tasks)}
         done = [one(state, frozen, batch, rng) for one, state, rng in zip(steps, states, rngs, strict=True)]
         return tuple(zip(*done, strict=True))
