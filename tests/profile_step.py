@@ -38,12 +38,14 @@ def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 class PlainAttention(nn.Module):
-    """As `layers.Attention`, on [B, N, D]."""
+    """As `layers.Attention` without a position bias, on [B, N, D]."""
 
     num_heads: int
     dtype: jnp.dtype
     kind: str
     kernel_init: Any = layers.xavier
+    grid: int = 0
+    qkv_init: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
