@@ -22,7 +22,7 @@ from tinymim_jax.runtime.metric_log import read_done
 from tinymim_jax.weights import handoff
 
 MAE = "MAE pre-training, 4 steps of digits, batch 8"
-DISTILL = "relation distillation (TinyMIM), student block 2, 4 steps of digits, batch 8"
+DISTILL = "relation distillation, student block 2, 4 steps of digits, batch 8"
 CLASSIFY = "supervised training, 4 steps of digits, batch 8"
 PIXELS = (
     "images: 16 px, mean [0.485, 0.456, 0.406], std [0.229, 0.224, 0.225], interpolation bicubic, crop_pct {},"

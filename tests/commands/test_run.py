@@ -47,11 +47,17 @@ def test_a_run_from_start_to_end(config_file, tmp_path, capsys):
 def test_a_program_is_compiled_once_and_found_by_the_next_process(tmp_path):
     own = ("JAX_COMPILATION_CACHE", "JAX_PERSISTENT")  # of the tests
     env = {name: value for name, value in environment().items() if not name.startswith(own)}
-    stage = "--config.stages.mae_t"
-    short = [f"{stage}.run.epochs=none", f"{stage}.run.steps=10", f"{stage}.optim.warmup_epochs=0"]
     env["XDG_CACHE_HOME"], steps = str(tmp_path / "cache"), []
     for name in ("first", "second"):
-        argv = [sys.executable, "-m", "tinymim_jax", "run", "--config=configs/digits/chain.py", "--stage=mae_t", *short]
+        argv = [
+            sys.executable,
+            "-m",
+            "tinymim_jax",
+            "run",
+            "--config=configs/digits/chain.py",
+            "--stage=mae_t",
+            "--try_steps=10",
+        ]
         command = [*argv, f"--workdir={tmp_path / name}"]
         subprocess.run(command, env=env, cwd=ROOT, check=True, capture_output=True)
         steps.append([path.name for path in tmp_path.glob("cache/tinymim_jax/*/jit_step*-cache")])
@@ -63,6 +69,17 @@ def test_a_dry_run_touches_nothing_and_names_its_default_workdir(config_file, tm
     assert main(["run", f"--config={config_file}", "--dry_run", "--config.stages.mae.run.batch_size=20"]) == 0
     assert "mae: mae, 4 steps of 20 images" in capsys.readouterr().out
     assert [p for p in sorted(tmp_path.rglob("*")) if "__pycache__" not in str(p)] == before
+
+
+def test_a_first_try_is_an_experiment_of_its_own(config_file, tmp_path, capsys):
+    argv = ["run", f"--config={config_file}", "--try_steps=2", f"{STAGE}.mae.optim.warmup_epochs=1"]
+    assert main([*argv, "--dry_run"]) == 0
+    assert capsys.readouterr().out.count(", 2 steps of 8 images") == 3
+    assert main([*argv, "--stage=mae"]) == 0
+    log = (tmp_path / "runs" / "tiny_try" / "mae" / "metrics.jsonl").read_text()
+    assert {json.loads(line)["step"] for line in log.splitlines()} == {1, 2}
+    assert main([*argv[:2], "--workdir=runs/tiny_try"]) == 2
+    assert "belongs to the experiment 'tiny_try'" in capsys.readouterr().err
 
 
 def test_an_interruption_says_how_to_go_on(config_file, capsys, stop_at):

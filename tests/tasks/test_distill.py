@@ -138,7 +138,7 @@ def test_configs_that_cannot_be_distilled():
 
 def test_what_is_said_of_it():
     task = stages.distill({"relation": config.Relation(3, 3, heads=3), "feature": config.Feature(4, 2)})
-    assert task.task.summary() == "relation, feature distillation (TinyMIM), student block 3, 2"
+    assert task.task.summary() == "relation, feature distillation, student block 3, 2"
     assert task.describe_source("teacher") == "qk+vv relations of block 3 of 4, 3 heads; output of block 4 of 4"
 
 
@@ -215,6 +215,21 @@ def test_a_picture_of_a_student_with_another_token_in_front():
     params, frozen = stages.weights(task)
     found = task.panels({"params": params}, frozen, stages.batch(), stages.rngs())
     assert [image.shape for image in found.rows[0]] == [(16, 16, 3), (4, 4), (4, 4)]
+    assert found.box is None and found.title == "how CLS relates to each patch"
+
+
+def test_a_picture_of_what_is_restored_of_hidden_patches():
+    """As of MAE with the same weights and mask."""
+    targets = {"relation": config.Relation(3, 3), "rec": config.Reconstruction(3, config.Decoder(16, 1, 2))}
+    task = stages.distill(targets, mask_ratio=0.75)
+    params, frozen = stages.weights(task)
+    found = task.panels({"params": params}, frozen, stages.batch(2), stages.rngs())
+    assert found.column_labels[-2:] == ["masked", "reconstructed"] and "not predicted" in found.title
+    mae = stages.mae({"decoder": config.Decoder(16, 1, 2)}, width=12, depth=3, last_block_heads=3)
+    own = {"encoder": params["encoder"], "pretext": {"decoder": params["pretext"]["rec"]}}
+    expected = mae.panels({"params": own}, {}, stages.batch(2), stages.rngs())
+    for row, other in zip(found.rows, zip(*expected.rows, strict=True), strict=True):
+        np.testing.assert_allclose([row[0], *row[-2:]], other, atol=1e-5)
 
 
 # Drop path

@@ -14,7 +14,7 @@ from tinymim_jax.runtime.preemption import StopRequest
 from tinymim_jax.runtime.workdir_lock import WorkdirLock
 
 USAGE = """python -m tinymim_jax run --config=FILE[:options] [--workdir=DIR] [--stage=NAME] [--side_by_side=K]
-  [--dry_run]
+  [--try_steps=N] [--dry_run]
 """
 
 
@@ -24,23 +24,35 @@ def main(argv: list[str]) -> None:
         workdir=(str, None, "a folder or gs://BUCKET/... (default: runs/ and the config's name); the same goes on"),
         stage=(str, None, "run this stage only"),
         side_by_side=(int, 1, "train up to so many students of a study in one program, which runs their teacher once"),
+        try_steps=(int, None, "a first try: so many steps a stage, as an experiment of its own, NAME_try"),
         dry_run=(bool, False, "print what would happen, and touch nothing"),
     )
     define_cluster(values)
     cfg = parse(values, argv, USAGE)
+    if values.try_steps:
+        shorten(cfg, values.try_steps)
     workdir = storage.path(values.workdir or f"runs/{cfg.name}")
     check_workdir(workdir)
 
     if values.dry_run:
         from tinymim_jax.planning import dry_run
 
-        print(dry_run.describe_chain(cfg, workdir, values.stage))
+        print(dry_run.describe_chain(cfg, workdir, values.stage, values.side_by_side))
         dry_run.check_workdir(workdir)
         return
     facts = {"config": to_dict(cfg), "workdir": str(workdir), "stage": values.stage}
     with StopRequest() as stop:  # before jax is imported, whose callbacks would swallow a Ctrl-C
         start_cluster(values, stop, **facts)
         run(cfg, workdir, values.stage, stop, values.side_by_side)
+
+
+def shorten(cfg: Config, steps: int) -> None:
+    """Cuts each stage to so many steps without warm-up, under another name, so that no folder of the long one fits."""
+    cfg.name += "_try"
+    for stage in cfg.stages.values():
+        if stage.run.epochs != 0:
+            stage.run.epochs, stage.run.steps, stage.run.steps_per_call, stage.run.log_every = None, steps, 1, 1
+        stage.optim.warmup_epochs = stage.optim.warmup_steps = 0
 
 
 def run(cfg: Config, workdir: Path, only: str | None, stop: StopRequest, beside: int = 1) -> None:

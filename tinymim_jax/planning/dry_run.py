@@ -18,7 +18,7 @@ from tinymim_jax.runtime import metric_log
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.runtime.sharding import make_mesh
 from tinymim_jax.runtime.workdir_lock import WorkdirLock
-from tinymim_jax.training import optim
+from tinymim_jax.training import chain, optim
 from tinymim_jax.training.setup import StageSetup, make_setup
 from tinymim_jax.weights import checkpoint, handoff
 from tinymim_jax.weights.handoff import Init
@@ -37,9 +37,12 @@ MENDABLE_FIELDS = (
 )
 
 
-def describe_chain(cfg: Config, workdir: Path, only: str | None = None) -> str:
-    """`work_out`, as text."""
-    return work_out(cfg, workdir, only)[0]
+def describe_chain(cfg: Config, workdir: Path, only: str | None = None, beside: int = 1) -> str:
+    """`work_out`, as text, and which stages would run side by side."""
+    text, setups = work_out(cfg, workdir, only)
+    names = [name for name in setups if only in (None, name) and not handoff.finished(workdir / name)]
+    shared = [group for group in chain.groups(cfg, chain.begins(workdir, names), beside) if len(group) > 1]
+    return "\n".join([text, *(f"side by side: {', '.join(group)}" for group in shared)])
 
 
 def work_out(cfg: Config, workdir: Path, only: str | None = None) -> tuple[str, dict[str, StageSetup]]:
@@ -156,7 +159,13 @@ def _describe_stage(
         lines += _source_lines(cfg, name, "init", stage.init, workdir)
     else:
         lines.append("init: scratch")
-    return setup, [*lines, *setup.untrained_line(), _status(workdir / name)]
+    compared = [
+        f"compared in {title} as {label}"
+        for title, table in cfg.compare.items()
+        for label, names in table.rows.items()
+        if name in names
+    ]
+    return setup, [*lines, *setup.untrained_line(), *compared, _status(workdir / name)]
 
 
 def _match(

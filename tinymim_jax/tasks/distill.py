@@ -27,6 +27,7 @@ from tinymim_jax.tasks.contract import (
     TaskConfig,
     Variables,
 )
+from tinymim_jax.tasks.pictures import NOT_PREDICTED
 from tinymim_jax.tasks.targets import TARGETS
 from tinymim_jax.tasks.targets.contract import Captures, Pass, Trace
 from tinymim_jax.weights.handoff import Init
@@ -62,7 +63,8 @@ class Distill(TaskConfig):
 
     def summary(self) -> str:
         blocks = dict.fromkeys(b for target in self.targets.values() for b in target.captures()[1].blocks)
-        return f"{', '.join(self.targets)} distillation (TinyMIM), student block {', '.join(map(str, blocks))}"
+        hidden = f", {self.mask_ratio:.0%} masked" if self.mask_ratio else ""
+        return f"{', '.join(self.targets)} distillation, student block {', '.join(map(str, blocks))}{hidden}"
 
     def check(self, where: str, model: Encoder) -> None:
         if self.mask_ratio and int(model.grid**2 * (1 - self.mask_ratio)) < 1:
@@ -220,20 +222,25 @@ class DistillTask(Task):
         return "; ".join(parts)
 
     def panels(self, variables: Variables, frozen: Frozen, batch: Batch, rngs: Rngs) -> Panels:
-        """What one patch (boxed) relates to in each target, in the teacher and in the student."""
+        """What one patch (boxed) relates to in each target, in teacher and student; and what is made of hidden ones."""
         side, patch, fronts = self.cfg.grid, self.cfg.patch_size, (self.teacher_cfg.num_prefix, self.cfg.num_prefix)
         query = fronts[1] + (side // 2) * side + side // 2
-        params = variables["params"]
-        whole = functools.partial(self.passes, train=False, masked=False)
-        passes = jax.jit(whole)(params, frozen, batch, rngs)
-        columns = {}
+        params, is_masked = variables["params"], self.task.mask_ratio > 0
+        images, columns, pictures = np.asarray(to_float(batch["image"])), {}, {}
+        passes = {
+            masked: jax.jit(functools.partial(self.passes, train=False, masked=masked))(params, frozen, batch, rngs)
+            for masked in {False, is_masked}
+        }
         for name, target in self.targets.items():
-            prefix = f"{name} " if len(self.targets) > 1 else ""
-            for title, maps in target.maps(params.get("pretext", {}).get(name, {}), *passes, query).items():
+            prefix, own = f"{name} " if len(self.targets) > 1 else "", params.get("pretext", {}).get(name, {})
+            pictures |= target.pictures(own, passes[is_masked][1], images, self.data)
+            for title, maps in target.maps(own, *passes[False], query).items():
                 sides = target.sides(self.context.sources["teacher"])
                 for who, of, rows, front in zip(("teacher", "student"), sides, maps, fronts, strict=True):
                     columns[f"{prefix}{title} {who}\n{of}"] = np.asarray(rows[:, front:]).reshape(-1, side, side)
-        images = np.asarray(to_float(batch["image"]))
-        rows = [[image, *maps] for image, *maps in zip(images, *columns.values(), strict=True)]
-        corner = (side // 2) * patch
-        return Panels("how the boxed patch relates to each patch", rows, [], ["", *columns], (corner, corner, patch))
+        columns |= pictures
+        rows = [[image, *others] for image, *others in zip(images, *columns.values(), strict=True)]
+        corner, is_boxed = (side // 2) * patch, any(target.of_query for target in self.targets.values())
+        title = f"how {'the boxed patch' if is_boxed else 'CLS'} relates to each patch"
+        title += f"\n{NOT_PREDICTED}" if pictures else ""
+        return Panels(title, rows, [], ["", *columns], (corner, corner, patch) if is_boxed else None)

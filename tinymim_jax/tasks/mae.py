@@ -8,7 +8,7 @@ import numpy as np
 
 from tinymim_jax.data.device_augment import to_float
 from tinymim_jax.models.contract import Encoder
-from tinymim_jax.models.layers import patchify, unpatchify
+from tinymim_jax.models.layers import patchify
 from tinymim_jax.models.mae import Decoder, mask_by_noise
 from tinymim_jax.objectives import losses
 from tinymim_jax.objectives.metrics import Mean
@@ -26,8 +26,7 @@ from tinymim_jax.tasks.contract import (
     TrainedDecoder,
     Variables,
 )
-
-GREY = 0.5  # of masked patches in a picture
+from tinymim_jax.tasks.pictures import NOT_PREDICTED, restored
 
 
 @dataclasses.dataclass
@@ -98,18 +97,9 @@ class MaeTask(Task):
 
     def panels(self, variables: Variables, frozen: Frozen, batch: Batch, rngs: Rngs) -> Panels:
         """Original, masked and reconstructed images, a row each."""
-        patch, images = self.cfg.patch_size, np.asarray(to_float(batch["image"]))
-        pixels = np.asarray(patchify(images, patch))
-        noise = self._noise(rngs["mask"], batch)
-        pred, is_masked = map(np.asarray, jax.jit(self.reconstruct)(variables["params"], self.images(batch), noise))
-        if self.task.norm_pix_loss:  # back to each patch's own mean and contrast, which the model was not asked for
-            pred = pred * pixels.std(axis=-1, ddof=1, keepdims=True) + pixels.mean(axis=-1, keepdims=True)
-        else:
-            pred = pred * np.tile(self.data.std, patch**2) + np.tile(self.data.mean, patch**2)
-        hidden = is_masked[..., None]
-        rows = [pixels, np.where(hidden, GREY, pixels), np.where(hidden, pred, pixels)]
-        images = [list(np.asarray(unpatchify(row, patch)).clip(0, 1)) for row in rows]
+        images, noise = np.asarray(to_float(batch["image"])), self._noise(rngs["mask"], batch)
+        made = jax.jit(self.reconstruct)(variables["params"], self.images(batch), noise)
+        columns = {"original": images, **restored(images, *made, self.data, norm_pix_loss=self.task.norm_pix_loss)}
         title = f"{self.task.mask_ratio:.0%} of the patches masked"
-        if self.task.norm_pix_loss:
-            title += "\neach reconstructed patch was given its true mean and contrast, which are not predicted"
-        return Panels(title, images, ["original", "masked", "reconstructed"])
+        title += f"\n{NOT_PREDICTED}" if self.task.norm_pix_loss else ""
+        return Panels(title, [list(column) for column in columns.values()], list(columns))

@@ -4,7 +4,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -39,8 +39,7 @@ def run_stages(
         if name not in work:
             print(f"{name}: finished, skipped", flush=True)
     left, begin = dict(work), time.monotonic()
-    found = multihost.run_on_primary(lambda: [checkpoint.steps(workdir / name)[-1:] for name in work])
-    for group in groups(cfg, dict(zip(work, found, strict=True)), beside):
+    for group in groups(cfg, multihost.run_on_primary(lambda: begins(workdir, work)), beside):
         if len(work) > 1:
             print(pace(work, left, time.monotonic() - begin), flush=True)
         left = {name: flops for name, flops in left.items() if name not in group}
@@ -62,10 +61,15 @@ def pace(work: Mapping[str, float], left: Mapping[str, float], seconds: float) -
     return f"{told}, about {hours}{minutes % 60} min left"
 
 
+def begins(workdir: Path, names: Iterable[str]) -> dict[str, list[int]]:
+    """The step that each stage goes on from, [] at its begin."""
+    return {name: checkpoint.steps(workdir / name)[-1:] for name in names}
+
+
 def groups(cfg: Config, steps: Mapping[str, list[int]], beside: int) -> list[list[str]]:
     """The stages of `steps` in parts of up to `beside` that can share, each behind those that it reads.
 
-    `steps` has the step that each goes on from, [] at its begin; those beside each other have the same.
+    `steps` are their `begins`; those beside each other have the same.
     """
     left, found = list(steps), []
     while left:

@@ -123,9 +123,16 @@ def accumulate(
 def of_replicas(step: TrainStep, shares_batches: bool) -> TrainStep:
     """`step` of all replicas at once: states, keys and metrics are stacked [R, ...], and batches, if each has its own.
 
-    What does not differ between replicas, such as a teacher's pass over a shared batch, is computed once.
+    What does not differ between replicas, such as a teacher's pass over a shared batch, is computed once. A CPU is full
+    with one replica: where they share nothing, it takes one after the other, in less time and memory.
     """
-    return jax.vmap(step, in_axes=(0, None, None if shares_batches else 0, 0))
+    if shares_batches or jax.default_backend() != "cpu":
+        return jax.vmap(step, in_axes=(0, None, None if shares_batches else 0, 0))
+
+    def steps(states: TrainState, frozen: Frozen, batches: Batch, rngs: jax.Array) -> tuple[TrainState, dict]:
+        return jax.lax.map(lambda own: step(own[0], frozen, own[1], own[2]), (states, batches, rngs))
+
+    return steps
 
 
 def in_turn(step: TrainStep) -> TrainStep:

@@ -40,6 +40,8 @@ class ClassToken(Target):
 class ClassTokenLoss(TargetLoss):
     """`ClassToken` between two encoders; its parameters are a norm's and a linear layer's."""
 
+    of_query = False
+
     def __init__(self, cfg: ClassToken, where: str, teacher: Encoder, student: Encoder):
         super().__init__(cfg, teacher, student)
         for who, model in (("teacher", teacher), ("student", student)):

@@ -7,7 +7,9 @@ from typing import Any, ClassVar
 
 import flax.struct
 import jax
+import numpy as np
 
+from tinymim_jax.data.config import Data
 from tinymim_jax.models.contract import PARTS, BlockTrace, Encoder, Part
 from tinymim_jax.runtime.errors import InputError
 
@@ -48,6 +50,7 @@ class TargetLoss(abc.ABC):
     """A target between two given encoders; `teacher` goes up to the last block that is read."""
 
     fixed: tuple[str, ...] = ()  # regexes of own parameters that are never trained
+    of_query = True  # whether its maps are of one patch; else of the class token
 
     def __init__(self, cfg: Any, teacher: Encoder, student: Encoder):
         self.cfg, self.teacher, self.student = cfg, teacher, student
@@ -67,6 +70,10 @@ class TargetLoss(abc.ABC):
 
     def maps(self, params: Any, teacher: Pass, student: Pass, query: int) -> dict[str, tuple[jax.Array, jax.Array]]:
         """For a picture: by name, how token `query` relates to each, [B, N], in the teacher and in the student."""
+        return {}
+
+    def pictures(self, params: Any, student: Pass, images: np.ndarray, data: Data) -> dict[str, np.ndarray]:
+        """By name, pictures [B, S, S, 3] of what it makes of `images`, in [0, 1], of which the student saw a part."""
         return {}
 
     def sides(self, teacher: Encoder) -> tuple[str, str]:

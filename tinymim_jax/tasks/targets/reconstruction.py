@@ -5,13 +5,16 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from tinymim_jax.data.config import Data
 from tinymim_jax.models.contract import Encoder
 from tinymim_jax.models.layers import patchify
 from tinymim_jax.models.mae import Decoder
 from tinymim_jax.objectives import losses
 from tinymim_jax.runtime.codec import ranged
 from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.tasks.pictures import restored
 from tinymim_jax.tasks.targets.contract import Captures, Pass, Target, TargetLoss
 
 
@@ -54,10 +57,18 @@ class ReconstructionLoss(TargetLoss):
         tokens = jnp.zeros((1, self.student.num_prefix + patches, width), jnp.dtype(self.student.dtype))
         return self.decoder.init(rng, tokens, jnp.arange(patches)[None])["params"]
 
+    def _restore(self, params: Any, student: Pass) -> jax.Array:
+        return self.decoder.apply({"params": params}, student[self.cfg.student_block].normed, student.restore)
+
     def loss(self, params: Any, teacher: Pass, student: Pass) -> dict[str, jax.Array]:
-        pred = self.decoder.apply({"params": params}, student[self.cfg.student_block].normed, student.restore)
+        pred = self._restore(params, student)
         patches, normalised = patchify(student.images, self.student.patch_size), self.cfg.norm_pix_loss
         return {"reconstruction": losses.reconstruction(pred, patches, student.is_masked, norm_pix_loss=normalised)}
+
+    def pictures(self, params: Any, student: Pass, images: np.ndarray, data: Data) -> dict[str, np.ndarray]:
+        """Masked and reconstructed."""
+        pred = self._restore(params, student)
+        return restored(images, pred, student.is_masked, data, norm_pix_loss=self.cfg.norm_pix_loss)
 
     def flops(self, patches: int) -> float:
         return 3 * self.cfg.decoder.flops(self.student, patches)
