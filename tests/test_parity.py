@@ -164,7 +164,7 @@ def our_mae(cfg: ViT, decoder: Decoder, params: Any, images: Any, noise: Any, no
     target = losses.normalize_patches(target) if norm_pix else target
     keep = mae.mask_by_noise(jnp.asarray(noise), task.task.mask_ratio)[0]
     encoded = jax.jit(task.model.apply)({"params": params["encoder"]}, images, keep=keep).tokens
-    loss = losses.masked_mse(pred, target, is_masked).mean()
+    loss = losses.reconstruction(pred, target, is_masked, norm_pix_loss=False).mean()
     return {"loss": loss, "reconstruction": pred, "mask": is_masked, "encoded": encoded}
 
 

@@ -20,8 +20,8 @@ def test_a_stage_on_this_machine(capsys, tmp_path):
         ([DIGITS, "--stage=x"], "--stage=x: no such stage; choose one of mae_l"),
         ([DIGITS, "--topology=v9:2x2"], "--topology=v9:2x2: write it like v5e:16x16"),
         (["--topology=v4:4x4x4"], "--config=FILE is needed"),
-        ([DIGITS, "--json=none/plan.json"], "--json=none/plan.json: there is no folder none; make it"),
-        ([DIGITS, "--json=tests"], "--json=tests: is a folder; name a file in it"),
+        ([DIGITS, "--json=plan"], "name a file that ends in .json"),
+        ([DIGITS, "--json=README.md/plan.json"], "README.md"),
     ],
 )
 def test_bad_input(argv, message, capsys):

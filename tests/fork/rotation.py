@@ -7,9 +7,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from tinymim_jax.models.contract import Encoder
-from tinymim_jax.objectives import losses
 from tinymim_jax.objectives.metrics import Mean
 from tinymim_jax.runtime.codec import ranged
 from tinymim_jax.tasks.contract import Aux, Batch, Context, Panels, Rngs, Task, TaskConfig
@@ -55,7 +55,7 @@ class RotationTask(Task):
         logits = self._logits(
             params, turned[turns, jnp.arange(len(images))], train=train, rngs={"drop_path": rngs["drop_path"]}
         )
-        values = losses.soft_cross_entropy(logits, jax.nn.one_hot(turns, self.task.turns))
+        values = optax.softmax_cross_entropy(logits, jax.nn.one_hot(turns, self.task.turns))
         loss = Mean.of(values, batch["is_valid"])
         hits = Mean.of(jnp.argmax(logits, axis=-1) == turns, batch["is_valid"])
         return loss.value(), Aux({"loss": loss, "accuracy": hits}, model_state)

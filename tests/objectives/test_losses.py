@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,6 +7,8 @@ import pytest
 
 from tests.models import reference
 from tinymim_jax.objectives import losses
+
+reconstruction = functools.partial(losses.reconstruction, norm_pix_loss=False)
 
 
 def normal(*shape, seed=0):
@@ -28,65 +32,29 @@ def test_normalize_patches_of_one_colour():
     np.testing.assert_allclose(np.abs(losses.normalize_patches(faint)), (48 / 47 + 1) ** -0.5, rtol=1e-5)
 
 
-def test_masked_mse_counts_masked_patches_only():
+def test_reconstruction_counts_masked_patches_only():
     pred, target = normal(3, 4, 6), normal(3, 4, 6, seed=1)
     is_masked = np.array([[1, 0, 1, 0], [1, 1, 0, 0], [0, 0, 1, 1]], bool)
-    out = losses.masked_mse(pred, target, is_masked)
+    out = reconstruction(pred, target, is_masked)
     assert out.shape == (3,)
     error = ((reference.f64(pred) - reference.f64(target)) ** 2).mean(-1)
     np.testing.assert_allclose(out, [error[i][is_masked[i]].mean() for i in range(3)], rtol=1e-6)
     np.testing.assert_allclose(out.mean(), (error * is_masked).sum() / is_masked.sum(), rtol=1e-6)
 
 
-def test_masked_mse_in_float32():
+def test_reconstruction_in_float32():
     pred = jnp.asarray(normal(1, 2, 6), jnp.bfloat16)
-    out = losses.masked_mse(pred, normal(1, 2, 6, seed=1), np.ones((1, 2), bool))
+    out = reconstruction(pred, normal(1, 2, 6, seed=1), np.ones((1, 2), bool))
     assert out.dtype == jnp.float32
     expected = ((np.asarray(pred, np.float64) - normal(1, 2, 6, seed=1)) ** 2).mean()
     np.testing.assert_allclose(out, [expected], rtol=1e-6)
 
 
-def test_masked_mse_asserts_shapes():
+def test_reconstruction_asserts_shapes():
     with pytest.raises(AssertionError):
-        losses.masked_mse(normal(2, 4, 6), normal(2, 4, 5), np.ones((2, 4), bool))
+        reconstruction(normal(2, 4, 6), normal(2, 4, 5), np.ones((2, 4), bool))
     with pytest.raises(AssertionError):
-        losses.masked_mse(normal(2, 4, 6), normal(2, 4, 6), np.ones((2, 3), bool))
-
-
-def test_smooth_one_hot():
-    out = losses.smooth_one_hot(np.array([2, 0]), 4, 0.1)
-    np.testing.assert_allclose(out, [[0.025, 0.025, 0.925, 0.025], [0.925, 0.025, 0.025, 0.025]], rtol=1e-6)
-    np.testing.assert_array_equal(losses.smooth_one_hot(np.array([1]), 3, 0.0), [[0, 1, 0]])
-
-
-def test_soft_cross_entropy():
-    logits, targets = normal(3, 5), reference.softmax(reference.f64(normal(3, 5, seed=1)))
-    out = losses.soft_cross_entropy(logits, targets.astype(np.float32))
-    expected = [
-        -sum(t * np.log(p) for t, p in zip(*row, strict=True))
-        for row in zip(targets, reference.softmax(reference.f64(logits)), strict=True)
-    ]
-    np.testing.assert_allclose(out, expected, rtol=1e-5)
-
-
-def test_soft_cross_entropy_is_finite_at_extremes():
-    value, grad = jax.value_and_grad(lambda x: losses.soft_cross_entropy(x, jnp.array([[0.0, 1.0]])).sum())(
-        jnp.array([[200.0, 0.0]])
-    )
-    np.testing.assert_allclose(value, 200, rtol=1e-6)
-    np.testing.assert_allclose(grad, [[1, -1]], atol=1e-6)
-
-
-def test_soft_cross_entropy_in_float32():
-    logits = jnp.asarray(normal(2, 3), jnp.bfloat16)
-    out = losses.soft_cross_entropy(logits, jnp.ones((2, 3)) / 3)
-    assert out.dtype == jnp.float32
-    np.testing.assert_allclose(out, -reference.log_softmax(reference.f64(logits)).mean(-1), rtol=1e-5)
-
-
-def test_soft_cross_entropy_asserts_shapes():
-    with pytest.raises(AssertionError):
-        losses.soft_cross_entropy(normal(2, 3), normal(2, 4))
+        reconstruction(normal(2, 4, 6), normal(2, 4, 6), np.ones((2, 3), bool))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])

@@ -10,7 +10,7 @@ import numpy as np
 from etils.epath import Path
 
 from tinymim_jax.bench import torch_baseline
-from tinymim_jax.bench.timing import Clock, clock_of, conditions, heading, in_turn, ratio
+from tinymim_jax.bench.timing import Clock, clock_of, heading, in_turn, ratio
 from tinymim_jax.data.pipeline import stacked
 from tinymim_jax.experiment.config import Config, Stage
 from tinymim_jax.models.contract import Encoder
@@ -60,11 +60,11 @@ def step(cfg: Config, name: str, rounds: int, vs: str | None = None) -> dict[str
     model_flops = setup.flops()
     floor = max(model_flops / measured["matmul_flops_per_s"], moved * mesh.size / measured["memory_bytes_per_s"])
     return {
-        "benchmark": "step",
-        "stage": name,
-        **conditions(),
+        **heading("step", name, stage),
+        "task": codec.to_dict(stage.task),
+        "attention": stage.model.attention,
+        **{field: getattr(stage.run, field) for field in ("steps_per_call", "replicas")},
         "devices": mesh.size,
-        **_asked(stage),
         "images_per_s": stage.run.batch_size / seconds,
         "step_s": seconds,
         "model_flops": model_flops,
@@ -81,17 +81,6 @@ def step(cfg: Config, name: str, rounds: int, vs: str | None = None) -> dict[str
 def _peaks(dtype: str, vs: str | None) -> dict[str, Clock]:
     theirs = {"torch_matmul_flops_per_s": torch_baseline.matmul(dtype, matmul_size(), CALLS)} if vs else {}
     return {"matmul_flops_per_s": matmul(dtype), "memory_bytes_per_s": copying(), **theirs}
-
-
-def _asked(stage: Stage) -> dict[str, Any]:
-    return {
-        "task": codec.to_dict(stage.task),
-        "dtype": stage.model.dtype,
-        "attention": stage.model.attention,
-        "batch_size": stage.run.batch_size,
-        "steps_per_call": stage.run.steps_per_call,
-        "replicas": stage.run.replicas,
-    }
 
 
 def _compared(

@@ -125,13 +125,13 @@ def parse_positional(values: flags.FlagValues, argv: list[str], names: list[str]
     return paths
 
 
-def output(name: str | None, suffixes: Collection[str]) -> Path:
-    """The file that --out names; raises InputError if it ends in none of `suffixes`."""
+def output(name: str | None, suffixes: Collection[str], flag: str = "out") -> Path:
+    """The file that a flag names; raises InputError if it ends in none of `suffixes`."""
     path = storage.path(name or "")
     if path.suffix not in suffixes:
-        raise InputError(f"--out={name or ''}: name a file that ends in {' or '.join(suffixes)}")
+        raise InputError(f"--{flag}={name or ''}: name a file that ends in {' or '.join(suffixes)}")
     if path.is_dir():
-        raise InputError(f"--out={path} is a folder; name a file")
+        raise InputError(f"--{flag}={path} is a folder; name a file")
     return path
 
 

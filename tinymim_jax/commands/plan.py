@@ -5,8 +5,9 @@ import sys
 
 from etils.epath import Path
 
+from tinymim_jax.commands import flags
 from tinymim_jax.commands.flags import new_flags, parse
-from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.runtime import storage
 
 USAGE = """python -m tinymim_jax plan --config=FILE[:options] [--stage=NAME] [--topology=v5e:16x16] [--json=FILE]
 
@@ -23,22 +24,14 @@ def main(argv: list[str]) -> None:
         json=(str, None, "the file where the numbers go as well"),
     )
     cfg = parse(values, argv, USAGE)
-    if values.json:
-        _check_file(values.json)
+    out = flags.output(values.json, [".json"], "json") if values.json else None
+    if out:
+        storage.check_writable(out.parent)
 
     from tinymim_jax.planning import estimate
 
     report = estimate.run(cfg, values.stage, values.topology, Path(f"runs/{cfg.name}"))
     print(estimate.table(report))
-    if values.json:
-        Path(values.json).write_text(json.dumps(report, indent=2) + "\n")
-        print(f"wrote {values.json}", file=sys.stderr)
-
-
-def _check_file(name: str) -> None:
-    """Before minutes of compiling; what is in a bucket needs no folder."""
-    folder = Path(name).parent
-    if "://" not in name and not folder.is_dir():
-        raise InputError(f"--json={name}: there is no folder {folder}; make it or choose another")
-    if Path(name).is_dir():
-        raise InputError(f"--json={name}: is a folder; name a file in it")
+    if out:
+        out.write_text(json.dumps(report, indent=2) + "\n")
+        print(f"wrote {out}", file=sys.stderr)

@@ -70,11 +70,6 @@ class Accuracy:
         pairs = jnp.stack([jnp.where(batch["is_valid"], label, -1), jnp.argmax(seen, axis=-1)])
         return {**count_correct(logits, batch["label"], batch["is_valid"], subset), "pairs": pairs}
 
-    def count(self, variables: Variables, frozen: Any, batch: Batch) -> dict[str, Mean]:
-        """The counts alone."""
-        logits, subset = self.logits(variables, frozen, batch)
-        return count_correct(logits, batch["label"], batch["is_valid"], subset)
-
     def logits(self, variables: Variables, frozen: Any, batch: Batch) -> tuple[jax.Array, Subset]:
         """[B, C], and which of them count; raises InputError if the model has no head."""
         logits = self.predict(variables, frozen, batch).logits
@@ -96,15 +91,15 @@ class Accuracy:
         return names if columns is None else [names[i] for i in np.argsort(columns)]
 
     def finish(self, found: Mapping[Hashable, list[dict[str, Any]]]) -> Result:
-        counts = scores([{key: one[key] for key in one if key != "pairs"} for one in found["data"]])
+        counts = scores(found["data"])
         names = self._names()
         by_class = per_class(np.concatenate([one["pairs"] for one in found["data"]], axis=1), len(names))
         return Result(counts, {**by_class, "classes": np.array(names, str)})
 
 
-def scores(counts: list[dict[str, Mean]]) -> dict[str, float]:
-    """Percent of all that was counted; raises InputError if a label was beyond the outputs of the model."""
-    total = metrics.merge(counts)
+def scores(found: list[dict[str, Any]]) -> dict[str, float]:
+    """Percent of all that `Accuracy.update` counted; raises InputError if a label was beyond the model's outputs."""
+    total = metrics.merge({name: one[name] for name in one if name != "pairs"} for one in found)
     if not total["top1"].count:
         raise InputError("no image of the evaluation set could be read; mend the data")
     if total["beyond"].sum:

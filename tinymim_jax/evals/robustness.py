@@ -13,7 +13,6 @@ from tinymim_jax.evals import subsets
 from tinymim_jax.evals.classification import Accuracy, Classification, scores
 from tinymim_jax.evals.contract import Batch, Context, Eval, Result, Variables, needs_head
 from tinymim_jax.models.contract import Encoder
-from tinymim_jax.objectives.metrics import Mean
 from tinymim_jax.runtime import storage
 from tinymim_jax.runtime.codec import ranged
 from tinymim_jax.runtime.errors import InputError
@@ -69,10 +68,10 @@ class CorruptionErrors:
             name, severity = odd[0]
             raise InputError(f"{name}, severity {severity}, has other classes than the others; complete the copy")
 
-    def update(self, variables: Variables, frozen: Any, others: Any, batch: Batch) -> dict[str, Mean]:
-        return self.accuracy.count(variables, frozen, batch)
+    def update(self, variables: Variables, frozen: Any, others: Any, batch: Batch) -> dict[str, Any]:
+        return self.accuracy.update(variables, frozen, others, batch)
 
-    def finish(self, found: Mapping[Hashable, list[dict[str, Mean]]]) -> Result:
+    def finish(self, found: Mapping[Hashable, list[dict[str, Any]]]) -> Result:
         summary = summarise({key: 100 - scores(counts)["top1"] for key, counts in found.items()})
         if not subsets.is_imagenet(self.accuracy.classes, self.accuracy.passes["data"].data.name):
             del summary["mce"]  # AlexNet's errors are of those classes

@@ -41,9 +41,8 @@ def targets(subset: str, classes: tuple[str, ...] | None) -> np.ndarray:
     """
     if classes is None:
         return np.arange(1000)
-    column = {wnid: i for i, wnid in enumerate(imagenet_wnids())}
-    allowed = set(columns(subset).tolist())
-    unknown = [name for name in classes if column.get(name) not in allowed]
+    column = {imagenet_wnids()[i]: i for i in columns(subset).tolist()}
+    unknown = [name for name in classes if name not in column]
     if unknown:
         raise InputError(
             f"class folder {unknown[0]!r} (and {len(unknown) - 1} more) is no class of {subset}; the folders must be"

@@ -12,25 +12,16 @@ def normalize_patches(patches: jax.Array) -> jax.Array:
     return (patches - mean) * jax.lax.rsqrt(var + 1e-6)
 
 
-def masked_mse(pred: jax.Array, target: jax.Array, is_masked: jax.Array) -> jax.Array:
-    """Mean squared error over the masked patches: pred, target [B, L, P], is_masked [B, L] -> [B], float32.
+def reconstruction(pred: jax.Array, patches: jax.Array, is_masked: jax.Array, *, norm_pix_loss: bool) -> jax.Array:
+    """MAE's loss: squared error of the masked ones of `patches` [B, L, P], each normalised if `norm_pix_loss`; [B].
 
-    Every image masks the same number of patches, so the mean of this over B is MAE's loss.
+    Every image masks the same number of patches, so the mean of this over B is the batch's.
     """
+    target = normalize_patches(patches) if norm_pix_loss else patches
     chex.assert_equal_shape([pred, target])
     chex.assert_equal_shape([pred, is_masked], dims=(0, 1))
     error = jnp.square(pred.astype(jnp.float32) - target).mean(axis=-1)
     return jnp.sum(error * is_masked, axis=1) / jnp.sum(is_masked, axis=1)
-
-
-def reconstruction(pred: jax.Array, patches: jax.Array, is_masked: jax.Array, *, norm_pix_loss: bool) -> jax.Array:
-    """MAE's loss: the masked ones of `patches` [B, L, P] against `pred`, each normalised if `norm_pix_loss`; [B]."""
-    return masked_mse(pred, normalize_patches(patches) if norm_pix_loss else patches, is_masked)
-
-
-def smooth_one_hot(labels: jax.Array, num_classes: int, smoothing: float) -> jax.Array:
-    """Labels [B] -> [B, C]: s/C everywhere and 1 - s more on the label."""
-    return jax.nn.one_hot(labels, num_classes) * (1 - smoothing) + smoothing / num_classes
 
 
 def is_beyond(labels: jax.Array, num_classes: int) -> jax.Array:
@@ -38,10 +29,13 @@ def is_beyond(labels: jax.Array, num_classes: int) -> jax.Array:
     return (labels < 0) | (labels >= num_classes)
 
 
-def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """-sum_c targets log softmax(logits): two [B, C] -> [B], float32."""
-    chex.assert_equal_shape([logits, targets])
-    return -jnp.sum(targets * jax.nn.log_softmax(logits.astype(jnp.float32)), axis=-1)
+def pixel_cross_entropy(logits: jax.Array, mask: jax.Array, ignored: int) -> jax.Array:
+    """-log softmax(logits) at each pixel's class, summed: [B, H, W, C] and [B, H, W] -> [B], float32."""
+    chex.assert_equal_shape([logits[..., 0], mask])
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+    counts = mask != ignored
+    own = jnp.take_along_axis(log_p, jnp.where(counts, mask, 0)[..., None].astype(jnp.int32), axis=-1)[..., 0]
+    return -jnp.where(counts, own, 0.0).sum(axis=(1, 2))
 
 
 def soft_distillation(logits: jax.Array, teacher: jax.Array, temperature: float) -> jax.Array:

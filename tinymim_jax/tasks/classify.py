@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from tinymim_jax.data.device_augment import mix, partner, random_erasing
 from tinymim_jax.models.contract import Encoder
@@ -80,7 +81,7 @@ class ClassifyTask(Task):
         erase_rng, mix_rng = jax.random.split(rng)
         # Unreadable images reach others by mixing and by batch statistics.
         batch = {**batch, **{key: replace_by_partner(batch[key], batch["is_valid"]) for key in ("image", "label")}}
-        targets = losses.smooth_one_hot(batch["label"], self.cfg.num_classes, self.task.label_smoothing)
+        targets = optax.smooth_labels(jax.nn.one_hot(batch["label"], self.cfg.num_classes), self.task.label_smoothing)
         images = random_erasing(erase_rng, self.images(batch), self.task.erasing)
         cfg = self.task
         how = {"mix_prob": cfg.mix_prob, "switch_prob": cfg.switch_prob, "mix_group": cfg.mix_group}
@@ -95,7 +96,7 @@ class ClassifyTask(Task):
             images, targets = self.images(batch), jax.nn.one_hot(batch["label"], self.cfg.num_classes)
         variables, rngs = {"params": params["encoder"], **model_state}, {"drop_path": rngs["drop_path"]}
         out, new = self.model.apply(variables, images, train=train, rngs=rngs, mutable=list(model_state))
-        values = losses.soft_cross_entropy(out.heads[0] if self.task.teacher else out.logits, targets)
+        values = optax.softmax_cross_entropy(out.heads[0] if self.task.teacher else out.logits, targets)
         beyond = losses.is_beyond(batch["label"], self.cfg.num_classes) & batch["is_valid"]
         metrics = {"labels_beyond_head": Mean.of(jnp.sum(beyond))}
         if self.task.teacher:
@@ -112,7 +113,7 @@ class ClassifyTask(Task):
         teacher = self.teacher_cfg.build().apply({"params": frozen["teacher"]["encoder"]}, images).logits
         if self.task.teacher.labels == "hard":
             best = jax.nn.one_hot(jnp.argmax(teacher, axis=-1), self.cfg.num_classes)
-            return losses.soft_cross_entropy(logits, best)
+            return optax.softmax_cross_entropy(logits, best)
         return losses.soft_distillation(logits, teacher, self.task.teacher.temperature)
 
     def flops_per_image(self) -> float:

@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -13,7 +13,6 @@ from tinymim_jax.data.config import Data
 from tinymim_jax.data.device_augment import normalize, to_float
 from tinymim_jax.data.fields import IMAGE_LABEL
 from tinymim_jax.models.contract import Encoder, Outputs, Pool
-from tinymim_jax.models.mae import Decoder
 from tinymim_jax.objectives.metrics import Mean
 from tinymim_jax.weights.parameters import matches
 
@@ -137,19 +136,14 @@ class TaskConfig(abc.ABC):
         """Whether what `Task.shared` gives for a batch serves both, of models of one size, dtype and kind of images."""
         return False
 
+    def pixel_logits(self, model: Encoder, data: Data) -> Callable[[Variables, Frozen, Batch], Outputs] | None:
+        """What gives a finished model's logits of pixels, if it has a head for them."""
+        return None
+
     def has_labels(self) -> bool:
         """Whether the labels of the data are learnt."""
         return False
 
-    def reconstruction(self) -> "TrainedDecoder | None":
-        """The decoder to pixels that is trained under pretext/decoder, for those who take it along; None: none."""
+    def reconstruction(self) -> "TaskConfig | None":
+        """Whose `decoder` to pixels, trained under pretext/decoder with `norm_pix_loss` and `mask_ratio`, it has."""
         return None
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainedDecoder:
-    """A trained decoder to pixels, and how it is used."""
-
-    decoder: Decoder
-    norm_pix_loss: bool
-    mask_ratio: float

@@ -15,18 +15,7 @@ from tinymim_jax.models.mae import mask_by_noise
 from tinymim_jax.objectives.metrics import Mean
 from tinymim_jax.runtime.codec import check_name, ranged
 from tinymim_jax.runtime.errors import InputError
-from tinymim_jax.tasks.contract import (
-    Aux,
-    Batch,
-    Context,
-    Frozen,
-    Panels,
-    Params,
-    Rngs,
-    Task,
-    TaskConfig,
-    Variables,
-)
+from tinymim_jax.tasks.contract import Aux, Batch, Context, Frozen, Panels, Params, Rngs, Task, TaskConfig, Variables
 from tinymim_jax.tasks.pictures import NOT_PREDICTED
 from tinymim_jax.tasks.targets import TARGETS
 from tinymim_jax.tasks.targets.contract import Captures, Pass, Trace

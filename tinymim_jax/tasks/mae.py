@@ -13,19 +13,7 @@ from tinymim_jax.models.mae import Decoder, mask_by_noise
 from tinymim_jax.objectives import losses
 from tinymim_jax.objectives.metrics import Mean
 from tinymim_jax.runtime.codec import ranged
-from tinymim_jax.tasks.contract import (
-    Aux,
-    Batch,
-    Context,
-    Frozen,
-    Panels,
-    Params,
-    Rngs,
-    Task,
-    TaskConfig,
-    TrainedDecoder,
-    Variables,
-)
+from tinymim_jax.tasks.contract import Aux, Batch, Context, Frozen, Panels, Params, Rngs, Task, TaskConfig, Variables
 from tinymim_jax.tasks.pictures import NOT_PREDICTED, restored
 
 
@@ -48,8 +36,8 @@ class Mae(TaskConfig):
         model.check_masked(where)
         self.decoder.check(f"{where}.decoder", model)
 
-    def reconstruction(self) -> TrainedDecoder:
-        return TrainedDecoder(self.decoder, self.norm_pix_loss, self.mask_ratio)
+    def reconstruction(self) -> "Mae":
+        return self
 
 
 class MaeTask(Task):

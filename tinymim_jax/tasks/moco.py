@@ -17,18 +17,7 @@ from tinymim_jax.objectives.losses import contrastive
 from tinymim_jax.objectives.metrics import Mean
 from tinymim_jax.runtime.codec import ranged
 from tinymim_jax.runtime.errors import InputError
-from tinymim_jax.tasks.contract import (
-    Aux,
-    Batch,
-    Context,
-    Frozen,
-    Panels,
-    Params,
-    Rngs,
-    Task,
-    TaskConfig,
-    Variables,
-)
+from tinymim_jax.tasks.contract import Aux, Batch, Context, Frozen, Panels, Params, Rngs, Task, TaskConfig, Variables
 
 STATE = "moco"  # the collection of the momentum encoder, its projector and the step
 
