@@ -10,6 +10,7 @@ import pytest
 
 from tinymim_jax.data import photometric as pm
 from tinymim_jax.data.device_augment import normalize_within
+from tinymim_jax.experiment.config import Data, Masks
 
 SAME = {"brightness": 0.0, "early_contrast": 1.0, "saturation": 1.0, "hue": 0.0, "late_contrast": 1.0}
 ROWS = [
@@ -99,3 +100,20 @@ def test_padding_is_zero_behind_normalisation():
     windows = np.stack([images, images], axis=1)  # [B, K, H, W, 3], one extent for all windows of an image
     found = normalize_within(jnp.asarray(windows), jnp.asarray(extent)[:, None], mean, std)
     np.testing.assert_allclose(found, np.stack([expected, expected], axis=1), atol=1e-6)
+
+
+def test_model_input():
+    images = (pictures(4) * 255).astype(np.uint8)
+    data = Data("scenes", image_size=6, masks=Masks(11))
+    extent = jnp.asarray([[6, 6], [3, 6], [6, 2], [6, 6]])
+    plain = np.asarray(pm.model_input(images, extent, data))
+    np.testing.assert_allclose(
+        plain, normalize_within(images / np.float32(255), extent, data.mean, data.std), atol=1e-6
+    )
+    key = jax.random.key(3)
+    made = np.asarray(pm.model_input(images, extent, data, key))
+    expected = normalize_within(pm.photometric(key, images / np.float32(255)), extent, data.mean, data.std)
+    np.testing.assert_allclose(made, expected, atol=1e-5)
+    assert not np.allclose(made, plain) and not made[1, 3:].any() and not made[2, :, 2:].any()
+    data.masks.photometric = False
+    np.testing.assert_array_equal(pm.model_input(images, extent, data, key), plain)

@@ -8,7 +8,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from tinymim_jax.data.device_augment import shifted_hue
+from tinymim_jax.data.config import Data
+from tinymim_jax.data.device_augment import normalize_within, shifted_hue, to_float
 
 PROB = 0.5  # of each step
 BRIGHTNESS = 32 / 255  # added or taken away, at most
@@ -27,6 +28,17 @@ class Distortion:
     saturation: jax.Array  # multiplies HSV's
     hue: jax.Array  # is added, of the circle
     late_contrast: jax.Array  # multiplies, in the end
+
+
+def model_input(images: jax.Array, extent: jax.Array, data: Data, rng: jax.Array | None = None) -> jax.Array:
+    """Crops or windows as the model sees them: uint8 [..., H, W, 3] -> float32, normalised, 0 outside `extent`.
+
+    With `rng`, crops to train on, [B, H, W, 3], whose colours are distorted if `data.masks` says so.
+    """
+    images = to_float(images)
+    if rng is not None and data.masks.photometric:
+        images = photometric(rng, images)
+    return normalize_within(images, extent, data.mean, data.std)
 
 
 def photometric(rng: jax.Array, images: jax.Array) -> jax.Array:
