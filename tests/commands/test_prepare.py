@@ -58,7 +58,10 @@ def test_digits(tmp_path):
     ("argv", "message"),
     [
         (["only"], "expected SRC DST, got only"),
-        (["none", "out"], "none: no such folder; name an ImageFolder tree, a folder of shards, or tfds:NAME"),
+        (
+            ["none", "out"],
+            "none: no such folder; name an ImageFolder tree, pairs:TREE, a folder of shards, or tfds:NAME",
+        ),
         (["{tree}", "out", "--splits=train,extra"], "tree/extra: no such folder"),
         (["{tree}", "out", "--splits=train,tra"], "splits 'train' and 'tra' would be read together"),
         (["{tree}", "out", "--short_side=0"], "--short_side=0: 0 is not a positive integer"),
@@ -83,6 +86,7 @@ def test_what_a_source_is(tree, tmp_path, monkeypatch):
     assert describe(str(tree), "") == {"source": "folder", "path": str(tree)}
     assert describe("tfds:imagenet2012", "/data") == {"source": "tfds", "name": "imagenet2012", "path": "/data"}
     assert describe("digits", "") == {"source": "digits"}
+    assert describe(f"pairs:{tree}", "") == {"source": "pairs", "path": str(tree)}
     monkeypatch.chdir(tmp_path)
     assert describe("tree", "") == {"source": "folder", "path": str(tree)}  # the same, from wherever it is called
     (tmp_path / "digits").mkdir()

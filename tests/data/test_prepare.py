@@ -1,5 +1,7 @@
+import fractions
 import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -14,12 +16,12 @@ from PIL import Image
 from tests.data.test_fast_jpeg import jpeg, picture
 from tests.data.test_sources import write_tfds
 from tinymim_jax.data import manifest
-from tinymim_jax.data.decode import decode
+from tinymim_jax.data.decode import decode, decode_mask
 from tinymim_jax.data.manifest import Settings
 from tinymim_jax.data.pipeline import train_rows
 from tinymim_jax.data.prepare import Packer, fit, prepare
 from tinymim_jax.data.sources import open_source
-from tinymim_jax.experiment.config import Data
+from tinymim_jax.experiment.config import Data, Masks
 from tinymim_jax.runtime import storage
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.runtime.workdir_lock import WorkdirLock
@@ -111,6 +113,58 @@ def test_a_shard(tree, tmp_path):
         assert packed[i]["label"] == pack.source[index]["label"]
         assert packed[i]["image"] == fit(pack.source[index]["image"], "", pack.settings)
     assert order.tolist() != sorted(order)
+
+
+@pytest.fixture
+def masked(tmp_path):
+    """A tree of seven images with masks of twenty classes, in one split."""
+    for i, (width, height) in enumerate(SIZES):
+        for folder in ("train", "trainannot"):
+            (tmp_path / "masked" / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "masked" / "train" / f"{i}.jpg").write_bytes(jpeg(picture(width, height, seed=i)))
+        mask = np.random.default_rng(i).integers(0, 20, (height // 5 + 1, width // 5 + 1), np.uint8)
+        mask = mask.repeat(5, 0).repeat(5, 1)[:height, :width]
+        Image.fromarray(mask).save(tmp_path / "masked" / "trainannot" / f"{i}.png")
+    (tmp_path / "masked" / "classes.txt").write_text("\n".join(f"class {i}" for i in range(20)))
+    return Data("pairs", path=str(tmp_path / "masked"))
+
+
+@pytest.mark.parametrize("short_side", [None, 30])
+def test_masks_go_with_their_images(masked, tmp_path, short_side):
+    prepare([masked], Path(tmp_path / "out"), Settings(short_side, images_per_shard=4), workers=1)
+    source = open_source(masked)
+    packed = open_source(Data("array_record", path=str(tmp_path / "out"), masks=Masks(20)))
+    assert packed.classes == source.classes and len(packed) == 7
+    order = np.random.default_rng(0).permutation(7).tolist()
+    for i, index in enumerate(order):
+        before, after = source[index], packed[i]
+        if short_side is None:
+            assert before == after
+            continue
+        values, made = decode_mask(before, ""), decode_mask(after, "")  # which says whether sizes agree
+        assert min(made.shape) == min(30, *values.shape) and after["label"] == -1
+        rows, columns = (
+            [math.floor((i + fractions.Fraction(1, 2)) * old / new) for i in range(new)]
+            for new, old in zip(made.shape, values.shape, strict=True)
+        )
+        np.testing.assert_array_equal(made, values[rows][:, columns])
+
+
+def test_masks_of_arrays_become_pngs(tmp_path):
+    data = Data("scenes", split="test")
+    prepare([data], Path(tmp_path), Settings(), workers=1)
+    packed, source = open_source(Data("array_record", path=str(tmp_path), split="test")), open_source(data)
+    index = int(np.random.default_rng(0).permutation(100)[5])
+    np.testing.assert_array_equal(decode_mask(packed[5], ""), source[index]["mask"])
+    np.testing.assert_array_equal(decode(packed[5]["image"], ""), source[index]["image"])
+
+
+def test_a_mask_of_another_size_stops_its_shard(masked, tmp_path):
+    Image.new("L", (9, 9)).save(os.path.join(masked.path, "trainannot", "2.png"))
+    source = open_source(masked)
+    pack = Packer(source, str(tmp_path), manifest.new(masked, source, Settings()), Settings())
+    with pytest.raises(InputError, match=r"train/2\.jpg: is 100 x 100 pixels and its mask 9 x 9; both must be of one"):
+        pack(0)
 
 
 def bad_image(tree):

@@ -44,6 +44,11 @@ def test_a_damaged_shard(shards):
         source[2]
 
 
+def test_records_with_masks():
+    assert decode_record(encode_record(b"i", -1, b"m")) == {"image": b"i", "label": -1, "mask": b"m"}
+    assert decode_record(encode_record(b"i", 3)) == {"image": b"i", "label": 3}
+
+
 @pytest.mark.parametrize("record", [b"", b"\xc1", encode_record(b"x", 1)[:-1], b"\x80", b"\x01"])
 def test_foreign_record(record):
     with pytest.raises(InputError, match=r"^shard 3: not a msgpack map of image and label .*encode_record$"):

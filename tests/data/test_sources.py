@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tinymim_jax.data.decode import decode_mask
 from tinymim_jax.data.sources import open_source
-from tinymim_jax.experiment.config import Data
+from tinymim_jax.experiment.config import Data, Masks
 from tinymim_jax.runtime.errors import InputError
 
 
@@ -111,6 +112,44 @@ def write_tfds(folder):
     Tiny(data_dir=folder, file_format="array_record").download_and_prepare()
 
 
+def write_masked_tfds(folder, feature):
+    """A data set "masked" of images with masks and no labels."""
+    import tensorflow_datasets as tfds
+
+    class Masked(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        name = "masked"
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            image, mask = tfds.features.Image(shape=(None, None, 3)), tfds.features.Image(shape=(None, None, 1))
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict({"image": image, feature: mask})
+            )
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for i in range(3):
+                mask = io.BytesIO()
+                Image.new("L", (10, 8), i).save(mask, "PNG")
+                yield i, {"image": io.BytesIO(jpeg(i)), feature: io.BytesIO(mask.getvalue())}
+
+    Masked(data_dir=folder, file_format="array_record").download_and_prepare()
+
+
+@pytest.mark.parametrize("feature", ["annotation", "segmentation_mask"])
+def test_tfds_with_masks(feature, tmp_path):
+    write_masked_tfds(tmp_path, feature)
+    source = open_source(Data("tfds", name="masked", path=str(tmp_path), masks=Masks(3)))
+    for i in range(3):
+        record = source[i]
+        value = int(record["mask"].flat[0])
+        assert set(record) == {"image", "mask", "label"} and record["label"] == -1
+        assert record["image"] == jpeg(value)
+        np.testing.assert_array_equal(decode_mask(record, ""), np.full((8, 10), value))
+
+
 def test_tfds_without_tensorflow(tmp_path):
     write_tfds(tmp_path)
     data = Data("tfds", name="tiny", path=str(tmp_path))
@@ -131,7 +170,7 @@ def test_tfds_without_tensorflow(tmp_path):
     assert "tensorflow" not in sys.modules
 
 
-@pytest.mark.parametrize("kind", ["digits", "folder", "array_record"])
+@pytest.mark.parametrize("kind", ["digits", "folder", "array_record", "scenes"])
 def test_sources_survive_pickling(kind, request):
     paths = {"folder": "tree", "array_record": "shards"}
     source = open_source(Data(kind, path=str(request.getfixturevalue(paths[kind])) if kind in paths else ""))
@@ -158,7 +197,7 @@ def test_subset_takes_as_many_of_each_class():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"source": "imagenet"}, "unknown choice 'imagenet'; choose one of digits, folder, tfds, array_record"),
+        ({"source": "imagenet"}, "unknown choice 'imagenet'; choose one of digits, folder, tfds, array_record,"),
         ({"split": "val"}, "unknown choice 'val'; choose one of train, test"),
         ({"per_class": 500}, r"class 0 has \d+ images"),
         ({"per_class": 0}, "per_class 0"),

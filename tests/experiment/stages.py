@@ -19,6 +19,7 @@ from tinymim_jax.experiment.config import (
     LabelTeacher,
     Logistic,
     Mae,
+    Masks,
     Mesh,
     Moco,
     Optim,
@@ -73,5 +74,6 @@ def full_config():
         task=Classify(teacher=LabelTeacher(Init("mae"), labels="soft", weight=0.3, temperature=2.0)),
     )
     moco = make_stage(task=Moco(dim=8, hidden=16), model=ViT(8, 2, 2, weight_init="moco", **SIZE))
+    moco.data = Data("scenes", image_size=8, masks=Masks(11, ignored=(3,), ratio=(0.75, 1.5), stride=5))
     stages = {"mae": mae, "distill": distill, "tuned": tuned, "moco": moco}
     return Config("all", stages, Mesh(2, 4), {"T": Compare("val/top1", {"row": ("tuned",)})})

@@ -19,6 +19,7 @@ from tinymim_jax.experiment.config import (
     Init,
     Knn,
     Mae,
+    Masks,
     Mesh,
     Optim,
     Relation,
@@ -104,6 +105,7 @@ def test_every_field_survives_when_changed():
     cases = [
         (ViT, to_dict(ViT(8, 2, 2))),
         (Data, to_dict(Data("digits"))),
+        (Masks, to_dict(Masks(5, stride=7))),
         (Optim, to_dict(Optim(1.0))),
         (Run, to_dict(Run(1))),
         (Init, to_dict(Init("a"))),

@@ -16,6 +16,7 @@ from tinymim_jax.experiment.config import (
     Init,
     Knn,
     Mae,
+    Masks,
     Mesh,
     Optim,
     Relation,
@@ -73,6 +74,23 @@ SEMANTIC = [
     (
         {"data.resident": True, "data.rand_augment": "rand-m9-mstd0.5-inc1"},
         "stages.s.data.rand_augment is made on the host",
+    ),
+    *(
+        ({"data.source": "scenes", "data.masks": masks, **others}, f"stages.s.data.{message}")
+        for masks, others, message in (
+            (Masks(11), {"data.source": "folder"}, "masks: source 'folder' has none; choose pairs, scenes, tfds or"),
+            (Masks(11), {"data.per_class": 3}, "per_class is not made of images with masks; set it to None"),
+            (Masks(11), {"data.corruption": "fog"}, "corruption is not made of images with masks; set it to ''"),
+            (
+                Masks(11),
+                {"data.rand_augment": "rand-m9"},
+                "rand_augment is not made of images with masks; set it to ''",
+            ),
+            (Masks(11, scale=(50, 100)), {}, "masks.scale is (50, 100); it must be (longer side, shorter side)"),
+            (Masks(11, ratio=(2.0, 1.0)), {}, "masks.ratio is (2.0, 1.0); it must be (low, high)"),
+            (Masks(11, scale=(9, 3), ratio=(0.1, 1.0)), {}, "masks: scale (9, 3) times ratio 0.1 is no pixel"),
+            (Masks(11, stride=9), {}, "masks.stride 9 leaves out pixels; make it at most image_size 8"),
+        )
     ),
     ({"model.num_classes": 1}, "stages.s.task: classify needs model.num_classes of at least 2, got 1"),
     ({"task": Mae()}, "stages.s.task: mae needs model.pool 'cls'"),

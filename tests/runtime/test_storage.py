@@ -25,8 +25,10 @@ from PIL import Image
 
 import tinymim_jax
 from tests.bucket import serve
+from tests.data import test_pairs
 from tests.processes import ROOT, command, environment, finish, log, start
 from tinymim_jax.__main__ import main
+from tinymim_jax.data import dense
 from tinymim_jax.data.sources import open_source
 from tinymim_jax.experiment.config import Data
 from tinymim_jax.runtime import storage, workdir_lock
@@ -135,6 +137,20 @@ def test_a_folder_of_images_in_a_bucket_is_that_on_a_disk(bucket, tmp_path):
         there[0]
     with pytest.raises(InputError, match="gs://bucket/images/val: no such folder"):
         open_source(Data("folder", path="gs://bucket/images", split="val"))
+
+
+def test_pairs_in_a_bucket_are_those_on_a_disk(bucket, tmp_path):
+    test_pairs.write(tmp_path, "images/training", "annotations/training", keys=("x/a", "y/b"))
+    (tmp_path / "classes.txt").write_text("one\ntwo\n")
+    bucket.load(tmp_path, "ade/")
+    local, there = (open_source(Data("pairs", path=path)) for path in (str(tmp_path), "gs://bucket/ade"))
+    assert there.classes == ("one", "two") and there.describe(1) == "gs://bucket/ade/images/training/y/b.jpg"
+    assert [there[i] for i in range(2)] == [local[i] for i in range(2)] and len(there) == 2
+    assert dense.sizes(there).tolist() == dense.sizes(local).tolist() == [[3, 4], [3, 5]]
+    assert pickle.loads(pickle.dumps(there))[1] == local[1]
+    del bucket.objects["ade/annotations/training/y/b.png"]
+    with pytest.raises(InputError, match=r"gs://bucket/ade/annotations/training/y/b\.png: cannot be read"):
+        there[1]
 
 
 def test_a_lock_in_a_bucket(bucket, monkeypatch, capsys):

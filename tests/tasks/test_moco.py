@@ -14,7 +14,7 @@ import pytest
 
 from tests.models import reference
 from tests.tasks import stages
-from tinymim_jax.data import contrastive_augment
+from tinymim_jax.data import contrastive_augment, device_augment
 from tinymim_jax.experiment import config
 from tinymim_jax.objectives.losses import contrastive
 from tinymim_jax.runtime.errors import InputError
@@ -140,7 +140,7 @@ def pictures(size=12):
 def test_hue_is_that_of_hsv():
     images, shift = pictures(4), np.linspace(-0.1, 0.1, 6)
     images = images.at[0, 0, 0].set(0.5)  # grey has none
-    found = np.asarray(contrastive_augment.shifted_hue(images, jnp.asarray(shift)[:, None, None]))
+    found = np.asarray(device_augment.shifted_hue(images, jnp.asarray(shift)[:, None, None]))
     for image, moved, by in zip(np.asarray(images), found, shift, strict=True):
         for pixel, actual in zip(image.reshape(-1, 3), moved.reshape(-1, 3), strict=True):
             h, s, v = colorsys.rgb_to_hsv(*map(float, pixel))

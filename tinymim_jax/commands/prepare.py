@@ -10,13 +10,16 @@ from tinymim_jax.runtime.errors import InputError
 USAGE = """python -m tinymim_jax prepare SRC DST [--short_side=N] [--splits=NAME,NAME] ...
 python -m tinymim_jax prepare --verify DST
 
-  SRC  an ImageFolder tree (SRC/<split>/<class>/*), tfds:NAME (as `tfds build` prepares it), digits, or a folder of
-       array_record shards
+  SRC  an ImageFolder tree (SRC/<split>/<class>/*), pairs:TREE of images and masks, tfds:NAME (as `tfds build`
+       prepares it), digits, scenes, or a folder of array_record shards
   DST  a folder, for ArrayRecord shards in shuffled order and <split>.json with their checksums; the whole ones in it
        stay: a run that was stopped or killed goes on
 """
 
-SPLITS = {"folder": "train,val", "array_record": "train,val", "tfds": "train,validation", "digits": "train,test"}
+SPLITS = {
+    "folder": "train,val", "pairs": "train,val", "array_record": "train,val", "tfds": "train,validation",
+    "digits": "train,test", "scenes": "train,test",
+}  # fmt: skip
 
 
 def main(argv: list[str]) -> None:
@@ -24,7 +27,7 @@ def main(argv: list[str]) -> None:
     values = new_flags(
         short_side=(int, None, "pixels that the shorter side of larger images becomes (default: all stay as they are)"),
         quality=(range(1, 101), 95, "of the JPEGs that this makes; colours are not subsampled"),
-        splits=(list, None, "NAME,NAME (default: train,val; tfds: train,validation; digits: train,test)"),
+        splits=(list, None, "NAME,NAME (default: train,val; tfds: train,validation; digits, scenes: train,test)"),
         data_dir=(str, "", "where tfds has the data (default: ~/tensorflow_datasets)"),
         images_per_shard=(int, 4096, "at most"),
         workers=(int, os.cpu_count() or 1, "processes"),
@@ -51,10 +54,14 @@ def describe(source: str, data_dir: str) -> dict[str, str]:
     """The fields of `Data` for what a user names; raises InputError if there is no such thing."""
     if source.startswith("tfds:"):
         return {"source": "tfds", "name": source.removeprefix("tfds:"), "path": data_dir}
+    if source.startswith("pairs:"):
+        return {"source": "pairs", "path": str(storage.absolute(storage.path(source.removeprefix("pairs:"))))}
     path = storage.absolute(storage.path(source))
     if path.is_dir():
         kind = "array_record" if storage.children(path, "*.array_record*") else "folder"
         return {"source": kind, "path": str(path)}
-    if source == "digits":
-        return {"source": "digits"}
-    raise InputError(f"{source}: no such folder; name an ImageFolder tree, a folder of shards, or tfds:NAME")
+    if source in ("digits", "scenes"):
+        return {"source": source}
+    raise InputError(
+        f"{source}: no such folder; name an ImageFolder tree, pairs:TREE, a folder of shards, or tfds:NAME"
+    )

@@ -29,7 +29,7 @@ def load(image: bytes | np.ndarray | Image.Image, name: str, data: Data, rng: np
         return _finish(_resized_part(decode(image, name), box, data), data, rng)
     if data.rand_augment:
         return _finish(Image.fromarray(pixels), data, rng)
-    return _mirrored(pixels) if rng.random() < data.hflip else pixels
+    return mirrored(pixels) if rng.random() < data.hflip else pixels
 
 
 def transform(image: Image.Image, data: Data, rng: np.random.Generator) -> np.ndarray:
@@ -100,7 +100,7 @@ def center_crop(
     return image.crop((left, top, left + size, top + size))
 
 
-def _mirrored(pixels: np.ndarray) -> np.ndarray:
+def mirrored(pixels: np.ndarray) -> np.ndarray:
     """[H, W, 3], left and right exchanged; colour by colour, which numpy copies four times as fast as pixels."""
     out = np.empty_like(pixels)
     for colour in range(pixels.shape[-1]):

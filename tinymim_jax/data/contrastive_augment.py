@@ -9,7 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from tinymim_jax.data.device_augment import GREY, adjusted
+from tinymim_jax.data.device_augment import GREY, adjusted, shifted_hue
 
 JITTER = (0.4, 0.4, 0.2)  # brightness, contrast, saturation
 HUE = 0.1  # of the circle, either way
@@ -59,20 +59,6 @@ def jitter(key: jax.Array, images: jax.Array) -> jax.Array:
         others = adjusted(images, factors, jnp.minimum(order[:, r], 2))
         images = jnp.where(is_hue, shifted_hue(images, shift), others)
     return images
-
-
-def shifted_hue(images: jax.Array, shift: jax.Array) -> jax.Array:
-    """Hue moved by `shift` [B, 1, 1] of the circle; value and saturation stay (HSV)."""
-    red, green, blue = jnp.moveaxis(images, -1, 0)
-    value = images.max(axis=-1)
-    chroma = value - images.min(axis=-1)
-    safe = jnp.where(chroma == 0, 1, chroma)
-    hue = jnp.where(
-        value == red, (green - blue) / safe,
-        jnp.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
-    )  # fmt: skip
-    place = (jnp.stack([hue + 5, hue + 3, hue + 1], axis=-1) + 6 * shift[..., None]) % 6
-    return value[..., None] - chroma[..., None] * jnp.clip(jnp.minimum(place, 4 - place), 0, 1)
 
 
 def blurred(images: jax.Array, sigma: jax.Array) -> jax.Array:

@@ -22,6 +22,15 @@ def normalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]
     return (images - jnp.asarray(mean, images.dtype)) / jnp.asarray(std, images.dtype)
 
 
+def normalize_within(
+    images: jax.Array, extent: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]
+) -> jax.Array:
+    """`normalize` of [..., H, W, 3], then 0 in the padding: all but the first `extent` [..., 2] rows and columns."""
+    rows, columns = (jnp.arange(side) for side in images.shape[-3:-1])
+    inside = (rows[:, None] < extent[..., :1, None]) & (columns < extent[..., 1:, None])
+    return jnp.where(inside[..., None], normalize(images, mean, std), 0)
+
+
 def color_jitter(key: jax.Array, images: jax.Array, strength: float) -> jax.Array:
     """Brightness, contrast and saturation by U(1 - s, 1 + s), in random order, per image; images in [0, 1].
 
@@ -52,6 +61,20 @@ def adjusted(images: jax.Array, factors: jax.Array, which: jax.Array) -> jax.Arr
     mean = jnp.mean(grey, axis=(1, 2), keepdims=True)
     target = jnp.where(which == 0, 0.0, jnp.where(which == 1, mean, grey))
     return jnp.clip(factor * images + (1 - factor) * target, 0, 1)
+
+
+def shifted_hue(images: jax.Array, shift: jax.Array) -> jax.Array:
+    """Hue moved by `shift` [B, 1, 1] of the circle; value and saturation stay (HSV)."""
+    red, green, blue = jnp.moveaxis(images, -1, 0)
+    value = images.max(axis=-1)
+    chroma = value - images.min(axis=-1)
+    safe = jnp.where(chroma == 0, 1, chroma)
+    hue = jnp.where(
+        value == red, (green - blue) / safe,
+        jnp.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
+    )  # fmt: skip
+    place = (jnp.stack([hue + 5, hue + 3, hue + 1], axis=-1) + 6 * shift[..., None]) % 6
+    return value[..., None] - chroma[..., None] * jnp.clip(jnp.minimum(place, 4 - place), 0, 1)
 
 
 def mix(

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import struct
 import threading
+import types
 from typing import Any
 
 import numpy as np
@@ -85,7 +86,18 @@ def crop(image: bytes, header: Header, box: Box, size: int, interpolation: str) 
     """
     left, top, width, height = box
     scale = next((s for s in SCALES if header.is_scalable and min(width, height) >= s * size), 1)
-    short, rows = _without_bottom(image, header, top + height)
+    pixels = decode_rows(image, header, top + height, scale)
+    if pixels is None:
+        return None
+    x, y = left // scale, top // scale
+    pixels = pixels[y : -(-(top + height) // scale), x : -(-(left + width) // scale)]
+    part = left / scale - x, top / scale - y, width / scale, height / scale
+    return resize(pixels, part, (size, size), interpolation)
+
+
+def decode_rows(image: bytes, header: Header, bottom: int, scale: int = 1) -> np.ndarray | None:
+    """The rows above `bottom` and perhaps more, at 1 / `scale`, uint8 [rows, W, 3]; None: libjpeg-turbo gives up."""
+    short, rows = _without_bottom(image, header, bottom)
     pixels = np.empty((-(-rows // scale), -(-header.width // scale), 3), np.uint8)
     try:
         simplejpeg.decode_jpeg(
@@ -94,9 +106,7 @@ def crop(image: bytes, header: Header, box: Box, size: int, interpolation: str) 
     except ValueError as error:
         if short is image or LEFT_OUT not in str(error):
             return None
-    x, y = left // scale, top // scale
-    pixels = pixels[y : -(-(top + height) // scale), x : -(-(left + width) // scale)]
-    return resize(pixels, (left / scale - x, top / scale - y, width / scale, height / scale), size, interpolation)
+    return pixels
 
 
 def _without_bottom(image: bytes, header: Header, bottom: int) -> tuple[bytes, int]:
@@ -112,25 +122,42 @@ def _without_bottom(image: bytes, header: Header, bottom: int) -> tuple[bytes, i
     return b"".join((image[:at], rows.to_bytes(2), image[at + 2 :])), rows
 
 
-def resize(pixels: np.ndarray, box: tuple[float, ...], size: int, interpolation: str) -> np.ndarray:
-    """The part `box` (left, top, width, height) of uint8 [H, W, 3] as uint8 [size, size, 3], antialiased as by PIL."""
+def resize(
+    pixels: np.ndarray, box: tuple[float, ...], size: tuple[int, int], interpolation: str, antialias: bool = True
+) -> np.ndarray:
+    """The part `box` (left, top, width, height) of uint8 [H, W, 3] as uint8 [*size, 3], antialiased as by PIL.
+
+    Without `antialias`, each pixel is mixed of the nearest few, however far apart they come to lie: OpenCV's resize.
+    """
     if cykooz_resizer is None:
-        left, top, width, height = box
-        edges = left, top, left + width, top + height
-        return np.asarray(Image.fromarray(pixels).resize((size, size), RESAMPLE[interpolation], box=edges))
+        return _resize_with_pillow(Image.fromarray(pixels), box, size, RESAMPLE[interpolation], antialias)
     kind = cykooz_resizer.PixelType.U8x3
     source = cykooz_resizer.ImageData(pixels.shape[1], pixels.shape[0], kind, pixels.tobytes())
-    target = cykooz_resizer.ImageData(size, size, kind)
-    options = cykooz_resizer.ResizeOptions(_filter(interpolation), use_alpha=False)
+    target = cykooz_resizer.ImageData(size[1], size[0], kind)
+    options = cykooz_resizer.ResizeOptions(_algorithm(interpolation, antialias), use_alpha=False)
     options.crop_box = cykooz_resizer.CropBox(*box)
     _local.resizer.resize(source, target, options)
-    return np.frombuffer(target.get_buffer(), np.uint8).reshape(size, size, 3)
+    return np.frombuffer(target.get_buffer(), np.uint8).reshape(*size, 3)
+
+
+def _resize_with_pillow(
+    image: Image.Image, box: tuple[float, ...], size: tuple[int, int], kind: Image.Resampling, antialias: bool
+) -> np.ndarray:
+    left, top, width, height = box
+    if antialias:
+        return np.asarray(image.resize(size[::-1], kind, box=(left, top, left + width, top + height)))
+    across, down = width / size[1], height / size[0]
+    return np.asarray(image.transform(size[::-1], Image.Transform.AFFINE, (across, 0, left, 0, down, top), kind))
 
 
 @functools.cache
-def _filter(interpolation: str) -> Any:
+def _algorithm(interpolation: str, antialias: bool) -> Any:
     names = {"bicubic": "catmull_rom", "bilinear": "bilinear"}
-    return cykooz_resizer.ResizeAlg.convolution(cykooz_resizer.FilterType[names[interpolation]])
+    kind = cykooz_resizer.FilterType[names[interpolation]]
+    if antialias:
+        return cykooz_resizer.ResizeAlg.convolution(kind)
+    # What a ResizeAlg has: it makes none of this algorithm.
+    return types.SimpleNamespace(algorithm=cykooz_resizer.Algorithm.interpolation, filter_type=kind, multiplicity=None)
 
 
 class _Local(threading.local):

@@ -3,9 +3,11 @@
 import collections
 import concurrent.futures
 import hashlib
+import itertools
 import os
 from typing import Any
 
+import fsspec
 import numpy as np
 
 from tinymim_jax.data.config import Data
@@ -55,48 +57,26 @@ class Folder(Labelled):
         if split is None and not self._storage.isdir(str(tree)):
             raise InputError(f"{tree}: no such folder; name a folder of images")
         self._root = str(tree if split is None else tree / split)
-        top = self._list(self._root) if self._storage.isdir(self._root) else {}
+        top = entries(self._storage, self._root) if self._storage.isdir(self._root) else {}
         is_splittable = top and data.split in ("train", *HELD_OUT) and SPLITS.isdisjoint(name.lower() for name in top)
         if split is None and not is_splittable:
             raise InputError(f"{tree / data.split}: no such folder; the tree needs SPLIT/<class>/*, or classes alone")
         self.classes = tuple(name for name, is_folder in top.items() if is_folder)
         with concurrent.futures.ThreadPoolExecutor(16) as pool:  # a bucket takes its time for each
-            files = dict(zip(self.classes, pool.map(self._walk, self.classes), strict=True))
+            walks = pool.map(lambda name: walk(self._storage, self._root, name), self.classes)
+            files = dict(zip(self.classes, walks, strict=True))
         files[""] = [name for name, is_folder in top.items() if not is_folder]
         if not data.split:
             self.classes, files = (), {"": sorted(file for each in files.values() for file in each)}
-        found = {name: [file for file in files[name] if _is_image(file)] for name in self.classes or [""]}
+        found = {name: [file for file in files[name] if is_image(file)] for name in self.classes or [""]}
         if empty := [name for name, each in found.items() if not each]:
             raise InputError(f"{os.path.join(self._root, empty[0])}: a folder without images; add some, or remove it")
         self.notes = (f"read from {self._root}",) if split not in (None, data.split) else ()
         if split is None:
             found = {name: self._of_split(data, each) for name, each in found.items()}
-        self.notes += _left_out(files, set(found))
+        self.notes += left_out(files, set(found))
         self._files = [file for each in found.values() for file in each]
         self._labels = np.repeat(np.arange(len(found)) if self.classes else -1, list(map(len, found.values())))
-
-    def _list(self, folder: str) -> dict[str, bool]:
-        """Whether each thing in `folder`, hidden folders apart, is a folder itself."""
-        try:
-            if "://" in folder:
-                listed = self._storage.ls(folder, detail=True)
-                found = {entry["name"].rstrip("/"): entry["type"] == "directory" for entry in listed}
-                # A bucket may list the folder too.
-                found = {path.rsplit("/", 1)[-1]: kind for path, kind in found.items() if not folder.endswith(path)}
-            else:
-                with os.scandir(folder) as entries:  # asks no file what it is
-                    found = {e.name: e.is_dir() and not (e.is_symlink() and _is_loop(e.path)) for e in entries}
-        except Exception as error:  # each bucket's library has its own
-            raise InputError(f"{folder}: cannot be listed ({reason(error)}); mend it") from error
-        return {name: found[name] for name in sorted(found) if not (found[name] and _is_hidden(name))}
-
-    def _walk(self, folder: str) -> list[str]:
-        """The files below a folder of the root, in order, with their paths from the root."""
-        each = [
-            self._walk(f"{folder}/{name}") if is_folder else [f"{folder}/{name}"]
-            for name, is_folder in self._list(f"{self._root}/{folder}").items()
-        ]
-        return sorted(file for files in each for file in files)
 
     def _of_split(self, data: Data, files: list[str]) -> list[str]:
         """Those of a class's files, or of all, that belong to `data.split` of a tree without splits."""
@@ -125,6 +105,32 @@ class Folder(Labelled):
         return f"{self._root}/{self._files[index]}"
 
 
+def entries(files: fsspec.AbstractFileSystem, folder: str) -> dict[str, bool]:
+    """Whether each thing in `folder`, hidden folders apart, is a folder itself; raises InputError."""
+    try:
+        if "://" in folder:
+            listed = files.ls(folder, detail=True)
+            found = {entry["name"].rstrip("/"): entry["type"] == "directory" for entry in listed}
+            # A bucket may list the folder too.
+            found = {path.rsplit("/", 1)[-1]: kind for path, kind in found.items() if not folder.endswith(path)}
+        else:
+            with os.scandir(folder) as inside:  # asks no file what it is
+                found = {e.name: e.is_dir() and not (e.is_symlink() and _is_loop(e.path)) for e in inside}
+    except Exception as error:  # each bucket's library has its own
+        raise InputError(f"{folder}: cannot be listed ({reason(error)}); mend it") from error
+    return {name: found[name] for name in sorted(found) if not (found[name] and _is_hidden(name))}
+
+
+def walk(files: fsspec.AbstractFileSystem, root: str, folder: str = "") -> list[str]:
+    """The files below a folder of `root`, in order, with their paths from there; raises InputError."""
+    inside = f"{folder}/" if folder else ""
+    each = [
+        walk(files, root, inside + name) if is_folder else [inside + name]
+        for name, is_folder in entries(files, f"{root}/{folder}" if folder else root).items()
+    ]
+    return sorted(itertools.chain(*each))
+
+
 def held_out(files: list[str], fraction: float, seed: int) -> set[str]:
     """Those of a class's files that are kept from training: by a hash of each name, whatever else there is.
 
@@ -143,7 +149,8 @@ def _is_loop(link: str) -> bool:
     return above.startswith(target)
 
 
-def _is_image(file: str) -> bool:
+def is_image(file: str) -> bool:
+    """By its ending; hidden files are none."""
     return os.path.splitext(file)[1].lower() in EXTENSIONS and not _is_hidden(file)
 
 
@@ -156,13 +163,13 @@ def _kind(file: str) -> str:
     return "hidden" if _is_hidden(file) else os.path.splitext(file)[1].lower() or "without an ending"
 
 
-def _left_out(files: dict[str, list[str]], found: set[str]) -> tuple[str, ...]:
+def left_out(files: dict[str, list[str]], found: set[str]) -> tuple[str, ...]:
     """A note of what is no image or, where there are class folders, lies beside these; () if there is nothing."""
     kinds = collections.Counter(
-        "beside the class folders" if _is_image(file) else _kind(file)
+        "beside the class folders" if is_image(file) else _kind(file)
         for name, each in files.items()
         for file in each
-        if name not in found or not _is_image(file)
+        if name not in found or not is_image(file)
     )
     named = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(KINDS))
     files = f"{kinds.total()} file{'s' * (kinds.total() > 1)} left out"

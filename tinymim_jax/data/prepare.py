@@ -21,7 +21,7 @@ from PIL import Image
 
 from tinymim_jax.data import manifest
 from tinymim_jax.data.config import Data
-from tinymim_jax.data.decode import SKIP, decode
+from tinymim_jax.data.decode import SKIP, decode, decode_mask
 from tinymim_jax.data.manifest import Manifest, Settings, Shard
 from tinymim_jax.data.rows import follow_parent
 from tinymim_jax.data.shards import encode_record
@@ -110,8 +110,9 @@ class Packer:
         return skipped
 
     def _record(self, index: int) -> bytes:
-        record = self.source[index]
-        return encode_record(fit(record["image"], self.source.describe(index), self.settings), record["label"])
+        record, name = self.source[index], self.source.describe(index)
+        mask = fit_mask(record, name, self.settings) if "mask" in record else None
+        return encode_record(fit(record["image"], name, self.settings), record["label"], mask)
 
 
 def fit(image: bytes | np.ndarray, name: str, settings: Settings) -> bytes:
@@ -121,17 +122,38 @@ def fit(image: bytes | np.ndarray, name: str, settings: Settings) -> bytes:
     that begins with `name` if it cannot be decoded.
     """
     picture = decode(image, name)
-    scale = (settings.short_side or math.inf) / min(picture.size)
-    if scale >= 1 and isinstance(image, bytes):
+    size = _fitted(picture.size, settings)
+    if size == picture.size and isinstance(image, bytes):
         return image
     buffer = io.BytesIO()
-    if scale < 1:
-        picture = picture.resize([round(side * scale) for side in picture.size], Image.Resampling.BICUBIC)
-    if scale >= 1 or max(picture.size) > JPEG_SIDE:
-        picture.save(buffer, "PNG")
+    if size == picture.size or max(size) > JPEG_SIDE:
+        picture.resize(size, Image.Resampling.BICUBIC).save(buffer, "PNG")
     else:
+        picture = picture.resize(size, Image.Resampling.BICUBIC)
         picture.save(buffer, "JPEG", quality=settings.quality, subsampling=0)
     return buffer.getvalue()
+
+
+def fit_mask(record: dict[str, Any], name: str, settings: Settings) -> bytes:
+    """A record's mask, as large as `fit` makes its image, its values as they are: a PNG, or its own bytes.
+
+    Raises InputError that begins with `name`.
+    """
+    values = decode_mask(record, name)
+    size = _fitted(values.shape, settings)
+    if size == values.shape and isinstance(record["mask"], bytes):
+        return record["mask"]
+    # The pixel in whose middle that of the new one lies.
+    rows, columns = ((2 * np.arange(new) + 1) * old // (2 * new) for new, old in zip(size, values.shape, strict=True))
+    buffer = io.BytesIO()
+    Image.fromarray(values.take(rows, axis=0).take(columns, axis=1)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _fitted(size: tuple[int, int], settings: Settings) -> tuple[int, int]:
+    """Of which the shorter is at most `settings.short_side`."""
+    scale = min(1, (settings.short_side or math.inf) / min(size))
+    return round(size[0] * scale), round(size[1] * scale)
 
 
 def _pack(packer: Packer, folder: Path, workers: int) -> None:

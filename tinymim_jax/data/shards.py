@@ -87,16 +87,17 @@ def _count_records(file: str) -> int:
     return count
 
 
-def encode_record(image: bytes, label: int) -> bytes:
-    """One record of an array_record shard: a msgpack map of the encoded image and its class."""
-    return msgpack.packb({"image": image, "label": int(label)})
+def encode_record(image: bytes, label: int, mask: bytes | None = None) -> bytes:
+    """One record of an array_record shard: a msgpack map of the encoded image, its class and perhaps its mask."""
+    return msgpack.packb({"image": image, "label": int(label)} | ({} if mask is None else {"mask": mask}))
 
 
 def decode_record(record: bytes, name: str = "record") -> dict[str, Any]:
     """The inverse of `encode_record`; raises InputError that begins with `name`."""
     try:
         fields = msgpack.unpackb(record)
-        return {"image": bytes(fields["image"]), "label": int(fields["label"])}
+        mask = {"mask": bytes(fields["mask"])} if "mask" in fields else {}
+        return {"image": bytes(fields["image"]), "label": int(fields["label"]), **mask}
     except Exception as error:  # arbitrary bytes fail in many ways
         raise InputError(
             f"{name}: not a msgpack map of image and label ({reason(error)}); write it with shards.encode_record"

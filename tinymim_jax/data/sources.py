@@ -7,7 +7,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from tinymim_jax.data.config import Data
+from tinymim_jax.data.digits import Digits, Scenes
 from tinymim_jax.data.folder import Folder, Labelled
+from tinymim_jax.data.pairs import Pairs
 from tinymim_jax.data.shards import ArrayRecord
 from tinymim_jax.runtime import storage
 from tinymim_jax.runtime.errors import InputError
@@ -15,14 +17,14 @@ from tinymim_jax.runtime.storage import reason
 
 # The fields of `Data` that choose records.
 IDENTITY = ("source", "split", "path", "name", "num_examples", "per_class", "subset_seed", "val_fraction", "val_seed")
-DIGITS_SPLITS = {"train": slice(0, 1297), "test": slice(1297, 1797)}  # in order: other writers in the test split
+MASK_FEATURES = ("mask", "annotation", "segmentation_mask")  # what tfds' builders call it
 
 
 class Source(Protocol):
     """A fixed sequence of labelled images; picklable, so that worker processes can read it."""
 
     classes: tuple[str, ...] | None
-    """The names of the classes in the order of their labels, where they are known; () if there are none."""
+    """The names of the classes of images, or of pixels, in the order of their numbers; None: not known; (): none."""
 
     notes: tuple[str, ...]
     """What a person should know of how it was found."""
@@ -30,7 +32,11 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """{"image": encoded bytes or uint8 [H, W, 3], "label": int}; raises InputError on an unreadable record."""
+        """{"image": encoded bytes or uint8 [H, W, 3], "label": int}, -1 where there is none.
+
+        Where images have masks, also "mask": encoded bytes, or an array [H, W] or [H, W, 1] of classes. Raises
+        InputError on an unreadable record.
+        """
         ...
 
     def describe(self, index: int) -> str:
@@ -43,8 +49,17 @@ class Source(Protocol):
 
 
 def open_source(data: Data) -> Source:
-    """The records that `data` names, opened once; raises InputError if they are missing or not as many as promised."""
-    return _open(*identity(data))
+    """The records that `data` names, opened once.
+
+    Raises InputError if they are missing, or neither as many nor of as many classes as promised.
+    """
+    source = _open(*identity(data))
+    if data.masks is not None and source.classes and len(source.classes) != data.masks.num_classes:
+        raise InputError(
+            f"data.masks.num_classes is {data.masks.num_classes}, and {data.path or data.source} names"
+            f" {len(source.classes)} classes; correct either"
+        )
+    return source
 
 
 def identity(data: Data) -> tuple[Any, ...]:
@@ -55,7 +70,9 @@ def identity(data: Data) -> tuple[Any, ...]:
 @functools.lru_cache(maxsize=8)
 def _open(*values: Any) -> Source:
     data = Data(**dict(zip(IDENTITY, values, strict=True)))
-    openers = {"digits": Digits, "folder": Folder, "tfds": Tfds, "array_record": ArrayRecord}
+    openers = {
+        "digits": Digits, "folder": Folder, "tfds": Tfds, "array_record": ArrayRecord, "pairs": Pairs, "scenes": Scenes
+    }  # fmt: skip
     if data.source not in openers:
         raise InputError(f"data.source: unknown choice {data.source!r}; choose one of {', '.join(openers)}")
     source: Source = openers[data.source](data)
@@ -78,7 +95,8 @@ def summary(source: Source) -> str:
 
 def need_labels(source: Source) -> None:
     """Raises InputError if the images have no classes."""
-    if source.classes == ():
+    labels = source.labels() if isinstance(source, Labelled) else [source[0]["label"]]
+    if source.classes == () or labels[0] < 0:
         raise InputError(f"{source.describe(0)} and the others have no classes; sort them into class folders")
 
 
@@ -118,31 +136,8 @@ class Subset(Labelled):
         return self._source.describe(int(self._indices[index]))
 
 
-class Digits(Labelled):
-    """scikit-learn's 1,797 scanned digits, 8x8, as uint8 RGB."""
-
-    classes = tuple("0123456789")
-
-    def __init__(self, data: Data) -> None:
-        from sklearn.datasets import load_digits
-
-        if data.split not in DIGITS_SPLITS:
-            raise InputError(f"data.split: unknown choice {data.split!r}; choose one of {', '.join(DIGITS_SPLITS)}")
-        part, digits = DIGITS_SPLITS[data.split], load_digits()
-        grey = np.round(digits.images[part] * (255 / 16)).astype(np.uint8)  # scans hold 0..16
-        self._images = np.repeat(grey[..., None], 3, axis=-1)
-        self._labels = digits.target[part].astype(np.int64)
-        self._split = data.split
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"image": self._images[index], "label": int(self._labels[index])}
-
-    def describe(self, index: int) -> str:
-        return f"image {index} of digits {self._split}"
-
-
 class Tfds:
-    """A prepared TensorFlow dataset with features "image" and "label", read without TensorFlow."""
+    """A prepared TensorFlow dataset with features "image" and "label" or a mask, read without TensorFlow."""
 
     classes = None  # known to the builder, in other names than a folder's
     notes = ()
@@ -183,10 +178,12 @@ class Tfds:
             record = self._records[index]
         except Exception as error:  # as in opening
             raise storage.unreadable(self.describe(index), error) from error
-        missing = {"image", "label"} - set(record)
-        if missing:
+        mask = next((record[name] for name in MASK_FEATURES if name in record), None)
+        needed = {"image"} if mask is not None else {"image", "label"}
+        if missing := needed - set(record):
             raise InputError(f"{self.describe(index)}: has no feature {missing.pop()!r}; it has {', '.join(record)}")
-        return {"image": record["image"], "label": int(record["label"])}
+        found = {"image": record["image"], "label": int(record.get("label", -1))}
+        return found if mask is None else {**found, "mask": mask}
 
     def describe(self, index: int) -> str:
         return f"record {index} of tfds {self._data.name}, split {self._data.split}"

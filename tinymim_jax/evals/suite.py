@@ -132,7 +132,7 @@ def _is_clean(cfg: Eval) -> bool:
 
 def _held_out(train: Data) -> Data:
     """The evaluation set beside the training set of a stage that has no evals."""
-    splits = {"digits": "test", "tfds": "validation" if train.name == "imagenet2012" else "test"}
+    splits = {"digits": "test", "scenes": "test", "tfds": "validation" if train.name == "imagenet2012" else "test"}
     data = dataclasses.replace(train, num_examples=None, per_class=None)
     if train.source == "folder":
         return _in_tree(data, train.path, "val")

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Literal, Union
 
-from tinymim_jax.data.config import Data
+from tinymim_jax.data.config import Data, Masks
 from tinymim_jax.evals import EVALS, Classification, Corruptions, Knn, Logistic
 from tinymim_jax.models import MODELS, ViT
 from tinymim_jax.models.mae import Decoder
@@ -21,8 +21,8 @@ from tinymim_jax.weights.handoff import Init
 
 __all__ = [
     "AttentionLogits", "ClassToken", "Classification", "Classify", "Compare", "Config", "Corruptions", "Data",
-    "Decoder", "Distill", "Feature", "Init", "Knn", "LabelTeacher", "Logistic", "Mae", "Mesh", "Moco", "Optim",
-    "Reconstruction", "Relation", "Run", "Stage", "ViT",
+    "Decoder", "Distill", "Feature", "Init", "Knn", "LabelTeacher", "Logistic", "Mae", "Masks", "Mesh", "Moco",
+    "Optim", "Reconstruction", "Relation", "Run", "Stage", "ViT",
 ]  # fmt: skip
 
 Model, Task, Eval = (Union[tuple(kinds.values())] for kinds in (MODELS, TASKS, EVALS))  # noqa: UP007
