@@ -27,7 +27,7 @@ def side(num_tokens: int) -> int:
 
 
 def resize_relative(table: np.ndarray, grid: int) -> np.ndarray:
-    """A table of distances [(2 g - 1)^2 + 3, H] (`posembed.relative_index`) resampled to that of another grid.
+    """A table of distances [(2 g - 1)^2 + 3 T, H] (`posembed.relative_index`) resampled to that of another grid.
 
     A cubic spline for each head, on distances that are spread as a geometric series so that the nearest stay what they
     are and the farthest become the new grid's (BEiT, load_checkpoint of semantic_segmentation/mmcv_custom).
@@ -45,14 +45,20 @@ def resize_relative(table: np.ndarray, grid: int) -> np.ndarray:
         powers = np.arange(old)
         steps = np.cumsum(scipy.optimize.brentq(lambda q: np.sum(q**powers) - new, 1e-3, 1e3) ** powers)
     known, wanted = np.concatenate([-steps[::-1], [0], steps]), np.arange(-new, new + 1)
-    rows, degree = table[:-3].reshape(2 * old + 1, 2 * old + 1, -1), min(3, 2 * old)
+    patches, front = np.split(table, [(2 * old + 1) ** 2])
+    rows, degree = patches.reshape(2 * old + 1, 2 * old + 1, -1), min(3, 2 * old)
     heads = [
         scipy.interpolate.RectBivariateSpline(known, known, rows[..., h], kx=degree, ky=degree)(wanted, wanted)
         for h in range(rows.shape[-1])
     ]
-    return np.concatenate([np.stack(heads, axis=-1).reshape(-1, len(heads)), table[-3:]]).astype(table.dtype)
+    return np.concatenate([np.stack(heads, axis=-1).reshape(-1, len(heads)), front]).astype(table.dtype)
+
+
+def relative_front(rows: int) -> int:
+    """Tokens in front, one or two, of a table of distances with so many rows: squares of odd numbers are 1 modulo 8."""
+    return (rows - 1) % 8 // 3
 
 
 def relative_side(rows: int) -> int:
     """Patches a side, of a table of distances with so many rows."""
-    return (math.isqrt(rows - 3) + 1) // 2
+    return (math.isqrt(rows - 3 * relative_front(rows)) + 1) // 2
