@@ -1,28 +1,19 @@
 """Each operation and its gradient against torch's."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.models import reference
+from tests.models.segment import draw, nchw, to_torch
 from tests.models.test_vit import is_uniform
 from tinymim_jax.models import torch_ops
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
-
-
-def draw(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def to_torch(x):
-    return torch.tensor(np.asarray(x, np.float64))
-
-
-def nchw(x):
-    return to_torch(x).permute(0, 3, 1, 2).contiguous().requires_grad_()
 
 
 def compare(ours, theirs, x, rtol=2e-6):
@@ -76,6 +67,21 @@ def test_adaptive_average_pool(bins):
 @pytest.mark.parametrize("size", [(4, 6), (5, 3)])
 def test_max_pool(size):
     compare(torch_ops.max_pool2, lambda x: F.max_pool2d(x, 2, 2), draw(2, *size, 3))
+    compare(torch_ops.max_pool2, lambda x: F.max_pool2d(x, 2, 2), draw(2, *size, 3).round())  # some are the same
+
+
+def test_the_maximum_is_not_looked_for():
+    """Of what XLA makes twice, with other roundings, `max` has no gradient; and what is no number is not lost."""
+    tokens, kernel, factors = draw(3, 17, 32), draw(32, 32, seed=1), draw(32, seed=2)
+
+    def pooled(pool, tokens):
+        x = tokens + (tokens @ kernel + factors) * factors
+        return pool(x[:, 1:].reshape(3, 4, 4, 32)).sum()
+
+    assert np.isfinite(jax.jit(jax.grad(functools.partial(pooled, torch_ops.max_pool2)))(tokens)).all()
+    x = jnp.ones((1, 2, 2, 1))
+    for i, j in np.ndindex(2, 2):
+        assert np.isnan(torch_ops.max_pool2(x.at[0, i, j].set(jnp.nan)))
 
 
 @pytest.mark.parametrize(("size", "stride"), [(1, 1), (3, 1), (3, 2)])

@@ -62,8 +62,18 @@ def _by_matrices(x: jax.Array, of_rows: np.ndarray, of_columns: np.ndarray) -> j
 
 def max_pool2(x: jax.Array) -> jax.Array:
     """[B, H, W, C] -> [B, H // 2, W // 2, C], the largest of each 2 x 2; a last odd row or column is left out."""
-    b, h, w, c = x.shape
-    return x[:, : h // 2 * 2, : w // 2 * 2].reshape(b, h // 2, 2, w // 2, 2, c).max(axis=(2, 4))
+    x = x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2]
+    above, below = (_larger(x[:, i::2, ::2], x[:, i::2, 1::2]) for i in (0, 1))
+    return _larger(above, below)
+
+
+def _larger(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x where both are the same, so that one of them has the gradient.
+
+    That of `max` looks for its result among what it was given: 0 / 0, if a compiler makes one of these anew and rounds
+    it otherwise.
+    """
+    return jnp.where((y > x) | jnp.isnan(y), y, x)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
