@@ -38,7 +38,7 @@ def adaptive_average_pool(x: jax.Array, bins: int) -> jax.Array:
 
 
 def _bin_matrix(source: int, bins: int) -> np.ndarray:
-    """[bins, source] rows of weights: bin i begins at floor(i source / bins), and the next begins before it ends."""
+    """[bins, source] rows of weights: bin i is from floor(i source / bins) to ceil((i + 1) source / bins)."""
     weights = np.zeros((bins, source))
     for i in range(bins):
         begin, end = i * source // bins, -(-(i + 1) * source // bins)
@@ -49,7 +49,8 @@ def _bin_matrix(source: int, bins: int) -> np.ndarray:
 def _by_matrices(x: jax.Array, of_rows: np.ndarray, of_columns: np.ndarray) -> jax.Array:
     """x [B, H, W, C] multiplied by [h, H] along its rows' axis and by [w, W] along its columns': [B, h, w, C].
 
-    Both products are plainly batched, so that neither they nor their gradients move the channels from the end.
+    Both products are plainly batched, so that neither they nor their gradients move the channels from the end. Columns
+    are first: their matrix is repeated for each row, of which there are fewer before rows are made more.
     """
     b, h, w, c = x.shape
     rows, columns = (jnp.asarray(matrix, x.dtype) for matrix in (of_rows, of_columns))
