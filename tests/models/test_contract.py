@@ -28,7 +28,7 @@ def test_every_encoder_is_listed_by_its_kind():
 
 
 def test_each_parameter_has_a_layer():
-    model = dataclasses.replace(TINY, num_classes=5, dist_token=True)
+    model = dataclasses.replace(TINY, num_classes=5, dist_token=True, layer_scale=1.0)
     names = {f"encoder/{name}" for name in shapes(model)}
     layers = {name: model.layer_id(name) for name in names}
     assert {n for n, i in layers.items() if i == 0} == {
@@ -53,7 +53,8 @@ def test_block_1_is_not_block_12():
 
 @pytest.mark.parametrize("part", PARTS)
 def test_what_a_block_reads_is_what_its_output_depends_on(part):
-    model, params = TINY.build(), reference.random_params(TINY.build().init, pictures())
+    cfg = dataclasses.replace(TINY, relative_position=True, layer_scale=0.5)
+    model, params = cfg.build(), reference.random_params(cfg.build().init, pictures())
 
     def output(p):
         trace = model.apply({"params": p}, pictures(), capture=(2,)).trace[2]
@@ -62,10 +63,10 @@ def test_what_a_block_reads_is_what_its_output_depends_on(part):
         return (of | {"attention": (trace.mid**3).mean(), "all": (trace.out**3).mean()})[part]
 
     gradients = jax.tree_util.tree_leaves_with_path({"encoder": jax.jit(jax.grad(output))(params)})
-    assert len(gradients) > 40
+    assert len(gradients) > 49
     for path, gradient in gradients:
         name = "/".join(part.key for part in path)
-        assert TINY.reads(name, 2, part) == bool(np.any(gradient)), name
+        assert cfg.reads(name, 2, part) == bool(np.any(gradient)), name
 
 
 def test_half_trained_is_the_first_block_of_which_a_part_was_trained():
@@ -83,7 +84,7 @@ def test_half_trained_is_the_first_block_of_which_a_part_was_trained():
 
 @pytest.mark.parametrize(("block", "heads"), [(2, 3), (3, 6)])
 def test_a_trunk_computes_what_the_whole_does(block, heads):
-    whole = dataclasses.replace(TINY, num_classes=5, dist_token=True)
+    whole = dataclasses.replace(TINY, num_classes=5, dist_token=True, relative_position=True, layer_scale=0.5)
     trunk = whole.trunk(block)
     assert (trunk.depth, trunk.heads_of(block), whole.heads_of(block)) == (block, heads, heads)
     assert whole.depth == 3 and whole.num_classes == 5  # left as it was

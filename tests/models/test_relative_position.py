@@ -30,6 +30,27 @@ def test_rows_of_the_table_by_distance():
     assert set(index[0, 1:]) == {25} and set(index[1:, 0]) == {26} and index[0, 0] == 27
 
 
+def test_rows_of_a_second_token_stand_before_those_of_cls():
+    """TinyMIM*: from the token to others, from others to it, itself; then CLS's, which also hold between the two."""
+    index, plain = posembed.relative_index(3, front=2), posembed.relative_index(3)
+    np.testing.assert_array_equal(index[2:, 2:], plain[1:, 1:])
+    assert set(index[1, 2:]) == {25} and set(index[2:, 1]) == {26} and index[1, 1] == 27
+    assert set(index[0, 1:]) == {28} and set(index[1:, 0]) == {29} and index[0, 0] == 30
+
+
+def test_a_second_token_has_its_own_rows():
+    model = dataclasses.replace(RELATIVE, dist_token=True)
+    model.check("m")
+    params = reference.random_params(model.build().init, pictures())
+    table = params["block2"]["attn"]["relative_position"]["kernel"]
+    assert table.shape == (49 + 6, 3)
+    trace = model.build().apply({"params": params}, pictures(), capture=(2,)).trace[2]
+    q, k, v = (reference.f64(x).swapaxes(1, 2) for x in (trace.q, trace.k, trace.v))
+    bias = reference.f64(table)[posembed.relative_index(4, 2)].transpose(2, 0, 1)
+    out = (reference.softmax(q @ k.swapaxes(2, 3) / 8**0.5 + bias) @ v).swapaxes(1, 2).reshape(2, 18, 24)
+    reference.close(trace.attn_out, reference.linear(params["block2"]["attn"]["proj"], out))
+
+
 @pytest.mark.parametrize("route", [attention.attention, attention._by_xla])
 def test_a_bias_and_its_gradient_against_torch(route):
     torch = pytest.importorskip("torch")
@@ -68,9 +89,8 @@ def test_a_block_adds_its_table_to_its_logits():
 
 
 def test_what_has_no_relative_positions():
-    for fields in ({"dist_token": True}, {"attention": "cudnn", "dtype": "bfloat16"}):
-        with pytest.raises(InputError, match="m: relative_position knows one token in front of the patches"):
-            dataclasses.replace(RELATIVE, **fields).check("m")
+    with pytest.raises(InputError, match="m: relative_position needs attention 'xla'; set attention=xla"):
+        dataclasses.replace(RELATIVE, attention="cudnn", dtype="bfloat16").check("m")
     with pytest.raises(InputError, match="task: model.relative_position needs whole images"):
         Mae().check("task", RELATIVE)
     assert RELATIVE.export_formats == () and TINY.export_formats
@@ -105,6 +125,24 @@ def test_a_linear_table_stays_in_order(old, new):
     rows = found[:-3].reshape(2 * new - 1, 2 * new - 1)
     assert np.all(np.diff(rows, axis=0) > 0) and np.ptp(rows, axis=1).max() < 1e-3
     assert (rows[0, 0], rows[new - 1, 0], rows[-1, 0]) == pytest.approx((0, old - 1, span - 1), abs=1e-4)
+
+
+@pytest.mark.parametrize("side", [1, 2, 14, 32, 64])
+def test_a_table_tells_its_grid_and_its_tokens(side):
+    for front in (1, 2):
+        rows = (2 * side - 1) ** 2 + 3 * front
+        assert (resize.relative_side(rows), resize.relative_front(rows)) == (side, front)
+
+
+def test_rows_of_both_tokens_are_kept():
+    table = np.random.default_rng(0).normal(size=(49 + 6, 3)).astype(np.float32)
+    found = resize.resize_relative(table, 6)
+    assert found.shape == (121 + 6, 3)
+    np.testing.assert_array_equal(found[-6:], table[-6:])
+    np.testing.assert_array_equal(found[:-6], resize.resize_relative(table[:-3], 6)[:-3])
+    with pytest.raises(InputError, match="the two models differ in size"):
+        name = "encoder/block1/attn/relative_position/kernel"
+        match({name: (121 + 3, 3)}, {name: table.shape}, Init("s", resize_posembed=True))
 
 
 def test_handed_over_to_another_grid_only_if_asked():

@@ -9,9 +9,10 @@ import pytest
 
 from tests.models import reference
 from tinymim_jax.experiment import recipes
-from tinymim_jax.experiment.config import ViT
+from tinymim_jax.experiment.config import Optim, ViT
 from tinymim_jax.models import layers, posembed
 from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.weights.parameters import matches
 
 TINY = ViT(24, 3, 3, last_block_heads=6, image_size=16, patch_size=4)
 HEADS = (3, 3, 6)
@@ -217,6 +218,29 @@ def test_trainable_positions_start_as_the_fixed_ones():
     model = dataclasses.replace(TINY, depth=1, posembed="trainable").build()
     params = jax.jit(model.init)(jax.random.key(1), pictures())["params"]
     np.testing.assert_array_equal(params["pos_embed"], posembed.sincos(4, 24))
+
+
+def test_layer_scale_multiplies_both_branches():
+    """The same as kernels and biases in front of it that are multiplied by it; it is never decayed."""
+    model, params = make(layer_scale=0.3)
+    fresh = flat(jax.jit(model.init)(jax.random.key(0), pictures())["params"])
+    names = {f"block{i}/gamma{j}/scale" for i in (1, 2, 3) for j in (1, 2)}
+    assert names == {name for name in fresh if "gamma" in name}
+    assert all((fresh[name] == np.float32(0.3)).all() and fresh[name].shape == (24,) for name in names)
+    assert all(matches(Optim(lr=1.0).no_decay, f"encoder/{name}") for name in names)
+    out = run(model, params, pictures(), capture=(1, 2, 3))
+    folded = jax.tree.map(np.copy, params)
+    for i in (1, 2, 3):
+        for gamma, layer in (("gamma1", ("attn", "proj")), ("gamma2", ("mlp", "fc2"))):
+            scale = folded[f"block{i}"].pop(gamma)["scale"]
+            for value in folded[f"block{i}"][layer[0]][layer[1]].values():
+                value *= scale
+    expected = reference.vit(folded, pictures(), 4, HEADS)
+    for i, wanted in enumerate(expected, 1):
+        for name, value in wanted.items():
+            reference.close(getattr(out.trace[i], name), value)
+    assert dataclasses.replace(TINY, layer_scale=0.3).summary() == f"{TINY.summary()}, layer scale"
+    assert dataclasses.replace(TINY, layer_scale=0.3).export_formats == ()
 
 
 # Errors

@@ -28,6 +28,7 @@ VARIANTS = {"eager": None, "compiled": "default", "graphs": "reduce-overhead"}  
 FIXED = {
     "model.head_norm": False,
     "model.relative_position": False,
+    "model.layer_scale": 0.0,
     "model.remat": False,
     "optim.name": "adamw",
     "optim.freeze": (),

@@ -73,23 +73,36 @@ def xavier_of_three(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.flo
 
 
 class RelativePosition(nn.Module):
-    """A learnt bias for each distance between two of `grid` x `grid` patches, and for CLS (BEiT)."""
+    """A learnt bias for each distance between two of `grid` x `grid` patches, and for the tokens in front (BEiT)."""
 
     grid: int
     num_heads: int
+    num_prefix: int
 
     @nn.compact
     def __call__(self) -> jax.Array:
         """[H, N, N], to be added to logits."""
-        shape = ((2 * self.grid - 1) ** 2 + 3, self.num_heads)
+        shape = ((2 * self.grid - 1) ** 2 + 3 * self.num_prefix, self.num_heads)
         table = self.param("kernel", nn.initializers.zeros, shape)
-        return table[posembed.relative_index(self.grid)].transpose(2, 0, 1)
+        return table[posembed.relative_index(self.grid, self.num_prefix)].transpose(2, 0, 1)
+
+
+class LayerScale(nn.Module):
+    """A learnt factor for each channel (BEiT's gamma)."""
+
+    start: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> the same."""
+        return x * self.param("scale", nn.initializers.constant(self.start), x.shape[-1:]).astype(x.dtype)
 
 
 class Attention(nn.Module):
     """Multi-head self-attention with one fused qkv kernel [D, 3, H, E]; `kind` is one of `attention.ATTENTIONS`.
 
-    `grid`, patches a side, gives it a learnt bias for each distance between two patches, 0 none.
+    `grid`, patches a side behind `num_prefix` other tokens, gives it a learnt bias for each distance between two
+    patches, 0 none.
     """
 
     num_heads: int
@@ -98,6 +111,7 @@ class Attention(nn.Module):
     kernel_init: nn.initializers.Initializer = xavier
     grid: int = 0
     qkv_init: nn.initializers.Initializer | None = None  # None: kernel_init
+    num_prefix: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
@@ -110,7 +124,9 @@ class Attention(nn.Module):
         # Split, not indexed: the gradient of that is one concatenation.
         parts = jax.lax.split(qkv.reshape(b, n, *heads), (1, 1, 1), axis=2)
         q, k, v = (part.squeeze(2).swapaxes(1, 2) for part in parts)  # each [B, H, N, E]
-        bias = (RelativePosition(self.grid, self.num_heads, name="relative_position")(),) if self.grid else ()
+        bias = ()
+        if self.grid:
+            bias = (RelativePosition(self.grid, self.num_heads, self.num_prefix, name="relative_position")(),)
         out = attention.ATTENTIONS[self.kind](q, k, v, *bias).swapaxes(1, 2).reshape(b * n, d)
         out = nn.Dense(d, kernel_init=self.kernel_init, dtype=self.dtype, name="proj")(out).reshape(b, n, d)
         return out, (q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2))
@@ -142,6 +158,8 @@ class Block(nn.Module):
     eps: float = 1e-6  # of its norms
     grid: int = 0  # as `Attention`
     qkv_init: nn.initializers.Initializer | None = None
+    num_prefix: int = 1
+    layer_scale: float = 0.0  # where the factors of both branches start; 0: there are none
 
     @nn.compact
     def __call__(self, x: jax.Array, drop_path: float | jax.Array | None = None) -> tuple[jax.Array, BlockTrace]:
@@ -156,14 +174,17 @@ class Block(nn.Module):
             is_kept = jax.random.bernoulli(self.make_rng("drop_path"), 1 - drop_path, (len(branch), 1, 1))
             return jnp.where(is_kept, branch / (1 - drop_path), 0).astype(branch.dtype)
 
-        attend = Attention(
-            self.num_heads, self.dtype, self.attention, self.kernel_init, self.grid, self.qkv_init, name="attn"
-        )
+        def scale(branch: jax.Array, name: str) -> jax.Array:
+            return LayerScale(self.layer_scale, name=name)(branch) if self.layer_scale else branch
+
+        kinds = (self.num_heads, self.dtype, self.attention, self.kernel_init, self.grid, self.qkv_init)
+        attend = Attention(*kinds, self.num_prefix, name="attn")
         norm1 = layer_norm(self.dtype, "norm1", self.eps)(x)
         attn_out, (q, k, v) = attend(norm1)
+        attn_out = scale(attn_out, "gamma1")
         mid = x + drop(attn_out)
         norm2 = layer_norm(self.dtype, "norm2", self.eps)(mid)
-        mlp_out = Mlp(self.hidden, self.dtype, self.kernel_init, name="mlp")(norm2)
+        mlp_out = scale(Mlp(self.hidden, self.dtype, self.kernel_init, name="mlp")(norm2), "gamma2")
         out = mid + drop(mlp_out)
         return out, BlockTrace(norm1, q, k, v, attn_out, mid, mlp_out, out)
 

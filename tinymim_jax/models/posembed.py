@@ -17,15 +17,18 @@ def sincos(grid: int, width: int, extra: int = 1) -> np.ndarray:
     return np.concatenate([np.zeros((extra, width)), table])[None].astype(np.float32)
 
 
-def relative_index(grid: int) -> np.ndarray:
-    """For each pair of CLS and the patches, [1 + grid^2, 1 + grid^2], its row in a table of distances (BEiT).
+def relative_index(grid: int, front: int = 1) -> np.ndarray:
+    """For each pair of the tokens in front and the patches, [N, N], its row in a table of distances (BEiT).
 
-    The table has (2 grid - 1)^2 rows, by the distance in rows and then in columns, and three more: from CLS to a patch,
-    from a patch to CLS, CLS itself.
+    The table has (2 grid - 1)^2 rows, by the distance in rows and then in columns, and three for each token in front,
+    those of the first one last: from it to another, from another to it, itself. Between two such tokens, those of the
+    first hold (TinyMIM, Segmentation/TinyMIMstar-T/backbone/mae.py).
     """
     row, column = np.divmod(np.arange(grid**2), grid)
     span = 2 * grid - 1
-    index = np.empty((1 + grid**2, 1 + grid**2), np.int32)
-    index[1:, 1:] = (row[:, None] - row + grid - 1) * span + column[:, None] - column + grid - 1
-    index[0, 1:], index[1:, 0], index[0, 0] = span**2, span**2 + 1, span**2 + 2
+    index = np.empty((front + grid**2,) * 2, np.int32)
+    index[front:, front:] = (row[:, None] - row + grid - 1) * span + column[:, None] - column + grid - 1
+    for token in reversed(range(front)):
+        first = span**2 + 3 * (front - 1 - token)
+        index[token], index[:, token], index[token, token] = first, first + 1, first + 2
     return index

@@ -31,6 +31,7 @@ class ViT(Encoder):
     patch_size: int = ranged(16, at_least=1)  # pixels a side
     posembed: Literal["fixed", "trainable"] = "fixed"  # sin-cos table, frozen or a starting point
     relative_position: bool = False  # each block's attention learns a bias by distance (BEiT); of whole images alone
+    layer_scale: float = ranged(0.0, at_least=0)  # where learnt factors of each branch's channels start (BEiT); 0: none
     pool: Literal["cls", "mean"] = "cls"  # norm then CLS | mean of patch tokens then fc_norm
     num_classes: int = ranged(0, at_least=0)  # 0: no head
     dist_token: bool = False  # DeiT's distillation token behind CLS, with a head of its own; logits are their mean
@@ -49,7 +50,7 @@ class ViT(Encoder):
 
     @property
     def export_formats(self) -> tuple[str, ...]:
-        return () if self.relative_position else ("timm", "hf", "mae", "onnx")
+        return () if self.relative_position or self.layer_scale else ("timm", "hf", "mae", "onnx")
 
     @property
     def num_prefix(self) -> int:
@@ -108,20 +109,17 @@ class ViT(Encoder):
                 raise InputError(f"{where}: width {self.width} is not a multiple of {field} {getattr(self, field)}")
         if self.neck and (not self.num_classes or self.pool != "mean"):
             raise InputError(f"{where}: neck {self.neck} needs pool 'mean' and num_classes; set them, or neck=0")
-        if self.relative_position and (self.dist_token or self.attention != "xla"):
-            raise InputError(
-                f"{where}: relative_position knows one token in front of the patches, and attention 'xla'; set"
-                " dist_token=False and attention=xla"
-            )
+        if self.relative_position and self.attention != "xla":
+            raise InputError(f"{where}: relative_position needs attention 'xla'; set attention=xla")
         attention.check(where, self.attention, self.dtype, self.width, {self.num_heads, self.heads_of(self.depth)})
 
     def summary(self) -> str:
         last = f" ({self.last_block_heads} in the last block)" if self.last_block_heads else ""
-        relative = ", relative positions" if self.relative_position else ""
+        extras = ", relative positions" * self.relative_position + ", layer scale" * bool(self.layer_scale)
         head = f"{self.num_classes} classes on the {'mean patch' if self.pool == 'mean' else 'CLS'} token"
         return (
             f"ViT, width {self.width}, {self.depth} blocks, {self.num_heads} heads{last}, {self.image_size} px in"
-            f" patches of {self.patch_size}, {head if self.num_classes else 'no head'}{relative}"
+            f" patches of {self.patch_size}, {head if self.num_classes else 'no head'}{extras}"
         )
 
     def width_of(self, block: int) -> int:
@@ -140,8 +138,9 @@ class ViT(Encoder):
         raise InputError(f"a ViT has no parameter {name}, so no layer for it")
 
     def is_behind(self, name: str, part: Part) -> bool:
-        qkv = "attn/proj|attn/relative_position|norm2|mlp"
-        behind = {"norm1": "attn|norm2|mlp", "qkv": qkv, "attention": "norm2|mlp"}
+        mlp = "norm2|mlp|gamma2"
+        qkv = f"attn/proj|attn/relative_position|gamma1|{mlp}"
+        behind = {"norm1": f"attn|gamma1|{mlp}", "qkv": qkv, "attention": mlp}
         return part != "all" and bool(re.match(rf"encoder/block\d+/({behind[part]})/", name))
 
     def trunk(self, block: int, norm: bool = False) -> "ViT":
@@ -202,7 +201,8 @@ class VisionTransformer(nn.Module):
         numbers = range(1, cfg.depth + 1)
         grid = cfg.grid if cfg.relative_position else 0
         qkv_init = layers.xavier_of_three if cfg.weight_init == "moco" else None
-        blocks = [Block(cfg.heads_of(i), *kinds, grid, qkv_init, parent=None) for i in numbers]
+        extras = (grid, qkv_init, cfg.num_prefix, cfg.layer_scale)
+        blocks = [Block(cfg.heads_of(i), *kinds, *extras, parent=None) for i in numbers]
         drop_path = [self._drop_path(i) for i in numbers] if train else None
         x, trace = layers.run_blocks(self, blocks, x, drop_path, remat=cfg.remat, capture=capture)
         if cfg.pool == "cls":

@@ -172,7 +172,9 @@ def _resizing(key: str, old: tuple[int, ...], new: tuple[int, ...]) -> tuple[int
     if len(old) != len(new) or old[-1] != new[-1]:
         return None
     if key.endswith(RELATIVE):
-        return tuple(resize.relative_side(shape[0]) for shape in (old, new))
+        in_front = [resize.relative_front(shape[0]) for shape in (old, new)]
+        sides = tuple(resize.relative_side(shape[0]) for shape in (old, new))
+        return sides if in_front[0] == in_front[1] else None
     in_front = [shape[1] - resize.side(shape[1]) ** 2 for shape in (old, new)]
     if key.endswith("pos_embed") and in_front[0] == in_front[1]:
         return tuple(resize.side(shape[1]) for shape in (old, new))

@@ -5,18 +5,18 @@ import math
 import numpy as np
 
 from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.runtime.interpolation import resize_matrix
 
 
 def resize(posembed: np.ndarray, grid: int) -> np.ndarray:
     """Patch positions of [1, T + g^2, D] resampled to [1, T + grid^2, D]; those of the T tokens in front are kept.
 
-    Bicubic with a = -0.75, half-pixel centres and no antialiasing, as torch's `interpolate` does it
-    (`jax.image.resize` uses a = -0.5).
+    Bicubic, as torch's `interpolate` does it.
     """
     old = side(posembed.shape[1])
     extra = posembed.shape[1] - old**2
     front, table = posembed[:, :extra], posembed[0, extra:]
-    weights = _bicubic_weights(old, grid)
+    weights = resize_matrix(old, grid, "bicubic")
     table = np.einsum("ir,jc,rcd->ijd", weights, weights, table.reshape(old, old, -1).astype(np.float64))
     return np.concatenate([front, table.reshape(1, grid * grid, -1)], axis=1).astype(posembed.dtype)
 
@@ -26,21 +26,8 @@ def side(num_tokens: int) -> int:
     return math.isqrt(num_tokens)
 
 
-def _bicubic_weights(old: int, new: int, a: float = -0.75) -> np.ndarray:
-    """[new, old] rows of interpolation weights, borders repeated."""
-    centre = (np.arange(new) + 0.5) * old / new - 0.5
-    left = np.floor(centre).astype(int)
-    weights = np.zeros((new, old))
-    for tap in range(-1, 3):
-        x = np.abs(centre - (left + tap))
-        near = (a + 2) * x**3 - (a + 3) * x**2 + 1
-        far = a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a
-        np.add.at(weights, (np.arange(new), np.clip(left + tap, 0, old - 1)), np.where(x <= 1, near, far))
-    return weights
-
-
 def resize_relative(table: np.ndarray, grid: int) -> np.ndarray:
-    """A table of distances [(2 g - 1)^2 + 3, H] (`posembed.relative_index`) resampled to that of another grid.
+    """A table of distances [(2 g - 1)^2 + 3 T, H] (`posembed.relative_index`) resampled to that of another grid.
 
     A cubic spline for each head, on distances that are spread as a geometric series so that the nearest stay what they
     are and the farthest become the new grid's (BEiT, load_checkpoint of semantic_segmentation/mmcv_custom).
@@ -58,14 +45,20 @@ def resize_relative(table: np.ndarray, grid: int) -> np.ndarray:
         powers = np.arange(old)
         steps = np.cumsum(scipy.optimize.brentq(lambda q: np.sum(q**powers) - new, 1e-3, 1e3) ** powers)
     known, wanted = np.concatenate([-steps[::-1], [0], steps]), np.arange(-new, new + 1)
-    rows, degree = table[:-3].reshape(2 * old + 1, 2 * old + 1, -1), min(3, 2 * old)
+    patches, front = np.split(table, [(2 * old + 1) ** 2])
+    rows, degree = patches.reshape(2 * old + 1, 2 * old + 1, -1), min(3, 2 * old)
     heads = [
         scipy.interpolate.RectBivariateSpline(known, known, rows[..., h], kx=degree, ky=degree)(wanted, wanted)
         for h in range(rows.shape[-1])
     ]
-    return np.concatenate([np.stack(heads, axis=-1).reshape(-1, len(heads)), table[-3:]]).astype(table.dtype)
+    return np.concatenate([np.stack(heads, axis=-1).reshape(-1, len(heads)), front]).astype(table.dtype)
+
+
+def relative_front(rows: int) -> int:
+    """Tokens in front, one or two, of a table of distances with so many rows: squares of odd numbers are 1 modulo 8."""
+    return (rows - 1) % 8 // 3
 
 
 def relative_side(rows: int) -> int:
     """Patches a side, of a table of distances with so many rows."""
-    return (math.isqrt(rows - 3) + 1) // 2
+    return (math.isqrt(rows - 3 * relative_front(rows)) + 1) // 2
