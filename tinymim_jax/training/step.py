@@ -130,7 +130,10 @@ def of_replicas(step: TrainStep, shares_batches: bool) -> TrainStep:
         return jax.vmap(step, in_axes=(0, None, None if shares_batches else 0, 0))
 
     def steps(states: TrainState, frozen: Frozen, batches: Batch, rngs: jax.Array) -> tuple[TrainState, dict]:
-        return jax.lax.map(lambda own: step(own[0], frozen, own[1], own[2]), (states, batches, rngs))
+        # Written out: in a loop, XLA on the CPU computes convolutions a hundred times as slowly.
+        each = (jax.tree.map(lambda x, i=i: x[i], (states, batches, rngs)) for i in range(len(rngs)))
+        done = [step(state, frozen, batch, rng) for state, batch, rng in each]
+        return jax.tree.map(lambda *found: jnp.stack(found), *done)
 
     return steps
 
