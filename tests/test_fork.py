@@ -49,6 +49,7 @@ def ran(fork):
     return fork, said
 
 
+@pytest.mark.slow
 def test_it_trains_hands_over_and_draws(ran):
     fork, said = ran
     for stage in ("rotation", "finetuned", "labelled", "small", "head"):
@@ -62,6 +63,7 @@ def test_it_trains_hands_over_and_draws(ran):
     assert metrics["mean_smooth_l1"] > 0 and metrics["norm/norm"] > 0
 
 
+@pytest.mark.slow
 def test_it_goes_on(ran):
     fork, _ = ran
     folder = fork / "w" / "rotation"
@@ -72,6 +74,7 @@ def test_it_goes_on(ran):
     assert json.loads((folder / "DONE").read_text()) == json.loads(before)
 
 
+@pytest.mark.slow
 def test_it_is_inspected_exported_and_measured(ran):
     fork, _ = ran
     assert "rotation prediction" in call(fork, "inspect", "w/finetuned")

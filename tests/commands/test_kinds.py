@@ -27,6 +27,8 @@ from tinymim_jax.runtime.errors import InputError
 
 DECODER = Decoder(16, 1, 2)
 
+pytestmark = pytest.mark.slow
+
 
 def short(stage):
     stage.evals = {}

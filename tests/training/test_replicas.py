@@ -127,7 +127,8 @@ def test_a_replica_ends_like_the_single_run_with_its_seed(name, runs, mesh, tmp_
     assert seen[0] != seen[1]
 
 
-@pytest.mark.parametrize("name", ["finetune", pytest.param("resident", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["finetune", "resident"])
 def test_an_interruption_changes_no_bit(name, runs, mesh, tmp_path, stop_at):
     folder = runs(name)
     stage = STAGES[name]()
@@ -221,6 +222,7 @@ def test_pictures_are_of_the_first_replica_and_curves_of_all(runs):
     assert sorted(curve.get_linewidth() for curve in curves) == [0.4] * REPLICAS + [1]
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_replicas_that_was_due_when_the_run_was_killed_is_made_up_for(mesh, tmp_path, monkeypatch):
     """Their losses are logged by names with a slash, too, and are no evaluation."""
     stage = of(tiny_mae(), eval_every=2, log_every=1, checkpoint_every=2)
@@ -235,6 +237,7 @@ def test_an_evaluation_of_replicas_that_was_due_when_the_run_was_killed_is_made_
     assert any("replica2/knn/top1_k3" in line for line in log(tmp_path / "mae") if line["step"] == 2)
 
 
+@pytest.mark.slow
 def test_a_replica_knows_what_it_was_made_from(runs):
     runs("finetune")
     text = card.provenance(runs("finetune") / "replica_1")
@@ -242,6 +245,7 @@ def test_a_replica_knows_what_it_was_made_from(runs):
     assert not any(card.GONE in line for line in text)
 
 
+@pytest.mark.slow
 def test_the_step_of_resident_replicas_is_compiled_for_a_plan(mesh):
     stage = resident()
     found = estimate.forecast(make_setup(stage, "resident", {}, 30), mesh)

@@ -81,7 +81,8 @@ def from_dict(kind: Any, value: Any, where: str = "config") -> Any:
 def _dataclass_from_dict(kind: type, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise InputError(f"{where}: expected the fields of {kind.__name__}, got {value!r}")
-    hints = typing.get_type_hints(kind)
+    own, hints = {field.name for field in dataclasses.fields(kind)}, typing.get_type_hints(kind)
+    hints = {name: hint for name, hint in hints.items() if name in own}
     unknown = sorted(set(value) - set(hints))
     if unknown:
         raise InputError(f"{where}.{unknown[0]}: no such field; {kind.__name__} has {', '.join(hints)}")
