@@ -17,17 +17,22 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
 from tinymim_jax.evals.contract import Evaluator, Measurement, scalars
-from tinymim_jax.experiment import recipes
+from tinymim_jax.experiment import recipes, segmentation
 from tinymim_jax.experiment.config import (
     Classification,
     Config,
     Data,
     Decoder,
+    Fcn,
     Init,
     Knn,
+    Masks,
     Optim,
     Run,
+    Segment,
+    Segmentation,
     Stage,
+    UPer,
     ViT,
 )
 from tinymim_jax.runtime.sharding import make_mesh
@@ -69,6 +74,19 @@ def tiny_classify(source: str | None = "distill") -> Stage:
     stage.optim = dataclasses.replace(optim, lr=1e-3, lr_batch=None, warmup_epochs=0.2)
     stage.data.rand_augment = "rand-m9-mstd0.5-inc1"
     stage.evals = {"val": Classification(TEST, batch_size=16)}
+    return stage
+
+
+def tiny_segment(source: str | None = None) -> Stage:
+    """Four steps of segmenting scenes of digits."""
+    masks = Masks(11, scale=(48, 36), ratio=(0.75, 1.5), max_share=0.95)
+    train = Data("scenes", image_size=32, masks=masks)
+    val = dataclasses.replace(train, split="test", transform="eval")
+    model = ViT(16, 4, 2, image_size=32, patch_size=8, pool="mean", drop_path=0.1)
+    task = Segment(11, UPer(8, bins=(1, 2)), taps=(1, 2, 3, 4), aux=Fcn(8))
+    stage = _short(Stage(task, model, train, Optim(1e-3), Run(8), evals={"val": Segmentation(val)}))
+    stage.optim.warmup_epochs = 0
+    stage.data, stage.init = train, segmentation.weights(Init(source)) if source else None
     return stage
 
 

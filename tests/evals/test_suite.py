@@ -46,7 +46,9 @@ def test_a_head_is_needed(finished, mesh, name, tmp_path):
 
 
 def test_an_unknown_suite(finished, mesh, tmp_path):
-    with pytest.raises(InputError, match="--suite=x: unknown; choose one of imagenet, robust, probe, all"):
+    with pytest.raises(
+        InputError, match="--suite=x: unknown; choose one of imagenet, robust, probe, segmentation, all"
+    ):
         suite.evaluate(stage_file.read_subject(finished / "finetune"), "x", Sets(), mesh, tmp_path)
 
 
@@ -177,9 +179,8 @@ def test_corruptions_are_made_as_imagenet_c_was_unless_asked_otherwise(finished,
     clean = tiny_classify().evals["val"].data
 
     def made(**sets):
-        return suite.evals("robust", dataclasses.replace(model, num_classes=1000), clean, clean, Sets(**sets))[
-            "corruptions"
-        ]
+        subject = suite.Subject("x", dataclasses.replace(model, num_classes=1000), {}, [], None, {}, {})
+        return suite.evals("robust", subject, clean, clean, Sets(**sets))["corruptions"]
 
     assert made().published and not made(direct=True).published
     stored = made(imagenet_c=str(tmp_path))

@@ -13,20 +13,27 @@ from tinymim_jax.experiment.config import (
     Data,
     Decoder,
     Distill,
+    Fcn,
     Feature,
+    Fpn,
     Init,
     Knn,
     LabelTeacher,
+    Linear,
     Logistic,
     Mae,
     Masks,
     Mesh,
     Moco,
     Optim,
+    Pyramid,
     Reconstruction,
     Relation,
     Run,
+    Segment,
+    Segmentation,
     Stage,
+    UPer,
     ViT,
 )
 
@@ -75,5 +82,18 @@ def full_config():
     )
     moco = make_stage(task=Moco(dim=8, hidden=16), model=ViT(8, 2, 2, weight_init="moco", **SIZE))
     moco.data = Data("scenes", image_size=8, masks=Masks(11, ignored=(3,), ratio=(0.75, 1.5), stride=5))
-    stages = {"mae": mae, "distill": distill, "tuned": tuned, "moco": moco}
+    task = Segment(11, Fpn(8), taps=(1, 2, 3, 4), aux=Fcn(4))
+    segment = make_stage(task=task, model=ViT(8, 4, 2, layer_scale=1.0, **SIZE))
+    segment.evals = {"val": Segmentation(dataclasses.replace(moco.data, transform="eval"), flip=True)}
+    linear = make_stage(task=Segment(11, Linear()), model=ViT(8, 12, 2, **SIZE))
+    uper = make_stage(task=Segment(11, UPer(4), pyramid=Pyramid(8)), model=ViT(8, 12, 2, **SIZE))
+    stages = {
+        "mae": mae,
+        "distill": distill,
+        "tuned": tuned,
+        "moco": moco,
+        "segment": segment,
+        "linear": linear,
+        "uper": uper,
+    }
     return Config("all", stages, Mesh(2, 4), {"T": Compare("val/top1", {"row": ("tuned",)})})

@@ -11,7 +11,7 @@ from tinymim_jax.data.fields import IMAGE_LABEL
 from tinymim_jax.experiment import stage_file
 from tinymim_jax.report import figures, tables
 from tinymim_jax.tasks.contract import Panels
-from tinymim_jax.tasks.mae import GREY
+from tinymim_jax.tasks.pictures import GREY
 
 
 def test_every_picture_is_written_and_is_not_blank(finished, tmp_path):
@@ -65,7 +65,7 @@ def test_what_was_evaluated_while_training_is_a_curve_over_epochs(finished, tmp_
 
 def test_classes_are_drawn_with_their_names():
     table = np.array([[3, 1], [0, 0]])
-    figure = figures.by_class(np.array([75.0, np.nan]), table, np.array(["ant", "bee"]), "a model")
+    figure = figures.by_class(np.array([75.0, np.nan]), table, np.array(["ant", "bee"]), "a model", "accuracy")
     bars, grid = figure.axes[:2]
     assert [bar.get_width() for bar in bars.patches] == [75.0, 0.0] and "mean 75.0 %" in bars.get_title()
     assert [label.get_text() for label in grid.get_yticklabels()] == ["ant", "bee"]
@@ -149,5 +149,5 @@ def test_a_picture_takes_the_next_image_where_one_is_damaged():
             return f"image {index}"
 
     data = tiny_mae().data
-    batch = figures._samples(IMAGE_LABEL.batch(data, figures.NUM_PICTURES), data, Source())
+    batch = figures._samples(IMAGE_LABEL, data, Source())
     np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], [40, 40, 80, 120, 160, 200])

@@ -43,6 +43,8 @@ def batch(size=4, seed=0, is_valid=None):
     return {
         "image": rng.integers(0, 256, (size, 16, 16, 3), dtype=np.uint8),
         "second": rng.integers(0, 256, (size, 16, 16, 3), dtype=np.uint8),
+        "mask": rng.integers(0, 5, (size, 16, 16), dtype=np.uint8),
+        "extent": np.full((size, 2), 16, np.int32),
         "label": rng.integers(0, 5, size).astype(np.int32),
         "is_valid": np.ones(size, bool) if is_valid is None else np.array(is_valid, bool),
         "index": np.arange(size, dtype=np.int32),
@@ -104,11 +106,18 @@ def moco(total_steps=10, **model):
     return config.Moco(dim=6, hidden=10).build(Context(vit(**model), DATA, total_steps=total_steps))
 
 
+def segment(**model):
+    data = config.Data("scenes", image_size=16, mean=MEAN, std=STD, masks=config.Masks(5))
+    task = config.Segment(5, config.UPer(8, bins=(1, 2)), taps=(1, 2, 3, 4), aux=config.Fcn(4))
+    return task.build(Context(vit(**{"depth": 4, **model}), data))
+
+
 MAKE = {
     "mae": functools.partial(mae, drop_path=0.3),
     "distill": functools.partial(distill, drop_path=0.3),
     "classify": functools.partial(classify, {"mixup": 0.0, "cutmix": 0.0, "erasing": 0.0}, drop_path=0.3),
     "moco": functools.partial(moco, drop_path=0.3),
+    "segment": functools.partial(segment, drop_path=0.3),
 }
 
 

@@ -17,6 +17,8 @@ from tinymim_jax.tasks import TASKS
 from tinymim_jax.tasks.contract import STREAMS, Aux, Context, TaskConfig
 from tinymim_jax.tasks.targets import TARGETS
 
+STATE = {"moco": {"moco"}, "segment": {"batch_stats"}}  # collections beside the parameters
+COUNTED = {"segment": 16 * 16}  # of each image, where it is not one
 TASK = pytest.mark.parametrize("kind", MAKE)
 
 
@@ -36,8 +38,8 @@ def test_contract(kind):
     assert isinstance(task.fields, Fields)
     assert isinstance(task.flops_per_image(), float) and task.flops_per_image() > 0
     variables, frozen = jax.eval_shape(task.init, jax.random.key(0), stages.batch(1))
-    assert set(variables) == ({"params", "moco"} if kind == "moco" else {"params"})
-    assert set(variables["params"]) == ({"encoder", "pretext"} if kind in ("mae", "moco") else {"encoder"})
+    assert set(variables) == {"params", *STATE.get(kind, ())}
+    assert set(variables["params"]) == ({"encoder", "pretext"} if kind in ("mae", "moco", "segment") else {"encoder"})
     assert frozen.keys() == ({"teacher"} if kind == "distill" else set())
     assert {leaf.dtype for leaf in jax.tree.leaves(variables["params"])} == {jnp.dtype("float32")}
 
@@ -47,10 +49,12 @@ def test_contract(kind):
 def test_loss_and_its_metrics(kind, train):
     loss, aux = standard(kind).loss(stages.batch(is_valid=[1, 1, 0, 1]), train=train)
     assert loss.shape == () and loss.dtype == jnp.float32 and np.isfinite(loss)
-    assert isinstance(aux, Aux) and aux.model_state.keys() == ({"moco"} if kind == "moco" else set())
+    assert isinstance(aux, Aux) and aux.model_state.keys() == STATE.get(kind, set())
     assert all(isinstance(m, Mean) and m.sum.shape == m.count.shape == () for m in aux.metrics.values())
     np.testing.assert_allclose(aux.metrics["loss"].value(), loss, rtol=1e-6)
-    assert {float(m.count) for key, m in aux.metrics.items() if key != "labels_beyond_head"} == {3}
+    assert {float(m.count) for key, m in aux.metrics.items() if key != "labels_beyond_head"} == {
+        3 * COUNTED.get(kind, 1)
+    }
 
 
 @TASK
@@ -92,14 +96,14 @@ def test_an_invalid_image_counts_for_nothing(kind, train):
         task.loss(batch, train=train)[1].metrics.items(), task.loss(other, train=train)[1].metrics.values(), strict=True
     ):
         np.testing.assert_array_equal(a.sum, b.sum, err_msg=name)
-    if kind == "moco":  # where images are compared with each other
+    if kind == "moco" or (kind == "segment" and train):  # where images are compared with each other, or normalised
         return
     # The valid rows weigh as much as if they were alone: the sum of four is that of the three and the fourth.
     every = task.loss(stages.batch(), train=train)[1].metrics["loss"]
     fourth = task.loss(stages.batch(is_valid=[0, 1, 0, 0]), train=train)[1].metrics["loss"]
     three = task.loss(batch, train=train)[1].metrics["loss"]
     np.testing.assert_allclose(every.sum, fourth.sum + three.sum, rtol=1e-5)
-    assert (every.count, fourth.count, three.count) == (4, 1, 3)
+    assert [mean.count / COUNTED.get(kind, 1) for mean in (every, fourth, three)] == [4, 1, 3]
 
 
 @TASK

@@ -5,12 +5,13 @@ import dataclasses
 from tinymim_jax.commands.flags import new_flags, parse_positional
 from tinymim_jax.runtime import storage
 
-USAGE = """python -m tinymim_jax eval CHECKPOINT [--suite=imagenet|robust|probe|all] [--data=PATH] ...
+USAGE = """python -m tinymim_jax eval CHECKPOINT [--suite=imagenet|robust|probe|segmentation|all] [--data=PATH] ...
 
   CHECKPOINT        a finished stage's folder, or a converted checkpoint
   --suite=imagenet  top-1 and top-5 on the clean evaluation set (of the checkpoint's own stage, whatever data that is)
   --suite=robust    ImageNet-C: made from the clean set, or stored; ImageNet-A and -R where their sets are given
   --suite=probe     kNN and logistic regression on frozen features
+  --suite=segmentation  mean IoU of a model that gives each pixel a class
   --suite=all       all of these; without a head, the probes
 """
 

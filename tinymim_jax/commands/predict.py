@@ -1,18 +1,24 @@
-"""`predict`: the classes of the images of a folder."""
+"""`predict`: the classes of the images of a folder, or of their pixels."""
 
 import csv
 import io
 
+from etils.epath import Path
+
 from tinymim_jax.commands import flags
 from tinymim_jax.commands.flags import new_flags, parse_positional
 from tinymim_jax.runtime import storage
+from tinymim_jax.runtime.errors import InputError
 
-USAGE = """python -m tinymim_jax predict CHECKPOINT FOLDER --out=FILE.csv [--top=5] ...
+WINDOWS = 8  # at once, of a model that segments
+
+USAGE = """python -m tinymim_jax predict CHECKPOINT FOLDER --out=FILE.csv|FOLDER [--top=5] ...
 
   CHECKPOINT  the folder of a finished stage or replica with a head, or a converted checkpoint that has one
   FOLDER      images, in any sub-folders
   --out       a line for each image: its name in FOLDER, its best classes (numbers from 0, where the model does not know
-              their names) and their probabilities
+              their names) and their probabilities; of a model that segments a folder, of NAME.png, whose values are
+              classes, and NAME_over.jpg, their colours over the image
 """
 
 
@@ -20,12 +26,22 @@ def main(argv: list[str]) -> None:
     """Runs the command with its arguments; raises InputError on bad ones."""
     values = new_flags(top=(int, 5, "classes of each image"), **flags.FOLDER_FLAGS)
     checkpoint, folder = parse_positional(values, argv, ["CHECKPOINT", "FOLDER"], USAGE)
-    out = flags.output(values.out, [".csv"])
 
-    import tinymim_jax
+    from tinymim_jax.evals import painting
+    from tinymim_jax.evals.inference import TrainedModel
+    from tinymim_jax.experiment import stage_file
     from tinymim_jax.runtime.metric_log import write_whole
 
-    model = tinymim_jax.load(checkpoint)
+    subject = stage_file.read_subject(checkpoint)
+    if subject.pixels:
+        if not values.out or Path(values.out).suffix:
+            raise InputError(f"--out={values.out or ''}: the model segments; name a folder for its pictures")
+        storage.check_writable(out := storage.path(values.out))
+        done = painting.paint(subject, folder, out, min(values.batch_size, WINDOWS), values.on_bad_image)
+        print(f"wrote {out}: {done} images")
+        return
+    out = flags.output(values.out, [".csv"])
+    model = TrainedModel(subject)
     storage.check_writable(out.parent)
     options = {"batch_size": values.batch_size, "on_bad_image": values.on_bad_image}
     names, (probabilities, classes) = model.predictions(folder, values.top, **options)

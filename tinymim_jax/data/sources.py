@@ -77,7 +77,7 @@ def _open(*values: Any) -> Source:
         raise InputError(f"data.source: unknown choice {data.source!r}; choose one of {', '.join(openers)}")
     source: Source = openers[data.source](data)
     if data.per_class is not None:
-        source = Subset(source, data.per_class, data.subset_seed or 0)
+        source = of_each_class(source, data.per_class, data.subset_seed or 0)
     if len(source) == 0:
         raise InputError(f"data: split {data.split!r} of {data.source} holds no images; choose another data.split")
     if data.num_examples is not None and len(source) != data.num_examples:
@@ -108,32 +108,40 @@ def check_same_classes(*pair: Data) -> None:
         raise InputError(f"data: {where} differ in their classes ({odd[0]}); both need the same")
 
 
-class Subset(Labelled):
-    """The same number of images of each class, in the order of `source`."""
+class Chosen:
+    """Some records of `source`, by their numbers."""
 
-    def __init__(self, source: Source, per_class: int, seed: int) -> None:
-        if per_class < 1 or seed < 0:
-            raise InputError(f"data: per_class {per_class} must be at least 1 and subset_seed {seed} at least 0")
-        need_labels(source)
-        labels = source.labels()
-        chosen = []
-        for label in np.unique(labels):
-            members = np.flatnonzero(labels == label)
-            if len(members) < per_class:
-                raise InputError(
-                    f"data.per_class is {per_class}, but class {label} has {len(members)} images; use at most that"
-                )
-            rng = np.random.default_rng((seed, int(label)))
-            chosen.append(rng.choice(members, per_class, replace=False))
-        self._source, self.classes, self.notes = source, source.classes, source.notes
-        self._indices = np.sort(np.concatenate(chosen)) if chosen else np.zeros(0, np.int64)
-        self._labels = labels[self._indices]
+    def __init__(self, source: Source, indices: np.ndarray) -> None:
+        self._source, self._indices = source, indices
+        self.classes, self.notes = source.classes, source.notes
+
+    def __len__(self) -> int:
+        return len(self._indices)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self._source[int(self._indices[index])]
 
     def describe(self, index: int) -> str:
         return self._source.describe(int(self._indices[index]))
+
+    def labels(self) -> np.ndarray:
+        return self._source.labels()[self._indices]
+
+
+def of_each_class(source: Source, count: int, seed: int) -> Chosen:
+    """The same number of images of each class, in the order of `source`; raises InputError if there are fewer."""
+    if count < 1 or seed < 0:
+        raise InputError(f"data: per_class {count} must be at least 1 and subset_seed {seed} at least 0")
+    need_labels(source)
+    labels, chosen = source.labels(), [np.zeros(0, np.int64)]
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        if len(members) < count:
+            raise InputError(
+                f"data.per_class is {count}, but class {label} has {len(members)} images; use at most that"
+            )
+        chosen.append(np.random.default_rng((seed, int(label))).choice(members, count, replace=False))
+    return Chosen(source, np.sort(np.concatenate(chosen)))
 
 
 class Tfds:

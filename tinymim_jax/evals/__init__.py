@@ -3,5 +3,12 @@
 from tinymim_jax.evals.classification import Classification
 from tinymim_jax.evals.probes import Knn, Logistic
 from tinymim_jax.evals.robustness import Corruptions
+from tinymim_jax.evals.segmentation import Segmentation
 
-EVALS = {"classification": Classification, "knn": Knn, "logistic": Logistic, "corruptions": Corruptions}
+EVALS = {
+    "classification": Classification,
+    "knn": Knn,
+    "logistic": Logistic,
+    "corruptions": Corruptions,
+    "segmentation": Segmentation,
+}

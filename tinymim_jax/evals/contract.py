@@ -115,11 +115,11 @@ class Batches:
 
     def __init__(
         self, data: Data, batch_size: int, mesh: jax.sharding.Mesh, fields: Fields = IMAGE_LABEL,
-        is_labelled: bool = True,
+        is_labelled: bool = True, source: sources.Source | None = None,
     ):  # fmt: skip
         batch_size = -(-batch_size // mesh.size) * mesh.size  # padding is masked, so rounding up is free of effect
         self.args: dict[str, Any] = {"batch_size": batch_size, "mesh": mesh, "fields": fields}
-        self.data, self.source, self.mesh = data, sources.open_source(data), mesh
+        self.data, self.source, self.mesh = data, source or sources.open_source(data), mesh
         if is_labelled:
             sources.need_labels(self.source)
 

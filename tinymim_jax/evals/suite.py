@@ -11,7 +11,7 @@ from etils.epath import Path
 from tinymim_jax.data.config import Data
 from tinymim_jax.data.device_augment import normalize, to_float
 from tinymim_jax.data.sources import check_same_classes, open_source
-from tinymim_jax.evals import Classification, Corruptions, Knn, Logistic, labels, subsets
+from tinymim_jax.evals import Classification, Corruptions, Knn, Logistic, Segmentation, labels, subsets
 from tinymim_jax.evals.contract import Context, Eval, Measurement, Predict, Variables, save_arrays, scalars
 from tinymim_jax.models.contract import Encoder, Outputs, Pool
 from tinymim_jax.runtime import codec, storage
@@ -20,7 +20,7 @@ from tinymim_jax.runtime.metric_log import write_json
 from tinymim_jax.runtime.sharding import replicated
 from tinymim_jax.weights.parameters import flatten
 
-SUITES = ("imagenet", "robust", "probe", "all")
+SUITES = ("imagenet", "robust", "probe", "segmentation", "all")
 # TinyMIM, Tables 3 and 4: top-1; ImageNet-A and -R top-1; ImageNet-C, which is a plain mean of errors.
 PAPER = {
     192: {"imagenet/top1": 75.8, "imagenet_a/top1": 11.0, "imagenet_r/top1": 39.8, "corruptions/mean_error": 50.1},
@@ -57,6 +57,7 @@ class Subject:
     preprocessing: dict[str, Any]  # in evaluation: fields of `Data`
     classes: list[str] | None = None  # what the outputs of its head are called, where that is known
     pool: Pool | None = None  # the token that its features are; None: what the encoder says
+    pixels: Predict | None = None  # its logits of pixels, if it has a head for them
 
 
 def evaluate(subject: Subject, suite: str, sets: Sets, mesh: jax.sharding.Mesh, out: Path) -> dict[str, Any]:
@@ -68,9 +69,12 @@ def evaluate(subject: Subject, suite: str, sets: Sets, mesh: jax.sharding.Mesh, 
     model = subject.model
     variables = jax.device_put(subject.variables, replicated(mesh))
     clean, bank = data_sets(subject, sets, suite in ("probe", "all"))
-    chosen = evals(suite, model, clean, bank, sets)
+    chosen = evals(suite, subject, clean, bank, sets)
     context = Context(mesh, predict_of(subject, clean), model, classes=subject.classes)
-    evaluators = {name: cfg.build(context) for name, cfg in chosen.items()}  # what is missing is said first
+    of_pixels = dataclasses.replace(context, predict=subject.pixels)
+    evaluators = {  # what is missing is said first
+        name: cfg.build(of_pixels if isinstance(cfg, Segmentation) else context) for name, cfg in chosen.items()
+    }
     storage.check_writable(out)
     notes = check_names(chosen, model, subject.classes)
     notes += dict.fromkeys(note for e in evaluators.values() for b in e.passes.values() for note in b.source.notes)
@@ -134,13 +138,14 @@ def _held_out(train: Data) -> Data:
     """The evaluation set beside the training set of a stage that has no evals."""
     splits = {"digits": "test", "scenes": "test", "tfds": "validation" if train.name == "imagenet2012" else "test"}
     data = dataclasses.replace(train, num_examples=None, per_class=None)
-    if train.source == "folder":
+    if train.source in ("folder", "pairs"):
         return _in_tree(data, train.path, "val")
     return dataclasses.replace(data, split=splits.get(train.source, "val"))
 
 
 def _in_tree(data: Data, path: str, split: str) -> Data:
-    fields = {"source": "folder", "path": path, "split": split, "num_examples": None, "per_class": None}
+    source = "pairs" if data.masks else "folder"
+    fields = {"source": source, "path": path, "split": split, "num_examples": None, "per_class": None}
     return dataclasses.replace(data, **fields)
 
 
@@ -167,10 +172,13 @@ def _name_of(data: Data) -> str:
     return f"{name}_" if name in {"corruptions", "knn", "logistic", "imagenet_a", "imagenet_r"} else name
 
 
-def evals(suite: str, model: Encoder, clean: Data, bank: Data, sets: Sets) -> dict[str, Eval]:
+def evals(suite: str, subject: Subject, clean: Data, bank: Data, sets: Sets) -> dict[str, Eval]:
     """What `suite` measures; raises InputError if it needs a head that is not there."""
+    model = subject.model
     if suite not in SUITES:
         raise InputError(f"--suite={suite}: unknown; choose one of {', '.join(SUITES)}")
+    if suite == "segmentation" and subject.pixels is None:
+        raise InputError("--suite=segmentation needs a model with a head for pixels: train one with task 'segment'")
     if not model.num_classes and suite in ("imagenet", "robust"):
         raise InputError(
             f"--suite={suite} needs a model with a head, and this one has none: fine-tune it, or use probe"
@@ -185,6 +193,8 @@ def evals(suite: str, model: Encoder, clean: Data, bank: Data, sets: Sets) -> di
             if model.num_classes != 1000:
                 raise InputError(f"--{name} needs a model of ImageNet's 1000 classes; this one has {model.num_classes}")
     chosen: dict[str, Eval] = {}
+    if subject.pixels and suite in ("segmentation", "all"):
+        chosen["segmentation"] = Segmentation(clean)
     if suite in ("imagenet", "all") and model.num_classes:
         chosen[_name_of(clean)] = Classification(clean)
     if suite in ("robust", "all") and model.num_classes:
@@ -235,10 +245,12 @@ def table(report: dict[str, Any]) -> str:
             continue
         published = report["paper"].get(name)
         lines.append(f"| {name} | {value:.2f} | {'' if published is None else published} |")
-    notes = [
-        "Percent. corruptions/*: top-1 error, a mean over severities; mean_error: their plain mean, which the paper",
-        "calls mCE; mce, of ImageNet's classes alone: each error over AlexNet's.",
-    ]
+    notes = ["Percent."]
+    if any(name.startswith("corruptions/") for name in report["results"]):
+        notes = [
+            "Percent. corruptions/*: top-1 error, a mean over severities; mean_error: their plain mean, the paper's",
+            "mCE; mce, of ImageNet's classes alone: each error over AlexNet's.",
+        ]
     return "\n".join([*lines, "", *notes, *(f"{note[:1].upper()}{note[1:]}." for note in report.get("notes", ())), ""])
 
 

@@ -9,20 +9,23 @@ from collections.abc import Iterator
 from typing import Literal, Union
 
 from tinymim_jax.data.config import Data, Masks
-from tinymim_jax.evals import EVALS, Classification, Corruptions, Knn, Logistic
+from tinymim_jax.evals import EVALS, Classification, Corruptions, Knn, Logistic, Segmentation
 from tinymim_jax.models import MODELS, ViT
 from tinymim_jax.models.mae import Decoder
+from tinymim_jax.models.pyramid import Pyramid
+from tinymim_jax.models.segment_heads import Fcn, Fpn, Linear, UPer
 from tinymim_jax.runtime.codec import from_dict, ranged, to_dict, walk
 from tinymim_jax.runtime.keys import SEEDS
-from tinymim_jax.tasks import TASKS, Classify, Distill, Mae, Moco
+from tinymim_jax.tasks import TASKS, Classify, Distill, Mae, Moco, Segment
 from tinymim_jax.tasks.classify import LabelTeacher
 from tinymim_jax.tasks.targets import AttentionLogits, ClassToken, Feature, Reconstruction, Relation
 from tinymim_jax.weights.handoff import Init
 
 __all__ = [
     "AttentionLogits", "ClassToken", "Classification", "Classify", "Compare", "Config", "Corruptions", "Data",
-    "Decoder", "Distill", "Feature", "Init", "Knn", "LabelTeacher", "Logistic", "Mae", "Masks", "Mesh", "Moco",
-    "Optim", "Reconstruction", "Relation", "Run", "Stage", "ViT",
+    "Decoder", "Distill", "Fcn", "Feature", "Fpn", "Init", "Knn", "LabelTeacher", "Linear", "Logistic", "Mae", "Masks",
+    "Mesh", "Moco", "Optim", "Pyramid", "Reconstruction", "Relation", "Run", "Segment", "Segmentation", "Stage", "UPer",
+    "ViT",
 ]  # fmt: skip
 
 Model, Task, Eval = (Union[tuple(kinds.values())] for kinds in (MODELS, TASKS, EVALS))  # noqa: UP007

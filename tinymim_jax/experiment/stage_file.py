@@ -161,7 +161,8 @@ def read_subject(folder: Path) -> Subject:
     training, evals = (stage.data, stage.evals) if stage else (None, {})
     facts = read_preprocessing(folder), read_classes(folder)
     pool = stage.task.features_pool() if stage else None
-    return Subject(str(folder), model, variables, untrained, training, evals, *facts, pool)
+    pixels = stage.task.pixel_logits(model, stage.data) if stage else None
+    return Subject(str(folder), model, variables, untrained, training, evals, *facts, pool, pixels)
 
 
 def load(path: str | LocalPath) -> TrainedModel:

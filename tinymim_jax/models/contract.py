@@ -51,10 +51,11 @@ class EncoderOutput:
 
 @flax.struct.dataclass
 class Outputs:
-    """What evaluators read: features [B, D] of frozen-feature probes, logits [B, C] if there is a head."""
+    """What evaluators read: features [B, D] of frozen-feature probes, logits [B, C] or of pixels [B, h, w, C]."""
 
     features: jax.Array
     logits: jax.Array | None = None
+    pixels: jax.Array | None = None
 
 
 class Encoder(abc.ABC):

@@ -137,6 +137,10 @@ class ViT(Encoder):
             return self.depth + 1
         raise InputError(f"a ViT has no parameter {name}, so no layer for it")
 
+    def reads(self, name: str, block: int, part: Part = "all", norm: bool = False) -> bool:
+        # It stands before the blocks, though layer decay counts it behind them.
+        return name == "encoder/dist_token" or super().reads(name, block, part, norm)
+
     def is_behind(self, name: str, part: Part) -> bool:
         mlp = "norm2|mlp|gamma2"
         qkv = f"attn/proj|attn/relative_position|gamma1|{mlp}"

@@ -12,8 +12,9 @@ import matplotlib.patches
 import numpy as np
 from etils.epath import Path
 
-from tinymim_jax.data import augment, decode, sources
+from tinymim_jax.data import sources
 from tinymim_jax.data.config import Data
+from tinymim_jax.data.fields import Example, Fields
 from tinymim_jax.experiment import stage_file
 from tinymim_jax.experiment.config import Stage
 from tinymim_jax.runtime import metric_log, sharding, storage
@@ -147,18 +148,23 @@ def confusions(files: Iterable[Path], title: str) -> dict[str, matplotlib.figure
     for file in files:
         with file.open("rb") as opened, np.load(opened) as arrays:
             if "confusion" in arrays:
-                figures[f"{file.stem}_classes"] = by_class(**arrays, title=f"{title}: {file.stem}")
+                measure = "IoU" if "iou" in arrays else "accuracy"
+                values = arrays["iou" if measure == "IoU" else "per_class"]
+                of_classes = values, arrays["confusion"], arrays["classes"]
+                figures[f"{file.stem}_classes"] = by_class(*of_classes, f"{title}: {file.stem}", measure)
     return figures
 
 
-def by_class(per_class: np.ndarray, confusion: np.ndarray, classes: np.ndarray, title: str) -> matplotlib.figure.Figure:
-    """per_class [C] in percent, confusion [C, C] in images, classes: names [C], or [0] where they are not known."""
+def by_class(
+    per_class: np.ndarray, confusion: np.ndarray, classes: np.ndarray, title: str, measure: str
+) -> matplotlib.figure.Figure:
+    """per_class [C] in percent, confusion [C, C] in images or pixels, classes: names [C], or [0] if not known."""
     count = len(per_class)
     side = min(max(4.0, 0.3 * count), 9.0)
     figure = matplotlib.figure.Figure(figsize=(2 * side, side), layout="constrained")
     bars, grid = figure.subplots(1, 2)
     bars.barh(range(count), np.nan_to_num(per_class), height=0.8 if count <= NAMED else 1)
-    bars.set(title=f"accuracy by class, mean {np.nanmean(per_class):.1f} %", xlabel="%", ylabel="class", xlim=(0, 100))
+    bars.set(title=f"{measure} by class, mean {np.nanmean(per_class):.1f} %", xlabel="%", ylabel="class", xlim=(0, 100))
     bars.set_ylim(count - 0.5, -0.5)
     shares = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     image = grid.imshow(shares, vmin=0, vmax=100, interpolation="nearest")
@@ -180,7 +186,7 @@ def panels_of(stage: Stage, name: str, workdir: Path) -> Panels | None:
     task, folder = loaded.setup.task, workdir / name
     folder = folder / handoff.replica_name(0) if handoff.replicas(folder) else folder
     variables = jax.tree.map(jnp.asarray, handoff.read_variables(folder))
-    batch = _samples(task.fields.batch(stage.data, NUM_PICTURES), stage.data, sources.open_source(stage.data))
+    batch = _samples(task.fields, stage.data, sources.open_source(stage.data))
     rngs = {stream: jax.random.key(i) for i, stream in enumerate(STREAMS)}
     return task.panels(variables, loaded.frozen, batch, rngs)
 
@@ -212,21 +218,22 @@ def drawn(panels: Panels, name: str) -> matplotlib.figure.Figure:
     return figure
 
 
-def _samples(batch: dict[str, np.ndarray], data: Data, source: sources.Source) -> Batch:
-    """Images spread over the data set, uncropped, as a batch."""
+def _samples(fields: Fields, data: Data, source: sources.Source) -> Batch:
+    """Records spread over the data set, uncropped, as a batch."""
     data = dataclasses.replace(data, transform="eval", crop_pct=1.0)
+    batch = fields.batch(data, NUM_PICTURES)
     starts = np.linspace(0, len(source), NUM_PICTURES, endpoint=False).astype(int)
     for row, first in enumerate(starts):
-        batch["image"][row] = _first_readable(source, first, data)
+        for name, value in _first_readable(fields, source, first, data).items():
+            batch[name][row] = value
     return jax.tree.map(jnp.asarray, {**batch, "is_valid": np.ones(NUM_PICTURES, bool)})
 
 
-def _first_readable(source: sources.Source, start: int, data: Data) -> np.ndarray:
-    """Image `start`, or the first after it that decodes; raises InputError after ten."""
-    for i in range(start, start + 10):
+def _first_readable(fields: Fields, source: sources.Source, start: int, data: Data) -> Example:
+    """Record `start`, or the first after it that can be read; raises InputError after ten."""
+    for i in (number % len(source) for number in range(start, start + 10)):
         try:
-            image = decode.decode(source[i % len(source)]["image"], source.describe(i % len(source)))
-            return augment.transform(image, data, np.random.default_rng(0))
+            return fields.read(source[i], source.describe(i), data, np.random.default_rng(0))
         except InputError as error:
             reason = error
     raise reason

@@ -1,0 +1,95 @@
+"""What a model of pixels makes of a folder of images: the class of each pixel, as pictures."""
+
+import dataclasses
+import functools
+import io
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from etils.epath import Path
+from PIL import Image
+
+from tinymim_jax.data import class_list, dense, sources
+from tinymim_jax.data.config import Data
+from tinymim_jax.data.decode import decode
+from tinymim_jax.evals.contract import Batch
+from tinymim_jax.evals.segmentation import by_windows, painted, window_logits
+from tinymim_jax.evals.suite import Subject
+from tinymim_jax.runtime import sharding, storage
+from tinymim_jax.runtime.metric_log import write_whole
+from tinymim_jax.runtime.progress_bar import bar
+
+log = logging.getLogger(__name__)
+OVERLAY = 0.5  # share of the colours over the image
+
+
+class Unmasked:
+    """The records of a source with masks in which no pixel counts."""
+
+    def __init__(self, source: sources.Source):
+        self.source, self.notes, self.classes = source, source.notes, source.classes
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def describe(self, index: int) -> str:
+        """What a person needs to find the record."""
+        return self.source.describe(index)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self.source[index]
+        width, height = decode(record["image"], self.describe(index)).size
+        return {**record, "mask": np.full((height, width), dense.IGNORED, np.uint8)}
+
+
+def paint(subject: Subject, folder: Path, out: Path, windows: int, on_bad_image: str = "stop") -> int:
+    """Writes, of each image under `folder`, OUT/NAME.png, whose values are classes, and OUT/NAME_over.jpg.
+
+    The first has the colours of the classes as its palette, the second lies over the image. Returns how many there
+    are. Raises InputError that names an image that cannot be decoded; with on_bad_image "skip" it is left out.
+    """
+    where = {"source": "folder", "path": os.fspath(folder), "split": "", "num_examples": None, "per_class": None}
+    data: Data = dataclasses.replace(subject.training, **where, transform="eval", on_bad_image=on_bad_image)
+    mesh, source = sharding.make_mesh(), Unmasked(sources.open_source(data))
+    for note in source.notes:
+        log.warning("%s: %s", folder, note)
+    variables = jax.device_put(subject.variables, sharding.replicated(mesh))
+
+    @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
+    def update(batch: Batch) -> jax.Array:
+        logits = window_logits(functools.partial(subject.pixels, variables, {}), batch, False)
+        return jax.vmap(lambda own, row: painted(own, row, data.image_size))(logits, batch)
+
+    palette = class_list.palette(data.masks.num_classes)
+    passes, done, root = by_windows(data, source, windows, mesh).values(), 0, f"{storage.path(data.path)}/"
+    with bar("predictions", sum(map(len, passes)), "batch", first="compiling", leave=False) as shown:
+        for batches in passes:
+            for batch in batches:
+                for index, classes in _cropped(batch, update(batch)):
+                    name, record = batches.source.describe(index), batches.source[index]
+                    _save(out / name.removeprefix(root), classes, decode(record["image"], name), palette)
+                    done += 1
+                shown.update()
+    return done
+
+
+def _cropped(batch: Batch, painted: jax.Array) -> Iterator[tuple[int, np.ndarray]]:
+    """The numbers of the images that could be read, and their classes at the original size."""
+    found, sizes, index, is_valid = jax.device_get([painted, batch["original"], batch["index"], batch["is_valid"]])
+    for row in np.flatnonzero(is_valid):
+        yield int(index[row]), found[row, : sizes[row, 0], : sizes[row, 1]]
+
+
+def _save(file: Path, classes: np.ndarray, image: Image.Image, palette: np.ndarray) -> None:
+    storage.make(file.parent)
+    mask = Image.fromarray(classes, "P")
+    mask.putpalette(palette.tobytes())
+    over = Image.blend(image, mask.convert("RGB"), OVERLAY)
+    for picture, suffix, kind in ((mask, ".png", "PNG"), (over, "_over.jpg", "JPEG")):
+        buffer = io.BytesIO()
+        picture.save(buffer, kind)
+        write_whole(file.with_name(file.stem + suffix), buffer.getvalue())
