@@ -19,7 +19,7 @@ from PIL import Image
 
 from tinymim_jax.data.sources import open_source
 from tinymim_jax.experiment import recipes, study
-from tinymim_jax.experiment.config import Classification, Config, Data, Decoder, Distill, Knn, Mae
+from tinymim_jax.experiment.config import Classification, Config, Data, Decoder, Distill, Knn, Mae, Segment
 from tinymim_jax.experiment.validate import check
 from tinymim_jax.planning import dry_run
 from tinymim_jax.runtime.errors import InputError
@@ -40,7 +40,12 @@ CHAINS = [
     "cifar10/study.py:table=11,short",
     "cifar10/study.py:table=12,short",
     "cifar10/study.py:table=13,row=relation_drop_0.1_0.1,short",
+    "ade20k/semantic_fpn.py",
+    "ade20k/upernet.py",
+    "ade20k/upernet.py:size=t_star",
+    "camvid/segment.py",
     "digits/chain.py",
+    "digits/scenes.py",
     "imagenet/chain.py",
     "imagenet/chain.py:code",
     "imagenet/mae_lite.py",
@@ -48,10 +53,11 @@ CHAINS = [
     "imagenet/study.py:table=10",
     "imagenet/study.py",
 ]
-# Those whose stages others of them have as well are not run.
+# Those whose stages others of them have as well, or differ in little, are not run.
 TO_RUN = [name for name in CHAINS if name not in (
     "cifar10/study.py", "cifar10/study.py:table=5,short", "cifar10/study.py:table=6,short", "imagenet/study.py:table=8",
-    "imagenet/study.py:table=10",
+    "imagenet/study.py:table=10", "ade20k/upernet.py:size=t_star", "cifar10/chain.py", "imagenet/chain.py:code",
+    "own.py:size=s,short,image_size=32", "cifar10/study.py:table=11,short",
 )]  # fmt: skip
 OPTIONS = [
     "imagenet/tables.py:row=deit_t",
@@ -86,12 +92,8 @@ def load(name):
     return check(config_file(path).get_config(arg))
 
 
-def shrink_depth(depth):
-    return max(2, depth // 6)
-
-
-def shrink_block(block, depth):
-    return math.ceil(block * shrink_depth(depth) / depth)
+def shrink_block(block, depth, shallow):
+    return math.ceil(block * shallow(depth) / depth)
 
 
 def shrink_data(data):
@@ -99,27 +101,39 @@ def shrink_data(data):
     kept = {
         name: getattr(data, name) for name in ("transform", "rand_augment", "crop_scale", "resident", "subset_seed")
     }
-    return Data("digits", split=split, image_size=16, per_class=2, **kept)
+    if data.masks:
+        kept["masks"] = dataclasses.replace(
+            data.masks, num_classes=11, zero_is_ignored=False, ignored=(), scale=(32, 24)
+        )
+    source = {"source": "scenes"} if data.masks else {"source": "digits", "per_class": 2}
+    return Data(split=split, image_size=16, **source, **kept)
 
 
-def shrink(stage, teacher_depth):
-    """The same stage on 16 px digits in four patches, 48 wide, two steps of 8."""
+def shrink(stage, teacher_depth, blocks=2):
+    """The same stage on 16 px digits in four patches, 48 wide, two steps of 8, at least so many blocks deep."""
+
+    def shallow(depth):
+        return max(blocks, depth // 6)
+
     depth = stage.model.depth
-    stage.model = dataclasses.replace(stage.model, width=WIDTH, depth=shrink_depth(depth), image_size=16, patch_size=8)
+    stage.model = dataclasses.replace(stage.model, width=WIDTH, depth=shallow(depth), image_size=16, patch_size=8)
     if stage.model.num_classes:
         stage.model.num_classes = 10
     if isinstance(stage.task, Mae):
         stage.task.decoder = Decoder(16, 1, 4)
+    if isinstance(stage.task, Segment):
+        taps = {"taps": (1, 2, 3, 4), "num_classes": 11, "head": dataclasses.replace(stage.task.head, width=8)}
+        stage.task = dataclasses.replace(stage.task, **taps)
     if isinstance(stage.task, Distill):
         for target in stage.task.targets.values():
-            target.student_block = shrink_block(target.student_block, depth)
+            target.student_block = shrink_block(target.student_block, depth, shallow)
             if target.captures()[0].blocks:
-                target.teacher_block = shrink_block(target.teacher_block, teacher_depth)
+                target.teacher_block = shrink_block(target.teacher_block, teacher_depth, shallow)
     stage.data = shrink_data(stage.data)
     steps, replicas = 0 if stage.run.epochs == 0 else 2, min(stage.run.replicas, 2)
     short = {"epochs": None, "steps": steps, "steps_per_call": 1, "eval_every": 0, "replicas": replicas}
     stage.run = dataclasses.replace(stage.run, batch_size=8, **short)
-    stage.optim.warmup_epochs = 0.1
+    stage.optim.warmup_epochs, stage.optim.warmup_steps = 0.02, 0
     for cfg in stage.evals.values():
         for name, data in cfg.sets().items():
             setattr(cfg, name, shrink_data(data))
@@ -132,7 +146,7 @@ def shrink(stage, teacher_depth):
 def shrink_chain(cfg):
     """All stages but repetitions with another seed. What lies in another chain's folder is named as its stage."""
     depths = {name: stage.model.depth for name, stage in cfg.stages.items()}
-    stages = {}
+    stages, blocks = {}, 4 if any(isinstance(stage.task, Segment) for stage in cfg.stages.values()) else 2
     for name, stage in cfg.stages.items():
         if re.search(r"_[1-9]$", name):
             continue
@@ -141,7 +155,7 @@ def shrink_chain(cfg):
                 init.stage, init.path = Path(init.path).name, None
                 depths[init.stage] = 24 if init.stage == "mae_l" else 12
         is_distilled = isinstance(stage.task, Distill)
-        stages[name] = shrink(stage, depths[stage.task.teacher.stage] if is_distilled else 0)
+        stages[name] = shrink(stage, depths[stage.task.teacher.stage] if is_distilled else 0, blocks)
     return Config(cfg.name, stages)
 
 

@@ -45,6 +45,8 @@ MISSING = {
     "configs/cifar10/first_blocks.py": "runs/cifar10_short/distill_t",
     "tables.py:row=": "converted/deit",
     "mae_lite.py:row=d2_mae": "mae_b.pth",
+    "runs/scenes/pretrained": "runs/scenes/pretrained/replica_0",
+    "upernet.py:size=b,init=": "runs/imagenet/distill_b",
 }
 # What has a test of its own: the launch scripts, several processes, a pod's topology, the profile.
 ELSEWHERE = ("bash ", "--coordinator=", "--topology=", "tests.profile_step", "for ", "done", "source ", "pip ")
@@ -116,7 +118,7 @@ def test_a_command_of_the_documentation(line, here):
 
 def of_the_demo(words):
     """A benchmark with the demo's models, or the small study's, instead of ImageNet's."""
-    words = [word.replace("imagenet/study.py:table=7", "cifar10/study.py:table=7,short") for word in words]
+    words = [re.sub(r"imagenet/(study\.py:table=\d+)", r"cifar10/\1,short", word) for word in words]
     words = [re.sub(r"--config=configs/imagenet/\w+\.py", "--config=configs/digits/chain.py", word) for word in words]
     return [word.replace("finetune_t", "finetune_chain") for word in words if ".init=" not in word]
 
