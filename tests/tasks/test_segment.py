@@ -161,8 +161,14 @@ def test_a_run_is_measured_again_the_same_and_paints(finished, tmp_path, capsys)
     with Image.open(tmp_path / "p" / "sub" / "b.png") as mask:
         assert (mask.mode, mask.size) == ("P", (90, 40)) and np.asarray(mask).max() < 11
     assert (tmp_path / "p" / "sub" / "b_over.jpg").is_file()
-    assert main(["predict", str(folder), str(tmp_path / "photos"), "--out=x.csv"]) == 2
-    assert "name a folder" in capsys.readouterr().err
+    (tmp_path / "photos" / "a.jpg").write_bytes((tmp_path / "photos" / "a.png").read_bytes())
+    for out, message in (
+        ("x.csv", "name a folder"),
+        (tmp_path / "photos", "holds the images themselves"),
+        (tmp_path / "q", "two images are called a; rename one"),
+    ):
+        assert main(["predict", str(folder), str(tmp_path / "photos"), f"--out={out}"]) == 2
+        assert message in capsys.readouterr().err
     subject = stage_file.read_subject(folder)
     assert subject.pixels is not None and not subject.model.num_classes
 

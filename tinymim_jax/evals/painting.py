@@ -1,5 +1,6 @@
 """What a model of pixels makes of a folder of images: the class of each pixel, as pictures."""
 
+import collections
 import dataclasses
 import functools
 import io
@@ -20,6 +21,7 @@ from tinymim_jax.evals.contract import Batch
 from tinymim_jax.evals.segmentation import by_windows, painted, window_logits
 from tinymim_jax.evals.suite import Subject
 from tinymim_jax.runtime import sharding, storage
+from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.runtime.metric_log import write_whole
 from tinymim_jax.runtime.progress_bar import bar
 
@@ -50,26 +52,33 @@ def paint(subject: Subject, folder: Path, out: Path, windows: int, on_bad_image:
     """Writes, of each image under `folder`, OUT/NAME.png, whose values are classes, and OUT/NAME_over.jpg.
 
     The first has the colours of the classes as its palette, the second lies over the image. Returns how many there
-    are. Raises InputError that names an image that cannot be decoded; with on_bad_image "skip" it is left out.
+    are. Raises InputError that names an image that cannot be decoded, or with on_bad_image "skip" leaves it out, and
+    if a picture would take the place of an image or of another picture.
     """
+    if storage.absolute(out) == storage.absolute(folder):
+        raise InputError(f"--out={out} holds the images themselves; name another folder")
     where = {"source": "folder", "path": os.fspath(folder), "split": "", "num_examples": None, "per_class": None}
     data: Data = dataclasses.replace(subject.training, **where, transform="eval", on_bad_image=on_bad_image)
     mesh, source = sharding.make_mesh(), Unmasked(sources.open_source(data))
     for note in source.notes:
         log.warning("%s: %s", folder, note)
+    root = f"{storage.path(data.path)}/"
+    names = [Path(source.describe(i).removeprefix(root)).with_suffix("") for i in range(len(source))]
+    if twice := [name for name, count in collections.Counter(names).items() if count > 1]:
+        raise InputError(f"{folder}: two images are called {twice[0]}; rename one, as both would become {twice[0]}.png")
     variables = jax.device_put(subject.variables, sharding.replicated(mesh))
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
-    def update(batch: Batch) -> jax.Array:
+    def update(variables: Any, batch: Batch) -> jax.Array:
         logits = window_logits(functools.partial(subject.pixels, variables, {}), batch, False)
         return jax.vmap(lambda own, row: painted(own, row, data.image_size))(logits, batch)
 
     palette = class_list.palette(data.masks.num_classes)
-    passes, done, root = by_windows(data, source, windows, mesh).values(), 0, f"{storage.path(data.path)}/"
+    passes, done = by_windows(data, source, windows, mesh).values(), 0
     with bar("predictions", sum(map(len, passes)), "batch", first="compiling", leave=False) as shown:
         for batches in passes:
             for batch in batches:
-                for index, classes in _cropped(batch, update(batch)):
+                for index, classes in _cropped(batch, update(variables, batch)):
                     name, record = batches.source.describe(index), batches.source[index]
                     _save(out / name.removeprefix(root), classes, decode(record["image"], name), palette)
                     done += 1
@@ -86,7 +95,7 @@ def _cropped(batch: Batch, painted: jax.Array) -> Iterator[tuple[int, np.ndarray
 
 def _save(file: Path, classes: np.ndarray, image: Image.Image, palette: np.ndarray) -> None:
     storage.make(file.parent)
-    mask = Image.fromarray(classes, "P")
+    mask = Image.fromarray(classes)
     mask.putpalette(palette.tobytes())
     over = Image.blend(image, mask.convert("RGB"), OVERLAY)
     for picture, suffix, kind in ((mask, ".png", "PNG"), (over, "_over.jpg", "JPEG")):
