@@ -3,7 +3,7 @@
 python -m tinymim_jax run --config=configs/digits/scenes.py --workdir=runs/scenes
 
 A small ViT is pre-trained by MAE on the scenes, and then segments them by UPerNet; beside it one that starts from scratch.
-Cost: see docs/segmentation.md.
+Cost: not measured undisturbed; minutes on two cores.
 Expected: no published number; a pre-trained encoder should be better than one from scratch.
 """
 

@@ -17,8 +17,9 @@ from torch.nn import functional
 from tests.conftest import tiny_mae, tiny_segment
 from tinymim_jax.__main__ import main
 from tinymim_jax.experiment import stage_file
-from tinymim_jax.experiment.config import Linear, Masks
+from tinymim_jax.experiment.config import Config, Linear, Masks
 from tinymim_jax.experiment.segmentation import upernet
+from tinymim_jax.experiment.validate import check
 from tinymim_jax.report import figures
 from tinymim_jax.runtime import keys
 from tinymim_jax.runtime.errors import InputError
@@ -130,6 +131,14 @@ def test_bad_input():
         with pytest.raises(InputError, match=message):
             dataclasses.replace(stage.task, **changes).check("task", stage.model)
     stage = tiny_segment()
+    stage.evals["val"].data.masks = dataclasses.replace(stage.data.masks, num_classes=12)
+    with pytest.raises(InputError, match="data.masks.num_classes differs from that of the stage's data"):
+        check(Config("x", {"s": stage}))
+    stage = dataclasses.replace(tiny_mae(), evals={"val": tiny_segment().evals["val"]}, model=tiny_segment().model)
+    stage.model.pool, stage.data = "cls", tiny_segment().data
+    with pytest.raises(InputError, match="needs a task that gives each pixel a class"):
+        check(Config("x", {"s": stage}))
+    stage = tiny_segment()
     for masks, message in ((None, "set data.masks"), (Masks(5), "num_classes is 5 and task.num_classes 11")):
         with pytest.raises(InputError, match=message):
             stage.task.build(Context(stage.model, dataclasses.replace(stage.data, masks=masks)))
@@ -146,7 +155,7 @@ def finished(tmp_path_factory, mesh):
 def test_a_run_is_measured_again_the_same_and_paints(finished, tmp_path, capsys):
     folder, results = finished
     assert {"val/mIoU", "val/mAcc", "val/aAcc", "val/images"} <= set(results) and results["val/images"] == 100
-    assert main(["eval", str(folder), "--suite=segmentation", f"--out={tmp_path / 'e'}"]) == 0
+    assert main(["eval", str(folder), f"--out={tmp_path / 'e'}"]) == 0  # of a model that segments, that alone
     report = json.loads((tmp_path / "e" / "eval.json").read_text())["results"]
     assert report["segmentation/mIoU"] == pytest.approx(results["val/mIoU"])
     assert (tmp_path / "e" / "segmentation_classes.png").is_file()
@@ -164,7 +173,7 @@ def test_a_run_is_measured_again_the_same_and_paints(finished, tmp_path, capsys)
     (tmp_path / "photos" / "a.jpg").write_bytes((tmp_path / "photos" / "a.png").read_bytes())
     for out, message in (
         ("x.csv", "name a folder"),
-        (tmp_path / "photos", "holds the images themselves"),
+        (tmp_path / "photos", "lies in the folder of the images"),
         (tmp_path / "q", "two images are called a; rename one"),
     ):
         assert main(["predict", str(folder), str(tmp_path / "photos"), f"--out={out}"]) == 2

@@ -84,6 +84,10 @@ def rates(total, steps, **fields):
     return [float(schedule(step)) for step in steps]
 
 
+def test_poly_behind_the_warm_up_by_hand():
+    assert rates(10, (0, 1, 2, 6, 10), schedule="poly_behind", min_lr=1.0) == pytest.approx([0, 4, 8, 4.5, 1])
+
+
 def test_poly_by_hand():
     """From the first of 10 steps on, times the share of the warm-up."""
     assert rates(10, (0, 1, 2, 6, 10, 12), schedule="poly", min_lr=1.0) == pytest.approx([0, 7.3 / 2, 6.6, 3.8, 1, 1])

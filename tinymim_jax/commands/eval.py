@@ -12,7 +12,7 @@ USAGE = """python -m tinymim_jax eval CHECKPOINT [--suite=imagenet|robust|probe|
   --suite=robust    ImageNet-C: made from the clean set, or stored; ImageNet-A and -R where their sets are given
   --suite=probe     kNN and logistic regression on frozen features
   --suite=segmentation  mean IoU of a model that gives each pixel a class
-  --suite=all       all of these; without a head, the probes
+  --suite=all       all of these; without a head, the probes; of a model that segments, its mean IoU
 """
 
 

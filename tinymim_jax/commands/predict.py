@@ -34,10 +34,11 @@ def main(argv: list[str]) -> None:
 
     subject = stage_file.read_subject(checkpoint)
     if subject.pixels:
-        if not values.out or Path(values.out).suffix:
+        if not values.out or Path(values.out).suffix == ".csv":
             raise InputError(f"--out={values.out or ''}: the model segments; name a folder for its pictures")
         storage.check_writable(out := storage.path(values.out))
-        done = painting.paint(subject, folder, out, min(values.batch_size, WINDOWS), values.on_bad_image)
+        windows = values.batch_size if values["batch_size"].present else WINDOWS
+        done = painting.paint(subject, folder, out, windows, values.on_bad_image)
         print(f"wrote {out}: {done} images")
         return
     out = flags.output(values.out, [".csv"])

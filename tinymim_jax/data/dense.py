@@ -5,6 +5,7 @@ Sizes and places are (height, width) and (row, column). Resizing, crops and wind
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 from typing import Any, Literal
 
@@ -183,6 +184,9 @@ def _empty_image_mask(data: Data) -> Example:
 
 def _read_image_mask(record: Record, name: str, data: Data, rng: np.random.Generator) -> Example:
     classes = classes_of(record, name, data.masks)
+    if data.transform == "eval":  # of a picture: all of it
+        whole = dataclasses.replace(data.masks, scale=(data.image_size, data.image_size), ratio=(1.0, 1.0))
+        data = dataclasses.replace(data, masks=whole, hflip=0.0)
     size = resized(classes.shape, data.masks, rng.uniform(*data.masks.ratio))
     place, mask = draw_crop(classes, size, data, rng)
     image = _crop(record, name, classes.shape, size, place, mask.shape, data.fast_crop)

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import io
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import numpy as np
@@ -70,6 +70,7 @@ class Eval(abc.ABC):
     kind: str
     data: Data
     batch_size: int
+    needs_pixels: ClassVar[bool] = False  # whether it reads logits of pixels
 
     @abc.abstractmethod
     def build(self, context: Context) -> Evaluator:

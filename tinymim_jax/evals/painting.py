@@ -1,6 +1,7 @@
 """What a model of pixels makes of a folder of images: the class of each pixel, as pictures."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import io
@@ -16,7 +17,7 @@ from PIL import Image
 
 from tinymim_jax.data import class_list, dense, sources
 from tinymim_jax.data.config import Data
-from tinymim_jax.data.decode import decode
+from tinymim_jax.data.decode import decode, image_size
 from tinymim_jax.evals.contract import Batch
 from tinymim_jax.evals.segmentation import by_windows, painted, window_logits
 from tinymim_jax.evals.suite import Subject
@@ -44,8 +45,8 @@ class Unmasked:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.source[index]
-        width, height = decode(record["image"], self.describe(index)).size
-        return {**record, "mask": np.full((height, width), dense.IGNORED, np.uint8)}
+        size = image_size(record["image"], self.describe(index))
+        return {**record, "mask": np.full(size, dense.IGNORED, np.uint8)}
 
 
 def paint(subject: Subject, folder: Path, out: Path, windows: int, on_bad_image: str = "stop") -> int:
@@ -55,8 +56,8 @@ def paint(subject: Subject, folder: Path, out: Path, windows: int, on_bad_image:
     are. Raises InputError that names an image that cannot be decoded, or with on_bad_image "skip" leaves it out, and
     if a picture would take the place of an image or of another picture.
     """
-    if storage.absolute(out) == storage.absolute(folder):
-        raise InputError(f"--out={out} holds the images themselves; name another folder")
+    if storage.absolute(folder) in (storage.absolute(out), *storage.absolute(out).parents):
+        raise InputError(f"--out={out} lies in the folder of the images; name another one")
     where = {"source": "folder", "path": os.fspath(folder), "split": "", "num_examples": None, "per_class": None}
     data: Data = dataclasses.replace(subject.training, **where, transform="eval", on_bad_image=on_bad_image)
     mesh, source = sharding.make_mesh(), Unmasked(sources.open_source(data))
@@ -74,6 +75,8 @@ def paint(subject: Subject, folder: Path, out: Path, windows: int, on_bad_image:
         return jax.vmap(lambda own, row: painted(own, row, data.image_size))(logits, batch)
 
     palette = class_list.palette(data.masks.num_classes)
+    with contextlib.suppress(InputError):  # the data that it was trained on need not be at hand
+        palette = class_list.colours(sources.open_source(subject.training), len(palette))
     passes, done = by_windows(data, source, windows, mesh).values(), 0
     with bar("predictions", sum(map(len, passes)), "batch", first="compiling", leave=False) as shown:
         for batches in passes:

@@ -8,7 +8,7 @@ few numbers, and one program serves images of all sizes that have as many window
 import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,8 @@ class Segmentation(Eval):
     kind: Literal["segmentation"] = "segmentation"
     batch_size: int = ranged(8, at_least=1)  # windows
 
+    needs_pixels: ClassVar[bool] = True
+
     def build(self, context: Context) -> "MeanIoU":
         return MeanIoU(self, context)
 
@@ -40,12 +42,12 @@ class Segmentation(Eval):
         super().check(where, model, training)
         if self.data.masks is None:
             raise InputError(f"{where}.data.masks is none: masks are what predictions are compared with; set it")
+        for field in ("num_classes", "zero_is_ignored", "ignored") if training.masks else ():
+            if getattr(self.data.masks, field) != getattr(training.masks, field):
+                raise InputError(f"{where}.data.masks.{field} differs from that of the stage's data; make them equal")
 
     def metrics(self) -> list[str]:
         return ["mIoU", "mAcc", "aAcc", "images"]
-
-    def same_classes(self, training: Data | None) -> list[tuple[Data, Data]]:
-        return [] if training is None else [(training, self.data)]
 
 
 class MeanIoU:
@@ -91,6 +93,8 @@ def by_windows(data: Data, source: sources.Source, images: int, mesh: jax.shardi
     `images` is the number of windows at once.
     """
     sizes = dense.sizes(source, data.on_bad_image)
+    if not sizes.any():
+        raise InputError(f"none of the {len(sizes)} images can be decoded; mend the data")
     windows = np.array([len(dense.eval_grid(tuple(size), data)) if size.any() else 1 for size in sizes])
     counts = 2 ** np.ceil(np.log2(windows)).astype(int)
     canvas = tuple(int(-(-side // TILE) * TILE) for side in sizes.max(axis=0))

@@ -207,7 +207,7 @@ def evals(suite: str, subject: Subject, clean: Data, bank: Data, sets: Sets) -> 
         if not only_others:
             data = _folder(clean, sets.imagenet_c, "") if stored else clean
             chosen["corruptions"] = Corruptions(data, stored=stored, published=not (stored or sets.direct))
-    if suite in ("probe", "all"):
+    if suite == "probe" or (suite == "all" and not subject.pixels):
         try:
             k = tuple(k for k in Knn(clean, bank).k if k <= len(open_source(bank))) or (1,)
         except InputError as error:

@@ -37,8 +37,9 @@ class Optim:
 
     lr: float = ranged(at_least=0)  # peak, for a batch of lr_batch
     lr_batch: int | None = ranged(256, at_least=1)  # lr is multiplied by batch_size / lr_batch; None: used as it is
-    schedule: Literal["cosine", "cosine_epochs", "poly", "step", "constant"] = "cosine"  # behind the warm-up
-    min_lr: float = ranged(0.0, at_least=0)  # where cosines and poly end; not scaled
+    # Behind the warm-up; `training.optim.make_schedule` says which of them count from the first step.
+    schedule: Literal["cosine", "cosine_epochs", "poly", "poly_behind", "step", "constant"] = "cosine"
+    min_lr: float = ranged(0.0, at_least=0)  # where cosines and polys end; not scaled
     warmup_lr: float = ranged(0.0, at_least=0)  # where the warm-up begins; not scaled
     power: float = ranged(1.0, above=0)  # poly
     drops: tuple[float, ...] = ranged((), above=0, below=1)  # step: where, as shares of the run, lr falls ...

@@ -82,6 +82,10 @@ def _check_stage(where: str, stage: Stage) -> None:
     stage.task.check(f"{where}.task", stage.model)
     for name, cfg in stage.evals.items():
         check_name(f"{where}.evals", name)
+        if cfg.needs_pixels and not stage.task.gives_pixels:
+            raise InputError(
+                f"{where}.evals.{name}: {cfg.kind} needs a task that gives each pixel a class; leave it out"
+            )
         cfg.check(f"{where}.evals.{name}", stage.model, stage.data)
 
 

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.struct
 import jax
@@ -115,6 +115,7 @@ class TaskConfig(abc.ABC):
     """The config of a task, a dataclass with a `kind` that `tasks.TASKS` lists."""
 
     kind: str
+    gives_pixels: ClassVar[bool] = False  # whether `Task.predict` gives logits of pixels
 
     @abc.abstractmethod
     def build(self, context: Context) -> Task:

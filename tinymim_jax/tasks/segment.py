@@ -2,14 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinymim_jax.data.class_list import palette
+from tinymim_jax.data import class_list, sources
 from tinymim_jax.data.config import Data
 from tinymim_jax.data.dense import IGNORED, IMAGE_MASK
 from tinymim_jax.data.device_augment import to_float
@@ -42,6 +42,8 @@ class Segment(TaskConfig):
     average: Literal["all", "counted"] = "all"  # the loss is a mean over all pixels, the ignored too (mmseg), or not
     kind: Literal["segment"] = "segment"
 
+    gives_pixels: ClassVar[bool] = True
+
     def build(self, context: Context) -> "SegmentTask":
         return SegmentTask(self, context)
 
@@ -51,8 +53,13 @@ class Segment(TaskConfig):
         )
 
     def check(self, where: str, model: Encoder) -> None:
-        self.pyramid.check(f"{where}.pyramid", model)
-        self.pyramid.check_blocks(f"{where}.taps", model, self.taps)
+        if model.num_classes:
+            raise InputError(f"{where}: segmentation has heads of its own; set model.num_classes=0")
+        if any(head.reads_pyramid for head in self.heads().values()):
+            self.pyramid.check(f"{where}.pyramid", model)
+            self.pyramid.check_blocks(f"{where}.taps", model, self.taps)
+        elif list(self.taps) != sorted(set(self.taps)) or self.taps[-1] > model.depth:
+            raise InputError(f"{where}.taps is {self.taps}; name blocks in order, of 1 to {model.depth}")
         for name, head in self.heads().items():
             head.check(f"{where}.{name}", model)
 
@@ -173,11 +180,12 @@ class SegmentTask(Task):
         """Image, truth, prediction and where they differ, a row each."""
         logits = jax.jit(self.predict)(variables, frozen, batch).pixels
         predicted = np.asarray(jnp.argmax(resize(logits, batch["mask"].shape[1:]), axis=-1))
-        truth, colours = np.asarray(batch["mask"]), palette(self.task.num_classes) / 255
+        truth = np.asarray(batch["mask"])
+        colours = class_list.colours(sources.open_source(self.data), self.task.num_classes) / 255
         counted = truth != IGNORED
         wrong = np.where((counted & (predicted != truth))[..., None], 0.1, 0.9)
         painted = [np.where(counted[..., None], colours[np.where(counted, x, 0)], 0.0) for x in (truth, predicted)]
         columns = {"image": np.asarray(to_float(batch["image"])), "truth": painted[0], "prediction": painted[1]}
-        share = 100 * (predicted == truth)[counted].mean()
+        share = 100 * (predicted == truth)[counted].mean() if counted.any() else 0.0
         rows = [list(row) for row in zip(*columns.values(), wrong, strict=True)]
         return Panels(f"{share:.1f} % of these pixels right", rows, [], [*columns, "wrong"])

@@ -25,8 +25,9 @@ def make_schedule(cfg: Optim, batch_size: int, steps_per_epoch: int, total_steps
     """Learning rate of each step: linear warm-up from `warmup_lr`, then what `cfg.schedule` names.
 
     The cosine is MAE's (util/lr_sched.py) and begins behind the warm-up; poly, (1 - progress)^power, and step count
-    from the first step, as in mmcv. Cosines and poly end at min_lr. cosine_epochs is timm 0.3.2's as DeiT's main.py
-    steps it: the cosine counts from the first step, too, and epoch e has, from first to last step, the rate of e - 1.
+    from the first step, as in mmcv 1; poly_behind begins behind the warm-up. Cosines and polys end at min_lr.
+    cosine_epochs is timm 0.3.2's as DeiT's main.py steps it: the cosine counts from the first step, too, and epoch e
+    has, from first to last step, the rate of e - 1.
     """
     peak, warmup = peak_lr(cfg, batch_size), cfg.warmup_epochs * steps_per_epoch + cfg.warmup_steps
     if total_steps and warmup >= total_steps:
@@ -36,20 +37,20 @@ def make_schedule(cfg: Optim, batch_size: int, steps_per_epoch: int, total_steps
         )
     shapes: dict[str, Schedule] = {  # the share of the peak that is left at `progress`, from 0 to 1
         **dict.fromkeys(("cosine", "cosine_epochs"), lambda progress: 0.5 * (1 + jnp.cos(jnp.pi * progress))),
-        "poly": lambda progress: (1 - progress) ** cfg.power,
+        **dict.fromkeys(("poly", "poly_behind"), lambda progress: (1 - progress) ** cfg.power),
         "step": lambda progress: cfg.drop_factor ** sum(jnp.where(progress >= drop, 1.0, 0.0) for drop in cfg.drops),
         "constant": lambda progress: jnp.ones_like(progress),
     }
     is_cosine = cfg.schedule.startswith("cosine")
-    end = cfg.min_lr if is_cosine or cfg.schedule == "poly" else 0.0
+    end = cfg.min_lr if is_cosine or cfg.schedule.startswith("poly") else 0.0
 
     def schedule(step: jax.Array | int) -> jax.Array:
         if cfg.schedule == "cosine_epochs":
             step = jnp.maximum(step // steps_per_epoch - 1, 0) * steps_per_epoch
-        begin = warmup if cfg.schedule == "cosine" else 0.0  # the others count from the first step
+        begin = warmup if cfg.schedule in ("cosine", "poly_behind") else 0.0  # the others count from the first step
         progress = jnp.clip((step - begin) / max(total_steps - begin, 1), 0.0, 1.0)
         rate = end + (peak - end) * shapes[cfg.schedule](progress)
-        top = peak if is_cosine else rate
+        top = peak if is_cosine or cfg.schedule == "poly_behind" else rate
         return jnp.where(step < warmup, cfg.warmup_lr + (top - cfg.warmup_lr) * step / max(warmup, 1), rate)
 
     return schedule
