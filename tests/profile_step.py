@@ -37,15 +37,8 @@ def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return jnp.einsum("bhnm,bmhe->bnhe", jax.nn.softmax(logits).astype(v.dtype), v).swapaxes(1, 2)
 
 
-class PlainAttention(nn.Module):
-    """As `layers.Attention` without a position bias, on [B, N, D]."""
-
-    num_heads: int
-    dtype: jnp.dtype
-    kind: str
-    kernel_init: Any = layers.xavier
-    grid: int = 0
-    qkv_init: Any = None
+class PlainAttention(layers.Attention):
+    """On [B, N, D], without a position bias."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
@@ -56,12 +49,8 @@ class PlainAttention(nn.Module):
         return nn.Dense(x.shape[-1], kernel_init=layers.xavier, dtype=self.dtype, name="proj")(out), (q, k, v)
 
 
-class PlainMlp(nn.Module):
-    """As `layers.Mlp`, on [B, N, D]."""
-
-    hidden: int
-    dtype: jnp.dtype
-    kernel_init: Any = layers.xavier
+class PlainMlp(layers.Mlp):
+    """On [B, N, D]."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
