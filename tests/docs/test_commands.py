@@ -49,7 +49,17 @@ MISSING = {
     "upernet.py:size=b,init=": "runs/imagenet/distill_b",
 }
 # What has a test of its own: the launch scripts, several processes, a pod's topology, the profile.
-ELSEWHERE = ("bash ", "--coordinator=", "--topology=", "tests.profile_step", "for ", "done", "source ", "pip ")
+ELSEWHERE = (
+    "bash ",
+    "--coordinator=",
+    "--topology=",
+    "tests.profile_step",
+    "tests.profile_segment",
+    "for ",
+    "done",
+    "source ",
+    "pip ",
+)
 
 
 def commands():
