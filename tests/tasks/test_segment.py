@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -170,13 +171,14 @@ def test_a_run_is_measured_again_the_same_and_paints(finished, tmp_path, capsys)
     with Image.open(tmp_path / "p" / "sub" / "b.png") as mask:
         assert (mask.mode, mask.size) == ("P", (90, 40)) and np.asarray(mask).max() < 11
     assert (tmp_path / "p" / "sub" / "b_over.jpg").is_file()
-    (tmp_path / "photos" / "a.jpg").write_bytes((tmp_path / "photos" / "a.png").read_bytes())
+    shutil.copytree(tmp_path / "photos", tmp_path / "more")
+    shutil.copy(tmp_path / "more" / "a.png", tmp_path / "more" / "a.jpg")
     for out, message in (
         ("x.csv", "name a folder"),
-        (tmp_path / "photos", "lies in the folder of the images"),
+        (tmp_path / "more", "lies in the folder of the images"),
         (tmp_path / "q", "two images are called a; rename one"),
     ):
-        assert main(["predict", str(folder), str(tmp_path / "photos"), f"--out={out}"]) == 2
+        assert main(["predict", str(folder), str(tmp_path / "more"), f"--out={out}"]) == 2
         assert message in capsys.readouterr().err
     subject = stage_file.read_subject(folder)
     assert subject.pixels is not None and not subject.model.num_classes
