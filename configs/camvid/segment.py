@@ -27,7 +27,7 @@ from tinymim_jax.experiment.config import (
     Segmentation,
     Stage,
     ViT,
-)  # fmt: skip
+)
 
 CLASSES = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "cyclist")
 UNLABELLED = 11

@@ -125,12 +125,11 @@ def fit(image: bytes | np.ndarray, name: str, settings: Settings) -> bytes:
     size = _fitted(picture.size, settings)
     if size == picture.size and isinstance(image, bytes):
         return image
-    buffer = io.BytesIO()
+    buffer, fitted = io.BytesIO(), picture.resize(size, Image.Resampling.BICUBIC)
     if size == picture.size or max(size) > JPEG_SIDE:
-        picture.resize(size, Image.Resampling.BICUBIC).save(buffer, "PNG")
+        fitted.save(buffer, "PNG")
     else:
-        picture = picture.resize(size, Image.Resampling.BICUBIC)
-        picture.save(buffer, "JPEG", quality=settings.quality, subsampling=0)
+        fitted.save(buffer, "JPEG", quality=settings.quality, subsampling=0)
     return buffer.getvalue()
 
 

@@ -100,8 +100,7 @@ class TrainedModel:
         Returns their names in it, in order, and what `read` gives as numpy, a row each. Raises InputError that names
         an image that cannot be decoded; with on_bad_image "skip" it is named in the log and left out.
         """
-        records = {"source": "folder", "path": os.fspath(folder), "split": "", "num_examples": None, "per_class": None}
-        data = dataclasses.replace(self.data, **records, on_bad_image=on_bad_image)
+        data = dataclasses.replace(suite.in_folder(self.data, os.fspath(folder)), on_bad_image=on_bad_image)
         mesh = sharding.make_mesh()
         batches = Batches(data, batch_size, mesh, is_labelled=False)
         for note in batches.source.notes:

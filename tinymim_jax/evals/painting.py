@@ -16,11 +16,10 @@ from etils.epath import Path
 from PIL import Image
 
 from tinymim_jax.data import class_list, dense, sources
-from tinymim_jax.data.config import Data
 from tinymim_jax.data.decode import decode, image_size
 from tinymim_jax.evals.contract import Batch
 from tinymim_jax.evals.segmentation import by_windows, painted, window_logits
-from tinymim_jax.evals.suite import Subject
+from tinymim_jax.evals.suite import Subject, in_folder
 from tinymim_jax.runtime import sharding, storage
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.runtime.metric_log import write_whole
@@ -58,8 +57,8 @@ def paint(subject: Subject, folder: Path, out: Path, windows: int, on_bad_image:
     """
     if storage.absolute(folder) in (storage.absolute(out), *storage.absolute(out).parents):
         raise InputError(f"--out={out} lies in the folder of the images; name another one")
-    where = {"source": "folder", "path": os.fspath(folder), "split": "", "num_examples": None, "per_class": None}
-    data: Data = dataclasses.replace(subject.training, **where, transform="eval", on_bad_image=on_bad_image)
+    data = in_folder(subject.training, os.fspath(folder))
+    data = dataclasses.replace(data, transform="eval", on_bad_image=on_bad_image)
     mesh, source = sharding.make_mesh(), Unmasked(sources.open_source(data))
     for note in source.notes:
         log.warning("%s: %s", folder, note)

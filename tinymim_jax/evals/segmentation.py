@@ -87,10 +87,10 @@ def scores(table: np.ndarray) -> tuple[dict[str, float], np.ndarray]:
     return {name: float(value) for name, value in means.items()}, iou
 
 
-def by_windows(data: Data, source: sources.Source, images: int, mesh: jax.sharding.Mesh) -> dict[int, Batches]:
+def by_windows(data: Data, source: sources.Source, at_once: int, mesh: jax.sharding.Mesh) -> dict[int, Batches]:
     """The whole data set by how many windows an image has, rounded up to 1, 2, 4, ...: few programs serve all sizes.
 
-    `images` is the number of windows at once.
+    `at_once` is the number of windows in a batch.
     """
     sizes = dense.sizes(source, data.on_bad_image)
     if not sizes.any():
@@ -100,7 +100,7 @@ def by_windows(data: Data, source: sources.Source, images: int, mesh: jax.shardi
     canvas = tuple(int(-(-side // TILE) * TILE) for side in sizes.max(axis=0))
     return {
         count: Batches(
-            data, max(1, images // count), mesh, dense.windows(count, canvas), is_labelled=False,
+            data, max(1, at_once // count), mesh, dense.windows(count, canvas), is_labelled=False,
             source=sources.Chosen(source, np.flatnonzero(counts == count)),
         )
         for count in np.unique(counts).tolist()

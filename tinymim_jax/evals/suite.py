@@ -73,7 +73,7 @@ def evaluate(subject: Subject, suite: str, sets: Sets, mesh: jax.sharding.Mesh, 
     context = Context(mesh, predict_of(subject, clean), model, classes=subject.classes)
     of_pixels = dataclasses.replace(context, predict=subject.pixels)
     evaluators = {  # what is missing is said first
-        name: cfg.build(of_pixels if isinstance(cfg, Segmentation) else context) for name, cfg in chosen.items()
+        name: cfg.build(of_pixels if cfg.needs_pixels else context) for name, cfg in chosen.items()
     }
     storage.check_writable(out)
     notes = check_names(chosen, model, subject.classes)
@@ -144,8 +144,12 @@ def _held_out(train: Data) -> Data:
 
 
 def _in_tree(data: Data, path: str, split: str) -> Data:
-    source = "pairs" if data.masks else "folder"
-    fields = {"source": source, "path": path, "split": split, "num_examples": None, "per_class": None}
+    return dataclasses.replace(in_folder(data, path, split), source="pairs" if data.masks else "folder")
+
+
+def in_folder(data: Data, path: str, split: str = "") -> Data:
+    """The images of a folder, or of one of its splits, made as those of `data`."""
+    fields = {"source": "folder", "path": path, "split": split, "num_examples": None, "per_class": None}
     return dataclasses.replace(data, **fields)
 
 

@@ -22,7 +22,7 @@ from tinymim_jax.experiment.config import (
     Stage,
     UPer,
     ViT,
-)  # fmt: skip
+)
 
 CLASSES = 150
 TRAIN_IMAGES = 20_210

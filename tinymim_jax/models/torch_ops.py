@@ -13,17 +13,6 @@ import numpy as np
 from tinymim_jax.models.layers import torch_uniform
 from tinymim_jax.runtime.interpolation import Method, resize_matrix
 
-__all__ = [
-    "ChannelDropout",
-    "Conv",
-    "UpConv",
-    "adaptive_average_pool",
-    "convolve",
-    "max_pool2",
-    "resize",
-    "resize_matrix",
-]
-
 
 def resize(x: jax.Array, size: tuple[int, int], method: Method = "bilinear") -> jax.Array:
     """[B, H, W, C] -> [B, *size, C], as `interpolate` with align_corners=False and without antialiasing."""

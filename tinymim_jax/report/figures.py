@@ -148,9 +148,8 @@ def confusions(files: Iterable[Path], title: str) -> dict[str, matplotlib.figure
     for file in files:
         with file.open("rb") as opened, np.load(opened) as arrays:
             if "confusion" in arrays:
-                measure = "IoU" if "iou" in arrays else "accuracy"
-                values = arrays["iou" if measure == "IoU" else "per_class"]
-                of_classes = values, arrays["confusion"], arrays["classes"]
+                key, measure = ("iou", "IoU") if "iou" in arrays else ("per_class", "accuracy")
+                of_classes = (arrays[name] for name in (key, "confusion", "classes"))
                 figures[f"{file.stem}_classes"] = by_class(*of_classes, f"{title}: {file.stem}", measure)
     return figures
 

@@ -139,7 +139,7 @@ class TaskConfig(abc.ABC):
 
     def pixel_logits(self, model: Encoder, data: Data) -> Callable[[Variables, Frozen, Batch], Outputs] | None:
         """What gives a finished model's logits of pixels, if it has a head for them."""
-        return None
+        return self.build(Context(model, data)).predict if self.gives_pixels else None
 
     def has_labels(self) -> bool:
         """Whether the labels of the data are learnt."""

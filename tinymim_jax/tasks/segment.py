@@ -1,7 +1,6 @@
 """Semantic segmentation: a class for each pixel, by a head on the tokens of several blocks (UPerNet, Semantic-FPN)."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
@@ -10,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from tinymim_jax.data import class_list, sources
-from tinymim_jax.data.config import Data
 from tinymim_jax.data.dense import IGNORED, IMAGE_MASK
 from tinymim_jax.data.device_augment import to_float
 from tinymim_jax.data.photometric import model_input
@@ -66,9 +64,6 @@ class Segment(TaskConfig):
     def heads(self) -> dict[str, SegmentHead]:
         """Those that there are, by field."""
         return {"head": self.head, **({"aux": self.aux} if self.aux else {})}
-
-    def pixel_logits(self, model: Encoder, data: Data) -> Callable[[Variables, Frozen, Batch], Outputs]:
-        return self.build(Context(model, data)).predict
 
 
 class Decode(nn.Module):
