@@ -178,7 +178,7 @@ class SegmentTask(Task):
         truth = np.asarray(batch["mask"])
         colours = class_list.colours(sources.open_source(self.data), self.task.num_classes) / 255
         counted = truth != IGNORED
-        wrong = np.where((counted & (predicted != truth))[..., None], 0.1, 0.9)
+        wrong = np.where((counted & (predicted != truth))[..., None], 0.1, np.full(3, 0.9))
         painted = [np.where(counted[..., None], colours[np.where(counted, x, 0)], 0.0) for x in (truth, predicted)]
         columns = {"image": np.asarray(to_float(batch["image"])), "truth": painted[0], "prediction": painted[1]}
         share = 100 * (predicted == truth)[counted].mean() if counted.any() else 0.0
