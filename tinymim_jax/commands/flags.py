@@ -9,6 +9,7 @@ from absl import flags
 from etils.epath import Path
 from ml_collections import config_flags
 
+from tinymim_jax.experiment import config_file
 from tinymim_jax.experiment.config import Config
 from tinymim_jax.experiment.validate import check
 from tinymim_jax.runtime import cluster, distributed, storage
@@ -104,10 +105,13 @@ def parse(values: flags.FlagValues, argv: list[str], usage: str) -> Config:
     _help(values, argv, usage, [CONFIG_USAGE, *_header(path)])
     if path is None:
         raise InputError("--config=FILE is needed, e.g. --config=configs/digits/chain.py")
-    if not Path(path.split(":", 1)[0]).is_file():
-        raise InputError(f"--config={path}: there is no file {path.split(':', 1)[0]}")
-    _check_overrides(to_dict(_load(path)), argv)
-    config_flags.DEFINE_config_file("config", None, "the experiment", flag_values=values, sys_argv=["", *argv])
+    file, *options = path.split(":", 1)
+    if not Path(file).is_file():
+        raise InputError(f"--config={path}: there is no file {file}")
+    cfg = config_file.load(file, *options)
+    _check_overrides(to_dict(cfg), argv)
+    how = {"flag_values": values, "sys_argv": ["", *argv], "parse_fn": lambda _: cfg}  # the file is read once
+    config_flags.DEFINE_config_dataclass("config", cfg, "the experiment", **how)
     if rest := parse_flags(values, argv):
         raise InputError(f"unexpected argument {rest[0]!r}; see --help")
     return check(values.config)
@@ -165,20 +169,6 @@ def _joined(argv: list[str]) -> list[str]:
         i = argv.index("--config")
         return [*argv[:i], f"--config={argv[i + 1]}", *argv[i + 2 :]]
     return argv
-
-
-def _load(path: str) -> Config:
-    """The config as the file gives it; an error in the file is raised as it was there."""
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["", f"--config={path}"])
-    try:
-        values(["", f"--config={path}"])
-    except flags.Error as error:
-        cause: BaseException = error
-        while cause.__context__ is not None:  # ml_collections wraps it, with a traceback in the message
-            cause = cause.__context__
-        raise cause from None
-    return values.config
 
 
 def _check_overrides(fields: dict[str, Any], argv: list[str]) -> None:
