@@ -55,7 +55,7 @@ def own_data(path: str, **pixels: object) -> tuple[Data, Data, tuple[str, ...]]:
 def teacher_of(path: str) -> tuple[Encoder, dict[str, tuple[float, ...]]]:
     """The model in a folder, and the normalisation that it was trained with."""
     folder = storage.path(path)
-    model, converted = stage_file.read_model(folder), stage_file.read_converted(folder)
+    model, converted = stage_file.read_model(folder), stage_file.read(folder).get("converted")
     pixels = converted["preprocessing"] if converted else vars(stage_file.read_stage(folder).data)
     return model, {name: tuple(pixels[name]) for name in ("mean", "std") if name in pixels}
 

@@ -190,7 +190,7 @@ def student(workdir, tmp_path):
     licensed = dataclasses.replace(converted.layout, licence=LICENCE.removeprefix("licence: "))
     init = config.Init(path=str(tmp_path / "x.safetensors"))
     folder = handoff.source_folder(init, tmp_path / "work")
-    convert.write(dataclasses.replace(converted, layout=licensed), folder)
+    convert.write(lambda: dataclasses.replace(converted, layout=licensed), folder)
     made = stage(config.Distill(init, {"relation": config.Relation(2, 2)}))
     untrained = [*keys(2, BLOCK[2:]), "encoder/norm/scale", "encoder/norm/bias"]
     write_stage(tmp_path / "work" / "student", made, random_params(made.model), untrained=untrained)
@@ -237,7 +237,7 @@ def test_our_own_export_says_what_it_was_made_from(workdir, tmp_path):
     pytest.importorskip("torch", reason="MAE's format is PyTorch's")
     export(workdir / "distill", tmp_path / "mae", "mae")
     converted = convert.read(tmp_path / "mae" / "checkpoint.pth")
-    convert.write(converted, tmp_path / "back")
+    convert.write(lambda: converted, tmp_path / "back")
     text = card.lines(tmp_path / "back")
     assert REMARK in text and any(line.startswith("not trained: encoder/") for line in text)
     assert text[-3].startswith("  - back: converted from checkpoint.pth (tinymim_jax's own export), sha256 ")

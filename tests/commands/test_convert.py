@@ -57,9 +57,8 @@ def test_convert_and_verify(here, capsys):
     ]
     assert any(line.startswith("largest relative difference ") for line in out)
     assert out[-1] == "wrote a/dst"
-    assert (
-        handoff.finished(here / "a" / "dst") and stage_file.read_converted(here / "a" / "dst")["norm_pix_loss"] is True
-    )
+    assert handoff.finished(here / "a" / "dst")
+    assert stage_file.read(here / "a" / "dst")["converted"]["norm_pix_loss"] is True
     assert sorted(p.name for p in here.rglob("*") if "partial" in p.name) == []
     assert "a/dst exists; name another folder, or delete it" in error(capsys, *argv[1:])
 
@@ -69,7 +68,7 @@ def test_eps_and_pixels_that_the_user_knows(here, capsys):
     flags = ["--layer_norm_eps=1e-5", "--mean=0.5,0.25,0.125", "--std=1,0.5,2"]
     assert main(["convert", "x.pth", "dst", HEADS, *flags]) == 0
     assert stage_file.read_model(here / "dst").layer_norm_eps == 1e-5
-    facts = stage_file.read_converted(here / "dst")
+    facts = stage_file.read(here / "dst")["converted"]
     assert facts["preprocessing"] == {"mean": [0.5, 0.25, 0.125], "std": [1.0, 0.5, 2.0]}
     assert facts["preprocessing_is_stated"] is True
     capsys.readouterr()
@@ -101,7 +100,7 @@ def test_rounded_weights(dtype, suffix, here, capsys):
     assert "these weights have been rounded" in error(capsys, path.name, "dst", HEADS)
     assert main(["convert", path.name, "dst", HEADS, "--half"]) == 0
     expected = state["cls_token"].float().numpy()
-    np.testing.assert_array_equal(handoff.read_params(here / "dst")["encoder"]["cls_token"], expected)
+    np.testing.assert_array_equal(handoff.read_variables(here / "dst")["params"]["encoder"]["cls_token"], expected)
 
 
 @pytest.mark.parametrize("argv", [[], ["--help"], ["x.pth", "-h"]])

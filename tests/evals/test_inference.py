@@ -200,7 +200,7 @@ def test_a_converted_checkpoint_brings_its_pixels_and_names(trained, model, phot
     from tinymim_jax.bridge.export import export
 
     export(trained, tmp_path / "timm", "timm")
-    convert.write(convert.read(tmp_path / "timm"), tmp_path / "converted")
+    convert.write(lambda: convert.read(tmp_path / "timm"), tmp_path / "converted")
     converted, images = tinymim_jax.load(tmp_path / "converted"), list(photos[1].values())
     np.testing.assert_array_equal(converted.preprocess(images), model.preprocess(images))
     np.testing.assert_allclose(converted(images).logits, model(images).logits, atol=1e-5)

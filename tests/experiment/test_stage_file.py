@@ -209,8 +209,8 @@ def test_names_of_the_outputs(tmp_path):
         (tmp_path / name).mkdir()
         content = stage_file.describe(make_stage(), [], classes)
         (tmp_path / name / "stage.json").write_text(json.dumps(content))
-    assert stage_file.read_classes(Path(tmp_path / "named")) == ["b", "a"]
-    assert stage_file.read_classes(Path(tmp_path / "unnamed")) is None
+    assert stage_file.read(Path(tmp_path / "named")).get("classes") == ["b", "a"]
+    assert stage_file.read(Path(tmp_path / "unnamed")).get("classes") is None
     del content["classes"]  # as the versions before wrote it
     (tmp_path / "unnamed" / "stage.json").write_text(json.dumps(content))
-    assert stage_file.read_classes(Path(tmp_path / "unnamed")) is None
+    assert stage_file.read(Path(tmp_path / "unnamed")).get("classes") is None

@@ -63,10 +63,10 @@ def test_pixels_that_the_source_saw_otherwise(chain, tmp_path, is_converted):
     export.save_safetensors(weights, folder / "model.safetensors")
     settings = {"architecture": "vit", "model_args": {"num_heads": 3}}
     settings["pretrained_cfg"] = {"mean": [0.5] * 3, "std": [0.5] * 3}
-    export._write_json(folder / "config.json", settings)
+    export.write_json(folder / "config.json", settings)
     init = Init(path=str(folder))
     if is_converted:
-        convert.write(convert.read(folder), preflight.handoff.source_folder(init, tmp_path))
+        convert.write(lambda: convert.read(folder), preflight.handoff.source_folder(init, tmp_path))
     stage = chain.stages["distill"]
     with pytest.raises(InputError, match=r"normalised with mean \(0\.5, 0\.5, 0\.5\); set data\.mean to that"):
         preflight.check_source(chain, stage, "teacher", init, tmp_path)

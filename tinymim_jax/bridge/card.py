@@ -10,7 +10,7 @@ from etils.epath import Path
 from tinymim_jax.bridge import convert
 from tinymim_jax.experiment import config, stage_file
 from tinymim_jax.models.contract import Encoder
-from tinymim_jax.runtime import storage
+from tinymim_jax.runtime import markdown, storage
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.runtime.metric_log import read_done
 from tinymim_jax.weights import checkpoint, handoff
@@ -24,7 +24,7 @@ def provenance(folder: Path, depth: int = 0) -> list[str]:
     """One line for the checkpoint in `folder`, then those of what it was trained from, indented."""
     folder, indent = storage.absolute(folder), "  " * depth
     try:
-        if converted := stage_file.read_converted(folder):
+        if converted := stage_file.read(folder).get("converted"):
             source = converted["source"]
             what = f"converted from {Path(source['file']).name} ({source['kind']}), sha256 {source['sha256']}"
             own = [f"{indent}  {line}" for line in source["made_from"]]
@@ -69,10 +69,13 @@ def last_block(model: Encoder, names: Iterable[str], untrained: list[str]) -> st
 
 def lines(folder: Path) -> list[str]:
     """A stage or converted checkpoint in `folder`, for `inspect`; raises InputError if it is neither."""
-    model, untrained = stage_file.read_model(folder), stage_file.read_untrained(folder)
-    converted = stage_file.read_converted(folder)
-    kind = f"converted checkpoint, {converted['source']['kind']}" if converted else _task(stage_file.read_stage(folder))
-    decoder = converted["decoder"] if converted else stage_file.read_stage(folder).task.reconstruction()
+    content, model = stage_file.read(folder), stage_file.read_model(folder)
+    untrained = content["untrained"]
+    if converted := content.get("converted"):
+        kind, decoder = f"converted checkpoint, {converted['source']['kind']}", converted["decoder"]
+    else:
+        stage = stage_file.read_stage(folder)
+        kind, decoder = _task(stage), stage.task.reconstruction()
     state = "finished" if handoff.finished(folder) else "not finished"
     names = list(handoff.read_shapes(folder)) if state == "finished" else convert.names(model)
     text = [f"{folder}: {kind}, {state}", f"model: {model.summary()}"]
@@ -81,7 +84,7 @@ def lines(folder: Path) -> list[str]:
         text.append(f"not trained: {fold(untrained, {*names, *untrained})}")
     pixels = stage_file.read_preprocessing(folder)
     text.append(f"images: {model.image_size} px, " + ", ".join(f"{key} {value}" for key, value in pixels.items()))
-    if classes := stage_file.read_classes(folder):
+    if classes := content.get("classes"):
         text.append(f"classes: {', '.join(classes[:NAMED])}{', ...' if len(classes) > NAMED else ''}")
     text += [f"measured: {name} {value:.2f}" for name, value in accuracy(folder).items()] if state == "finished" else []
     return [*text, last_block(model, names, untrained), "made from:", *(f"  {line}" for line in provenance(folder))]
@@ -97,8 +100,8 @@ def accuracy(folder: Path) -> dict[str, float]:
 
 def _measured_on(folder: Path, name: str) -> str:
     """The data set of an accuracy, as far as the stage says."""
-    stage = None if stage_file.read_converted(folder) else stage_file.read_stage(folder)
-    data = stage.evals[name].data if stage and name in stage.evals else None
+    evals = {} if "converted" in stage_file.read(folder) else stage_file.read_stage(folder).evals
+    data = evals[name].data if name in evals else None
     return f"{name}, {data.title()}, split {data.split}" if data else name
 
 
@@ -132,13 +135,8 @@ def text(weights: Any, usage: str, library: str | None = None) -> str:
     origin = "\n".join(provenance(weights.folder))
     left_out = f"\n{weights.left_out}\n" if weights.left_out else ""
     measured = {} if weights.regrouped else accuracy(weights.folder)  # with other heads it is another model
-    rows = [
-        f"| {_measured_on(weights.folder, k.split('/')[0])} | {k.split('/')[1]} | {v:.2f} % |"
-        for k, v in measured.items()
-    ]
-    table = (
-        "\n".join(["## Accuracy", "", "| data set | measure | value |", "|---|---|---|", *rows, "", ""]) if rows else ""
-    )
+    rows = [(_measured_on(weights.folder, k.split("/")[0]), k.split("/")[1], f"{v:.2f} %") for k, v in measured.items()]
+    table = f"## Accuracy\n\n{markdown.table(('data set', 'measure', 'value'), rows)}\n\n" if rows else ""
     beside = ""
     if library == "transformers" and weights.pixels["crop_mode"] != "squash":
         beside = " The processor here cuts the centre one pixel beside that where the margin is odd."

@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from typing import Any
 
@@ -22,7 +22,7 @@ from tinymim_jax.experiment import config, stage_file
 from tinymim_jax.models.contract import Encoder
 from tinymim_jax.runtime import codec, storage
 from tinymim_jax.runtime.errors import InputError
-from tinymim_jax.weights import checkpoint, handoff
+from tinymim_jax.weights import checkpoint
 from tinymim_jax.weights.parameters import flatten, matches, unflatten
 
 
@@ -129,42 +129,31 @@ def new_folder(folder: Path) -> Iterator[Path]:
         yield partial
         partial.rename(folder)
     except BaseException:
-        storage.remove(partial)
+        Path(partial).rmtree(missing_ok=True)
         for parent in made:
             with contextlib.suppress(OSError, ValueError):  # someone else has put something there
                 parent.rmdir()
         raise
 
 
-def write(converted: Converted, folder: Path) -> None:
-    """Writes `folder` like a finished stage of no steps: stage.json, checkpoints/0, DONE."""
-    if not handoff.finished(folder):
-        storage.remove(folder)  # what a killed run has left
+def write(make: Callable[[], Converted], folder: Path) -> None:
+    """Writes what `make` gives into the new `folder`, as of a finished stage of no steps; raises as `new_folder`."""
     with new_folder(folder) as partial:
-        fill(converted, partial)
-    finish(folder)
-
-
-def fill(converted: Converted, folder: Path) -> None:
-    """Writes stage.json and checkpoints/0 into `folder`."""
-    checkpoint.save_model(folder, converted.params)
-    (folder / "stage.json").write_text(json.dumps(describe(converted), indent=2) + "\n")
-
-
-def finish(folder: Path) -> None:
-    """Writes DONE; only after all else, as a bucket renames a folder file by file."""
+        converted = make()
+        checkpoint.save_model(partial, converted.params)
+        (partial / "stage.json").write_text(json.dumps(describe(converted), indent=2) + "\n")
+    # Only after all else, as a bucket renames a folder file by file.
     (folder / "DONE").write_text(json.dumps({"step": 0, "metrics": {}}) + "\n")
 
 
 def check_same(path: Path, folder: Path) -> None:
     """Raises InputError if `folder` was converted from another file than `path` is now; if it is gone, that is fine."""
-    recorded = stage_file.read_converted(folder)
+    source = stage_file.read(folder).get("converted", {}).get("source")
     try:
         found = tuple((file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files.locate(path)[1])
     except (InputError, OSError):
         return
     # Another seed's checkpoint has the same size.
-    source = recorded and recorded["source"]
     if source and (sum(size for _, size, _ in found) != source["bytes"] or _sha256(found) != source["sha256"]):
         raise InputError(
             f"{folder} was converted from another file than {path}; delete it to convert again, or rename the file"

@@ -1,7 +1,6 @@
 """Our weights -> what timm, Hugging Face and MAE's code read, and ONNX; each with a model card."""
 
 import dataclasses
-import json
 import logging
 import os
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from tinymim_jax.data.fast_jpeg import RESAMPLE
 from tinymim_jax.experiment import config, stage_file
 from tinymim_jax.runtime import codec, storage
 from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.runtime.metric_log import write_json
 from tinymim_jax.weights import handoff
 from tinymim_jax.weights.parameters import flatten
 
@@ -33,10 +33,11 @@ class Weights:
     def __init__(self, folder: Path, regroup_heads: bool = False):
         """Raises InputError if `folder` is no finished stage."""
         folder = storage.absolute(folder)  # what it was made from lies beside it
-        self.folder, self.classes = folder, stage_file.read_classes(folder)
+        content = stage_file.read(folder)
+        self.folder, self.classes = folder, content.get("classes")
         self.model, self.params = stage_file.read_model(folder).stateless(handoff.read_variables(folder))
         self.pixels = stage_file.read_preprocessing(folder)
-        if converted := stage_file.read_converted(folder):
+        if converted := content.get("converted"):
             self.decoder, self.norm_pix = converted["decoder"], converted["norm_pix_loss"]
             self.mask_ratio = 0.75  # MAE's
         else:
@@ -126,7 +127,7 @@ def to_timm(weights: Weights, folder: Path) -> str:
     }
     settings |= {"label_names": weights.classes} if weights.classes else {}
     save_safetensors(weights.encoder, folder / "model.safetensors")
-    _write_json(folder / "config.json", settings)
+    write_json(folder / "config.json", settings)
     return 'import timm\n\nmodel = timm.create_model("local-dir:PATH", pretrained=True)  # PATH: this folder'
 
 
@@ -156,8 +157,8 @@ def to_hugging_face(weights: Weights, folder: Path) -> str:
         settings["id2label"] = {str(i): name for i, name in enumerate(names)}
         settings["label2id"] = {label: int(i) for i, label in settings["id2label"].items()}
     save_safetensors(arrays, folder / "model.safetensors")
-    _write_json(folder / "config.json", settings)
-    _write_json(folder / "preprocessor_config.json", _processor(weights))
+    write_json(folder / "config.json", settings)
+    write_json(folder / "preprocessor_config.json", _processor(weights))
     argument = ", add_pooling_layer=False" if name == "ViTModel" else ""
     return f'from transformers import {name}\n\nmodel = {name}.from_pretrained("PATH"{argument})  # PATH: this folder'
 
@@ -292,7 +293,3 @@ def save_safetensors(arrays: dict[str, np.ndarray], path: Path) -> None:
     safetensors.numpy.save_file(plain, path, metadata={"format": "pt"})
     os.umask(umask := os.umask(0))
     os.chmod(path, 0o666 & ~umask)  # it was made for its owner alone
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")

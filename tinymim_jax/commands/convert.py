@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
 
     from tinymim_jax.bridge import convert
 
-    with convert.new_folder(destination) as folder:
+    def read() -> convert.Converted:
         converted = convert.read(source, told(values))
         print("\n".join(converted.lines()), flush=True)
         if values.verify:
@@ -53,8 +53,9 @@ def main(argv: list[str]) -> None:
             differences = verify.verify(converted)
             print(verify.table(differences), flush=True)
             verify.check(differences)
-        convert.fill(converted, folder)
-    convert.finish(destination)
+        return converted
+
+    convert.write(read, destination)
     print(f"wrote {destination}")
 
 

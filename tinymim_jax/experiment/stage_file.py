@@ -15,6 +15,7 @@ from tinymim_jax.experiment.config import Data, Model, Stage
 from tinymim_jax.models.contract import Encoder
 from tinymim_jax.runtime import codec, storage
 from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.tasks.contract import Context
 from tinymim_jax.weights import handoff
 
 FORMAT = 2  # of stage.json and of what stands beside it
@@ -51,27 +52,14 @@ def read_model(folder: Path) -> Encoder:
     return codec.from_dict(Model, model, f"{folder / 'stage.json'}.model")
 
 
-def read_converted(folder: Path) -> dict[str, Any] | None:
-    """What is known of a converted checkpoint; None if `folder` holds a stage that was run here."""
-    return read(folder).get("converted")
-
-
 def read_untrained(folder: Path) -> list[str]:
     """The parameters that the stage in `folder` did not train; raises InputError if it is not a stage's folder."""
     return read(folder)["untrained"]
 
 
-def read_classes(folder: Path) -> list[str] | None:
-    """The names of the head's outputs in their order; None if they are not known, or there is no head.
-
-    Raises InputError if `folder` is not a stage's.
-    """
-    return read(folder).get("classes")
-
-
 def read_preprocessing(folder: Path) -> dict[str, Any]:
     """How evaluation makes images the model's input: the fields `PIXELS` of `Data`, as JSON has them."""
-    if (converted := read_converted(folder)) is not None:
+    if (converted := read(folder).get("converted")) is not None:
         stated = converted["preprocessing"]
         data = Data("folder", **{key: stated[key] for key in PIXELS if key in stated})
     else:
@@ -105,7 +93,11 @@ def changes(folder: Path, stage: Stage) -> list[str]:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The contents of `stage.json` in today's format; raises InputError that says what `folder` is instead."""
+    """The contents of `stage.json` in today's format; raises InputError that says what `folder` is instead.
+
+    "stage" is a stage that was run here, "converted" what is known of a converted checkpoint; "classes" are the names
+    of the head's outputs in their order, None or missing where they are not known or there is no head.
+    """
     return _parsed(folder)[1]
 
 
@@ -156,13 +148,14 @@ def _upgraded(content: dict[str, Any]) -> dict[str, Any]:
 
 def read_subject(folder: Path) -> Subject:
     """What is evaluated, from the folder of a finished stage or a converted checkpoint; raises InputError."""
-    model, untrained, variables = read_model(folder), read_untrained(folder), handoff.read_variables(folder)
-    stage = None if read_converted(folder) else read_stage(folder)
-    training, evals = (stage.data, stage.evals) if stage else (None, {})
-    facts = read_preprocessing(folder), read_classes(folder)
-    pool = stage.task.features_pool() if stage else None
-    pixels = stage.task.pixel_logits(model, stage.data) if stage else None
-    return Subject(str(folder), model, variables, untrained, training, evals, *facts, pool, pixels)
+    content, model = read(folder), read_model(folder)
+    told = str(folder), model, handoff.read_variables(folder), content["untrained"]
+    facts = read_preprocessing(folder), content.get("classes")
+    if "stage" not in content:
+        return Subject(*told, None, {}, *facts)
+    stage = read_stage(folder)
+    pixels = stage.task.build(Context(model, stage.data)).predict if stage.task.gives_pixels else None
+    return Subject(*told, stage.data, stage.evals, *facts, stage.task.features_pool(), pixels)
 
 
 def load(path: str | LocalPath) -> TrainedModel:

@@ -81,8 +81,9 @@ def check_source(cfg: Config, stage: Stage, where: str, init: Init, workdir: Pat
         found = read_foreign(path).layout
         is_stated, pixels, classes = found.is_stated, found.preprocessing, found.classes
     elif (folder / "stage.json").is_file():
-        is_stated = (stage_file.read_converted(folder) or {}).get("preprocessing_is_stated")
-        pixels, classes = stage_file.read_preprocessing(folder), stage_file.read_classes(folder)
+        content = stage_file.read(folder)
+        is_stated = content.get("converted", {}).get("preprocessing_is_stated")
+        pixels, classes = stage_file.read_preprocessing(folder), content.get("classes")
     else:
         data, classes = cfg.stages[init.stage].data, _classes_at_hand(cfg.stages[init.stage])
         pixels = {"mean": data.mean, "std": data.std}
@@ -127,7 +128,6 @@ def check_workdir(cfg: Config, workdir: Path) -> None:
     """Makes the folder and notes whose it is; raises InputError if it is read-only."""
     storage.check_writable(workdir)
     if not (workdir / "chain.json").is_file():
-        storage.make(workdir)
         (workdir / "chain.json").write_text(json.dumps({"name": cfg.name}, indent=2) + "\n")
 
 
@@ -136,17 +136,17 @@ def convert_sources(cfg: Config, to_run: list[str], workdir: Path) -> None:
 
     The first process does; every process calls it, and forgets what it has read of them.
     """
-    multihost.run_on_primary(lambda: _convert_sources(cfg, to_run, workdir))
+
+    def convert_all() -> None:
+        for init in [init for name in to_run for _, init in cfg.stages[name].inits()]:
+            if path := foreign(init, workdir):
+                converted, folder = read_foreign(path), handoff.source_folder(init, workdir)
+                print("\n  ".join([*converted.lines(), f"converted into {folder}"]), flush=True)
+                Path(folder).rmtree(missing_ok=True)  # what a killed run has left
+                convert.write(lambda converted=converted: converted, folder)
+
+    multihost.run_on_primary(convert_all)
     read_foreign.cache_clear()  # gigabytes
-
-
-def _convert_sources(cfg: Config, to_run: list[str], workdir: Path) -> None:
-    for init in [init for name in to_run for _, init in cfg.stages[name].inits()]:
-        folder = handoff.source_folder(init, workdir)
-        if path := foreign(init, workdir):
-            converted = read_foreign(path)
-            print("\n  ".join([*converted.lines(), f"converted into {folder}"]), flush=True)
-            convert.write(converted, folder)
 
 
 def foreign(init: Init, workdir: Path) -> Path | None:

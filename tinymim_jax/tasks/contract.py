@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import flax.struct
@@ -136,10 +136,6 @@ class TaskConfig(abc.ABC):
     def can_share(self, other: "TaskConfig") -> bool:
         """Whether what `Task.shared` gives for a batch serves both, of models of one size, dtype and kind of images."""
         return False
-
-    def pixel_logits(self, model: Encoder, data: Data) -> Callable[[Variables, Frozen, Batch], Outputs] | None:
-        """What gives a finished model's logits of pixels, if it has a head for them."""
-        return self.build(Context(model, data)).predict if self.gives_pixels else None
 
     def has_labels(self) -> bool:
         """Whether the labels of the data are learnt."""
