@@ -59,10 +59,9 @@ def test_without_a_signal_all_is_as_before(handlers):
 
 def test_where_the_run_had_come_to():
     with StopRequest() as stop:
-        stop.check("nothing was asked")
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt, match="at step 3; run the same command to go on"):
-            stop.check("at step 3")
+            stop.obey("at step 3")
 
 
 def test_nothing_heavy_is_imported_first():

@@ -98,7 +98,7 @@ def test_a_missing_source_is_an_error_not_scratch(chain, mesh, tmp_path):
 
 def test_the_teacher_is_rebuilt_from_its_own_folder_and_not_saved(finished, mesh):
     loaded = start.load(tiny_distill(), "distill", finished, mesh)
-    teacher = handoff.read_params(finished / "mae")["encoder"]
+    teacher = handoff.read_variables(finished / "mae")["params"]["encoder"]
     frozen = loaded.frozen["teacher"]["encoder"]
     assert set(frozen) == {"block1", "block2", "cls_token", "pos_embed", "patch_embed"}
     assert_same_tree(frozen, {key: teacher[key] for key in frozen})
@@ -262,7 +262,7 @@ def test_zero_steps_evaluate_the_initial_weights(chain, mesh, tmp_path):
     stage.run.steps = 0
     results = run_stage(stage, "mae", tmp_path, mesh)
     assert set(results) == {"knn/top1_k3"}
-    assert handoff.read_params(tmp_path / "mae")["encoder"]["cls_token"].shape == (1, 1, 24)
+    assert handoff.read_variables(tmp_path / "mae")["params"]["encoder"]["cls_token"].shape == (1, 1, 24)
 
 
 def test_evaluation_during_training(chain, mesh, tmp_path):

@@ -282,7 +282,7 @@ def params():
 
 def test_read_params(tmp_path, params):
     write_stage(tmp_path, make_stage(), params)
-    found = flatten(handoff.read_params(tmp_path))
+    found = flatten(handoff.read_variables(tmp_path)["params"])
     assert set(found) == set(flatten(params))
     for key, value in flatten(params).items():
         assert type(found[key]) is np.ndarray
@@ -292,14 +292,14 @@ def test_read_params(tmp_path, params):
 def test_read_params_prefers_the_average(tmp_path, params):
     average = jax.tree.map(lambda p: p + 1, params)
     write_stage(tmp_path, make_stage(), params, ema=average)
-    np.testing.assert_array_equal(handoff.read_params(tmp_path)["pretext"]["decoder"]["x"], 2.0)
+    np.testing.assert_array_equal(handoff.read_variables(tmp_path)["params"]["pretext"]["decoder"]["x"], 2.0)
 
 
 def test_an_unfinished_stage_is_bad_input(tmp_path, params):
     write_stage(tmp_path, make_stage(), params, done=False)
     assert not handoff.finished(tmp_path)
     with pytest.raises(InputError, match="has no finished stage: run that stage first"):
-        handoff.read_params(tmp_path)
+        handoff.read_variables(tmp_path)["params"]
     with pytest.raises(InputError, match="has no finished stage"):
         tinymim_jax.load(tmp_path)
 
@@ -320,10 +320,10 @@ def test_replicas_of_a_source(tmp_path, params):
         assert handoff.source_folder(init, tmp_path, 0) == tmp_path / "seeds" / "replica_1"
     assert handoff.source_folder(Init("seeds"), tmp_path, 0) == tmp_path / "seeds" / "replica_0"
     assert handoff.source_folder(Init("single"), tmp_path, 1) == tmp_path / "single"
-    found = handoff.read_params(tmp_path / "seeds" / "replica_1")
+    found = handoff.read_variables(tmp_path / "seeds" / "replica_1")["params"]
     np.testing.assert_array_equal(found["pretext"]["decoder"]["x"], 2.0)
     with pytest.raises(InputError, match=r"seeds has 2 replicas; choose one, e\.g\. .*replica_0 \(init\.replica=0\)"):
-        handoff.read_params(tmp_path / "seeds")
+        handoff.read_variables(tmp_path / "seeds")["params"]
 
 
 def test_source_folder(tmp_path, monkeypatch):

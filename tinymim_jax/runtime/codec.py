@@ -1,6 +1,7 @@
 """Typed dataclasses to and from plain JSON types: strict, and every error names the field."""
 
 import dataclasses
+import itertools
 import json
 import math
 import operator
@@ -124,11 +125,7 @@ def walk(value: Any, kind: type, where: str = "") -> Iterator[tuple[str, Any]]:
 def differences(old: Any, new: Any, where: str = "") -> list[str]:
     """Lines "field: old -> new" between two `to_dict` results, leaving out `RUNTIME_FIELDS`."""
     if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*old, *(k for k in new if k not in old)]
-        return [
-            line
-            for k in keys
-            if k not in RUNTIME_FIELDS
-            for line in differences(old.get(k), new.get(k), f"{where}.{k}" if where else k)
-        ]
+        keys = [k for k in {**old, **new} if k not in RUNTIME_FIELDS]
+        each = (differences(old.get(k), new.get(k), f"{where}.{k}" if where else k) for k in keys)
+        return list(itertools.chain.from_iterable(each))
     return [] if old == new else [f"{where}: {json.dumps(old)} -> {json.dumps(new)}"]

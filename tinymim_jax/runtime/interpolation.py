@@ -12,7 +12,7 @@ def resize_matrix(source: int, target: int, method: Method = "bilinear") -> np.n
 
     Bicubic has a = -0.75 (`jax.image.resize` has -0.5).
     """
-    taps, kernel = {"bilinear": ((0, 1), _linear), "bicubic": ((-1, 0, 1, 2), _cubic)}[method]
+    taps, kernel = {"bilinear": ((0, 1), lambda x: 1 - x), "bicubic": ((-1, 0, 1, 2), _cubic)}[method]
     centre = (np.arange(target) + 0.5) * source / target - 0.5
     left = np.floor(centre).astype(int)
     weights = np.zeros((target, source))
@@ -20,10 +20,6 @@ def resize_matrix(source: int, target: int, method: Method = "bilinear") -> np.n
         places = np.arange(target), np.clip(left + tap, 0, source - 1)
         np.add.at(weights, places, kernel(np.abs(centre - (left + tap))))
     return weights
-
-
-def _linear(x: np.ndarray) -> np.ndarray:
-    return 1 - x
 
 
 def _cubic(x: np.ndarray, a: float = -0.75) -> np.ndarray:

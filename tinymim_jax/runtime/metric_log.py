@@ -20,7 +20,7 @@ from tinymim_jax.runtime.errors import InputError
 EVERY = 2.0  # seconds between two writes of metrics.jsonl: a bucket takes a file as a whole, and one a second
 
 
-class MetricLog:
+class MetricLog(contextlib.AbstractContextManager):
     """Adds scalars under `folder`; lines after step `start` are dropped first, so a resumed run has no repeats."""
 
     def __init__(self, folder: Path, start: int = 0, *, active: bool = True):
@@ -75,9 +75,6 @@ class MetricLog:
         while not self.closed.wait(EVERY):
             with contextlib.suppress(Exception):  # raised by whoever waits for the lines
                 self._write_lines()
-
-    def __enter__(self) -> "MetricLog":
-        return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         if self.active:

@@ -39,15 +39,10 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         self._restore()
 
-    def check(self, where: str) -> None:
-        """Raises Interrupted if a stop was asked for; `where` says how far the run has come."""
-        if self.asked:
-            raise Interrupted(f"{where}; run the same command to go on", self.status)
-
     def obey(self, where: str) -> None:
-        """As `check`, where this process or another was asked."""
+        """Raises Interrupted: this process or another was asked; `where` says how far the run has come."""
         self.asked = True
-        self.check(where)
+        raise Interrupted(f"{where}; run the same command to go on", self.status)
 
     def fail(self, error: Exception) -> None:
         """Notes a failure; of several, the first."""

@@ -2,8 +2,9 @@
 
 import contextlib
 import dataclasses
+import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -16,12 +17,10 @@ from tinymim_jax.runtime import keys, multihost, sharding, storage
 from tinymim_jax.runtime.errors import Unavailable
 from tinymim_jax.runtime.metric_log import MetricLog, write_json
 from tinymim_jax.runtime.preemption import StopRequest
-from tinymim_jax.tasks.contract import Batch
 from tinymim_jax.training import start
 from tinymim_jax.training.evaluations import Evaluations, Stopped
 from tinymim_jax.training.progress import BAD_IMAGES, Progress, replica_metric
-from tinymim_jax.training.setup import StageSetup
-from tinymim_jax.training.step import TrainState, jit_step, side_by_side, stage_keys, to_items
+from tinymim_jax.training.step import jit_step, side_by_side, stage_keys, to_items
 from tinymim_jax.weights import handoff
 from tinymim_jax.weights.checkpoint import Checkpoints, save_model
 
@@ -76,7 +75,9 @@ def train(runs: list["_Run"], mesh: jax.sharding.Mesh, stop: StopRequest, stack:
     setups, shardings = [one.setup for one in runs], tuple(one.shardings for one in runs)
     step = jit_step(side_by_side(setups), mesh, shardings, run.steps_per_call)
     rngs = tuple(stage_keys(setup, keys.STEPS, mesh) for setup in setups)
-    batches = multihost.raise_everywhere(lambda: batches_of(lead.loaded, first, mesh, stop))
+    read = resident.train_batches if lead.setup.stage.data.resident else pipeline.train_batches
+    rows = lead.loaded.rows
+    batches = multihost.raise_everywhere(lambda: read(rows, first, total, mesh, stop, run.steps_per_call))
     stack.enter_context(contextlib.closing(batches))
 
     def leave(done: int) -> None:
@@ -143,7 +144,7 @@ class _Run:
         is_primary = jax.process_index() == 0
         self.log = multihost.raise_everywhere(lambda: MetricLog(self.folder, self.first, active=is_primary))
         stack.enter_context(self.log)
-        note = start.BadSteps(loaded.rows, self.folder)
+        note = functools.partial(start.note_bad_step, loaded.rows, self.folder / "bad_steps.jsonl")
         past = {"start": self.first, "saved": begun.log, "begin": begin, "title": title}
         self.progress = Progress(name, self.log, total=self.total, run=stage.run, stop=stop, note=note, **past)
         stack.enter_context(self.progress.bar)
@@ -175,7 +176,7 @@ class _Run:
             print(f"{name}: images left out because they could not be read: {bad}, all epochs together")
         results = {**self.progress.averages, **evaluated}
         if self.setup.stage.run.replicas > 1:
-            write_replicas(self.setup, folder, self.state, results, self.mesh, self.guard)
+            self._write_replicas(results)
 
         def close() -> None:
             self.guard()
@@ -188,35 +189,24 @@ class _Run:
         multihost.check_stop(self.stop, f"stopped after stage {name}")
         return results
 
+    def _write_replicas(self, results: dict[str, float]) -> None:
+        """A folder for each replica, like that of the finished stage that it is."""
+        setup, folder, init = self.setup, self.folder, self.setup.stage.init
+        is_paired = init is not None and bool(handoff.replicas(handoff.source_folder(init, folder.parent)))
+        host = sharding.get_tree(to_items(self.state)["model"], self.mesh)
 
-def batches_of(loaded: start.Loaded, first: int, mesh: jax.sharding.Mesh, stop: StopRequest) -> Iterator[Batch]:
-    """The batches of the steps after step `first`."""
-    stage = loaded.setup.stage
-    read = resident.train_batches if stage.data.resident else pipeline.train_batches
-    return read(loaded.rows, first, loaded.setup.total_steps, mesh, stop, stage.run.steps_per_call)
+        def write(replica: int) -> None:
+            self.guard()
+            own = folder / handoff.replica_name(replica)
+            Path(own).rmtree(missing_ok=True)  # what a killed run has left
+            save_model(own, **jax.tree.map(lambda x: x[replica], host))
+            single = setup.as_single(replica, is_paired)
+            write_json(own / "stage.json", stage_file.describe(single, setup.untrained(), start.classes_of(single)))
+            prefix = replica_metric(replica, "")
+            metrics = {key.removeprefix(prefix): value for key, value in results.items() if key.startswith(prefix)}
+            write_json(own / "DONE", {"step": setup.total_steps, "metrics": metrics})
 
-
-def write_replicas(
-    setup: StageSetup, folder: Path, state: TrainState, results: dict[str, float], mesh: jax.sharding.Mesh,
-    guard: Callable[[], object],
-) -> None:  # fmt: skip
-    """A folder for each replica, like that of the finished stage that it is."""
-    init = setup.stage.init
-    is_paired = init is not None and bool(handoff.replicas(handoff.source_folder(init, folder.parent)))
-    host = sharding.get_tree({"params": state.params, "model_state": state.model_state, "ema": state.ema}, mesh)
-
-    def write(replica: int) -> None:
-        guard()
-        own = folder / handoff.replica_name(replica)
-        storage.remove(own)  # what a killed run has left
-        save_model(own, **jax.tree.map(lambda x: x[replica], host))
-        single = setup.as_single(replica, is_paired)
-        write_json(own / "stage.json", stage_file.describe(single, setup.untrained(), start.classes_of(single)))
-        prefix = replica_metric(replica, "")
-        metrics = {key.removeprefix(prefix): value for key, value in results.items() if key.startswith(prefix)}
-        write_json(own / "DONE", {"step": setup.total_steps, "metrics": metrics})
-
-    for replica in range(setup.stage.run.replicas):
-        multihost.run_on_primary(lambda replica=replica: write(replica))
-        done = folder / handoff.replica_name(replica) / "DONE"
-        multihost.raise_everywhere(lambda done=done: storage.wait_for(done))
+        for replica in range(setup.stage.run.replicas):
+            multihost.run_on_primary(lambda replica=replica: write(replica))
+            done = folder / handoff.replica_name(replica) / "DONE"
+            multihost.raise_everywhere(lambda done=done: storage.wait_for(done))

@@ -115,9 +115,8 @@ class Progress:
 
     def _take(self, step: int, replica: int, values: dict[str, Mean]) -> None:
         """Adds what one replica has measured at a step to the window."""
-        floats = {key: Mean(float(m.sum), float(m.count)) for key, m in values.items()}
-        for key in (*TOLD, BAD_IMAGES):
-            floats.pop(key, None)
+        others = (*TOLD, BAD_IMAGES)
+        floats = {key: Mean(float(m.sum), float(m.count)) for key, m in values.items() if key not in others}
         if (beyond := floats.get("labels_beyond_head")) and beyond.sum:
             raise InputError(
                 f"stage {self.name}: step {step} has labels that model.num_classes leaves no output for;"

@@ -18,7 +18,7 @@ from tinymim_jax.runtime.errors import InputError, Unavailable
 from tinymim_jax.runtime.metric_log import read, write_whole
 from tinymim_jax.tasks.contract import Frozen
 from tinymim_jax.training.setup import StageSetup, make_setup
-from tinymim_jax.training.step import TrainState, create_state, from_items, host_keys, to_items
+from tinymim_jax.training.step import TrainState, create_state, host_keys, to_items
 from tinymim_jax.weights import checkpoint, handoff
 from tinymim_jax.weights.handoff import Init
 from tinymim_jax.weights.parameters import shapes_of
@@ -128,7 +128,7 @@ def _hand_over(
     name: str, what: str, target: Any, init: Init, workdir: Path, replica: int | None, model: Encoder
 ) -> tuple[Any, list[str]]:
     folder = handoff.source_folder(init, workdir, replica)
-    params, untrained = handoff.read_params(folder), stage_file.read_untrained(folder)
+    params, untrained = handoff.read_variables(folder)["params"], stage_file.read_untrained(folder)
     try:
         report = handoff.match(shapes_of(target), shapes_of(params), init, untrained, model.layer_id)
     except InputError as error:
@@ -146,7 +146,7 @@ def begin(loaded: Loaded, workdir: Path) -> Begun:
     target = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings)
     # One process decides: a network's file system may show others an older folder.
     for step in reversed(multihost.run_on_primary(lambda: checkpoint.steps(folder))):
-        multihost.raise_everywhere(lambda step=step: checkpoint.wait_for(folder, step))
+        multihost.raise_everywhere(lambda step=step: storage.wait_for(folder / checkpoint.FOLDER / str(step)))
         try:
             items, log = checkpoint.restore(folder, step, to_items(target))
         except Unavailable:
@@ -154,7 +154,8 @@ def begin(loaded: Loaded, workdir: Path) -> Begun:
         except InputError as error:
             _pass_over(folder, step, error)
             continue
-        return Begun(from_items(items), shardings, log, [f"resumed at step {step} of {setup.total_steps}"])
+        state = TrainState(**items["model"], **items["optim"])
+        return Begun(state, shardings, log, [f"resumed at step {step} of {setup.total_steps}"])
     report = []
     if multihost.run_on_primary(lambda: (folder / "stage.json").is_file()):
         report.append("there is no checkpoint from before: begins anew")
@@ -164,10 +165,8 @@ def begin(loaded: Loaded, workdir: Path) -> Begun:
     state = create(host_keys(setup, keys.INIT))
     if setup.stage.init is not None:
         state, lines = _initialised(setup, state, shardings, mesh, workdir)
-        report += [
-            *lines,
-            *multihost.raise_everywhere(lambda: _differences(setup.stage, "init", setup.stage.init, workdir)),
-        ]
+        notes = multihost.raise_everywhere(lambda: _differences(setup.stage, "init", setup.stage.init, workdir))
+        report += [*lines, *notes]
     return Begun(state, shardings, None, report)
 
 
@@ -201,24 +200,17 @@ def _pass_over(folder: Path, step: int, error: InputError) -> None:
     print(f"{error}; it is put aside, and the one before it used", flush=True)
 
 
-class BadSteps:
-    """bad_steps.jsonl: the records of steps whose loss or gradient was not finite."""
-
-    def __init__(self, rows: pipeline.TrainRows | pipeline.ReplicaRows, folder: Path):
-        self.rows, self.path = rows, folder / "bad_steps.jsonl"
-
-    def __call__(self, step: int, what: str) -> str:
-        """Notes a step whose `what` is not finite, once; says where."""
-        rows = self.rows
-        noted = read(self.path) if jax.process_index() == 0 else [{"step": step}]
-        if all(line["step"] != step for line in noted):
-            records = []
-            for one in rows.each if rows.replicas else (rows,):
-                epoch, index, _ = one.numbers(step - 1)
-                records += [one.source.describe(int(i)) for i in index]
-            noted.append({"step": step, "epoch": epoch, "not_finite": what, "records": records})
-            try:
-                write_whole(self.path, "".join(json.dumps(line) + "\n" for line in noted))
-            except OSError as error:  # the loss is what has gone wrong
-                return f" (its images could not be written down: {storage.reason(error)})"
-        return f" (its images: {self.path})"
+def note_bad_step(rows: pipeline.TrainRows | pipeline.ReplicaRows, path: Path, step: int, what: str) -> str:
+    """Notes the records of a step whose `what`, loss or gradient, is not finite, once in `path`; says where."""
+    noted = read(path) if jax.process_index() == 0 else [{"step": step}]
+    if all(line["step"] != step for line in noted):
+        records = []
+        for one in rows.each if rows.replicas else (rows,):
+            epoch, index, _ = one.numbers(step - 1)
+            records += [one.source.describe(int(i)) for i in index]
+        noted.append({"step": step, "epoch": epoch, "not_finite": what, "records": records})
+        try:
+            write_whole(path, "".join(json.dumps(line) + "\n" for line in noted))
+        except OSError as error:  # the loss is what has gone wrong
+            return f" (its images could not be written down: {storage.reason(error)})"
+    return f" (its images: {path})"

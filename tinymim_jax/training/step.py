@@ -1,6 +1,6 @@
 """The training step: one, for every task."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
@@ -120,14 +120,17 @@ def accumulate(
     return jax.tree.map(lambda g: g / summed["loss"].count, grads), aux.replace(metrics=summed, model_state=merged)
 
 
-def of_replicas(step: TrainStep, shares_batches: bool) -> TrainStep:
-    """`step` of all replicas at once: states, keys and metrics are stacked [R, ...], and batches, if each has its own.
+def train_step(setup: StageSetup) -> TrainStep:
+    """`make_train_step`; of replicas, all at once: states, keys, metrics and batches of their own are stacked [R, ...].
 
     What does not differ between replicas, such as a teacher's pass over a shared batch, is computed once. A CPU is full
     with one replica: where they share nothing, it takes one after the other, in less time and memory.
     """
-    if shares_batches or jax.default_backend() != "cpu":
-        return jax.vmap(step, in_axes=(0, None, None if shares_batches else 0, 0))
+    step = make_train_step(setup)
+    if setup.stage.run.replicas == 1:
+        return step
+    if setup.shares_batches or jax.default_backend() != "cpu":
+        return jax.vmap(step, in_axes=(0, None, None if setup.shares_batches else 0, 0))
 
     def steps(states: TrainState, frozen: Frozen, batches: Batch, rngs: jax.Array) -> tuple[TrainState, dict]:
         # Written out: in a loop, XLA on the CPU computes convolutions a hundred times as slowly.
@@ -166,12 +169,6 @@ def side_by_side(setups: Sequence[StageSetup]) -> TrainStep:
     return step
 
 
-def train_step(setup: StageSetup) -> TrainStep:
-    """`make_train_step`, of all its replicas."""
-    step = make_train_step(setup)
-    return of_replicas(step, setup.shares_batches) if setup.stage.run.replicas > 1 else step
-
-
 def jit_step(step: TrainStep, mesh: jax.sharding.Mesh, shardings: Any, per_call: int = 1) -> TrainStep:
     """`step`, compiled, or up to `per_call` of them `in_turn`: the state is donated and nothing else is."""
     step = step if per_call == 1 else in_turn(step)
@@ -180,11 +177,6 @@ def jit_step(step: TrainStep, mesh: jax.sharding.Mesh, shardings: Any, per_call:
 
 
 def to_items(state: TrainState) -> dict[str, Any]:
-    """The array items of a checkpoint: `model`, which later stages read, and the rest."""
+    """The array items of a checkpoint: `model`, which later stages read, and `optim`; of both a state is made again."""
     model = {"params": state.params, "model_state": state.model_state, "ema": state.ema}
     return {"model": model, "optim": {"opt_state": state.opt_state, "step": state.step}}
-
-
-def from_items(items: Mapping[str, Any]) -> TrainState:
-    """The inverse of `to_items`."""
-    return TrainState(**items["model"], **items["optim"])

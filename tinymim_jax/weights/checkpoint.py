@@ -19,7 +19,6 @@ from etils.epath import Path
 
 from tinymim_jax.runtime import multihost, storage
 from tinymim_jax.runtime.errors import InputError, Unavailable
-from tinymim_jax.runtime.storage import reason
 
 FOLDER = "checkpoints"
 DAMAGED = ".damaged"  # what a checkpoint's name ends in once it could not be read
@@ -29,7 +28,7 @@ ARRAYS = {".zarray": "zarr", "zarr.json": "zarr3"}  # the file that describes an
 BROKEN = ("DATA_LOSS", "OUT_OF_RANGE", "NOT_FOUND", "FAILED_PRECONDITION")  # tensorstore, of bytes that are bad or gone
 
 
-class Checkpoints:
+class Checkpoints(contextlib.AbstractContextManager):
     """The checkpoints of one stage's folder."""
 
     def __init__(self, folder: Path, keep: int):
@@ -58,9 +57,6 @@ class Checkpoints:
                     " choose another --workdir, and run the same command again"
                 )
 
-    def __enter__(self) -> "Checkpoints":
-        return self
-
     def __exit__(self, kind: type | None, *_: object) -> None:
         # Of two errors the first is the cause.
         with contextlib.suppress(InputError) if kind else contextlib.nullcontext(), self._writing():
@@ -84,14 +80,9 @@ class Checkpoints:
             whole = steps(self.folder)
             kept = f"that of step {whole[-1]} is kept" if whole else "there is none before it"
             raise Unavailable(
-                f"{self.folder}: a checkpoint could not be written ({reason(error)}); {kept}: make room or mend the"
-                " storage, and run the same command again"
+                f"{self.folder}: a checkpoint could not be written ({storage.reason(error)}); {kept}: make room or mend"
+                " the storage, and run the same command again"
             ) from error
-
-
-def wait_for(folder: Path, step: int) -> None:
-    """Returns once this process sees the checkpoint of `step`; raises InputError if it does not come to."""
-    storage.wait_for(folder / FOLDER / str(step))
 
 
 def restore(folder: Path, step: int, targets: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -143,8 +134,8 @@ def reading(folder: Path, step: int) -> Iterator[None]:
                 raise
             raise InputError(f"{folder}: the checkpoint of step {step} is damaged ({why})") from None
         raise Unavailable(
-            f"{folder}: the checkpoint of step {step} could not be read ({reason(error)}); mend the storage, and run"
-            " the same command again"
+            f"{folder}: the checkpoint of step {step} could not be read ({storage.reason(error)}); mend the storage,"
+            " and run the same command again"
         ) from None
 
 
@@ -170,7 +161,7 @@ def fault(folder: Path, step: int) -> str | None:
     except ValueError as error:
         if not str(error).startswith(BROKEN):
             raise
-        return reason(error)
+        return storage.reason(error)
     return None
 
 
@@ -191,9 +182,9 @@ def _stored_sums(item: Path) -> list[int]:
 
 def set_aside(folder: Path, step: int) -> None:
     """Renames the checkpoint of `step`, so that it is neither read nor in the way."""
-    path = folder / FOLDER / str(step)
+    path = Path(folder) / FOLDER / str(step)
     target = path.with_name(f"{step}{DAMAGED}")
-    storage.remove(target)
+    target.rmtree(missing_ok=True)
     path.rename(target)
 
 
@@ -251,26 +242,19 @@ def model_shapes(folder: Path) -> dict[str, Any]:
 def read_model(folder: Path) -> dict[str, Any]:
     """The newest checkpoint's `model` item under stage folder `folder`, as numpy arrays; InputError if damaged."""
     path = _newest(folder)
-    with _without_another(folder), reading(folder, int(path.name)):
-        # Restoring into numpy asks nothing of the devices it was written on.
-        target = jax.tree.map(lambda s: np.empty(s.shape, s.dtype), model_shapes(folder))
-        with contextlib.closing(ocp.StandardCheckpointHandler()) as reader:
-            model = reader.restore(path / "model", args=ocp.args.StandardRestore(target))
-        log = _read_log(path) if (path / "log").exists() else {}  # older ones that were converted have none
-        if (saved := log.get(SUMS, {}).get("model")) is not None:
-            _compare(sums(model), saved)
-    return model
-
-
-@contextlib.contextmanager
-def _without_another(folder: Path) -> Iterator[None]:
-    """Says the way out of a damaged checkpoint where only the newest will do."""
     try:
-        yield
+        with reading(folder, int(path.name)), contextlib.closing(ocp.StandardCheckpointHandler()) as reader:
+            # Restoring into numpy asks nothing of the devices it was written on.
+            target = jax.tree.map(lambda s: np.empty(s.shape, s.dtype), model_shapes(folder))
+            model = reader.restore(path / "model", args=ocp.args.StandardRestore(target))
+            log = _read_log(path) if (path / "log").exists() else {}  # older ones that were converted have none
+            if (saved := log.get(SUMS, {}).get("model")) is not None:
+                _compare(sums(model), saved)
+            return model
     except Unavailable:
         raise
     except InputError as error:
-        # A replica is made anew by its stage.
+        # Only the newest will do; a replica is made anew by its stage.
         done = stage_folder(folder) / "DONE"
         raise InputError(f"{error}; make it again: without {done} its stage goes on from an older one") from None
 

@@ -137,7 +137,8 @@ def match(
 
 def _fit(key: str, old: tuple[int, ...], new: tuple[int, ...], init: Init, report: Report) -> None:
     """Notes how an array of shape `old` becomes `new`; raises InputError if it cannot, or `init` does not allow it."""
-    if _is_regrouping(key, old, new):
+    # The same fused qkv channels, [..., 3, H, E], split into other heads.
+    if "/qkv/" in key and old[:-2] == new[:-2] and old[-2] * old[-1] == new[-2] * new[-1]:
         report.regrouped[key] = (old[-2], new[-2])
         if not init.regroup_heads:
             raise InputError(
@@ -160,11 +161,6 @@ def _rename(key: str, rename: Mapping[str, str]) -> str:
     for pattern, replacement in rename.items():
         key = re.sub(pattern, replacement, key)
     return key
-
-
-def _is_regrouping(key: str, old: tuple[int, ...], new: tuple[int, ...]) -> bool:
-    """The same fused qkv channels, [..., 3, H, E], split into other heads."""
-    return "/qkv/" in key and old[:-2] == new[:-2] and old[-2] * old[-1] == new[-2] * new[-1]
 
 
 def _resizing(key: str, old: tuple[int, ...], new: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -261,11 +257,6 @@ def check_one(folder: Path) -> None:
     """Raises InputError if the stage in `folder` has several replicas."""
     if names := replicas(folder):
         raise InputError(f"{folder} has {len(names)} replicas; choose one, e.g. {folder / names[0]} (init.replica=0)")
-
-
-def read_params(folder: Path) -> Any:
-    """A finished stage's parameters, as `read_variables`."""
-    return read_variables(folder)["params"]
 
 
 def read_shapes(folder: Path) -> Shapes:

@@ -1,5 +1,7 @@
 """Trees of parameters by their names, "encoder/block1/norm1/scale"."""
 
+import functools
+import itertools
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -25,12 +27,8 @@ def shapes_of(tree: Any) -> dict[str, tuple[int, ...]]:
 
 def paths(tree: Any) -> Any:
     """A tree like `tree` whose leaves are their own paths, "encoder/block1/norm1/scale"."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path), tree)
-
-
-def path_name(path: tuple) -> str:
-    """A key path joined by "/"."""
-    return "/".join(str(getattr(k, "key", getattr(k, "name", k))) for k in path)
+    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    return jax.tree_util.tree_map_with_path(lambda path, _: name(path), tree)
 
 
 def matches(patterns: tuple[str, ...], name: str) -> bool:
@@ -52,8 +50,7 @@ def fold(keys: Iterable[str], among: Iterable[str]) -> str:
 
 def _prefixes(key: str) -> list[str]:
     """Every leading part of a path: a, a/b and a/b/c of a/b/c."""
-    parts = key.split("/")
-    return ["/".join(parts[: i + 1]) for i in range(len(parts))]
+    return list(itertools.accumulate(key.split("/"), "{}/{}".format))
 
 
 def _ranges(numbers: list[int]) -> str:
