@@ -93,12 +93,6 @@ def test_center_crop_rounds_half_to_even():
     np.testing.assert_array_equal(augment.center_crop(image, 10, 1.0, "bicubic"), image.crop((2, 0, 12, 10)))
 
 
-@pytest.mark.parametrize("crop_pct", [0.0, 1.2])
-def test_center_crop_error(crop_pct):
-    with pytest.raises(InputError, match=r"data\.crop_pct"):
-        augment.center_crop(noise(8, 8), 16, crop_pct, "bicubic")
-
-
 def test_transform_flips_half_of_the_time():
     image = noise(9, 9)
     whole = Data("digits", image_size=9, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))

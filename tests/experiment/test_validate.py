@@ -37,6 +37,7 @@ FIELDS = [
     ({"run.epochs": float("inf")}, "config.stages.s.run.epochs is inf; it must be finite"),
     ({"run.batch_size": 0}, "config.stages.s.run.batch_size is 0; it must be at least 1"),
     ({"run.replicas": 0}, "config.stages.s.run.replicas is 0; it must be at least 1"),
+    ({"data.per_class": 0}, "config.stages.s.data.per_class is 0; it must be at least 1"),
     ({"data.crop_pct": 1.1}, "config.stages.s.data.crop_pct is 1.1; it must be above 0 and at most 1"),
     ({"model.drop_path": 1.0}, "config.stages.s.model.drop_path is 1.0; it must be at least 0 and below 1"),
     ({"model.num_heads": 0}, "config.stages.s.model.num_heads is 0; it must be at least 1"),

@@ -45,7 +45,6 @@ FOUR_DEVICES = """
     out["same"] = all(np.array_equal(placed[k], batch[k]) for k in batch)
     rows = {str(s.device.id): np.asarray(s.data).tolist() for s in placed["label"].addressable_shards}
     out["rows"] = rows
-    out["bad batch"] = message(sharding.put_batch, {"label": np.arange(6)}, meshes["half"])
     out["checks"] = [message(sharding.check_batch, n, meshes["half"]) for n in (4, 8, 6, 3, 11)]
 
     big = jax.device_put(np.ones((256, 1024), np.float32), sharding.state_sharding(meshes["half"], tree)["kernel"])
@@ -106,7 +105,6 @@ def test_put_batch(four):
 
 
 def test_batches_that_the_devices_cannot_share(four):
-    assert four["bad batch"] == "batch_size 6 is not a multiple of the 4 devices; use 4"
     assert four["checks"] == [
         None,
         None,

@@ -8,8 +8,6 @@ from PIL import Image
 from tinymim_jax.data import corruptions, fast_jpeg, randaugment
 from tinymim_jax.data.config import Data
 from tinymim_jax.data.decode import decode
-from tinymim_jax.data.fast_jpeg import RESAMPLE
-from tinymim_jax.runtime.errors import InputError
 
 CROP_ATTEMPTS = 10  # as torchvision
 
@@ -56,7 +54,7 @@ def _resized_part(image: Image.Image, box: fast_jpeg.Box, data: Data) -> Image.I
     left, top, width, height = box
     # Resizing with a box would let the kernel reach pixels outside it.
     image = image.crop((left, top, left + width, top + height))
-    return image.resize((data.image_size, data.image_size), RESAMPLE[data.interpolation])
+    return image.resize((data.image_size, data.image_size), fast_jpeg.RESAMPLE[data.interpolation])
 
 
 def crop_box(
@@ -86,8 +84,6 @@ def center_crop(
 
     With `mode` "squash" the longer side becomes as short.
     """
-    if not 0 < crop_pct <= 1:
-        raise InputError(f"data.crop_pct is {crop_pct}; it must be above 0 and at most 1")
     shorter = int(size / crop_pct)
     if mode == "squash":
         resized = shorter, shorter
@@ -95,7 +91,7 @@ def center_crop(
         resized = shorter, int(shorter * image.height / image.width)
     else:
         resized = int(shorter * image.width / image.height), shorter
-    image = image.resize(resized, RESAMPLE[interpolation])
+    image = image.resize(resized, fast_jpeg.RESAMPLE[interpolation])
     left, top = round((image.width - size) / 2), round((image.height - size) / 2)
     return image.crop((left, top, left + size, top + size))
 

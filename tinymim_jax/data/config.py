@@ -55,7 +55,7 @@ class Data:
     path: str = ""  # folder, pairs: the tree; array_record: the folder of shards; tfds: data_dir
     name: str = ""  # tfds: the builder's name
     num_examples: int | None = None  # the size, when known before the data is at hand
-    per_class: int | None = None  # keep only this many images of each class
+    per_class: int | None = ranged(None, at_least=1)  # keep only this many images of each class
     subset_seed: int | None = ranged(0, **SEEDS)  # which ones; None: as run.seed, so that replicas differ in them
     val_fraction: float = ranged(0.1, at_least=0, at_most=1)  # folder, pairs: of a tree without splits, by a hash
     val_seed: int = ranged(0, **SEEDS)  # of that hash of each name

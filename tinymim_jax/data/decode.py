@@ -2,13 +2,13 @@
 
 import contextlib
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.runtime.errors import InputError, Unavailable
 
 Image.init()
 # What Pillow reads, but for EPS (which would start Ghostscript), what it knows by name only, and headers that fit all.
@@ -19,6 +19,19 @@ SKIP = (
     "or leave such images out with on_bad_image=skip (in a run --config.stages.NAME.data.on_bad_image=skip, of an"
     " eval's images --config.stages.NAME.evals.NAME.data.on_bad_image=skip; elsewhere --on_bad_image=skip)"
 )
+
+
+@contextlib.contextmanager
+def skipping(on_bad_image: str, note: Callable[[str], object] = lambda _: None) -> Iterator[None]:
+    """Around what reads an image: raises InputError with its remedy, or with "skip" tells `note` what is wrong."""
+    try:
+        yield
+    except Unavailable:
+        raise  # no fault of this image
+    except InputError as error:
+        if on_bad_image == "stop":
+            raise InputError(f"{error}, {SKIP}") from error
+        note(str(error))
 
 
 def decode(image: bytes | np.ndarray | Image.Image, name: str) -> Image.Image:

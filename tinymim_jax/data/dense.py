@@ -15,10 +15,10 @@ from PIL import Image
 from tinymim_jax.data import fast_jpeg
 from tinymim_jax.data.augment import mirrored
 from tinymim_jax.data.config import Data, Masks
-from tinymim_jax.data.decode import decode, decode_mask, image_size
+from tinymim_jax.data.decode import decode, decode_mask, image_size, skipping
 from tinymim_jax.data.fields import Example, Fields, Record
 from tinymim_jax.data.sources import Source
-from tinymim_jax.runtime.errors import InputError, Unavailable
+from tinymim_jax.runtime.errors import InputError
 
 IGNORED = 255  # in a mask: of no class
 UNKNOWN = 254  # while a mask is read: a value that no class has
@@ -59,15 +59,9 @@ def sizes(source: Source, on_bad_image: Literal["stop", "skip"] = "stop") -> np.
     """int64 [n, 2] of all images, from their headers; raises InputError, or with "skip" gives 0 for what is damaged."""
 
     def size(index: int) -> Size:
-        try:
-            with _header(source, index) as image:
-                return image_size(image, source.describe(index))
-        except Unavailable:
-            raise  # no fault of this image
-        except InputError:
-            if on_bad_image == "stop":
-                raise
-            return 0, 0
+        with skipping(on_bad_image), _header(source, index) as image:
+            return image_size(image, source.describe(index))
+        return 0, 0
 
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         return np.array(list(pool.map(size, range(len(source)))), np.int64).reshape(-1, 2)
@@ -174,12 +168,8 @@ def _padded(part: np.ndarray, size: Size, fill: int) -> np.ndarray:
 
 
 def _empty_image_mask(data: Data) -> Example:
-    side = data.image_size
-    return {
-        "image": np.zeros((side, side, 3), np.uint8),
-        "mask": np.zeros((side, side), np.uint8),
-        "extent": np.zeros(2, np.int32),
-    }
+    image = np.zeros((data.image_size, data.image_size, 3), np.uint8)
+    return {"image": image, "mask": image[..., 0], "extent": np.zeros(2, np.int32)}
 
 
 def _read_image_mask(record: Record, name: str, data: Data, rng: np.random.Generator) -> Example:

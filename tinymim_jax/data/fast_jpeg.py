@@ -27,6 +27,7 @@ LEFT_OUT = "extraneous bytes before marker 0xd"  # what libjpeg says of the rows
 SCALES = (8, 4, 2)  # that libjpeg-turbo is fast at
 
 Box = tuple[int, int, int, int]
+_local = threading.local()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +137,8 @@ def resize(
     target = cykooz_resizer.ImageData(size[1], size[0], kind)
     options = cykooz_resizer.ResizeOptions(_algorithm(interpolation, antialias), use_alpha=False)
     options.crop_box = cykooz_resizer.CropBox(*box)
+    if not hasattr(_local, "resizer"):  # one a thread: it keeps buffers
+        _local.resizer = cykooz_resizer.Resizer()
     _local.resizer.resize(source, target, options)
     return np.frombuffer(target.get_buffer(), np.uint8).reshape(*size, 3)
 
@@ -158,13 +161,3 @@ def _algorithm(interpolation: str, antialias: bool) -> Any:
         return cykooz_resizer.ResizeAlg.convolution(kind)
     # What a ResizeAlg has: it makes none of this algorithm.
     return types.SimpleNamespace(algorithm=cykooz_resizer.Algorithm.interpolation, filter_type=kind, multiplicity=None)
-
-
-class _Local(threading.local):
-    """One resizer a thread: it keeps buffers."""
-
-    def __init__(self) -> None:
-        self.resizer = cykooz_resizer and cykooz_resizer.Resizer()
-
-
-_local = _Local()

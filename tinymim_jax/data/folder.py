@@ -14,7 +14,6 @@ from tinymim_jax.data.config import Data
 from tinymim_jax.data.decode import EXTENSIONS
 from tinymim_jax.runtime import storage
 from tinymim_jax.runtime.errors import InputError
-from tinymim_jax.runtime.storage import reason
 
 HELD_OUT = ("val", "test", "validation")  # what people call the split that is evaluated on
 SPLITS = {"train", "training", "valid", "dev", "eval", *HELD_OUT}  # folders with such names are no classes
@@ -95,10 +94,8 @@ class Folder(Labelled):
         return [file for file in files if (file in held) != (data.split == "train")]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        try:
+        with storage.reading(self.describe(index)):
             image = self._storage.cat_file(self.describe(index))  # of a bucket, in one request; a path takes three
-        except Exception as error:  # each bucket's library has its own
-            raise storage.unreadable(self.describe(index), error) from error
         return {"image": image, "label": int(self._labels[index])}
 
     def describe(self, index: int) -> str:
@@ -117,7 +114,7 @@ def entries(files: fsspec.AbstractFileSystem, folder: str) -> dict[str, bool]:
             with os.scandir(folder) as inside:  # asks no file what it is
                 found = {e.name: e.is_dir() and not (e.is_symlink() and _is_loop(e.path)) for e in inside}
     except Exception as error:  # each bucket's library has its own
-        raise InputError(f"{folder}: cannot be listed ({reason(error)}); mend it") from error
+        raise InputError(f"{folder}: cannot be listed ({storage.reason(error)}); mend it") from error
     return {name: found[name] for name in sorted(found) if not (found[name] and _is_hidden(name))}
 
 

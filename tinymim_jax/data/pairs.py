@@ -94,17 +94,13 @@ class Pairs(Labelled):
         return {"image": image, "mask": mask, "label": -1}
 
     def _read(self, file: str) -> bytes:
-        try:
+        with storage.reading(file):
             return self._storage.cat_file(file)
-        except Exception as error:  # each bucket's library has its own
-            raise storage.unreadable(file, error) from error
 
     def open_image(self, index: int) -> BinaryIO:
         """An image's file, for those who read no more than its header."""
-        try:
+        with storage.reading(self.describe(index)):
             return self._storage.open(self.describe(index), "rb")
-        except Exception as error:  # each bucket's library has its own
-            raise storage.unreadable(self.describe(index), error) from error
 
     def describe(self, index: int) -> str:
         return f"{self._roots[0]}/{self._files[index][0]}"

@@ -7,7 +7,6 @@ import re
 import signal
 from collections.abc import Iterator
 
-import chex
 import grain
 import jax
 import numpy as np
@@ -17,8 +16,7 @@ from tinymim_jax.data.config import Data
 from tinymim_jax.data.fields import IMAGE_LABEL, Fields
 from tinymim_jax.data.rows import EvalRows, ReplicaRows, Rows, TrainRows, stack_examples
 from tinymim_jax.data.sources import Source
-from tinymim_jax.runtime import multihost
-from tinymim_jax.runtime import sharding as mesh_lib
+from tinymim_jax.runtime import multihost, sharding
 from tinymim_jax.runtime.errors import InputError, Unavailable
 from tinymim_jax.runtime.preemption import StopRequest
 
@@ -81,7 +79,7 @@ def eval_batches(
 
 
 def _check(rows: Rows, mesh: jax.sharding.Mesh) -> None:
-    mesh_lib.check_batch(rows.batch_size, mesh)
+    sharding.check_batch(rows.batch_size, mesh)
     if rows.batch_size % rows.num_processes:
         raise InputError(f"batch_size {rows.batch_size} is not a multiple of the {rows.num_processes} processes")
 
@@ -99,7 +97,7 @@ def _to_devices(
             batch = stacked(list(itertools.islice(host, len(steps))), per_call)
             if request is not None:
                 batch = {**batch, "stop": np.full(batch["index"].shape, request.wish(), np.uint8)}
-            ready.append(_checked(mesh_lib.put_batch(batch, mesh, axis=int(per_call > 1) + bool(rows.replicas)), rows))
+            ready.append(sharding.put_batch(batch, mesh, axis=int(per_call > 1) + bool(rows.replicas)))
             if len(ready) == DEVICE_BATCHES:
                 yield ready.popleft()
         yield from ready
@@ -157,11 +155,3 @@ def _host_dataset(rows: Rows, start: int, stop: int) -> grain.IterDataset:
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain reads a flag of its own; outside absl's app nobody has parsed any
     return dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-
-
-def _checked(batch: dict[str, jax.Array], rows: Rows) -> dict[str, jax.Array]:
-    """Raises AssertionError if a field is not what it is said to be."""
-    for name, value in rows.fields.batch(rows.data, 1).items():
-        chex.assert_type(batch[name], value.dtype)
-        chex.assert_shape(batch[name], (..., rows.batch_size, *value.shape[1:]))
-    return batch

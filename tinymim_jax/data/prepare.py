@@ -21,7 +21,7 @@ from PIL import Image
 
 from tinymim_jax.data import manifest
 from tinymim_jax.data.config import Data
-from tinymim_jax.data.decode import SKIP, decode, decode_mask
+from tinymim_jax.data.decode import decode, decode_mask, skipping
 from tinymim_jax.data.manifest import Manifest, Settings, Shard
 from tinymim_jax.data.rows import follow_parent
 from tinymim_jax.data.shards import encode_record
@@ -97,12 +97,8 @@ class Packer:
         try:
             with contextlib.closing(ArrayRecordWriter(file, WRITER)) as writer:
                 for index in chosen:
-                    try:
+                    with skipping(self.on_bad_image, skipped.append):
                         writer.write(self._record(index))
-                    except InputError as error:
-                        if self.on_bad_image == "stop":
-                            raise InputError(f"{error}, {SKIP}") from error
-                        skipped.append(str(error))
                     after_each()
         except RuntimeError as error:  # of the writer, which is C++
             reason = " ".join(str(error).split())

@@ -12,12 +12,11 @@ import numpy as np
 from tinymim_jax.data import sources
 from tinymim_jax.data.augment import CROP_ATTEMPTS
 from tinymim_jax.data.config import Data
-from tinymim_jax.data.decode import SKIP, decode
+from tinymim_jax.data.decode import decode, skipping
 from tinymim_jax.data.pipeline import ReplicaRows, TrainRows, calls, stacked
 from tinymim_jax.data.sources import IDENTITY, Source
-from tinymim_jax.runtime import keys
-from tinymim_jax.runtime import sharding as mesh_lib
-from tinymim_jax.runtime.errors import InputError, Unavailable
+from tinymim_jax.runtime import keys, sharding
+from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.runtime.preemption import StopRequest
 from tinymim_jax.runtime.progress_bar import bar
 
@@ -39,41 +38,33 @@ def train_batches(
     Its draws are its own, likewise a function of (seed, epoch, index, repeat). Raises InputError, here, if images
     differ in size, take too much memory, or cannot be read.
     """
-    mesh_lib.check_batch(rows.batch_size, mesh)
+    sharding.check_batch(rows.batch_size, mesh)
     each = rows.each if rows.replicas else (rows,)
-    first = _read(sources.identity(each[0].data), each[0].data.on_bad_image)["image"]
-    _check_bytes(len(first) * len(each), first.shape[1:])
-    held = [{**_read(sources.identity(one.data), one.data.on_bad_image), "key": crop_key(one.seed)} for one in each]
+    held = []
+    for one in each:
+        found = _read(sources.identity(one.data), one.data.on_bad_image)
+        _check_bytes(len(found["image"]) * len(each), found["image"].shape[1:])
+        # Crops and flips are folded from this key, training steps from another.
+        held.append({**found, "key": np.asarray(jax.random.key_data(keys.key(one.seed, keys.CROPS)))})
     held = {name: np.stack([one[name] for one in held]) for name in held[0]} if rows.replicas else held[0]
-    held = {name: mesh_lib.put_tree(array, mesh_lib.replicated(mesh)) for name, array in held.items()}
-    return _batches(each, calls(start, stop, per_call), mesh, request or StopRequest(), per_call, held)
+    held = {name: sharding.put_tree(array, sharding.replicated(mesh)) for name, array in held.items()}
+    per_process, wish = rows.batch_size // rows.num_processes, (request or StopRequest()).wish
+    own = slice(rows.process * per_process, (rows.process + 1) * per_process)
 
-
-def crop_key(seed: int) -> np.ndarray:
-    """The data of the key that crops and flips are folded from; training steps fold from another."""
-    return np.asarray(jax.random.key_data(keys.key(seed, keys.CROPS)))
-
-
-def _batches(
-    each: tuple[TrainRows, ...], dispatches: Iterator[range], mesh: jax.sharding.Mesh, request: StopRequest,
-    per_call: int, held: Batch,
-) -> Iterator[Batch]:  # fmt: skip
-    is_stacked = held["label"].ndim > 1
-    per_process = each[0].batch_size // each[0].num_processes
-    own = slice(each[0].process * per_process, (each[0].process + 1) * per_process)
-
-    def numbers(rows: TrainRows, step: int) -> np.ndarray:
-        epoch, index, repeat = rows.numbers(step)
-        columns = [np.full_like(index, epoch), index, repeat, np.full_like(index, request.wish())]
+    def numbers(one: TrainRows, step: int) -> np.ndarray:
+        epoch, index, repeat = one.numbers(step)
+        columns = [np.full_like(index, epoch), index, repeat, np.full_like(index, wish())]
         return np.stack(columns, axis=1)[own].astype(np.int32)
 
     def batch(step: int) -> dict[str, np.ndarray]:
-        found = [numbers(rows, step) for rows in each]
-        return {"numbers": np.stack(found) if is_stacked else found[0]}
+        found = [numbers(one, step) for one in each]
+        return {"numbers": np.stack(found) if rows.replicas else found[0]}
 
-    for steps in dispatches:
+    def dispatched(steps: range) -> Batch:
         stack = stacked([batch(step) for step in steps], per_call)
-        yield {"held": held, **mesh_lib.put_batch(stack, mesh, axis=int(per_call > 1) + is_stacked)}
+        return {"held": held, **sharding.put_batch(stack, mesh, axis=int(per_call > 1) + bool(rows.replicas))}
+
+    return (dispatched(steps) for steps in calls(start, stop, per_call))
 
 
 @functools.lru_cache(maxsize=2)  # stages of a chain share their data
@@ -83,16 +74,11 @@ def _read(identity: tuple, on_bad_image: str) -> dict[str, np.ndarray]:
     labels = np.zeros(len(source), np.int32)
 
     def read(index: int) -> None:
-        try:
+        with skipping(on_bad_image):
             record = source[index]
             images[index] = np.asarray(decode(record["image"], source.describe(index)))
             labels[index] = record["label"]
-        except Unavailable:
-            raise  # no fault of this image
-        except InputError as error:
-            if on_bad_image == "stop":
-                raise InputError(f"{error}, {SKIP}") from error
-        else:
+        if images[index] is not None:
             _check_bytes(len(source), images[index].shape)  # before all of them are here
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -120,11 +106,8 @@ def _stacked(images: list[np.ndarray | None], labels: np.ndarray, source: Source
                 f" {shape[0]}; data.resident needs one size: set data.resident=False"
             )
     blank = np.zeros(shape, np.uint8)
-    return {
-        "image": np.stack([blank if image is None else image for image in images]),
-        "label": labels,
-        "is_valid": is_valid,
-    }
+    pixels = np.stack([blank if image is None else image for image in images])
+    return {"image": pixels, "label": labels, "is_valid": is_valid}
 
 
 def _check_bytes(count: int, shape: tuple[int, ...]) -> None:
@@ -225,14 +208,10 @@ def resampling(start: jax.Array, length: jax.Array, size: int, out: int, interpo
     return weights / weights.sum(axis=1, keepdims=True)
 
 
-def _bilinear(x: jax.Array) -> jax.Array:
-    return jnp.maximum(1 - x, 0)
-
-
 def _bicubic(x: jax.Array) -> jax.Array:
     """Keys's cubic with a = -1/2."""
     near, far = (1.5 * x - 2.5) * x**2 + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
     return jnp.where(x < 1, near, jnp.where(x < 2, far, 0))
 
 
-KERNELS = {"bicubic": _bicubic, "bilinear": _bilinear}
+KERNELS = {"bicubic": _bicubic, "bilinear": lambda x: jnp.maximum(1 - x, 0)}

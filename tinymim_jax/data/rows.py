@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from tinymim_jax.data.config import Data
-from tinymim_jax.data.decode import SKIP
+from tinymim_jax.data.decode import skipping
 from tinymim_jax.data.fields import Example, Fields
 from tinymim_jax.data.sources import Source
-from tinymim_jax.runtime.errors import InputError, Unavailable
+from tinymim_jax.runtime.errors import InputError
 
 # What a generator is for. It comes first and the seed behind: zeros at the end of a seed sequence do not count.
 ORDER_STREAM, IMAGE_STREAM = 1, 2
@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 
 @functools.lru_cache(maxsize=10_000)
 def _say_once(what: str) -> None:
-    log.warning("skipped: %s", what)
+    # Without its remedy: a stage goes on with as many images as it was begun with.
+    log.warning("skipped: %s", what.rpartition("; ")[0] or what)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,7 @@ class EvalRows:
     process: int
     num_processes: int
     fields: Fields
+    seed: int = 0  # in evaluation only corruptions draw
 
     replicas = 0  # in front of the rows; 0: no such axis
 
@@ -50,17 +52,13 @@ class EvalRows:
         own = slice(self.process * len(batch["index"]), (self.process + 1) * len(batch["index"]))
         batch["index"][:] = index[own]
         for row in np.flatnonzero(batch["index"] >= 0):
-            try:
-                for name, value in self._read(epoch, int(index[own][row]), int(repeat[own][row])).items():
+            number = int(index[own][row])
+            rng = image_rng(self.seed, epoch, number, int(repeat[own][row]))
+            with skipping(self.data.on_bad_image, _say_once):
+                example = self.fields.read(self.source[number], self.source.describe(number), self.data, rng)
+                for name, value in example.items():
                     batch[name][row] = value
                 batch["is_valid"][row] = True
-            except Unavailable:
-                raise  # no fault of this image
-            except InputError as error:
-                if self.data.on_bad_image == "stop":
-                    raise InputError(f"{error}, {SKIP}") from error
-                # Without its remedy: a stage goes on with as many images as it was begun with.
-                _say_once(str(error).rpartition("; ")[0] or str(error))
         return batch
 
     def empty(self) -> Example:
@@ -77,14 +75,6 @@ class EvalRows:
         """(epoch, record numbers, which repetition), int64 [batch_size] each, of the whole batch; -1: no record."""
         index = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
         return 0, np.where(index < len(self.source), index, -1), np.zeros_like(index)
-
-    def rng(self, epoch: int, index: int, repeat: int) -> np.random.Generator:
-        """The generator of one image; in evaluation only corruptions draw from it."""
-        return image_rng(0, epoch, index, repeat)
-
-    def _read(self, epoch: int, index: int, repeat: int) -> Example:
-        rng = self.rng(epoch, index, repeat)
-        return self.fields.read(self.source[index], self.source.describe(index), self.data, rng)
 
 
 @functools.cache
@@ -104,18 +94,13 @@ def _end_with_parent() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class TrainRows(EvalRows):
-    """As `EvalRows`, but each epoch has its own order and only whole batches."""
-
-    seed: int
+    """As `EvalRows`, but each epoch has its own order, drawn with `seed`, and only whole batches."""
 
     def numbers(self, step: int) -> tuple[int, np.ndarray, np.ndarray]:
         epoch, position = divmod(step, len(self.source) // self.batch_size)
         order = epoch_order(len(self.source), self.seed, epoch)
         place = np.arange(position * self.batch_size, (position + 1) * self.batch_size)
         return epoch, order[place // self.data.repeats], place % self.data.repeats
-
-    def rng(self, epoch: int, index: int, repeat: int) -> np.random.Generator:
-        return image_rng(self.seed, epoch, index, repeat)
 
 
 @dataclasses.dataclass(frozen=True)

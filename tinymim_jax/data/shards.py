@@ -2,6 +2,7 @@
 
 import bisect
 import concurrent.futures
+import contextlib
 import glob
 import itertools
 import json
@@ -15,7 +16,6 @@ from tinymim_jax.data.config import Data
 from tinymim_jax.data.folder import names
 from tinymim_jax.runtime import storage
 from tinymim_jax.runtime.errors import InputError
-from tinymim_jax.runtime.storage import reason
 
 
 class ArrayRecord:
@@ -46,10 +46,8 @@ class ArrayRecord:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        try:
+        with storage.reading(self.describe(index)):
             record = self._records[index]
-        except Exception as error:  # array_record raises RuntimeError, IndexError and others
-            raise storage.unreadable(self.describe(index), error) from error
         return decode_record(record, self.describe(index))
 
     def describe(self, index: int) -> str:
@@ -79,12 +77,10 @@ def _count_records(file: str) -> int:
     from array_record.python.array_record_module import ArrayRecordReader
 
     try:
-        reader = ArrayRecordReader(file)
-        count = reader.num_records()
-        reader.close()
+        with contextlib.closing(ArrayRecordReader(file)) as reader:
+            return reader.num_records()
     except Exception as error:  # the C++ reader raises bare RuntimeErrors and the like
-        raise InputError(f"{file}: not an array_record file ({reason(error)}); write it again") from error
-    return count
+        raise InputError(f"{file}: not an array_record file ({storage.reason(error)}); write it again") from error
 
 
 def encode_record(image: bytes, label: int, mask: bytes | None = None) -> bytes:
@@ -100,5 +96,6 @@ def decode_record(record: bytes, name: str = "record") -> dict[str, Any]:
         return {"image": bytes(fields["image"]), "label": int(fields["label"]), **mask}
     except Exception as error:  # arbitrary bytes fail in many ways
         raise InputError(
-            f"{name}: not a msgpack map of image and label ({reason(error)}); write it with shards.encode_record"
+            f"{name}: not a msgpack map of image and label ({storage.reason(error)}); write it with"
+            " shards.encode_record"
         ) from error

@@ -13,7 +13,6 @@ from tinymim_jax.data.pairs import Pairs
 from tinymim_jax.data.shards import ArrayRecord
 from tinymim_jax.runtime import storage
 from tinymim_jax.runtime.errors import InputError
-from tinymim_jax.runtime.storage import reason
 
 # The fields of `Data` that choose records.
 IDENTITY = ("source", "split", "path", "name", "num_examples", "per_class", "subset_seed", "val_fraction", "val_seed")
@@ -73,8 +72,6 @@ def _open(*values: Any) -> Source:
     openers = {
         "digits": Digits, "folder": Folder, "tfds": Tfds, "array_record": ArrayRecord, "pairs": Pairs, "scenes": Scenes
     }  # fmt: skip
-    if data.source not in openers:
-        raise InputError(f"data.source: unknown choice {data.source!r}; choose one of {', '.join(openers)}")
     source: Source = openers[data.source](data)
     if data.per_class is not None:
         source = of_each_class(source, data.per_class, data.subset_seed or 0)
@@ -130,8 +127,6 @@ class Chosen:
 
 def of_each_class(source: Source, count: int, seed: int) -> Chosen:
     """The same number of images of each class, in the order of `source`; raises InputError if there are fewer."""
-    if count < 1 or seed < 0:
-        raise InputError(f"data: per_class {count} must be at least 1 and subset_seed {seed} at least 0")
     need_labels(source)
     labels, chosen = source.labels(), [np.zeros(0, np.int64)]
     for label in np.unique(labels):
@@ -170,9 +165,9 @@ class Tfds:
             )
         except Exception as error:  # tfds has no common error: assertions, KeyError, NotImplementedError, OSError
             raise InputError(
-                f"tfds {data.name!r}, split {data.split!r}: cannot be opened ({reason(error)}); check data.name,"
-                f" data.split and data.path; prepare it once with: tfds build {data.name} --file_format=array_record,"
-                " or use an ImageFolder tree (configs that read tfds take data=PATH)"
+                f"tfds {data.name!r}, split {data.split!r}: cannot be opened ({storage.reason(error)}); check"
+                f" data.name, data.split and data.path; prepare it once with: tfds build {data.name}"
+                " --file_format=array_record, or use an ImageFolder tree (configs that read tfds take data=PATH)"
             ) from error
 
     def __getstate__(self) -> dict[str, Any]:
@@ -182,10 +177,8 @@ class Tfds:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        try:
+        with storage.reading(self.describe(index)):
             record = self._records[index]
-        except Exception as error:  # as in opening
-            raise storage.unreadable(self.describe(index), error) from error
         mask = next((record[name] for name in MASK_FEATURES if name in record), None)
         needed = {"image"} if mask is not None else {"image", "label"}
         if missing := needed - set(record):

@@ -57,12 +57,10 @@ class TrainedModel:
         `trace[i]` has q, k, v, ... of each block i in `capture`, from 1. One program is compiled for each power of two
         of images, up to 64, and each `capture`. Raises InputError that names an image that cannot be read.
         """
-        if not isinstance(capture, Sequence):
-            raise InputError(f"capture is {capture!r}; it is a sequence of blocks, e.g. ({capture},)")
-        listed = _listed(images)
+        listed, capture = _listed(images), tuple(capture) if isinstance(capture, Sequence) else capture
         size = min(AT_ONCE, 1 << (len(listed) - 1).bit_length())
         starts = range(0, len(listed), size)
-        parts = [self._batch(listed[i : i + size], i, size, tuple(capture)) for i in starts]
+        parts = [self._batch(listed[i : i + size], i, size, capture) for i in starts]
         return parts[0] if len(parts) == 1 else jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
     def preprocess(self, images: Images) -> jax.Array:
@@ -157,12 +155,11 @@ def _listed(images: Images) -> list[Any]:
 
 
 def _read(path: PathLike) -> bytes:
-    try:
-        return storage.path(path).read_bytes()
-    except FileNotFoundError:
-        raise InputError(f"{path}: there is no such file") from None
-    except Exception as error:  # each bucket's library has its own
-        raise storage.unreadable(str(path), error) from None
+    file = storage.path(path)
+    with storage.reading(str(path)):
+        if file.exists():
+            return file.read_bytes()
+    raise InputError(f"{path}: there is no such file")
 
 
 def _eight_bit(image: np.ndarray, name: str) -> np.ndarray:

@@ -90,11 +90,6 @@ def children(folder: Path, pattern: str = "*") -> list[Path]:
     return sorted(path for path in found if fnmatch.fnmatchcase(path.name, pattern))
 
 
-def remove(folder: Path) -> None:
-    """Removes a folder and all that is in it, if it is there."""
-    Path(folder).rmtree(missing_ok=True)
-
-
 def sha256(*paths: Path) -> str:
     """Of the files' contents, one behind the other, in hexadecimal."""
     total = hashlib.sha256()
@@ -207,10 +202,14 @@ def _is_of_bucket(error: Exception) -> bool:
     return bool(passed & LIBRARIES)
 
 
-def unreadable(name: str, error: Exception) -> InputError:
-    """What to say of a record, "NAME: cannot be read ...": Unavailable if that is not its own fault."""
-    kind = Unavailable if isinstance(blame(error), Unavailable) else InputError
-    return kind(f"{name}: cannot be read ({reason(error)}); mend it")
+@contextlib.contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Around what reads a record; raises InputError, "NAME: cannot be read ...", Unavailable if it is not at fault."""
+    try:
+        yield
+    except Exception as error:  # each bucket's library, array_record and tfds have their own
+        kind = Unavailable if isinstance(blame(error), Unavailable) else InputError
+        raise kind(f"{name}: cannot be read ({reason(error)}); mend it") from error
 
 
 def reason(error: BaseException) -> str:
