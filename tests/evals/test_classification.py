@@ -7,7 +7,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from tests.conftest import measured
-from tinymim_jax.evals.classification import Classification, count_correct, per_class, restrict
+from tinymim_jax.evals.classification import Classification, count_correct, per_class, restricted
 from tinymim_jax.evals.contract import Context, Measurement
 from tinymim_jax.experiment.config import Data
 from tinymim_jax.runtime import sharding
@@ -128,8 +128,8 @@ def test_a_subset_is_the_best_of_its_own_columns():
     columns = subsets.columns("imagenet_a")
     scores = np.zeros(1000)
     scores[0], scores[columns[7]] = 9.0, 5.0  # 0 is not of ImageNet-A
-    restricted = restrict(jnp.asarray(scores)[None], jnp.asarray(columns))
-    assert int(jnp.argmax(restricted)) == columns[7] and int(jnp.isfinite(restricted).sum()) == 200
+    found, _ = restricted(jnp.asarray(scores)[None], jnp.zeros(1, int), (columns, None))
+    assert int(jnp.argmax(found)) == columns[7] and int(jnp.isfinite(found).sum()) == 200
 
 
 def test_a_subset_s_labels_are_columns(tmp_path):

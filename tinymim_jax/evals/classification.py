@@ -11,7 +11,7 @@ import numpy as np
 from tinymim_jax.data import corruptions
 from tinymim_jax.data.config import Data
 from tinymim_jax.evals import labels, subsets
-from tinymim_jax.evals.contract import Batch, Batches, Context, Eval, Result, Variables, needs_head
+from tinymim_jax.evals.contract import Batch, Batches, Context, Eval, Evaluator, Result, Variables, needs_head
 from tinymim_jax.models.contract import Encoder
 from tinymim_jax.objectives import losses, metrics
 from tinymim_jax.objectives.metrics import Mean
@@ -48,10 +48,8 @@ class Classification(Eval):
         return [] if training is None or self.subset else [(training, self.data)]
 
 
-class Accuracy:
+class Accuracy(Evaluator):
     """{"top1", "top5"} in percent and {"images"}, the number counted."""
-
-    others: Mapping[str, Variables] = {}
 
     def __init__(self, cfg: Classification, context: Context):
         if cfg.data.corruption:
@@ -124,16 +122,11 @@ def per_class(pairs: np.ndarray, classes: int) -> dict[str, np.ndarray]:
     return {"per_class": percent, "confusion": table}
 
 
-def restrict(logits: jax.Array, columns: jax.Array) -> jax.Array:
-    """logits [B, C] with -inf outside `columns`."""
-    allowed = jnp.zeros(logits.shape[-1], bool).at[columns].set(True)
-    return jnp.where(allowed, logits, -jnp.inf)
-
-
 def restricted(logits: jax.Array, label: jax.Array, subset: Subset) -> tuple[jax.Array, jax.Array]:
     """logits [B, C] with -inf outside the columns that may win, and the columns of labels [B]."""
     allowed, columns = subset
-    logits = logits if allowed is None else restrict(logits, allowed)
+    if allowed is not None:
+        logits = jnp.where(jnp.zeros(logits.shape[-1], bool).at[allowed].set(True), logits, -jnp.inf)
     return logits, label if columns is None else jnp.asarray(columns)[label]
 
 

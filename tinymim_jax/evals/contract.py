@@ -43,7 +43,7 @@ class Evaluator(Protocol):
     passes: Mapping[Hashable, "Batches"]
     """The data sets to go over, by name."""
 
-    others: Mapping[str, Variables]
+    others: Mapping[str, Variables] = {}
     """The variables of the checkpoints that its config names by `Init`, by field."""
 
     def update(self, variables: Variables, frozen: Any, others: Mapping[str, Variables], batch: Batch) -> Any:
@@ -155,15 +155,10 @@ class Measurement:
         found: dict[str, dict[Hashable, list[Any]]] = {}
         with bar(title, total, "batch", first="compiling", leave=False) as shown:
             for name, evaluator in self.evaluators.items():
+                update = functools.partial(self.updates[name], variables, frozen, evaluator.others)
+                passes = evaluator.passes.items()
                 with _named(name):
-                    found[name] = {
-                        key: fetched(
-                            functools.partial(self.updates[name], variables, frozen, evaluator.others),
-                            batches,
-                            lambda: (shown.update(), check()),
-                        )
-                        for key, batches in evaluator.passes.items()
-                    }
+                    found[name] = {key: fetched(update, one, lambda: (shown.update(), check())) for key, one in passes}
 
         def finish() -> dict[str, Result]:
             results = {}

@@ -35,7 +35,7 @@ def match(
         )
     if all(re.fullmatch(r"\d{1,9}", name) for name in data) and {int(name) for name in data} == set(range(outputs)):
         return np.array([int(name) for name in data]), "labels are the numbers that the class folders are called by"
-    if _has_wnids(data):
+    if len(data) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in data):  # as ImageNet's are called
         if list(data) != subsets.imagenet_wnids():
             raise InputError(f"{where} has 1000 wnids that are not ImageNet's; use data with the model's classes")
         return None, "labels are ImageNet's, in the order of the wnids"
@@ -43,11 +43,6 @@ def match(
         f"names of classes cannot be compared: output 0 of the model is taken to be {data[0]!r}, the data's first, and"
         " so on in the order of the names"
     )
-
-
-def _has_wnids(classes: Sequence[str]) -> bool:
-    """Whether classes are called as ImageNet's 1000 are."""
-    return len(classes) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in classes)
 
 
 def _plain(names: Sequence[str]) -> list[str]:

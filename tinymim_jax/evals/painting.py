@@ -29,21 +29,11 @@ log = logging.getLogger(__name__)
 OVERLAY = 0.5  # share of the colours over the image
 
 
-class Unmasked:
-    """The records of a source with masks in which no pixel counts."""
-
-    def __init__(self, source: sources.Source):
-        self.source, self.notes, self.classes = source, source.notes, source.classes
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def describe(self, index: int) -> str:
-        """What a person needs to find the record."""
-        return self.source.describe(index)
+class Unmasked(sources.Chosen):
+    """Some records of a source, with masks in which no pixel counts."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        record = self.source[index]
+        record = super().__getitem__(index)
         size = image_size(record["image"], self.describe(index))
         return {**record, "mask": np.full(size, dense.IGNORED, np.uint8)}
 
@@ -59,7 +49,8 @@ def paint(subject: Subject, folder: Path, out: Path, windows: int, on_bad_image:
         raise InputError(f"--out={out} lies in the folder of the images; name another one")
     data = in_folder(subject.training, os.fspath(folder))
     data = dataclasses.replace(data, transform="eval", on_bad_image=on_bad_image)
-    mesh, source = sharding.make_mesh(), Unmasked(sources.open_source(data))
+    mesh, images = sharding.make_mesh(), sources.open_source(data)
+    source = Unmasked(images, np.arange(len(images)))
     for note in source.notes:
         log.warning("%s: %s", folder, note)
     root = f"{storage.path(data.path)}/"

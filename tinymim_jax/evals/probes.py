@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tinymim_jax.data.config import Data
-from tinymim_jax.evals.contract import Batch, Batches, Context, Eval, Result, Variables
+from tinymim_jax.evals.contract import Batch, Batches, Context, Eval, Evaluator, Result, Variables
 from tinymim_jax.runtime.codec import ranged
 from tinymim_jax.runtime.errors import InputError
 
@@ -66,10 +66,8 @@ class Logistic(Probe):
         return ["top1"]
 
 
-class FeatureEvaluator(abc.ABC):
+class FeatureEvaluator(Evaluator):
     """Features of both sets; `score` says what is made of them."""
-
-    others: Mapping[str, Variables] = {}
 
     def __init__(self, cfg: Any, context: Context):
         self.cfg, self.predict = cfg, context.predict

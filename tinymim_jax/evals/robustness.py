@@ -1,17 +1,17 @@
 """ImageNet-C: error under each corruption and severity, its plain mean, and AlexNet-normalised mCE."""
 
 import dataclasses
+import itertools
 from collections.abc import Hashable, Mapping
 from typing import Any, Literal
 
 import numpy as np
 
-from tinymim_jax.data import corruptions
 from tinymim_jax.data.config import Data
 from tinymim_jax.data.corruptions import ALEXNET_ERROR
 from tinymim_jax.evals import subsets
 from tinymim_jax.evals.classification import Accuracy, Classification, scores
-from tinymim_jax.evals.contract import Batch, Context, Eval, Result, Variables, needs_head
+from tinymim_jax.evals.contract import Batch, Context, Eval, Evaluator, Result, Variables, needs_head
 from tinymim_jax.models.contract import Encoder
 from tinymim_jax.runtime import storage
 from tinymim_jax.runtime.codec import ranged
@@ -45,22 +45,15 @@ class Corruptions(Eval):
         return [] if training is None or self.stored else [(training, self.data)]
 
 
-class CorruptionErrors:
+class CorruptionErrors(Evaluator):
     """{"<corruption>" and "<corruption>_<severity>": top-1 error, "mean_error"}, in percent; of ImageNet "mce", too."""
-
-    others: Mapping[str, Variables] = {}
 
     def __init__(self, cfg: Corruptions, context: Context):
         """Raises InputError if stored corruptions are missing, or the library that makes them is."""
         if cfg.stored:
             check_stored(cfg)
-        each = {
-            (name, severity): Accuracy(
-                Classification(corrupted(cfg, name, severity), batch_size=cfg.batch_size), context
-            )
-            for name in ALEXNET_ERROR
-            for severity in cfg.severities
-        }
+        made = {key: corrupted(cfg, *key) for key in itertools.product(ALEXNET_ERROR, cfg.severities)}
+        each = {key: Accuracy(Classification(data, batch_size=cfg.batch_size), context) for key, data in made.items()}
         self.passes = {key: accuracy.passes["data"] for key, accuracy in each.items()}
         self.accuracy = next(iter(each.values()))  # of one kind for all
         odd = [key for key, accuracy in each.items() if accuracy.classes != self.accuracy.classes]
@@ -81,7 +74,6 @@ class CorruptionErrors:
 def corrupted(cfg: Corruptions, name: str, severity: int) -> Data:
     """The data of one corruption and severity: stored, or made from the clean images."""
     if not cfg.stored:
-        corruptions.check(name)
         # robustness, ImageNet-C/create_c/make_imagenet_c.py.
         published = {"interpolation": "bilinear", "crop_pct": 0.875, "corruption_quality": 85} if cfg.published else {}
         return dataclasses.replace(cfg.data, corruption=name, severity=severity, **published)

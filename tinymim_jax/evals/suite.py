@@ -14,7 +14,7 @@ from tinymim_jax.data.sources import check_same_classes, open_source
 from tinymim_jax.evals import Classification, Corruptions, Knn, Logistic, Segmentation, labels, subsets
 from tinymim_jax.evals.contract import Context, Eval, Measurement, Predict, Variables, save_arrays, scalars
 from tinymim_jax.models.contract import Encoder, Outputs, Pool
-from tinymim_jax.runtime import codec, storage
+from tinymim_jax.runtime import codec, markdown, storage
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.runtime.metric_log import write_json
 from tinymim_jax.runtime.sharding import replicated
@@ -147,9 +147,9 @@ def _in_tree(data: Data, path: str, split: str) -> Data:
     return dataclasses.replace(in_folder(data, path, split), source="pairs" if data.masks else "folder")
 
 
-def in_folder(data: Data, path: str, split: str = "") -> Data:
+def in_folder(data: Data, path: str, split: str = "", per_class: int | None = None) -> Data:
     """The images of a folder, or of one of its splits, made as those of `data`."""
-    fields = {"source": "folder", "path": path, "split": split, "num_examples": None, "per_class": None}
+    fields = {"source": "folder", "path": path, "split": split, "num_examples": None, "per_class": per_class}
     return dataclasses.replace(data, **fields)
 
 
@@ -204,12 +204,12 @@ def evals(suite: str, subject: Subject, clean: Data, bank: Data, sets: Sets) -> 
     if suite in ("robust", "all") and model.num_classes:
         for name in ("imagenet_a", "imagenet_r"):
             if path := getattr(sets, name):
-                root = Path(path)
-                chosen[name] = Classification(_folder(clean, str(root.parent), root.name), subset=name)
+                data = in_folder(clean, str(Path(path).parent), Path(path).name, clean.per_class)
+                chosen[name] = Classification(data, subset=name)
         stored = bool(sets.imagenet_c)
         only_others = clean.source == "folder" and not clean.path and not stored  # --imagenet_a or --imagenet_r alone
         if not only_others:
-            data = _folder(clean, sets.imagenet_c, "") if stored else clean
+            data = in_folder(clean, sets.imagenet_c, per_class=clean.per_class) if stored else clean
             chosen["corruptions"] = Corruptions(data, stored=stored, published=not (stored or sets.direct))
     if suite == "probe" or (suite == "all" and not subject.pixels):
         try:
@@ -218,10 +218,6 @@ def evals(suite: str, subject: Subject, clean: Data, bank: Data, sets: Sets) -> 
             raise InputError(f"{error}; probes learn from it, --suite=imagenet and robust do without") from error
         chosen |= {"knn": Knn(clean, bank, k=k), "logistic": Logistic(clean, bank)}
     return chosen
-
-
-def _folder(data: Data, path: str, split: str) -> Data:
-    return dataclasses.replace(data, source="folder", path=path, split=split, num_examples=None)
 
 
 def features_block(subject: Subject) -> int | None:
@@ -243,23 +239,23 @@ def predict_of(subject: Subject, data: Data) -> Predict:
 
 def table(report: dict[str, Any]) -> str:
     """A Markdown table of the results, the paper's numbers beside them where it has any."""
-    lines = [f"# {report['checkpoint']}", "", "| measure | here | TinyMIM (paper) |", "|---|---|---|"]
-    for name, value in report["results"].items():
-        if name.endswith("/images") or name[-2:] in [f"_{s}" for s in range(1, 6)]:
-            continue
-        published = report["paper"].get(name)
-        lines.append(f"| {name} | {value:.2f} | {'' if published is None else published} |")
+    rows = [
+        (name, f"{value:.2f}", str(report["paper"].get(name, "")))
+        for name, value in report["results"].items()
+        if not re.search(r"/images$|_[1-5]$", name)
+    ]
+    results = markdown.table(("measure", "here", "TinyMIM (paper)"), rows)
     notes = ["Percent."]
     if any(name.startswith("corruptions/") for name in report["results"]):
         notes = [
             "Percent. corruptions/*: top-1 error, a mean over severities; mean_error: their plain mean, the paper's",
             "mCE; mce, of ImageNet's classes alone: each error over AlexNet's.",
         ]
-    return "\n".join([*lines, "", *notes, *(f"{note[:1].upper()}{note[1:]}." for note in report.get("notes", ())), ""])
+    notes += [f"{note[:1].upper()}{note[1:]}." for note in report.get("notes", ())]
+    return "\n".join([f"# {report['checkpoint']}", "", results, "", *notes, ""])
 
 
-def write(report: dict[str, Any], folder: Path) -> list[Path]:
-    """Writes eval.json and eval.md into `folder`; returns them."""
+def write(report: dict[str, Any], folder: Path) -> None:
+    """Writes eval.json and eval.md into `folder`."""
     write_json(folder / "eval.json", report)
     (folder / "eval.md").write_text(table(report))
-    return [folder / "eval.json", folder / "eval.md"]

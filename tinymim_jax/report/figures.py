@@ -60,11 +60,10 @@ def save(figures: Mapping[str, matplotlib.figure.Figure], folder: Path) -> list[
 
 def loss_curves(workdir: Path, stages: Mapping[str, Stage]) -> matplotlib.figure.Figure:
     """Training loss against epochs, a panel per kind of task."""
-    kinds: dict[str, list[str]] = {}
+    panels: dict[str, dict[str, Points]] = {}
     for name, stage in stages.items():
-        kinds.setdefault(stage.task.kind, []).append(name)
-    logs = {name: metric_log.read(workdir / name / "metrics.jsonl") for name in stages}
-    panels = {kind: {name: points(logs[name], "loss") for name in names} for kind, names in kinds.items()}
+        log = metric_log.read(workdir / name / "metrics.jsonl")
+        panels.setdefault(stage.task.kind, {})[name] = points(log, "loss")
     return curves(panels, "loss")
 
 
@@ -94,10 +93,9 @@ def compared_with_papers(results: dict[str, Any]) -> dict[str, matplotlib.figure
         axes = figure.subplots()
         for i, label in enumerate(sorted(rows, key=lambda name: (paper[name], rows[name]["mean"]))):
             row, side = rows[label], (("left", (5, 5)), ("right", (-5, -9)))[i % 2]  # so that neighbours do not overlap
-            axes.errorbar(paper[label], row["mean"], yerr=row["stderr"], fmt="o", capsize=3)
-            axes.annotate(
-                label, (paper[label], row["mean"]), xytext=side[1], ha=side[0], textcoords="offset points", fontsize=7
-            )
+            place = paper[label], row["mean"]
+            axes.errorbar(*place, yerr=row["stderr"], fmt="o", capsize=3)
+            axes.annotate(label, place, xytext=side[1], ha=side[0], textcoords="offset points", fontsize=7)
         ranks = compared.get("rank_correlation")
         axes.set(
             title=title + ("" if ranks is None else f", rank correlation {ranks:.2f}"),
@@ -129,12 +127,9 @@ def curves(panels: Mapping[str, Mapping[str, Points]], ylabel: str) -> matplotli
             group = re.sub(r"_\d+$", "", name)
             label = group if axes.get_legend_handles_labels()[1].count(group) == 0 else None
             for key, xy in sorted(found.items()):
-                style = (
-                    {"linewidth": 0.4, "alpha": 0.5} if key.startswith("replica") else {"linewidth": 1, "label": label}
-                )
-                axes.plot(
-                    *zip(*xy, strict=True), color=f"C{groups.index(group)}", marker="." if len(xy) < 20 else "", **style
-                )
+                style = {"color": f"C{groups.index(group)}", "marker": "." if len(xy) < 20 else ""}
+                style |= {"linewidth": 0.4, "alpha": 0.5} if key.startswith("replica") else {"linewidth": 1}
+                axes.plot(*zip(*xy, strict=True), label=None if key.startswith("replica") else label, **style)
         axes.set(title=title, xlabel="epoch", ylabel=ylabel)
         axes.grid(alpha=0.3)
         if axes.lines:  # stages of no steps have none
