@@ -27,8 +27,7 @@ class Decoder:
 
     def build(self, encoder: Encoder) -> "PixelDecoder":
         """The module behind `encoder`, whose dtype, attention and eps it shares."""
-        sizes = (self.width, self.depth, self.num_heads, self.hidden, 3 * encoder.patch_size**2, encoder.num_prefix)
-        return PixelDecoder(*sizes, encoder.dtype, encoder.attention, encoder.layer_norm_eps)
+        return PixelDecoder(self, encoder)
 
     def check(self, where: str, encoder: Encoder) -> None:
         """Raises InputError if it cannot be built."""
@@ -47,32 +46,26 @@ class Decoder:
 class PixelDecoder(nn.Module):
     """Mask tokens put back in place, a few narrow blocks, one linear layer to pixels."""
 
-    width: int
-    depth: int
-    num_heads: int
-    hidden: int
-    patch_values: int
-    num_prefix: int
-    dtype: str
-    attention: str
-    eps: float
+    cfg: Decoder
+    encoder: Encoder
 
     @nn.compact
     def __call__(self, tokens: jax.Array, restore: jax.Array) -> jax.Array:
         """Visible tokens [B, prefix + K, D] and restore [B, L] -> pixels [B, L, P], float32."""
-        dtype, front = jnp.dtype(self.dtype), self.num_prefix
+        cfg, encoder, width = self.cfg, self.encoder, self.cfg.width
+        dtype, front, eps = jnp.dtype(encoder.dtype), encoder.num_prefix, encoder.layer_norm_eps
         b, num_patches = restore.shape
         grid = round(num_patches**0.5)
-        pos = self.param("pos_embed", lambda _: jnp.asarray(posembed.sincos(grid, self.width, front))).astype(dtype)
-        mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width)).astype(dtype)
-        x = nn.Dense(self.width, kernel_init=layers.xavier, dtype=dtype, name="embed")(tokens)
-        masks = jnp.broadcast_to(mask_token, (b, num_patches - (x.shape[1] - front), self.width))
+        pos = self.param("pos_embed", lambda _: jnp.asarray(posembed.sincos(grid, width, front))).astype(dtype)
+        mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, width)).astype(dtype)
+        x = nn.Dense(width, kernel_init=layers.xavier, dtype=dtype, name="embed")(tokens)
+        masks = jnp.broadcast_to(mask_token, (b, num_patches - (x.shape[1] - front), width))
         patches = permute(jnp.concatenate([x[:, front:], masks], axis=1), restore)
         x = jnp.concatenate([x[:, :front], patches], axis=1) + pos
-        block = layers.Block(self.num_heads, self.hidden, dtype, self.attention, eps=self.eps, parent=None)
-        x, _ = layers.run_blocks(self, [block] * self.depth, x)
-        x = layers.layer_norm(dtype, "norm", self.eps)(x[:, front:])
-        pred = nn.Dense(self.patch_values, kernel_init=layers.xavier, dtype=dtype, name="pred")(x)
+        block = layers.Block(cfg.num_heads, cfg.hidden, dtype, encoder.attention, eps=eps, parent=None)
+        x, _ = layers.run_blocks(self, [block] * cfg.depth, x)
+        x = layers.layer_norm(dtype, "norm", eps)(x[:, front:])
+        pred = nn.Dense(3 * encoder.patch_size**2, kernel_init=layers.xavier, dtype=dtype, name="pred")(x)
         return pred.astype(jnp.float32)
 
 

@@ -13,7 +13,6 @@ from jax.lax import optimization_barrier
 
 from tinymim_jax.models import attention, batch_norm, layers, posembed
 from tinymim_jax.models.contract import Encoder, EncoderOutput, Part
-from tinymim_jax.models.layers import Block, patchify
 from tinymim_jax.runtime.codec import ranged
 from tinymim_jax.runtime.errors import InputError
 
@@ -206,7 +205,7 @@ class VisionTransformer(nn.Module):
         grid = cfg.grid if cfg.relative_position else 0
         qkv_init = layers.xavier_of_three if cfg.weight_init == "moco" else None
         extras = (grid, qkv_init, cfg.num_prefix, cfg.layer_scale)
-        blocks = [Block(cfg.heads_of(i), *kinds, *extras, parent=None) for i in numbers]
+        blocks = [layers.Block(cfg.heads_of(i), *kinds, *extras, parent=None) for i in numbers]
         drop_path = [self._drop_path(i) for i in numbers] if train else None
         x, trace = layers.run_blocks(self, blocks, x, drop_path, remat=cfg.remat, capture=capture)
         if cfg.pool == "cls":
@@ -245,7 +244,7 @@ class VisionTransformer(nn.Module):
         token_init = nn.initializers.normal(1e-6) if is_moco else layers.normal
         tokens = [self.param(name, token_init, (1, 1, cfg.width)) for name in names]
         front = jnp.concatenate(tokens, axis=1).astype(images.dtype) + pos[:, :extra]
-        patches, patch_pos = patchify(images, cfg.patch_size), pos[:, extra:]
+        patches, patch_pos = layers.patchify(images, cfg.patch_size), pos[:, extra:]
         if keep is not None:
             patches = jnp.take_along_axis(patches, keep[..., None], axis=1)
             patch_pos = patch_pos[0][keep]

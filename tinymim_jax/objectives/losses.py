@@ -3,6 +3,7 @@
 import chex
 import jax
 import jax.numpy as jnp
+import optax
 
 
 def normalize_patches(patches: jax.Array) -> jax.Array:
@@ -71,6 +72,5 @@ def mse(pred: jax.Array, target: jax.Array) -> jax.Array:
 def smooth_l1(pred: jax.Array, target: jax.Array, beta: float) -> jax.Array:
     """Squared within beta of the target, linear beyond: two [B, ...] -> their means [B], float32 (TinyMIM Eq. 8)."""
     chex.assert_equal_shape([pred, target])
-    error = jnp.abs(pred.astype(jnp.float32) - target)
-    values = jnp.where(error <= beta, 0.5 * error**2 / beta, error - 0.5 * beta)
+    values = optax.huber_loss(pred.astype(jnp.float32), target, delta=beta) / beta
     return values.mean(axis=tuple(range(1, values.ndim)))

@@ -31,15 +31,20 @@ def relation_kl(teacher: Pair, student: Pair, rows: int | None = None, kernel: K
     queries are worked on at a time (None: as many as measurements advise). With `kernel` "pallas", a TPU uses
     `relation_tpu` and an Nvidia GPU `relation_gpu`, where these have the memory for it.
     """
+    rows, (tq, tk, q, k) = by_head(teacher, student, rows)
+    return _kl(rows, with_kernel(kernel, tq, q), tq, tk, q, k) / (q.shape[1] * q.shape[2])
+
+
+def by_head(teacher: Pair, student: Pair, rows: int | None) -> tuple[int, Arrays]:
+    """The rows of a block, as many as measurements advise if `rows` is None, and all four arrays [B, H, N, E]."""
     chex.assert_rank([*teacher, *student], 4)
     chex.assert_equal_shape(teacher)
     chex.assert_equal_shape(student)
     chex.assert_equal_shape([teacher[0], student[0]], dims=(0, 1, 2))
-    _, n, h, _ = student[0].shape
-    rows = min(n, rows or (n if n <= DENSE else ROWS))
+    n = student[0].shape[1]
     # Heads out front make the products plain batched matmuls.
-    tq, tk, q, k = (x.swapaxes(1, 2) for x in (*map(jax.lax.stop_gradient, teacher), *student))
-    return _kl(rows, with_kernel(kernel, tq, q), tq, tk, q, k) / (h * n)
+    arrays = tuple(x.swapaxes(1, 2) for x in (*map(jax.lax.stop_gradient, teacher), *student))
+    return min(n, rows or (n if n <= DENSE else ROWS)), arrays
 
 
 def with_kernel(kernel: Kernel, tq: jax.Array, q: jax.Array) -> Platforms:

@@ -5,11 +5,10 @@ TinyMIM's Table 7 has relations without softmax and does not say their loss: thi
 
 import functools
 
-import chex
 import jax
 import jax.numpy as jnp
 
-from tinymim_jax.objectives.relation_kl import DENSE, ROWS, Pair, blocks
+from tinymim_jax.objectives.relation_kl import Pair, blocks, by_head
 
 
 def relation_mse(teacher: Pair, student: Pair, rows: int | None = None) -> jax.Array:
@@ -19,12 +18,9 @@ def relation_mse(teacher: Pair, student: Pair, rows: int | None = None) -> jax.A
     queries are worked on at a time (None: as many as measurements of `relation_kl` advise), and again for the gradient,
     so that nothing of size [N, N] is kept.
     """
-    chex.assert_rank([*teacher, *student], 4)
-    chex.assert_equal_shape([teacher[0], student[0]], dims=(0, 1, 2))
     b, n, h, _ = student[0].shape
-    rows = min(n, rows or (n if n <= DENSE else ROWS))
-    arrays = (*map(jax.lax.stop_gradient, teacher), *student)
-    tq, tk, q, k = (x.swapaxes(1, 2).reshape(b * h, n, x.shape[-1]) for x in arrays)
+    rows, arrays = by_head(teacher, student, rows)
+    tq, tk, q, k = (x.reshape(b * h, n, x.shape[-1]) for x in arrays)
 
     @jax.checkpoint
     def block(total: jax.Array, queries: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:

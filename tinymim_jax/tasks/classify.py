@@ -100,11 +100,10 @@ class ClassifyTask(Task):
         beyond = losses.is_beyond(batch["label"], self.cfg.num_classes) & batch["is_valid"]
         metrics = {"labels_beyond_head": Mean.of(jnp.sum(beyond))}
         if self.task.teacher:
-            distilled = self._distilled(frozen, images, out.heads[1])
-            metrics["loss_labels"], metrics["loss_teacher"] = (
-                Mean.of(v, batch["is_valid"]) for v in (values, distilled)
-            )
-            values = (1 - self.task.teacher.weight) * values + self.task.teacher.weight * distilled
+            distilled, weight = self._distilled(frozen, images, out.heads[1]), self.task.teacher.weight
+            parts = {"loss_labels": values, "loss_teacher": distilled}
+            metrics |= {name: Mean.of(part, batch["is_valid"]) for name, part in parts.items()}
+            values = (1 - weight) * values + weight * distilled
         loss = Mean.of(values, batch["is_valid"])
         return loss.value(), Aux({"loss": loss, **metrics}, {**model_state, **new})
 
@@ -127,9 +126,8 @@ class ClassifyTask(Task):
 def frozen_blocks(model: Encoder, freeze: tuple[str, ...]) -> int:
     """How many blocks from the first on `freeze` leaves untrained."""
     images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.float32)
-    names = [
-        f"encoder/{key}" for key in flatten(jax.eval_shape(model.build().init, jax.random.key(0), images)["params"])
-    ]
+    params = jax.eval_shape(model.build().init, jax.random.key(0), images)["params"]
+    names = [f"encoder/{key}" for key in flatten(params)]
     trained = {model.block_of(name) for name in names if not matches(freeze, name)}
     return len(list(itertools.takewhile(lambda block: block not in trained, range(1, model.depth + 1))))
 

@@ -125,10 +125,7 @@ class DistillTask(Task):
         encoder_rng, teacher_rng, *keys = jax.random.split(rng, 2 + len(self.targets))
         own = {name: target.init(key) for (name, target), key in zip(self.targets.items(), keys, strict=True)}
         pretext = {name: params for name, params in own.items() if params}
-        params = {
-            "encoder": self.model.init(encoder_rng, images)["params"],
-            **({"pretext": pretext} if pretext else {}),
-        }
+        params = {"encoder": self.model.init(encoder_rng, images)["params"]} | ({"pretext": pretext} if pretext else {})
         return {"params": params}, {"teacher": {"encoder": self.teacher.init(teacher_rng, images)["params"]}}
 
     def _views(self, batch: Batch, jitter_rng: jax.Array | None) -> tuple[jax.Array, jax.Array]:
@@ -150,19 +147,11 @@ class DistillTask(Task):
             seen["keep"], *mask = mask_by_noise(noise, self.task.mask_ratio)
         teacher = batch.get(TEACHER_PASS)
         if teacher is None:
-            drop = {
-                "train": train and self.task.teacher_drop_path > 0,
-                "rngs": {"drop_path": jax.random.fold_in(rngs["drop_path"], TEACHER)},
-            }
+            drop_rng = jax.random.fold_in(rngs["drop_path"], TEACHER)
+            drop = {"train": train and self.task.teacher_drop_path > 0, "rngs": {"drop_path": drop_rng}}
             teacher = self._teach(frozen, clean, self.of_teacher.blocks, **seen, **drop)
-        student = self.model.apply(
-            {"params": params["encoder"]},
-            jittered,
-            capture=self.of_student.blocks,
-            **seen,
-            train=train,
-            rngs={"drop_path": rngs["drop_path"]},
-        )
+        how = {"capture": self.of_student.blocks, "train": train, "rngs": {"drop_path": rngs["drop_path"]}, **seen}
+        student = self.model.apply({"params": params["encoder"]}, jittered, **how)
         return Pass(teacher, clean, *mask), Pass(student.trace, jittered, *mask)
 
     def _teach(self, frozen: Frozen, images: jax.Array, blocks: tuple[int, ...], **options: Any) -> Trace:

@@ -138,12 +138,8 @@ class MocoTask(Task):
         done = old["step"] / max(self.context.total_steps, 1)
         momentum = 1 - 0.5 * (1 + jnp.cos(jnp.pi * done)) * (1 - self.task.momentum)
         momentum = jnp.where(old["step"] == 0, 0.0, momentum)
-        return {
-            name: jax.tree.map(
-                lambda kept, new: momentum * kept + (1 - momentum) * jax.lax.stop_gradient(new), old[name], own[name]
-            )
-            for name in own
-        }
+        old = {name: old[name] for name in own}
+        return jax.tree.map(lambda kept, new: momentum * kept + (1 - momentum) * jax.lax.stop_gradient(new), old, own)
 
     def predict(self, variables: Variables, frozen: Frozen, batch: Batch) -> Outputs:
         """Features: the class token."""

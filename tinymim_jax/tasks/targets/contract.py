@@ -57,8 +57,12 @@ class TargetLoss(abc.ABC):
 
     def check_tokens(self, where: str) -> None:
         """Raises InputError if a token of one has no counterpart in the other."""
-        if (self.teacher.num_prefix, self.teacher.grid) != (self.student.num_prefix, self.student.grid):
-            raise InputError(f"{where}: teacher and student differ in their tokens, so no token has a counterpart")
+        theirs, own = ((model.num_prefix, model.grid) for model in (self.teacher, self.student))
+        if theirs != own:
+            raise InputError(
+                f"{where}: teacher and student differ in their tokens, so no token has a counterpart: the teacher has"
+                f" {theirs[0]} in front of a grid of side {theirs[1]}, the student {own[0]} and {own[1]}"
+            )
 
     def init(self, rng: jax.Array) -> Any:
         """Its own parameters, which lie under pretext/<its name>; {} if it has none."""

@@ -75,10 +75,8 @@ class FeatureLoss(TargetLoss):
 
     def init(self, rng: jax.Array) -> Any:
         like = jnp.zeros((1, self.student.width_of(self.cfg.student_block)))
-        keys = jax.random.split(rng, len(self.cfg.tensors))
-        return {
-            name: self.projection.init(key, like)["params"] for name, key in zip(self.cfg.tensors, keys, strict=True)
-        }
+        pairs = zip(self.cfg.tensors, jax.random.split(rng, len(self.cfg.tensors)), strict=True)
+        return {name: self.projection.init(key, like)["params"] for name, key in pairs}
 
     def matched(self, params: Any, teacher: Pass, student: Pass, name: str) -> tuple[jax.Array, jax.Array]:
         """What the student's tokens become, and what they shall, [B, N, C] each."""

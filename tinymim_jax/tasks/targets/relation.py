@@ -52,28 +52,20 @@ class RelationLoss(TargetLoss):
         super().__init__(cfg, teacher, student)
         if not cfg.relations or len(set(cfg.relations)) != len(cfg.relations):
             raise InputError(f"{where}.relations {cfg.relations} must name at least one relation, each once")
-        tokens = [(model.num_prefix, model.grid) for model in (teacher, student)]
         if any(model.label_heads > 1 for model in (teacher, student)) or student.num_prefix > 1:
             raise InputError(
                 "relations are between CLS and patches; a model with a distillation token has no part in them"
             )
-        if tokens[0] != tokens[1]:
-            raise InputError(
-                f"{where}: relations are between the same tokens, and the teacher has {tokens[0][0]} in front of"
-                f" a grid of side {tokens[0][1]}, the student {tokens[1][0]} and {tokens[1][1]}"
-            )
+        self.check_tokens(where)
         self._check_heads(where)
 
     def _check_heads(self, where: str) -> None:
         if (count := self.cfg.relation_heads) is not None:
             if self.cfg.heads is not None:
                 raise InputError(f"{where}: heads splits the teacher, relation_heads both; set one of them")
-            widths = {
-                "teacher": self.teacher.width_of(self.cfg.teacher_block),
-                "student": self.student.width_of(self.cfg.student_block),
-            }
-            for who, width in widths.items():
-                if width % count:
+            sides = ("teacher", self.teacher, self.cfg.teacher_block), ("student", self.student, self.cfg.student_block)
+            for who, model, block in sides:
+                if (width := model.width_of(block)) % count:
                     raise InputError(f"{where}.relation_heads {count} does not divide {width}, the {who}'s width")
             return
         cfg, trained = self.cfg, self.teacher.heads_of(self.cfg.teacher_block)
@@ -121,7 +113,6 @@ class RelationLoss(TargetLoss):
 
     def maps(self, params: Any, teacher: Pass, student: Pass, query: int) -> dict[str, tuple[jax.Array, jax.Array]]:
         """A row of each relation, mean over heads."""
-
         front = 0 if self.cfg.cls else self.student.num_prefix
 
         def row(related: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -130,17 +121,14 @@ class RelationLoss(TargetLoss):
 
         pairs = self.pairs(teacher, student)
         how = "" if self.cfg.softmax else ", softmaxed here"
-        return {
-            f"{name.upper()}{how}": (row(of_teacher), row(of_student))
-            for name, (of_teacher, of_student) in pairs.items()
-        }
+        return {f"{name.upper()}{how}": (row(theirs), row(own)) for name, (theirs, own) in pairs.items()}
 
     def sides(self, teacher: Encoder) -> tuple[str, str]:
         cfg, trained = self.cfg, teacher.heads_of(self.cfg.teacher_block)
         read, mine = cfg.relation_heads or cfg.heads or trained, self.student.heads_of(cfg.student_block)
         heads = f"mean of {read} heads" + ("" if read == trained else f"\nsplit from {trained}")
         own = f"mean of {cfg.relation_heads or mine} heads"
-        blocks = f"block {cfg.teacher_block} of {teacher.depth}", f"block {cfg.student_block} of {self.student.depth}"
+        blocks = super().sides(teacher)
         return f"{blocks[0]}\n{heads}", f"{blocks[1]}\n{own}"
 
     def flops(self, patches: int) -> float:
