@@ -50,30 +50,20 @@ def relation(cfg: Config, name: str, rounds: int, tokens: list[str], rows: int |
     ours = functools.partial(relation_kl, rows=rows, kernel=target.kernel)
     found = {}
     for n in sizes:
-        teacher, student = _operands(stage.run.batch_size, n, heads, widths, stage.model.dtype)
+        rng, shapes = np.random.default_rng(0), [(stage.run.batch_size, n, heads, width) for width in widths]
+        teacher, student = (tuple(jnp.asarray(rng.normal(size=s), stage.model.dtype) for _ in range(2)) for s in shapes)
         platforms = with_kernel(target.kernel, teacher[0].swapaxes(1, 2), student[0].swapaxes(1, 2))
         is_ours = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend()) in platforms
         found[n] = {"kernel": "pallas" if is_ours else "xla", **_measure(ours, teacher, student, rounds)}
         beside = f"{found[n]['time_ratio']:.2f} of the plain one's" if "plain_s" in found[n] else "plain does not fit"
         print(f"{n} tokens: {found[n]['ours_s']:.4f} s, {beside}", file=sys.stderr)
-    return {
-        **heading("relation", name, stage),
-        "heads": heads,
-        "rows": rows,
-        "tokens": found,
-    }
+    return {**heading("relation", name, stage), "heads": heads, "rows": rows, "tokens": found}
 
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise InputError(f"--tokens: {text!r} is not a positive whole number; give e.g. --tokens=197,1025")
     return int(text)
-
-
-def _operands(batch: int, n: int, heads: int, widths: list[int], dtype: str) -> list[Pair]:
-    """Teacher's and student's."""
-    rng = np.random.default_rng(0)
-    return [tuple(jnp.asarray(rng.normal(size=(batch, n, heads, w)), dtype) for _ in range(2)) for w in widths]
 
 
 def _measure(ours: Callable, teacher: Pair, student: Pair, rounds: int) -> dict[str, Any]:

@@ -14,8 +14,7 @@ from tinymim_jax.bench.timing import Clock, clock_of, heading, in_turn, ratio
 from tinymim_jax.data.pipeline import stacked
 from tinymim_jax.experiment.config import Config, Stage
 from tinymim_jax.models.contract import Encoder
-from tinymim_jax.runtime import codec, hlo_stats, keys
-from tinymim_jax.runtime import sharding as mesh_lib
+from tinymim_jax.runtime import codec, hlo_stats, keys, sharding
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.training.setup import StageSetup, example_batch, make_setup, step_batch
 from tinymim_jax.training.start import source_model
@@ -122,7 +121,7 @@ def prepared(cfg: Config, name: str) -> tuple[Stage, StageSetup, jax.sharding.Me
     """Stage `name`, its setup for any data, and the mesh."""
     stage = cfg.stages[name]
     setup = make_setup(stage, name, sources_of(cfg, name), num_examples=1000 * stage.run.batch_size)
-    return stage, setup, mesh_lib.make_mesh(cfg.mesh.data, cfg.mesh.fsdp)
+    return stage, setup, sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp)
 
 
 def sources_of(cfg: Config, name: str) -> dict[str, Encoder]:
@@ -137,7 +136,7 @@ def compile_step(setup: StageSetup, mesh: jax.sharding.Mesh) -> tuple[Any, tuple
     Images are cropped already, also where the stage's data is resident.
     """
     stage: Stage = setup.stage
-    mesh_lib.check_batch(stage.run.batch_size, mesh, stage.optim.accum_steps)
+    sharding.check_batch(stage.run.batch_size, mesh, stage.optim.accum_steps)
     batch = step_batch(setup)
     draws = np.random.default_rng(0)
     for field, zero in setup.task.fields.empty(stage.data).items():
@@ -145,10 +144,10 @@ def compile_step(setup: StageSetup, mesh: jax.sharding.Mesh) -> tuple[Any, tuple
             batch[field] = draws.integers(0, 256, batch[field].shape, np.uint8)
     per_call = stage.run.steps_per_call
     axis = int(per_call > 1) + (not setup.shares_batches)
-    batch = mesh_lib.put_batch(stacked([batch] * per_call, per_call), mesh, axis=axis)
+    batch = sharding.put_batch(stacked([batch] * per_call, per_call), mesh, axis=axis)
     key = host_keys(setup, keys.INIT)
     state_shapes = jax.eval_shape(lambda: create_state(setup, key))
-    shardings = mesh_lib.state_sharding(mesh, (state_shapes, setup.frozen))
+    shardings = sharding.state_sharding(mesh, (state_shapes, setup.frozen))
     one = jax.random.key(0)
     state, frozen = jax.jit(
         lambda: (create_state(setup, key), setup.task.init(one, example_batch(setup.task, stage))[1]),

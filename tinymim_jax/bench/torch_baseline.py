@@ -126,7 +126,10 @@ class TorchStep:
         torch.manual_seed(0)
         self.torch = torch
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.is_compiled, self.dtype = variant != "eager", _dtype(torch, stage, variant, self.device)
+        self.is_compiled = variant != "eager"
+        # The released code's autocast computes in float16 on a GPU.
+        half = torch.float16 if variant == "eager" and self.device.type == "cuda" else torch.bfloat16
+        self.dtype = torch.float32 if stage.model.dtype == "float32" else half
         self.models, loss = LOSSES[stage.task.kind][0](stage, sources)
         for model in self.models:
             model.to(self.device).train(model is self.models[-1])  # a teacher drops no paths
@@ -236,10 +239,3 @@ LOSSES: dict[str, tuple[Callable, Callable[[Stage], dict[str, Any]]]] = {
     "distill": (_distill, _relation_alone),
     "classify": (_classify, lambda _: {"task.teacher": None}),
 }
-
-
-def _dtype(torch: types.ModuleType, stage: Stage, variant: str, device: Any) -> Any:
-    """The released code's autocast computes in float16 on a GPU."""
-    if stage.model.dtype == "float32":
-        return torch.float32
-    return torch.float16 if variant == "eager" and device.type == "cuda" else torch.bfloat16

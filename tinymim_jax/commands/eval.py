@@ -21,22 +21,14 @@ def main(argv: list[str]) -> None:
     values = new_flags(
         suite=(str, "all", "what to measure"),
         data=(str, "", "an ImageFolder tree to take instead: val/ (or test/) and, for probes, train/; or not split"),
-        val_fraction=(
-            float,
-            None,
-            "of a tree that is not split, the part that is measured on (default: as in training)",
-        ),
+        val_fraction=(float, None, "the part of a tree without splits that is measured on (default: as in training)"),
         on_bad_image=(("stop", "skip"), None, "skip: leave out what cannot be read (default: as in training)"),
         imagenet_a=(str, "", "the archive's folder of 200 wnids"),
         imagenet_r=(str, "", "likewise"),
         imagenet_c=(str, "", "holds <corruption>/<severity>/<wnid>/*"),
         direct=(bool, False, "corrupt the evaluation's own crops; else images are resized and stored as ImageNet-C's"),
         per_class=(int, None, "measure so many images of each class only (of stored corruptions: of each folder)"),
-        bank_per_class=(
-            int,
-            None,
-            "of each class, for kNN and logistic regression to learn from; on all it takes hours",
-        ),
+        bank_per_class=(int, None, "of each class, for kNN and logistic regression to learn from; all take hours"),
         out=(str, None, "where eval.json and eval.md go (default: CHECKPOINT/eval)"),
     )
     (folder,) = parse_positional(values, argv, ["CHECKPOINT"], USAGE)

@@ -4,8 +4,7 @@ import io
 
 import numpy as np
 
-from tinymim_jax.commands import flags
-from tinymim_jax.commands.flags import new_flags, parse_positional
+from tinymim_jax.commands.flags import FOLDER_FLAGS, new_flags, output, parse_positional
 from tinymim_jax.runtime import storage
 
 USAGE = """python -m tinymim_jax features CHECKPOINT FOLDER --out=FILE.npz|.parquet [--block=N] [--pool=cls|mean] ...
@@ -21,10 +20,10 @@ def main(argv: list[str]) -> None:
     values = new_flags(
         block=(int, None, "whose output is taken, before any norm (default: the end, or what probes read)"),
         pool=(("cls", "mean"), None, "of the first token, or the mean of the patches (default: what probes read)"),
-        **flags.FOLDER_FLAGS,
+        **FOLDER_FLAGS,
     )
     checkpoint, folder = parse_positional(values, argv, ["CHECKPOINT", "FOLDER"], USAGE)
-    out = flags.output(values.out, FORMATS)
+    out = output(values.out, FORMATS)
 
     import tinymim_jax
     from tinymim_jax.runtime.metric_log import write_whole

@@ -5,8 +5,7 @@ import sys
 
 from etils.epath import Path
 
-from tinymim_jax.commands import flags
-from tinymim_jax.commands.flags import new_flags, parse
+from tinymim_jax.commands.flags import new_flags, output, parse
 from tinymim_jax.runtime import storage
 
 USAGE = """python -m tinymim_jax plan --config=FILE[:options] [--stage=NAME] [--topology=v5e:16x16] [--json=FILE]
@@ -24,7 +23,7 @@ def main(argv: list[str]) -> None:
         json=(str, None, "the file where the numbers go as well"),
     )
     cfg = parse(values, argv, USAGE)
-    out = flags.output(values.json, [".json"], "json") if values.json else None
+    out = output(values.json, [".json"], "json") if values.json else None
     if out:
         storage.check_writable(out.parent)
 

@@ -5,8 +5,7 @@ import io
 
 from etils.epath import Path
 
-from tinymim_jax.commands import flags
-from tinymim_jax.commands.flags import new_flags, parse_positional
+from tinymim_jax.commands.flags import FOLDER_FLAGS, new_flags, output, parse_positional
 from tinymim_jax.runtime import storage
 from tinymim_jax.runtime.errors import InputError
 
@@ -24,7 +23,7 @@ USAGE = """python -m tinymim_jax predict CHECKPOINT FOLDER --out=FILE.csv|FOLDER
 
 def main(argv: list[str]) -> None:
     """Runs the command with its arguments; raises InputError on bad ones."""
-    values = new_flags(top=(int, 5, "classes of each image"), **flags.FOLDER_FLAGS)
+    values = new_flags(top=(int, 5, "classes of each image"), **FOLDER_FLAGS)
     checkpoint, folder = parse_positional(values, argv, ["CHECKPOINT", "FOLDER"], USAGE)
 
     from tinymim_jax.evals import painting
@@ -41,7 +40,7 @@ def main(argv: list[str]) -> None:
         done = painting.paint(subject, folder, out, windows, values.on_bad_image)
         print(f"wrote {out}: {done} images")
         return
-    out = flags.output(values.out, [".csv"])
+    out = output(values.out, [".csv"])
     model = TrainedModel(subject)
     storage.check_writable(out.parent)
     options = {"batch_size": values.batch_size, "on_bad_image": values.on_bad_image}

@@ -16,10 +16,7 @@ python -m tinymim_jax prepare --verify DST
        stay: a run that was stopped or killed goes on
 """
 
-SPLITS = {
-    "folder": "train,val", "pairs": "train,val", "array_record": "train,val", "tfds": "train,validation",
-    "digits": "train,test", "scenes": "train,test",
-}  # fmt: skip
+SPLITS = {"tfds": "train,validation", "digits": "train,test", "scenes": "train,test"}  # of other sources, train,val
 
 
 def main(argv: list[str]) -> None:
@@ -43,7 +40,7 @@ def main(argv: list[str]) -> None:
         print("\n".join(manifest.verify(folder)))
         return
     first = describe(str(source[0]), values.data_dir)
-    names = values.splits or SPLITS[first["source"]].split(",")
+    names = values.splits or SPLITS.get(first["source"], "train,val").split(",")
     settings = manifest.Settings(values.short_side, values.quality, values.images_per_shard)
     splits = [Data(split=name, **first) for name in names]
     prepare.prepare(splits, folder, settings, values.workers, values.on_bad_image)

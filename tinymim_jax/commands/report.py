@@ -3,7 +3,6 @@
 import json
 
 from tinymim_jax.commands.flags import new_flags, parse_positional
-from tinymim_jax.runtime import storage
 from tinymim_jax.runtime.errors import InputError
 
 USAGE = """python -m tinymim_jax report WORKDIR
@@ -15,16 +14,13 @@ USAGE = """python -m tinymim_jax report WORKDIR
 def main(argv: list[str]) -> None:
     """Runs the command with its arguments; raises InputError if the folder holds no finished run."""
     (workdir,) = parse_positional(new_flags(), argv, ["WORKDIR"], USAGE)
-    storage.check(workdir)
     if (workdir / "stage.json").is_file():
         raise InputError(f"{workdir} is the folder of a stage; give the folder above, {workdir.parent}")
     if not (workdir / "results.json").is_file():
-        why = (
-            "the run is not at its end; the same run command goes on with it"
-            if (workdir / "chain.json").is_file()
-            else "no run ended there"
-        )
-        raise InputError(f"{workdir} has no results.json: {why if workdir.is_dir() else 'there is no such folder'}")
+        why = "no run ended there" if workdir.is_dir() else "there is no such folder"
+        if (workdir / "chain.json").is_file():
+            why = "the run is not at its end; the same run command goes on with it"
+        raise InputError(f"{workdir} has no results.json: {why}")
 
     from tinymim_jax.report import figures, tables
 

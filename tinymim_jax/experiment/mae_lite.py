@@ -6,22 +6,8 @@ Sources: MAE-Lite's projects/mae_lite/{mae_lite,mae_lite_distill,mae_lite_distil
 
 import dataclasses
 
-from tinymim_jax.experiment import recipes
-from tinymim_jax.experiment.config import (
-    AttentionLogits,
-    Classify,
-    Data,
-    Decoder,
-    Distill,
-    Init,
-    Moco,
-    Optim,
-    Reconstruction,
-    Run,
-    Stage,
-    Task,
-    ViT,
-)
+from tinymim_jax.experiment import config, recipes
+from tinymim_jax.experiment.config import Data, Decoder, Init, Optim, Run, Stage, ViT
 
 DECODERS = {"tiny": Decoder(96, 1, 3), "small": Decoder(192, 1, 6)}
 TEACHER_BLOCK = 12  # of MAE-B, whose last block it is
@@ -46,7 +32,7 @@ def d_mae(size: str, teacher: Init, data: Data) -> Stage:
     """`mae`, and the attention logits of the last block match those of MAE-B's; both see the same patches."""
     stage = mae(size, data)
     last = stage.model.depth
-    stage.task = _distillation(teacher, Reconstruction(last, stage.task.decoder), last)
+    stage.task = _distillation(teacher, config.Reconstruction(last, stage.task.decoder), last)
     return stage
 
 
@@ -57,7 +43,7 @@ def d2_mae(size: str, teacher: Init, data: Data) -> Stage:
     """
     stage = mae(size, data)
     stage.model.depth += 1
-    stage.task = _distillation(teacher, Reconstruction(DECODED, stage.task.decoder), stage.model.depth)
+    stage.task = _distillation(teacher, config.Reconstruction(DECODED, stage.task.decoder), stage.model.depth)
     return stage
 
 
@@ -66,12 +52,12 @@ def moco_v3(size: str, data: Data) -> Stage:
     data = dataclasses.replace(data, crop_scale=(0.08, 1.0), interpolation="bilinear")
     optim = Optim(lr=1.5e-4, warmup_epochs=40, warmup_lr=1e-6, b2=0.999, weight_decay=0.1, decay=(".*",), no_decay=())
     model = vit(size, weight_init="moco")
-    return Stage(Moco(), model, data, optim, Run(batch_size=1024, epochs=400))
+    return Stage(config.Moco(), model, data, optim, Run(batch_size=1024, epochs=400))
 
 
-def _distillation(teacher: Init, reconstruction: Reconstruction, block: int) -> Task:
-    targets = {"reconstruction": reconstruction, "attention": AttentionLogits(TEACHER_BLOCK, block)}
-    return Distill(teacher, targets, color_jitter=0.0, mask_ratio=0.75)
+def _distillation(teacher: Init, reconstruction: config.Reconstruction, block: int) -> config.Task:
+    targets = {"reconstruction": reconstruction, "attention": config.AttentionLogits(TEACHER_BLOCK, block)}
+    return config.Distill(teacher, targets, color_jitter=0.0, mask_ratio=0.75)
 
 
 def finetune(
@@ -97,6 +83,6 @@ def finetune(
     stage.run = dataclasses.replace(stage.run, batch_size=1024, epochs=epochs)
     if improved:
         stage.model.drop_path = 0.0
-        stage.task = Classify(label_smoothing=0.0, mixup=0.2, cutmix=0.0, erasing=0.0, mix_group=128)
+        stage.task = config.Classify(label_smoothing=0.0, mixup=0.2, cutmix=0.0, erasing=0.0, mix_group=128)
         stage.data.rand_augment = "rand-m10-mstd0.5-inc1"
     return stage

@@ -9,21 +9,8 @@ import dataclasses
 import re
 from typing import Any
 
-from tinymim_jax.experiment.config import (
-    Classification,
-    Classify,
-    Data,
-    Decoder,
-    Distill,
-    Init,
-    LabelTeacher,
-    Mae,
-    Optim,
-    Relation,
-    Run,
-    Stage,
-    ViT,
-)  # fmt: skip
+from tinymim_jax.experiment import config
+from tinymim_jax.experiment.config import Data, Init, Optim, Run, Stage, ViT
 from tinymim_jax.runtime.errors import InputError
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -82,11 +69,9 @@ def imagenet(train: bool, path: str = "", **overrides: Any) -> Data:
 
     Training crops are the fast ones; those that the published numbers were made with are PIL's (fast_crop=False).
     """
-    where = (
-        {**stored(path), "split": "train" if train else "val"}
-        if path
-        else {"source": "tfds", "name": "imagenet2012", "split": "train" if train else "validation"}
-    )
+    where = {**stored(path), "split": "train" if train else "val"}
+    if not path:
+        where = {"source": "tfds", "name": "imagenet2012", "split": "train" if train else "validation"}
     size = 1_281_167 if train else 50_000
     speed = {"threads": 16, "fast_crop": True}
     return Data(**{**where, "num_examples": size, "transform": "train" if train else "eval", **speed, **overrides})
@@ -123,7 +108,7 @@ def mae(model: ViT, data: Data, *, epochs: float = 1600, warmup_epochs: float = 
     Its command has 800 epochs; the released weights have had 1600 (FINETUNE.md).
     """
     return Stage(
-        task=Mae(decoder=Decoder(512, 8, 16), mask_ratio=0.75, norm_pix_loss=True),
+        task=config.Mae(decoder=config.Decoder(512, 8, 16), mask_ratio=0.75, norm_pix_loss=True),
         model=model,
         data=data,
         optim=Optim(lr=1.5e-4, warmup_epochs=warmup_epochs, b1=0.9, b2=0.95, weight_decay=0.05),
@@ -148,9 +133,9 @@ def distill(
 
     The relations of the last block match those of the teacher's `block`, whose q, k and v are split into `heads`.
     """
-    min_lr = 0.0 if code else 1e-5
+    min_lr, relation = 0.0 if code else 1e-5, config.Relation(block, model.depth, ("qk", "vv"), heads)
     return Stage(
-        task=Distill(teacher, {"relation": Relation(block, model.depth, ("qk", "vv"), heads)}, color_jitter=0.4),
+        task=config.Distill(teacher, {"relation": relation}, color_jitter=0.4),
         model=model,
         data=data,
         optim=Optim(lr=1.5e-4, min_lr=min_lr, warmup_epochs=epochs / 20, b1=0.9, b2=0.95, weight_decay=0.05),
@@ -170,15 +155,8 @@ def target(teacher: str, student: str) -> dict[str, int | None]:
 
 def classifier(size: str, num_classes: int = 1000) -> ViT:
     """The ViT that is fine-tuned: 3, 6 or 12 heads in every block (models_vit.py), mean pooling, trained positions."""
-    return vit(
-        size,
-        posembed="trainable",
-        pool="mean",
-        num_classes=num_classes,
-        drop_path=0.2 if size == "base" else 0.1,
-        drop_path_shape="linear",
-        dtype="bfloat16",
-    )
+    drop_path = {"drop_path": 0.2 if size == "base" else 0.1, "drop_path_shape": "linear"}
+    return vit(size, posembed="trainable", pool="mean", num_classes=num_classes, dtype="bfloat16", **drop_path)
 
 
 def finetune(model: ViT, init: Init | None, train: Data, val: Data, *, code: bool = False) -> Stage:
@@ -190,24 +168,16 @@ def finetune(model: ViT, init: Init | None, train: Data, val: Data, *, code: boo
     if init is not None:
         init = dataclasses.replace(init, skip=FINETUNE_SKIP, fresh=FINETUNE_FRESH, regroup_heads=True)
     mixing = {"mixup": 0.8, "cutmix": 1.0, "mix_prob": 1.0, "switch_prob": 0.5, "mix_group": 128}
+    adam = {"b1": 0.9, "b2": 0.999 if code else 0.95, "weight_decay": 0.05}
+    rules = {"decay": (".*/kernel", ".*/dist_token"), "no_decay": (".*/bias", ".*/scale", ".*/(pos_embed|cls_token)")}
     return Stage(
-        task=Classify(label_smoothing=0.1, erasing=0.25, **mixing),
+        task=config.Classify(label_smoothing=0.1, erasing=0.25, **mixing),
         model=model,
         data=dataclasses.replace(train, crop_scale=(0.08, 1.0), rand_augment="rand-m9-mstd0.5-inc1"),
-        optim=Optim(
-            lr=6.25e-4,
-            min_lr=1e-6,
-            warmup_epochs=5,
-            b1=0.9,
-            b2=0.999 if code else 0.95,
-            weight_decay=0.05,
-            decay=(".*/kernel", ".*/dist_token"),
-            no_decay=(".*/bias", ".*/scale", ".*/(pos_embed|cls_token)"),
-            layer_decay=0.65,
-        ),
+        optim=Optim(lr=6.25e-4, min_lr=1e-6, warmup_epochs=5, layer_decay=0.65, **adam, **rules),
         run=Run(batch_size=2048, epochs=200),
         init=init,
-        evals={"val": Classification(data=val)},
+        evals={"val": config.Classification(data=val)},
     )
 
 
@@ -236,7 +206,7 @@ def tinymim_star(init: Init, teacher: Init, train: Data, val: Data) -> Stage:
     model = dataclasses.replace(classifier("tiny"), num_heads=12, dist_token=True, neck=1280)
     stage = finetune(model, init, train, val)
     stage.init.fresh = (*FINETUNE_FRESH, "encoder/(dist_token|pos_embed|neck.*)")
-    stage.task.teacher = LabelTeacher(teacher, labels="hard", weight=0.5)
+    stage.task.teacher = config.LabelTeacher(teacher, labels="hard", weight=0.5)
     stage.run.epochs = 1000
     return stage
 
@@ -261,7 +231,7 @@ def transfer(model: ViT, init: Init, train: Data, val: Data) -> Stage:
     """
     model = dataclasses.replace(model, drop_path=0.0, weight_init="deit")
     stage = finetune(model, init, train, val)
-    stage.task = Classify(label_smoothing=0.0, mixup=0.0, cutmix=0.0, erasing=0.0)
+    stage.task = config.Classify(label_smoothing=0.0, mixup=0.0, cutmix=0.0, erasing=0.0)
     stage.data.rand_augment = ""
     sgd = {"name": "sgd", "lr": 0.1, "lr_batch": None, "momentum": 0.9, "nesterov": True, "weight_decay": 0.0}
     stage.optim = dataclasses.replace(stage.optim, **sgd, warmup_epochs=10, layer_decay=0.75, clip_norm=1.0)
@@ -279,7 +249,7 @@ def linear_probe(model: ViT, init: Init, train: Data, val: Data) -> Stage:
     model = dataclasses.replace(model, pool="cls", num_classes=model.num_classes or 1000, head_norm=True, drop_path=0.0)
     stage = finetune(model, init, train, val)
     stage.init = dataclasses.replace(init, fresh=("encoder/(head|head_dist|fc_norm)/.*",), regroup_heads=True)
-    stage.task = Classify(label_smoothing=0.0, mixup=0.0, cutmix=0.0, erasing=0.0)
+    stage.task = config.Classify(label_smoothing=0.0, mixup=0.0, cutmix=0.0, erasing=0.0)
     stage.data.rand_augment = ""
     frozen = ("encoder/(block.*|norm/.*|patch_embed/.*|cls_token|dist_token|pos_embed)",)
     stage.optim = Optim(lr=0.1, warmup_epochs=10, weight_decay=0.0, freeze=frozen, name="lars")

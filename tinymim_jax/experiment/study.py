@@ -229,14 +229,10 @@ def _add(found: dict[str, Stage], preset: Preset, model: Pretrained) -> None:
 
 def compared(chosen: dict[str, dict[str, Row]]) -> dict[str, Compare]:
     """A table of ours beside each of the paper's."""
-    return {
-        f"TinyMIM, Table {number}": Compare(
-            "val/top1",
-            {
-                name: (row.model.name + ("" if row.model.how == SUPERVISED else "_finetuned"),)
-                for name, row in own.items()
-            },
-            {name: row.paper for name, row in own.items()},
-        )
-        for number, own in chosen.items()
-    }
+    found = {}
+    for number, own in chosen.items():
+        models = {name: row.model for name, row in own.items()}
+        trained = {name: (m.name + "_finetuned" * (m.how != SUPERVISED),) for name, m in models.items()}
+        papers = {name: row.paper for name, row in own.items()}
+        found[f"TinyMIM, Table {number}"] = Compare("val/top1", trained, papers)
+    return found
