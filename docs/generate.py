@@ -51,9 +51,14 @@ def fields() -> str:
     return "\n".join(parts)
 
 
+def source(cls: type) -> str:
+    """Of a dataclass, then of those that it has fields from."""
+    return "".join(inspect.getsource(one) for one in cls.__mro__ if "__dataclass_fields__" in vars(one))
+
+
 def comments(cls: type) -> dict[str, str]:
     """What stands behind each field in the source, or in the lines above it."""
-    lines = io.StringIO(inspect.getsource(cls))
+    lines = io.StringIO(source(cls))
     found, above = {}, []
     for token in tokenize.generate_tokens(lines.readline):
         is_note = token.type == tokenize.COMMENT and not token.string.startswith("# noqa")
@@ -68,7 +73,7 @@ def comments(cls: type) -> dict[str, str]:
 
 def type_of(cls: type, field: dataclasses.Field) -> str:
     """As it is written in the source."""
-    return re.search(rf"    {field.name}: (.*?)(?: = | +#|$)", inspect.getsource(cls), re.MULTILINE)[1]
+    return re.search(rf"    {field.name}: (.*?)(?: = | +#|$)", source(cls), re.MULTILINE)[1]
 
 
 def default_of(field: dataclasses.Field) -> str:

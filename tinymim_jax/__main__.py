@@ -26,6 +26,7 @@ COMMANDS = {
     "prepare": "pack a data set into shards that are fast to read",
     "bench": "measure speed, as JSON",
     "eval": "measure a finished model: accuracy, robustness, probes",
+    "analyze": "look into finished models: similarity of layers, attention, relations, spectra, neighbours",
     "features": "a folder of images -> what a model makes of each, as .npz or .parquet",
     "predict": "a folder of images -> classes and probabilities, as CSV",
     "report": "make the tables and pictures of a finished run again",

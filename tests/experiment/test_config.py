@@ -252,7 +252,14 @@ def test_the_checkpoints_that_feed_a_stage_by_field():
     assert {where: init.path for where, init in both.inits()} == {"init": "own", "task.teacher": "teacher"}
     assert both.task_inits() == {"teacher": teacher} and both.eval_inits("val") == {}
     tuned = full_config().stages["tuned"]
-    assert [where for where, _ in tuned.inits()] == ["task.teacher", "init"]  # a LabelTeacher's is named by its place
+    fields = [where for where, _ in tuned.inits()]
+    assert fields == [
+        "task.teacher",
+        "init",
+        "evals.cka.other",
+        "evals.relation.teacher",
+    ]  # a LabelTeacher's by its place
+    assert tuned.eval_inits("cka") == {"other": Init("mae")}
 
 
 def test_differences():

@@ -3,6 +3,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.conftest import tiny_distill, tiny_mae
+from tests.conftest import TEST, tiny_distill, tiny_mae
 from tests.processes import log
 from tinymim_jax.experiment import stage_file
+from tinymim_jax.experiment.config import Cka, Init, RelationAgreement
 from tinymim_jax.runtime import metric_log
 from tinymim_jax.runtime.errors import InputError, Unavailable
 from tinymim_jax.runtime.preemption import Interrupted
@@ -357,6 +359,20 @@ def test_a_state_that_is_not_finite_is_not_saved_when_a_stop_comes_during_an_eva
     assert checkpoint.steps(tmp_path / "mae") == []
 
 
+def test_analyses_read_another_stage_while_one_trains(finished, tmp_path, mesh):
+    shutil.copytree(finished / "mae", tmp_path / "mae")
+    stage = tiny_distill()
+    stage.run.eval_every, teacher = 2, Init("mae")
+    relation = RelationAgreement(data=TEST, teacher=teacher, teacher_block=2, student_block=2, images=8)
+    stage.evals = {"heads": relation, "likeness": Cka(TEST, other=teacher, images=8)}
+    ended = run_stage(stage, "distill", tmp_path, mesh)
+    measured = [line for line in log(tmp_path / "distill") if "heads/kl_qk_head6" in line]
+    assert [line["step"] for line in measured] == [2, 4]
+    assert measured[0]["heads/kl_qk"] != measured[1]["heads/kl_qk"] == ended["heads/kl_qk"]
+    with np.load(tmp_path / "distill" / "evals" / "likeness.npz") as arrays:
+        assert arrays["cka"].shape == (3, 4)
+
+
 def test_there_is_one_loop_and_one_place_that_takes_gradients():
     package = Path(loop.__file__).parent.parent
     files = [p for p in sorted(package.rglob("*.py")) if p.parent.name != "bench"]
@@ -371,7 +387,7 @@ FOUR_DEVICES = """
 import sys
 from pathlib import Path
 import jax
-from tests.conftest import tiny_distill, tiny_mae
+from tests.conftest import TEST, tiny_distill, tiny_mae
 from tinymim_jax.runtime import sharding
 from tinymim_jax.training import start
 from tinymim_jax.training.loop import run_stage

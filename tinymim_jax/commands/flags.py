@@ -118,10 +118,13 @@ def parse(values: flags.FlagValues, argv: list[str], usage: str) -> Config:
 
 
 def parse_positional(values: flags.FlagValues, argv: list[str], names: list[str], usage: str) -> list[Path]:
-    """Parses `argv` into `values` and one path for each of `names`; raises InputError, or SystemExit(0) after help."""
+    """Parses `argv` into `values` and one path for each of `names`; raises InputError, or SystemExit(0) after help.
+
+    Where the last of `names` ends in "...", there may be several of it.
+    """
     _help(values, argv, usage)
-    rest = parse_flags(values, argv)
-    if len(rest) != len(names):
+    rest, several = parse_flags(values, argv), names[-1].endswith("...")
+    if len(rest) < len(names) or (len(rest) > len(names) and not several):
         raise InputError(f"expected {' '.join(names)}, got {' '.join(rest) or 'nothing'}; see --help")
     paths = [storage.path(path) for path in rest]
     for path in paths:

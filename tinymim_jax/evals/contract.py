@@ -54,13 +54,23 @@ class Evaluator(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class Other:
+    """A checkpoint that is looked at beside what is measured, and how its pixels are normalised."""
+
+    model: Encoder
+    variables: Variables
+    mean: Sequence[float]
+    std: Sequence[float]
+
+
+@dataclasses.dataclass(frozen=True)
 class Context:
-    """What an evaluator is made for. `models` are checkpoints that its config names by `Init`: (model, variables)."""
+    """What an evaluator is made for. `others` are the checkpoints that its config names by `Init`, by field."""
 
     mesh: jax.sharding.Mesh
     predict: Predict
     model: Encoder | None = None  # of what is measured, for evaluators that look into its blocks
-    models: Mapping[str, tuple[Encoder, Variables]] = dataclasses.field(default_factory=dict)
+    others: Mapping[str, Other] = dataclasses.field(default_factory=dict)
     classes: Sequence[str] | None = None  # what the outputs of its head are called, where that is known
 
 
@@ -126,6 +136,11 @@ class Batches:
 
     def __len__(self) -> int:
         return -(-len(self.source) // self.args["batch_size"])
+
+    def image(self, index: int) -> np.ndarray:
+        """The pixels of one example, uint8 [S, S, 3]."""
+        record, name = self.source[int(index)], self.source.describe(int(index))
+        return self.args["fields"].read(record, name, self.data, np.random.default_rng(0))["image"]
 
     def __iter__(self) -> Iterator[Batch]:
         return pipeline.eval_batches(self.data, self.source, **self.args)

@@ -9,7 +9,19 @@ from collections.abc import Iterator
 from typing import Literal, Union
 
 from tinymim_jax.data.config import Data, Masks
-from tinymim_jax.evals import EVALS, Classification, Corruptions, Knn, Logistic, Segmentation
+from tinymim_jax.evals import (
+    EVALS,
+    AttentionSpan,
+    Cka,
+    Classification,
+    Corruptions,
+    Knn,
+    Logistic,
+    NearestImages,
+    RelationAgreement,
+    Segmentation,
+    Spectrum,
+)
 from tinymim_jax.models import MODELS, ViT
 from tinymim_jax.models.mae import Decoder
 from tinymim_jax.models.pyramid import Pyramid
@@ -22,10 +34,10 @@ from tinymim_jax.tasks.targets import AttentionLogits, ClassToken, Feature, Reco
 from tinymim_jax.weights.handoff import Init
 
 __all__ = [
-    "AttentionLogits", "ClassToken", "Classification", "Classify", "Compare", "Config", "Corruptions", "Data",
-    "Decoder", "Distill", "Fcn", "Feature", "Fpn", "Init", "Knn", "LabelTeacher", "Linear", "Logistic", "Mae", "Masks",
-    "Mesh", "Moco", "Optim", "Pyramid", "Reconstruction", "Relation", "Run", "Segment", "Segmentation", "Stage", "UPer",
-    "ViT",
+    "AttentionLogits", "AttentionSpan", "Cka", "ClassToken", "Classification", "Classify", "Compare", "Config",
+    "Corruptions", "Data", "Decoder", "Distill", "Fcn", "Feature", "Fpn", "Init", "Knn", "LabelTeacher", "Linear",
+    "Logistic", "Mae", "Masks", "Mesh", "Moco", "NearestImages", "Optim", "Pyramid", "Reconstruction", "Relation",
+    "RelationAgreement", "Run", "Segment", "Segmentation", "Spectrum", "Stage", "UPer", "ViT",
 ]  # fmt: skip
 
 Model, Task, Eval = (Union[tuple(kinds.values())] for kinds in (MODELS, TASKS, EVALS))  # noqa: UP007

@@ -186,6 +186,10 @@ class Encoder(abc.ABC):
         """Whether probes read the first token and not the mean patch token."""
         return False
 
+    def attention_bias(self, params: Mapping[str, Any], block: int) -> jax.Array | None:
+        """What `params` of a whole model add to the logits of a block's attention, [H, N, N]; None: nothing."""
+        return None
+
     def reads(self, name: str, block: int, part: Part = "all", norm: bool = False) -> bool:
         """Whether parameter `name` matters for that part of `block`, or for what stands behind the last, if `norm`."""
         layer = self.layer_id(name)

@@ -157,6 +157,12 @@ class ViT(Encoder):
     def is_norm(self, name: str) -> bool:
         return name.startswith("encoder/norm/")
 
+    def attention_bias(self, params: Mapping[str, Any], block: int) -> jax.Array | None:
+        if not self.relative_position:
+            return None
+        bias = layers.RelativePosition(self.grid, self.heads_of(block), self.num_prefix)
+        return bias.apply({"params": params["encoder"][f"block{block}"]["attn"]["relative_position"]})
+
     def dropping(self, rate: float, where: str) -> "ViT":
         return dataclasses.replace(self, drop_path=rate)
 
@@ -208,12 +214,14 @@ class VisionTransformer(nn.Module):
         blocks = [layers.Block(cfg.heads_of(i), *kinds, *extras, parent=None) for i in numbers]
         drop_path = [self._drop_path(i) for i in numbers] if train else None
         x, trace = layers.run_blocks(self, blocks, x, drop_path, remat=cfg.remat, capture=capture)
-        if cfg.pool == "cls":
-            norm = layers.layer_norm(dtype, "norm", cfg.layer_norm_eps)
-            x, trace = norm(x), {i: block.replace(normed=norm(block.out)) for i, block in trace.items()}
+        on_cls = cfg.pool == "cls"
+        norm = layers.layer_norm(dtype if on_cls else jnp.float32, "norm" if on_cls else "fc_norm", cfg.layer_norm_eps)
+        x = norm(x) if on_cls else x
+        if on_cls or (cfg.num_classes and not cfg.neck):
+            trace = {i: block.replace(normed=norm(block.out).astype(dtype)) for i, block in trace.items()}
         if not cfg.num_classes:
             return EncoderOutput(x, trace)
-        heads = self._heads(x, train)
+        heads = self._heads(x, norm, train)
         return EncoderOutput(x, trace, (), sum(heads) / len(heads), heads)
 
     def _check_input(self, images: jax.Array, capture: Sequence[int]) -> None:
@@ -266,7 +274,7 @@ class VisionTransformer(nn.Module):
             return self.cfg.drop_path * (block - 1) / max(self.cfg.depth - 1, 1)
         return self.cfg.drop_path if block < self.cfg.depth else 0.0
 
-    def _heads(self, x: jax.Array, train: bool) -> tuple[jax.Array, ...]:
+    def _heads(self, x: jax.Array, norm: nn.Module, train: bool) -> tuple[jax.Array, ...]:
         """[B, N, D] -> logits [B, C] of each head, float32."""
         cfg = self.cfg
         if cfg.neck:
@@ -274,8 +282,7 @@ class VisionTransformer(nn.Module):
             x = layers.gelu(nn.Dense(cfg.neck, kernel_init=layers.xavier, dtype=x.dtype, name="neck")(x))
         x = x.astype(jnp.float32)
         if cfg.pool == "mean":
-            pooled = x[:, cfg.num_prefix :].mean(axis=1)
-            pooled = layers.layer_norm(jnp.float32, "fc_norm", cfg.layer_norm_eps)(pooled)
+            pooled = norm(x[:, cfg.num_prefix :].mean(axis=1))
         else:
             pooled = x[:, 0]
         if cfg.head_norm:  # MAE's main_linprobe.py

@@ -10,7 +10,7 @@ from etils.epath import Path
 
 from tinymim_jax.bridge import convert
 from tinymim_jax.data import sources
-from tinymim_jax.evals.contract import Context
+from tinymim_jax.evals.contract import Context, Other
 from tinymim_jax.experiment import stage_file
 from tinymim_jax.experiment.config import Config, Stage
 from tinymim_jax.models.contract import Encoder
@@ -54,8 +54,9 @@ def _check_weights(init: Init, where: str, stage: Stage, to_run: list[str], work
 
 
 def _check_eval(cfg: Config, stage: Stage, name: str, workdir: Path, mesh: jax.sharding.Mesh) -> None:
-    models = {field: (source_model(cfg, init, workdir), {}) for field, init in stage.eval_inits(name).items()}
-    stage.evals[name].build(Context(mesh, _no_model, stage.model, models, start.classes_of(stage)))
+    pixels = stage.data.mean, stage.data.std
+    others = {field: Other(source_model(cfg, i, workdir), {}, *pixels) for field, i in stage.eval_inits(name).items()}
+    stage.evals[name].build(Context(mesh, _no_model, stage.model, others, start.classes_of(stage)))
 
 
 def check_data(stage: Stage, folder: Path) -> None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from etils.epath import Path
 
 from tinymim_jax.data import pipeline, sources
-from tinymim_jax.evals.contract import Context, Evaluator
+from tinymim_jax.evals.contract import Context, Evaluator, Other
 from tinymim_jax.experiment import stage_file
 from tinymim_jax.experiment.config import Config, Stage
 from tinymim_jax.models.contract import Encoder
@@ -114,13 +114,14 @@ def make_evaluators(setup: StageSetup, workdir: Path, mesh: jax.sharding.Mesh) -
     """The stage's evaluators, with the checkpoints that they name."""
     evaluators, classes = {}, classes_of(setup.stage)
     for name, cfg in setup.stage.evals.items():
-        models = {}
+        others = {}
         for field, init in setup.stage.eval_inits(name).items():
             folder = handoff.source_folder(init, workdir)
             variables = handoff.read_variables(folder)
             variables = sharding.put_tree(variables, sharding.state_sharding(mesh, variables))
-            models[field] = stage_file.read_model(folder), variables
-        evaluators[name] = cfg.build(Context(mesh, setup.task.predict, setup.stage.model, models, classes))
+            pixels = stage_file.read_preprocessing(folder)
+            others[field] = Other(stage_file.read_model(folder), variables, pixels["mean"], pixels["std"])
+        evaluators[name] = cfg.build(Context(mesh, setup.task.predict, setup.stage.model, others, classes))
     return evaluators
 
 
