@@ -55,6 +55,7 @@ ELSEWHERE = (
     "--topology=",
     "tests.profile_step",
     "tests.profile_segment",
+    "tests.profile_cka",
     "for ",
     "done",
     "source ",
