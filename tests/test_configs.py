@@ -324,6 +324,15 @@ def test_the_first_blocks_are_swept():
     assert [stage.init.keep_blocks for stage in stages.values()] == list(range(7))
 
 
+def test_the_first_blocks_of_several_are_curves_with_errors():
+    config = load("cifar10/first_blocks.py:short,init=/a\\,/b,seeds=3")
+    assert len(config.stages) == 14 and {stage.run.replicas for stage in config.stages.values()} == {3}
+    assert [stage.init.path for stage in config.stages.values()] == ["/a"] * 7 + ["/b"] * 7
+    assert [list(table.rows) for table in config.compare.values()] == [list("0123456")] * 2
+    with pytest.raises(InputError, match="seeds=many: not a number of seeds"):
+        load("cifar10/first_blocks.py:short,seeds=many")
+
+
 def test_every_small_data_set_loads():
     for name, num_classes in (("cifar10", 10), ("cifar100", 100), ("flowers", 102), ("pets", 37)):
         (stage,) = load(f"imagenet/transfer.py:data_set={name},size=small").stages.values()

@@ -143,6 +143,7 @@ class Compare:
     metric: str  # as in results.json, e.g. "test/top1"
     rows: dict[str, tuple[str, ...]]  # label -> stages
     paper: dict[str, float] = dataclasses.field(default_factory=dict)  # label -> a published value, to stand beside
+    counts: str = ""  # what the labels, then numbers, count: rows are drawn as a curve, beside others of these words
 
 
 @dataclasses.dataclass

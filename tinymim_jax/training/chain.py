@@ -113,7 +113,8 @@ def collect(cfg: Config, workdir: Path) -> dict[str, Any]:
         }
         if all(table.metric in stages.get(name, {}) for row in table.rows.values() for name in row):
             found = {label: summary(row) for label, row in rows.items()}
-            tables[title] = {"metric": table.metric, "rows": found, "paper": table.paper, **ordered(found, table.paper)}
+            said = {"metric": table.metric, "counts": table.counts, "rows": found, "paper": table.paper}
+            tables[title] = said | ordered(found, table.paper)
     return {"config": cfg.name, "stages": stages, "compare": tables}
 
 
