@@ -85,11 +85,6 @@ def _open(*values: Any) -> Source:
     return source
 
 
-def summary(source: Source) -> str:
-    """How many images, and the notes."""
-    return "; ".join([f"{len(source):,} images", *source.notes])
-
-
 def need_labels(source: Source) -> None:
     """Raises InputError if the images have no classes."""
     labels = source.labels() if isinstance(source, Labelled) else [source[0]["label"]]

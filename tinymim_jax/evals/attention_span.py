@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tinymim_jax.evals.analysis import Analysis, viewers
-from tinymim_jax.evals.contract import Batch, Context, Result, Variables
+from tinymim_jax.evals.contract import Batch, Context, Evaluator, Result, Variables
 from tinymim_jax.models.mae import mask_by_noise
 from tinymim_jax.objectives.relations import relation_logits
 from tinymim_jax.runtime.codec import ranged
@@ -33,10 +33,8 @@ class AttentionSpan(Analysis):
         return ["distance", "entropy"]
 
 
-class Spans:
+class Spans(Evaluator):
     """{"distance", "entropy"}, means over all heads; arrays: the same of each block and head, [blocks, heads]."""
-
-    others: Mapping[str, Variables] = {}
 
     def __init__(self, cfg: AttentionSpan, context: Context):
         self.cfg, self.passes = cfg, {"data": cfg.batches(context)}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tinymim_jax.evals.analysis import Analysis, variables_of, viewers
-from tinymim_jax.evals.contract import Batch, Context, Result, Variables
+from tinymim_jax.evals.contract import Batch, Context, Evaluator, Result, Variables
 from tinymim_jax.models.contract import BlockTrace
 from tinymim_jax.objectives import relations
 from tinymim_jax.objectives.relation_kl import relation_kl
@@ -39,7 +39,7 @@ class RelationAgreement(Analysis):
         return None
 
 
-class Agreement:
+class Agreement(Evaluator):
     """{"kl_<relation>", "kl_<relation>_head<h>"}; arrays: these, and maps of the first images, teacher and student."""
 
     def __init__(self, cfg: RelationAgreement, context: Context):

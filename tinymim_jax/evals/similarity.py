@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tinymim_jax.evals.analysis import Analysis, Layers, Viewer, layer_names, variables_of, viewers
-from tinymim_jax.evals.contract import Batch, Context, Result, Variables
+from tinymim_jax.evals.contract import Batch, Context, Evaluator, Result, Variables
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.weights.handoff import Init
 
@@ -32,7 +32,7 @@ class Cka(Analysis):
         return ["mean"]
 
 
-class Similarity:
+class Similarity(Evaluator):
     """{"mean"} over all pairs of layers; arrays: `cka` and its standard error over batches, [rows, columns]."""
 
     def __init__(self, cfg: Cka, context: Context):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tinymim_jax.evals.analysis import Analysis, Layers, layer_names, viewers
-from tinymim_jax.evals.contract import Batch, Context, Result, Variables
+from tinymim_jax.evals.contract import Batch, Context, Evaluator, Result, Variables
 from tinymim_jax.evals.probes import stack
 from tinymim_jax.models.contract import Pool
 from tinymim_jax.runtime.codec import ranged
@@ -31,10 +31,8 @@ class Spectrum(Analysis):
         return ["effective_rank", "norm"]
 
 
-class Spectra:
+class Spectra(Evaluator):
     """{"effective_rank", "norm"} of the last layer; arrays: of each layer, [layers]."""
-
-    others: Mapping[str, Variables] = {}
 
     def __init__(self, cfg: Spectrum, context: Context):
         self.cfg, self.passes = cfg, {"data": cfg.batches(context)}
@@ -85,10 +83,8 @@ class NearestImages(Analysis):
         return ["similarity"]
 
 
-class Nearest:
+class Nearest(Evaluator):
     """{"similarity"}, the mean cosine of what is found; arrays: `queries`, `nearest` (pixels) and `similarity`."""
-
-    others: Mapping[str, Variables] = {}
 
     def __init__(self, cfg: NearestImages, context: Context):
         self.cfg, self.predict, self.passes = cfg, context.predict, {"data": cfg.batches(context)}

@@ -223,15 +223,17 @@ def _devices(cfg: Config) -> tuple[jax.sharding.Mesh, str, dict[str, str]]:
 
 
 def _data(stage: Stage) -> tuple[list[str], bool]:
-    """A line for each set of records that the stage reads, and whether all are at hand."""
-    lines = {}
+    """A line for each set of records that the stage reads, then what is said of them; and whether all are at hand."""
+    lines, notes = {}, {}
     for data in stage.data_sets():
         what = f"data: {data.source} {data.path or data.name}".rstrip() + f", split {data.split}"
         try:
-            lines[f"{what}: {sources.summary(sources.open_source(data))}"] = True
+            source = sources.open_source(data)
+            lines[f"{what}: {len(source):,} images"] = True
+            notes |= dict.fromkeys(f"note: {note}" for note in source.notes)
         except InputError:
             lines[f"{what}: not at hand, the end says why"] = False
-    return list(lines), all(lines.values())
+    return [*lines, *notes], all(lines.values())
 
 
 def _evals(stage: Stage) -> list[str]:
