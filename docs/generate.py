@@ -1,4 +1,4 @@
-"""Writes docs/reference/ from the code: python docs/generate.py."""
+"""Writes docs/reference/ from the code and the tables of docs/BENCHMARKS.md from files: python docs/generate.py."""
 
 import contextlib
 import dataclasses
@@ -10,15 +10,20 @@ import tokenize
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from tinymim_jax.__main__ import COMMANDS
+from tinymim_jax.bench import table
 from tinymim_jax.evals import EVALS
 from tinymim_jax.experiment import config
 from tinymim_jax.models import MODELS
 from tinymim_jax.tasks import TASKS
 from tinymim_jax.tasks.targets import TARGETS
 
-FOLDER = Path(__file__).parent / "reference"
+DOCS = Path(__file__).parent
+FOLDER = DOCS / "reference"
 MADE = "<!-- Made by docs/generate.py from the code. -->\n"
+MEASURED = re.compile(r"(<!-- bench table (\S+) -->\n).*?(<!-- end of it -->)", re.DOTALL)
 
 
 def commands() -> str:
@@ -86,7 +91,19 @@ def default_of(field: dataclasses.Field) -> str:
     return ", ".join([shown, *(f"{signs[name]} {limit:g}" for name, limit in field.metadata.get("bounds", {}).items())])
 
 
+def benchmarks(page: str, root: Path = DOCS.parent) -> str:
+    """`page` with what `bench table` prints of each folder of measurements that it names; without that, as it is."""
+
+    def fill(match: re.Match) -> str:
+        folder = root / match[2]
+        return f"{match[1]}\n{table.table(epath.Path(folder))}\n\n{match[3]}" if folder.exists() else match[0]
+
+    return MEASURED.sub(fill, page)
+
+
 def main() -> None:
+    page = DOCS / "BENCHMARKS.md"
+    page.write_text(benchmarks(page.read_text()))
     FOLDER.mkdir(exist_ok=True)
     (FOLDER / "commands.md").write_text(commands())
     (FOLDER / "config.md").write_text(fields())

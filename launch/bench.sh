@@ -8,16 +8,26 @@
 #   READY=1 bash launch/bench.sh results            # with the python on PATH as it is; nothing is installed
 #   bash launch/bench.sh --quick results            # within BUDGET seconds (default: 600) what tells most, and a table
 #   CONFIG=configs/digits/chain.py BATCHES="8 16" bash launch/bench.sh --quick results    # rehearsed with small models, on a CPU too
+#   EXTRAS=torch bash launch/bench.sh --cpu docs/benchmarks/NAME     # without an accelerator: what docs/BENCHMARKS.md has
 #
 # One JSON file a measurement, what tells most first; what is there already is not measured again, so that a machine taken away
 # loses little. A measurement may take LIMIT seconds (default: 600). STAGES chooses the stages of configs/imagenet/chain.py,
 # BATCHES the batches (default: 128 256 64). The whole set takes hours, one stage at one batch some minutes. One GPU is used:
 # the first, or that of CUDA_VISIBLE_DEVICES. What could not be measured is named, and the exit status is then 1.
-quick=
-if [[ ${1:-} == --quick ]]; then
-  quick=1
-  shift
-fi
+#
+# --cpu measures in float32, three rounds unless told otherwise; STAGES are pairs such as distill_b:8 (a stage and its batch),
+# DATA is an ImageFolder tree for the loader (without it, that is left out; it stands in the files as it is written here),
+# STUDY, TOKENS and SEGMENT choose smaller things to rehearse with, LIMIT is 1800. python docs/generate.py then puts the tables
+# of docs/benchmarks/NAME where docs/BENCHMARKS.md names that folder.
+quick='' cpu=''
+case ${1:-} in
+  --quick) quick=1 && shift ;;
+  --cpu)
+    cpu=1 && shift
+    export JAX_PLATFORMS=cpu CUDA_VISIBLE_DEVICES=''
+    unset JAX_COMPILATION_CACHE_DIR  # the time to the first step is measured, too
+    ;;
+esac
 if [[ $# == 0 || $1 == -* || (-e $1 && ! -d $1) ]]; then
   echo "error: name a folder for the results first: bash launch/bench.sh results [--rounds=N]" >&2
   exit 2
@@ -30,16 +40,16 @@ if [[ -n ${READY:-} ]]; then
 else
   source "$(dirname "$0")/env.sh"
 fi
-export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-${TMPDIR:-/tmp}/tinymim_jax_bench}
-export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
+[[ -n $cpu ]] || export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-${TMPDIR:-/tmp}/tinymim_jax_bench}
+export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0}
 backend=$(python -c 'import jax; print(jax.default_backend())') || backend=cpu
-if [[ $backend == cpu && -z ${CONFIG:-} ]]; then
-  echo "error: jax sees no accelerator here; install it with EXTRAS=cuda or EXTRAS=tpu, or unset JAX_PLATFORMS" >&2
+if [[ $backend == cpu && -z ${CONFIG:-}$cpu ]]; then
+  echo "error: jax sees no accelerator here; install it with EXTRAS=cuda or EXTRAS=tpu, unset JAX_PLATFORMS, or say --cpu" >&2
   exit 2
 fi
 mkdir -p "$out"
 vs=()
-python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null && vs=(--vs=torch)
+python -c 'import sys, torch; sys.exit(not (sys.argv[1:] or torch.cuda.is_available()))' ${cpu:+1} 2> /dev/null && vs=(--vs=torch)
 fused=xla
 [[ $backend == gpu ]] && fused=cudnn
 config=${CONFIG:-configs/imagenet/chain.py}
@@ -47,10 +57,11 @@ read -ra stages <<< "${STAGES:-distill_b distill_t mae_l finetune_b distill_s fi
 read -ra batches <<< "${BATCHES:-128 256 64}"
 
 status=0
+limit=${LIMIT:-$((cpu ? 1800 : 600))}
 begin=$(date +%s)
-measure() {  # NAME, then the arguments of bench
-  local file=$out/$1.json failed=0 limit=${LIMIT:-600} left
-  shift
+measure() {  # NAME, then the arguments of bench, or a module of tests and its own
+  local file=$out/$1.json call=(tinymim_jax bench "${@:2}") failed=0 limit=$limit left
+  [[ $2 != tests.* ]] || call=("${@:2}")
   [[ -s $file ]] && return
   if [[ -n $quick ]]; then
     left=$((begin + ${BUDGET:-600} - $(date +%s)))
@@ -62,7 +73,7 @@ measure() {  # NAME, then the arguments of bench
     limit=$((left < limit ? left : limit))
   fi
   echo "$file"
-  timeout "$limit" python -m tinymim_jax bench "$@" > "$file.partial" || failed=$?
+  timeout "$limit" python -m "${call[@]}" > "$file.partial" || failed=$?
   if ((failed == 0)); then
     mv "$file.partial" "$file"
     return
@@ -114,6 +125,42 @@ if [[ -n $quick ]]; then
   for kernel in xla pallas; do
     measure "relation-$kernel" relation "--config=$config" --stage=distill_b --batch_size=4 --tokens=197,1025 \
       "--config.stages.distill_b.task.targets.relation.kernel=$kernel" "$@"
+  done
+  python -m tinymim_jax bench table "$out"
+  exit $status
+fi
+
+if [[ -n $cpu ]]; then
+  set -- --rounds=3 "$@"
+  study=${STUDY:-configs/imagenet/study.py:table}
+  float32() {  # STAGE
+    echo "--config.stages.$1.model.dtype=float32"
+  }
+  read -ra pairs <<< "${STAGES:-distill_b:8 distill_s:8 distill_t:32 mae_l:8 finetune_b:8 finetune_s:16 finetune_t:32}"
+  for pair in "${pairs[@]}"; do
+    step "${pair/:/-}" "${pair%:*}" "${pair#*:}" xla "$(float32 "${pair%:*}")" "$@"
+  done
+  vs=()
+  if [[ ! -s $out/step-distill_b-8-cached.json ]]; then  # its programs are compiled, and kept, by one that is not noted
+    cache=$(mktemp -d)
+    export JAX_COMPILATION_CACHE_DIR=$cache
+    out=$cache step distill_b-8 distill_b 8 xla "$(float32 distill_b)" "$@"
+    step distill_b-8-cached distill_b 8 xla "$(float32 distill_b)" "$@"
+    unset JAX_COMPILATION_CACHE_DIR
+    rm -r "$cache"
+  fi
+  measure step-digits-distill_t step --config=configs/digits/chain.py --stage=distill_t "$@" --rounds=20
+  for stage in relation_b relation_masked_b; do
+    measure "step-$stage-8" step "--config=$study=12" "--stage=$stage" --batch_size=8 "$(float32 "$stage")" "$@"
+  done
+  measure beside-relation_b-8 beside "--config=$study=7" --stage=relation_b --batch_size=8 "$(float32 relation_b)" "$@"
+  measure relation-distill_b-2 relation "--config=$config" --stage=distill_b --batch_size=2 \
+    "--tokens=${TOKENS:-197,1025,4097}" "$(float32 distill_b)" "$@"
+  read -ra small <<< "${SEGMENT:-}"
+  measure segment-base-2 tests.profile_segment "${small[@]}" "$@"
+  for stage in ${DATA:+finetune_t mae_l}; do
+    measure "loader-$stage" loader "--config=configs/imagenet/$stage.py:data=$DATA" "--stage=$stage" \
+      "--config.stages.$stage.data.num_examples=none" "$@"
   done
   python -m tinymim_jax bench table "$out"
   exit $status

@@ -71,7 +71,8 @@ def main(argv: list[str]) -> None:
     how = values.size, values.pixels, values.batch_size
     found = in_turn({"step_s": ours(*how), "torch_step_s": theirs(*how)}, values.rounds)
     medians = {name: statistics.median(seconds) for name, seconds in found.items()}
-    print(json.dumps({**conditions(), **medians, "ratio": ratio(found["torch_step_s"], found["step_s"])}, indent=2))
+    about = {"benchmark": "segment", **conditions(), **dict(zip(("size", "pixels", "batch_size"), how, strict=True))}
+    print(json.dumps({**about, **medians, "ratio": ratio(found["torch_step_s"], found["step_s"])}, indent=2))
 
 
 if __name__ == "__main__":

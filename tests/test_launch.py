@@ -1,5 +1,6 @@
 """The launch scripts, as far as a machine without a scheduler can tell."""
 
+import json
 import os
 import re
 import shutil
@@ -323,6 +324,40 @@ def test_the_quick_benchmarks_rehearsed(tmp_path):
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("| ")]
     assert len(lines) == 2 + 6 + 2 + 4 and "| step-distill_b-8-pallas | 8 |" in done.stdout
+
+
+def test_the_benchmarks_of_a_cpu(tmp_path):
+    """What BENCHMARKS.md claims of one: each once, with PyTorch in turn where it has the step."""
+    programs, out, calls = fake_python(tmp_path / "bin"), tmp_path / "out", tmp_path / "calls"
+    own = {"READY": "1", "CALLS": str(calls), "BACKEND": "cpu", "STAGES": "mae_l:8 distill_b:4", "DATA": "images"}
+    env = {**os.environ, **own, "PATH": f"{programs}:{os.environ['PATH']}"}
+    subprocess.run(["bash", LAUNCH / "bench.sh", "--cpu", out, "--rounds=1"], env=env, check=True, capture_output=True)
+    steps = ["mae_l-8", "distill_b-4", "distill_b-8-cached", "digits-distill_t", "relation_b-8", "relation_masked_b-8"]
+    others = ["beside-relation_b-8", "relation-distill_b-2", "segment-base-2", "loader-finetune_t", "loader-mae_l"]
+    assert {path.stem for path in out.iterdir()} == {*(f"step-{name}" for name in steps), *others}
+    lines = calls.read_text().splitlines()
+    assert len(lines) == 13 and lines[-1] == f"-m tinymim_jax bench table {out}"
+    assert lines[2] == lines[3] and sum("--vs=torch" in line for line in lines) == 2  # fills the cache, reads it
+    assert sum(line.startswith("-m tests.profile_segment --rounds") for line in lines) == 1
+    assert all("dtype=float32" in line for line in lines if "imagenet" in line and "loader" not in line)
+    subprocess.run(["bash", LAUNCH / "bench.sh", "--cpu", out], env=env, check=True, capture_output=True)
+    assert calls.read_text().splitlines()[13:] == lines[-1:]
+
+
+@pytest.mark.slow
+def test_the_benchmarks_of_a_cpu_rehearsed(tmp_path):
+    own = {"READY": "1", "CONFIG": "configs/digits/chain.py", "STAGES": "distill_t:8 mae_l:4", "TOKENS": "17"}
+    own |= {"STUDY": "configs/cifar10/study.py:short,table", "SEGMENT": "--size=tiny --pixels=64"}
+    env = {**os.environ, **own, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = ["bash", LAUNCH / "bench.sh", "--cpu", tmp_path / "out", "--rounds=1"]
+    done = subprocess.run(command, env=env, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len([line for line in done.stdout.splitlines() if line.startswith("| ")]) == 4 * 2 + 6 + 3
+    first, cached = (
+        json.loads((tmp_path / "out" / f"step-{name}.json").read_text()) for name in ("mae_l-4", "distill_b-8-cached")
+    )
+    assert first["torch_eager"]["ratio"] > 0 and first["command"].startswith("python -m tinymim_jax bench step ")
+    assert 0 < cached["first_step_s"] < 60
 
 
 def test_benchmarks_of_a_small_model_on_a_tpu(tmp_path):

@@ -1,4 +1,5 @@
 import json
+import sys
 
 import jax
 import pytest
@@ -21,7 +22,8 @@ def test_step_prints_one_json_object(capsys, monkeypatch):
     assert result["model_flops_share"] == pytest.approx(
         result["model_flops"] / result["step_s"] / result["matmul_flops_per_s"]
     )
-    assert result["memory_bytes_per_s"] > 1e7
+    assert result["memory_bytes_per_s"] > 1e7 and result["first_step_s"] > result["step_s"]
+    assert result["command"].startswith("python ") and sys.executable not in result["command"]
     assert result["floor_s"] >= result["model_flops"] / result["matmul_flops_per_s"]
     assert result["floor_share"] == pytest.approx(result["floor_s"] / result["step_s"])
     assert result["jax"] == jax.__version__ and result["environment"]["MALLOC_ARENA_MAX"] == "8"

@@ -2,6 +2,7 @@
 
 import functools
 import statistics
+import time
 from typing import Any
 
 import jax
@@ -29,13 +30,15 @@ def step(cfg: Config, name: str, rounds: int, vs: str | None = None) -> dict[str
     """Times the step of stage `name` and, in turn, the device's matmul peak and, with `vs` "torch", PyTorch's steps.
 
     Returns:
-      images_per_s and step_s (medians), model_flops (counted by hand, a step) and xla_flops (what the compiler
+      images_per_s and step_s (medians), first_step_s (from nothing to the end of the first, of which compiling what
+      JAX's cache has not is most), model_flops (counted by hand, a step) and xla_flops (what the compiler
       counts), matmul_flops_per_s (measured, same dtype), model_flops_share of it, memory_bytes_per_s (measured, as a
       large array is read and written), floor_s, what the two allow at best (model_flops at that peak, or the state read
       and written once, frozen networks and images read), floor_share of step_s, peak_memory_bytes. With `vs`,
       torch_matmul_flops_per_s, and for each of `torch_baseline.VARIANTS` its images_per_s and ratio, ours over theirs:
       the median over rounds.
     """
+    begin = time.perf_counter()
     stage, setup, mesh = prepared(cfg, name)
     if vs:
         torch_baseline.check(name, stage, jax.default_backend(), mesh.size)
@@ -43,6 +46,7 @@ def step(cfg: Config, name: str, rounds: int, vs: str | None = None) -> dict[str
     clock = step_clock(compiled, arguments, stage.run.steps_per_call)
     moved = least_bytes(*arguments[:3], stage.run.steps_per_call)
     clock()
+    first = time.perf_counter() - begin
     memory = peak_memory(compiled)  # before anything else takes some
     peaks = _peaks(stage.model.dtype, vs)
     others = torch_baseline.steps(stage, sources_of(cfg, name)) if vs else {}
@@ -66,6 +70,7 @@ def step(cfg: Config, name: str, rounds: int, vs: str | None = None) -> dict[str
         "devices": mesh.size,
         "images_per_s": stage.run.batch_size / seconds,
         "step_s": seconds,
+        "first_step_s": first,
         "model_flops": model_flops,
         "xla_flops": hlo_stats.all_flops(compiled) * mesh.size / stage.run.steps_per_call,
         **measured,

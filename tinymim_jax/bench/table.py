@@ -8,26 +8,80 @@ from etils.epath import Path
 from tinymim_jax.runtime import markdown, storage
 from tinymim_jax.runtime.errors import InputError
 
-STEPS = "step", "images", "images/s", "ms", "share of the floor", "eager", "compiled", "graphs", "GB at the peak"
-RATIOS = "time_ratio", "bytes_ratio"
-RELATIONS = "relation loss", "tokens", "kernel", "ms", "of the plain one's time", "of its bytes"
+# By benchmark, and by column: where in its JSON the value stands, a factor and a format.
+COLUMNS: dict[str, dict[str, tuple[str, float, str]]] = {
+    "step": {
+        "images": ("batch_size", 1, ".0f"),
+        "images/s": ("images_per_s", 1, ".1f"),
+        "ms": ("step_s", 1e3, ".2f"),
+        "share of the floor": ("floor_share", 1, ".2f"),
+        **{name: (f"torch_{name}.ratio", 1, ".2f") for name in ("eager", "compiled", "graphs")},
+        "GB at the peak": ("peak_memory_bytes", 1e-9, ".2f"),
+        "s to the first": ("first_step_s", 1, ".1f"),
+    },
+    "beside": {
+        "students": ("students", 1, ".0f"),
+        "ms one by one": ("alone_s", 1e3, ".2f"),
+        "side by side": ("together_s", 1e3, ".2f"),
+        "ratio": ("ratio", 1, ".2f"),
+        "by the operations": ("flops_ratio", 1, ".2f"),
+        "GB of one": ("alone_bytes", 1e-9, ".2f"),
+        "of all": ("together_bytes", 1e-9, ".2f"),
+    },
+    "segment": {
+        "images": ("batch_size", 1, ".0f"),
+        "ms": ("step_s", 1e3, ".2f"),
+        "transformers' ms": ("torch_step_s", 1e3, ".2f"),
+        "eager": ("ratio", 1, ".2f"),
+    },
+    "relation": {
+        "tokens": ("tokens", 1, ".0f"),
+        "kernel": ("kernel", 1, ""),
+        "ms": ("ours_s", 1e3, ".3f"),
+        "of the plain one's time": ("time_ratio", 1, ".2f"),
+        "of its bytes": ("bytes_ratio", 1, ".3f"),
+    },
+    "loader": {
+        "images/s a core, decoding": ("decode_images_per_s", 1, ".0f"),
+        "PIL": ("pil_images_per_s", 1, ".0f"),
+        "here": ("transform_images_per_s", 1, ".0f"),
+        "with RandAugment": ("rand_augment_images_per_s", 1, ".0f"),
+        "over PIL's": ("of_pil", 1, ".2f"),
+        "of decoding": ("of_decode", 1, ".2f"),
+        "images/s of all cores": ("all_cores.0.transform_images_per_s", 1, ".0f"),
+    },
+}
 
 
 def table(folder: Path) -> str:
-    """Markdown of what `bench step` and `bench relation` have printed into `folder`/*.json, the oldest first.
+    """Markdown of what `bench` has printed into `folder`/*.json, a table for each benchmark, the oldest first.
 
     Raises InputError if there is nothing.
     """
-    files = sorted(storage.children(folder, "*.json"), key=lambda file: file.stat().mtime)
-    found = [(file.stem, _read(file)) for file in files]
-    steps = [_step(name, one) for name, one in found if one.get("benchmark") == "step"]
-    relations = [row for name, one in found if one.get("benchmark") == "relation" for row in _relation(name, one)]
-    if not steps and not relations:
+    found = sorted(((_read(file), file.stem) for file in storage.children(folder, "*.json")), key=_age)
+    parts = []
+    for kind, columns in COLUMNS.items():
+        mine = [(row, name) for one, name in found if one.get("benchmark") == kind for row in _rows(one)]
+        lines = [[name, *(_cell(row, *column) for column in columns.values())] for row, name in mine]
+        parts += [markdown.table([kind, *columns], lines)] if lines else []
+    if not parts:
         raise InputError(f"{folder} has no measurement; name the folder that launch/bench.sh wrote into")
-    devices = ", ".join(dict.fromkeys(one["device"] for _, one in found if "device" in one))
-    parts = [markdown.table(head, rows) for head, rows in ((STEPS, steps), (RELATIONS, relations)) if rows]
     note = "eager, compiled and graphs are PyTorch's: our images/s over theirs, the median over rounds."
-    return "\n\n".join([f"{devices}; {note}", *parts])
+    return "\n\n".join([f"{_conditions([one for one, _ in found])}; {note}", *parts])
+
+
+def _age(item: tuple[dict[str, Any], str]) -> tuple[str, str]:
+    return item[0].get("time", ""), item[1]  # a file's own time is that of the checkout
+
+
+def _conditions(found: list[dict[str, Any]]) -> str:
+    """What the measurements do not differ in, or each of the values, the first to the last."""
+    said = {"device": "", "python": "Python ", "jax": "jax ", "torch": "PyTorch "}
+    lines = [{"torch": one.get("torch_eager", {}).get("torch"), **one} for one in found]
+    lists = [[word + one[key] for one in lines if one.get(key)] for key, word in said.items()]
+    days = sorted({one["time"][:10] for one in found if "time" in one})
+    values = [value for values in lists for value in dict.fromkeys(values)]
+    return ", ".join([*values, " to ".join(dict.fromkeys([*days[:1], *days[-1:]]))]).removesuffix(", ")
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -40,16 +94,14 @@ def _read(file: Path) -> dict[str, Any]:
     return one
 
 
-def _step(name: str, one: dict[str, Any]) -> list[str]:
-    ratios = [f"{one[f'torch_{v}']['ratio']:.2f}" if f"torch_{v}" in one else "" for v in STEPS[5:8]]
-    share = f"{one['floor_share']:.2f}" if "floor_share" in one else ""  # version 0.2 has none
-    memory = f"{one['peak_memory_bytes'] / 1e9:.2f}"
-    speed = f"{one['images_per_s']:.1f}", f"{1e3 * one['step_s']:.2f}"
-    return [name, str(one["batch_size"]), *speed, share, *ratios, memory]
+def _rows(one: dict[str, Any]) -> list[dict[str, Any]]:
+    """A measurement of several numbers of tokens is a row for each."""
+    tokens = one.get("tokens")
+    return [{"tokens": int(n), **of} for n, of in tokens.items()] if isinstance(tokens, dict) else [one]
 
 
-def _relation(name: str, one: dict[str, Any]) -> list[list[str]]:
-    return [
-        [name, tokens, of["kernel"], f"{1e3 * of['ours_s']:.3f}", *(f"{of[k]:.2f}" if k in of else "" for k in RATIOS)]
-        for tokens, of in one["tokens"].items()
-    ]
+def _cell(row: Any, path: str, factor: float, form: str) -> str:
+    """ "" for what an older version, or another machine, did not measure."""
+    for key in path.split("."):
+        row = (row[int(key)] if isinstance(row, list) else row.get(key)) if row else None
+    return "" if row is None else format(row * factor, form)

@@ -4,6 +4,7 @@ import datetime
 import os
 import platform
 import re
+import shlex
 import statistics
 import sys
 import time
@@ -70,11 +71,12 @@ def conditions() -> dict[str, Any]:
 
 
 def software(*packages: str) -> dict[str, str]:
-    """The time, and versions of Python and of those packages that are installed."""
+    """The command that runs, the time, and versions of Python and of those packages that are installed."""
     installed = {d.name.lower(): d.version for d in distributions() if d.name}
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes")
     found = {name: installed[name] for name in packages if name in installed}
-    return {"time": now, "python": platform.python_version(), **found}
+    command = shlex.join(["python", *sys.orig_argv[1:]])
+    return {"command": command, "time": now, "python": platform.python_version(), **found}
 
 
 def processor() -> str:

@@ -15,7 +15,7 @@ python -m tinymim_jax bench table FOLDER
   augment   times it with and without mixup, cutmix and random erasing, which the device does
   loader    times reading, decoding and augmenting; needs the stage's data
   relation  times the relation loss, ours and the plain one, and counts its memory
-  table     what step and relation have printed into FOLDER/*.json, as Markdown
+  table     what these but augment have printed into FOLDER/*.json, as Markdown
 """
 
 VERBS = ("step", "beside", "augment", "loader", "relation")
