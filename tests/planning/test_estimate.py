@@ -1,7 +1,9 @@
+import contextlib
 import importlib.util
 import json
 import subprocess
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -34,6 +36,40 @@ def test_a_chain_on_the_devices_at_hand(cfg, tmp_path):
     assert [line.split(" | ")[0] for line in lines[2:-2]] == ["| mae", "| distill", "| finetune"]
     assert lines[-1].startswith("no bounds: the limits of cpu are not known") and "(0.0" not in "".join(lines)
     assert json.loads(json.dumps(report)) == report
+
+
+def test_two_stages_are_compiled_at_once_and_told_in_order(cfg, tmp_path, monkeypatch, capsys):
+    """The second is done before the first; a third begins then."""
+    both, second = threading.Barrier(2, timeout=60), threading.Event()
+
+    def forecast(plan, mesh):
+        if plan.name != "finetune":
+            both.wait()
+            assert plan.name == "distill" or second.wait(60)
+        second.set()
+        return {"fits": True, "name": plan.name}
+
+    monkeypatch.setattr(estimate, "forecast", forecast)
+    found = estimate.run(cfg, None, "", tmp_path)["stages"]
+    assert [(name, f["name"]) for name, f in found.items()] == [(name, name) for name in ("mae", "distill", "finetune")]
+    said = [line.split(":")[0] for line in capsys.readouterr().err.splitlines() if "compiling for" in line]
+    assert said == ["mae", "distill", "finetune"]
+
+
+def test_one_program_is_traced_at_a_time(cfg, tmp_path, monkeypatch):
+    for_other_devices, inside, most = estimate.layers.for_other_devices, [], []
+
+    @contextlib.contextmanager
+    def noted():
+        inside.append(1)
+        most.append(len(inside))
+        with for_other_devices():
+            yield
+        inside.pop()
+
+    monkeypatch.setattr(estimate.layers, "for_other_devices", noted)
+    estimate.run(cfg, None, "", tmp_path)
+    assert most == [1, 1, 1] and not estimate.layers._is_for_others
 
 
 def test_small_numbers_are_not_shown_as_0():

@@ -5,7 +5,9 @@ import dataclasses
 import os
 import re
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -23,6 +25,10 @@ from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.runtime.progress_bar import bar
 from tinymim_jax.training.setup import StageSetup, make_setup, step_batch
 from tinymim_jax.training.step import create_state, host_keys, jit_step, train_step
+
+# Half of a compilation is done by one thread, the rest by one on each core; each takes some GB.
+AT_ONCE = 2
+TRACING = threading.Lock()  # `layers.for_other_devices` is for all threads
 
 TOPOLOGY = re.compile(r"(v\d+[ep]?):([1-9]\d*(?:x[1-9]\d*)*)")  # libtpu divides by the numbers
 
@@ -125,8 +131,9 @@ def compile_for(setup: StageSetup, mesh: jax.sharding.Mesh) -> Any:
         trees,
         jax.tree.broadcast(places, trees),
     )
-    with layers.for_other_devices():
-        return jit_step(train_step(setup), mesh, shardings).lower(*arguments).compile()
+    with TRACING, layers.for_other_devices():
+        lowered = jit_step(train_step(setup), mesh, shardings).lower(*arguments)
+    return lowered.compile()
 
 
 def forecast(plan: StageSetup, mesh: jax.sharding.Mesh) -> dict[str, Any]:
@@ -255,15 +262,23 @@ def run(cfg: Config, only: str | None, topology: str, workdir: Path) -> dict[str
     devices = devices_of(topology)
     mesh = mesh_lib.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, devices)
     names, stages = [only] if only else list(cfg.stages), {}
-    with bar("plan", len(names), "stage", first="compiling", leave=False) as shown:
-        for name in names:
-            shown.write(f"{name}: compiling for {len(devices)} devices ...", file=sys.stderr)
-            try:
-                ((_, plan),) = plans(cfg, workdir, name)
-                stages[name] = forecast(plan, mesh)
-                if not stages[name].get("fits", True):
-                    stages[name]["advice"] = advise(cfg, name, workdir, devices)
-            except InputError as error:
-                raise InputError(f"stage {name}: {error}") from None
-            shown.update()
+
+    def one(name: str) -> dict[str, Any]:
+        try:
+            ((_, plan),) = plans(cfg, workdir, name)
+            found = forecast(plan, mesh)
+            return found if found.get("fits", True) else found | {"advice": advise(cfg, name, workdir, devices)}
+        except InputError as error:
+            raise InputError(f"stage {name}: {error}") from None
+
+    pool = ThreadPoolExecutor(AT_ONCE)
+    waiting = {name: pool.submit(one, name) for name in names}
+    try:
+        with bar("plan", len(names), "stage", first="compiling", leave=False) as shown:
+            for name, found in waiting.items():
+                shown.write(f"{name}: compiling for {len(devices)} devices ...", file=sys.stderr)
+                stages[name] = found.result()
+                shown.update()
+    finally:
+        pool.shutdown(cancel_futures=True)  # what is being compiled cannot be stopped
     return {"config": cfg.name, "topology": topology, "device": devices[0].device_kind, "stages": stages}
