@@ -30,13 +30,12 @@ def step(cfg: Config, name: str, rounds: int, vs: str | None = None) -> dict[str
     """Times the step of stage `name` and, in turn, the device's matmul peak and, with `vs` "torch", PyTorch's steps.
 
     Returns:
-      images_per_s and step_s (medians), first_step_s (from nothing to the end of the first, of which compiling what
-      JAX's cache has not is most), model_flops (counted by hand, a step) and xla_flops (what the compiler
-      counts), matmul_flops_per_s (measured, same dtype), model_flops_share of it, memory_bytes_per_s (measured, as a
-      large array is read and written), floor_s, what the two allow at best (model_flops at that peak, or the state read
-      and written once, frozen networks and images read), floor_share of step_s, peak_memory_bytes. With `vs`,
-      torch_matmul_flops_per_s, and for each of `torch_baseline.VARIANTS` its images_per_s and ratio, ours over theirs:
-      the median over rounds.
+      images_per_s and step_s (medians), first_step_s (compiling included, but for what JAX's cache has), model_flops
+      (counted by hand, a step) and xla_flops (what the compiler counts), matmul_flops_per_s (measured, same dtype),
+      model_flops_share of it, memory_bytes_per_s (measured, as a large array is read and written), floor_s, what the
+      two allow at best (model_flops at that peak, or the state read and written once, frozen networks and images read),
+      floor_share of step_s, peak_memory_bytes. With `vs`, torch_matmul_flops_per_s, and for each of
+      `torch_baseline.VARIANTS` its images_per_s and ratio, ours over theirs: the median over rounds.
     """
     begin = time.perf_counter()
     stage, setup, mesh = prepared(cfg, name)
@@ -61,7 +60,6 @@ def step(cfg: Config, name: str, rounds: int, vs: str | None = None) -> dict[str
     seconds = statistics.median(found["step_s"])
     measured = {name: statistics.median(found[name]) * mesh.size for name in peaks}
     model_flops = setup.flops()
-    floor = max(model_flops / measured["matmul_flops_per_s"], moved * mesh.size / measured["memory_bytes_per_s"])
     return {
         **heading("step", name, stage),
         "task": codec.to_dict(stage.task),
@@ -74,12 +72,16 @@ def step(cfg: Config, name: str, rounds: int, vs: str | None = None) -> dict[str
         "model_flops": model_flops,
         "xla_flops": hlo_stats.all_flops(compiled) * mesh.size / stage.run.steps_per_call,
         **measured,
-        "model_flops_share": model_flops / seconds / measured["matmul_flops_per_s"],
-        "floor_s": floor,
-        "floor_share": floor / seconds,
+        **_shares(seconds, model_flops, moved * mesh.size, measured),
         "peak_memory_bytes": memory,
         **{f"torch_{variant}": _compared(other, found, variant, stage) for variant, other in others.items()},
     }
+
+
+def _shares(seconds: float, flops: float, moved: float, measured: dict[str, float]) -> dict[str, float]:
+    busy = flops / measured["matmul_flops_per_s"]
+    floor = max(busy, moved / measured["memory_bytes_per_s"])
+    return {"model_flops_share": busy / seconds, "floor_s": floor, "floor_share": floor / seconds}
 
 
 def _peaks(dtype: str, vs: str | None) -> dict[str, Clock]:

@@ -26,8 +26,7 @@ from tinymim_jax.runtime.progress_bar import bar
 from tinymim_jax.training.setup import StageSetup, make_setup, step_batch
 from tinymim_jax.training.step import create_state, host_keys, jit_step, train_step
 
-# Half of a compilation is done by one thread, the rest by one on each core; each takes some GB.
-AT_ONCE = 2
+AT_ONCE = 2  # stages: much of a compilation is one thread's, the rest libtpu spreads over the cores
 TRACING = threading.Lock()  # `layers.for_other_devices` is for all threads
 
 TOPOLOGY = re.compile(r"(v\d+[ep]?):([1-9]\d*(?:x[1-9]\d*)*)")  # libtpu divides by the numbers
@@ -280,5 +279,5 @@ def run(cfg: Config, only: str | None, topology: str, workdir: Path) -> dict[str
                 stages[name] = found.result()
                 shown.update()
     finally:
-        pool.shutdown(cancel_futures=True)  # what is being compiled cannot be stopped
+        pool.shutdown(wait=False, cancel_futures=True)  # an error is told before the other is compiled
     return {"config": cfg.name, "topology": topology, "device": devices[0].device_kind, "stages": stages}
