@@ -149,7 +149,7 @@ if [[ -n $cpu ]]; then
     unset JAX_COMPILATION_CACHE_DIR
     rm -r "$cache"
   fi
-  measure step-digits-distill_t step --config=configs/digits/chain.py --stage=distill_t "$@" --rounds=20
+  measure step-digits-distill_t step --config=configs/digits/chain.py --stage=distill_t "$@" --rounds=5
   for stage in relation_b relation_masked_b; do
     measure "step-$stage-8" step "--config=$study=12" "--stage=$stage" --batch_size=8 "$(float32 "$stage")" "$@"
   done
