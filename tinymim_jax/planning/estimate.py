@@ -279,5 +279,5 @@ def run(cfg: Config, only: str | None, topology: str, workdir: Path) -> dict[str
                 stages[name] = found.result()
                 shown.update()
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # an error is told before the other is compiled
+        pool.shutdown(cancel_futures=True)
     return {"config": cfg.name, "topology": topology, "device": devices[0].device_kind, "stages": stages}
