@@ -281,24 +281,26 @@ def test_values_of_a_file_become_classes():
 @pytest.mark.parametrize("index", range(len(SIZES)))
 def test_windows_of_whole_images(index, squash):
     data = dataclasses.replace(EVAL, masks=dataclasses.replace(MASKS, squash=squash))
-    size = (32, 32) if squash else dense.resized(SIZES[index], MASKS)
-    grid = plain_grid(*size, 32, 21)
-    count, record = len(grid) + 2, Pictures()[index]
-    fields = dense.windows(count, (120, 100))
+    ratios = (0.5, 1.0, 1.75)
+    sizes = [(int(32 * r),) * 2 if squash else dense.resized(SIZES[index], MASKS, r) for r in ratios]
+    grids = [plain_grid(*size, 32, 21) for size in sizes]
+    corners = [(view, corner) for view, grid in enumerate(grids) for corner in grid]
+    count, record = len(corners) + 2, Pictures()[index]
+    fields = dense.windows(count, (120, 100), ratios)
     example = fields.read(record, "", data, np.random.default_rng(0))
     shapes = {name: (value.shape, value.dtype) for name, value in example.items()}
     assert shapes == {name: (value.shape, value.dtype) for name, value in fields.empty(data).items()}
-    whole = resized_plain(np.asarray(decode(record["image"], "")).astype(np.float64), size)
-    height, width = np.minimum(size, 32)
-    for window, place, corner in zip(example["windows"], example["place"], grid, strict=False):
-        assert tuple(place) == corner
-        part = whole[corner[0] : corner[0] + 32, corner[1] : corner[1] + 32]
+    whole = [resized_plain(np.asarray(decode(record["image"], "")).astype(np.float64), size) for size in sizes]
+    for i, (view, (row, column)) in enumerate(corners):
+        assert (example["view"][i], *example["place"][i]) == (view, row, column)
+        height, width = np.minimum(sizes[view], 32)
+        part, window = whole[view][row : row + 32, column : column + 32], example["windows"][i]
         assert np.abs(window[:height, :width] - part).max() <= 1 + 1e-9
         assert not window[height:].any() and not window[:, width:].any()
-    assert (example["place"][len(grid) :] == -1).all() and not example["windows"][len(grid) :].any()
-    assert example["extent"].tolist() == [height, width] and tuple(example["size"]) == size
-    assert tuple(example["original"]) == SIZES[index] and np.prod(example["grid"]) == len(grid)
-    assert example["grid"].tolist() == [len({row for row, _ in grid}), len({column for _, column in grid})]
+        assert example["extent"][i].tolist() == [height, width]
+    assert not example["extent"][len(corners) :].any() and not example["windows"][len(corners) :].any()
+    assert tuple(example["original"]) == SIZES[index] and example["size"].tolist() == [list(size) for size in sizes]
+    assert example["grid"].tolist() == [[len({place[axis] for place in grid}) for axis in (0, 1)] for grid in grids]
     high, wide = SIZES[index]
     np.testing.assert_array_equal(example["mask"][:high, :wide], blobs(high, wide, index))
     assert (example["mask"][high:] == 255).all() and (example["mask"][:, wide:] == 255).all()

@@ -47,6 +47,7 @@ MISSING = {
     "mae_lite.py:row=d2_mae": "mae_b.pth",
     "runs/scenes/pretrained": "runs/scenes/pretrained/replica_0",
     "upernet.py:size=b,init=": "runs/imagenet/distill_b",
+    "convert exported/upernet": "exported/upernet",
 }
 # What has a test of its own: the launch scripts, several processes, a pod's topology, the profile.
 ELSEWHERE = (

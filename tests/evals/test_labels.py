@@ -48,6 +48,28 @@ def test_classes_that_the_model_has_not(head, data, outputs, message):
         labels.match(head, data, outputs, "tree/val")
 
 
+@pytest.mark.parametrize(
+    ("head", "data", "columns", "said"),
+    [
+        (["sky", "road", "tree"], ("tree", "Sky", "road"), [2, 0, 1], "go by their names, which are in another order"),
+        (["Sky", "traffic_light"], ("sky", "traffic light"), None, "classes go by their names"),
+        (["building", "bed "], ("building, edifice", "bed"), None, "output 0 of it is taken to be 'building, edifice'"),
+        (["plate", "screen", "screen"], ("plate", "screen", "crt screen"), None, "output 0 of it"),  # as mmseg's ADE20K
+    ],
+)
+def test_how_a_class_of_masks_finds_its_output(head, data, columns, said):
+    found, text = labels.order(head, data, "tree")
+    assert (found if found is None else found.tolist()) == columns
+    assert said in text
+
+
+def test_classes_of_masks_that_would_be_mixed_up():
+    with pytest.raises(
+        InputError, match="tree: class 'road' is number 0 there and 1 of the model's, whose other names"
+    ):
+        labels.order(["sky", "road", "tree"], ("road", "sky", "car"), "tree")
+
+
 def test_imagenet_has_an_order():
     wnids = tuple(imagenet_wnids())
     assert labels.match(None, wnids, 1000, "val") == (None, "labels are ImageNet's, in the order of the wnids")

@@ -18,28 +18,32 @@ def starts(size):
     return [max(min(i * STRIDE, size - WINDOW), 0) for i in range(count)]
 
 
-def an_image(size, original, unused=0, seed=0):
+def an_image(sizes, original, unused=0, seed=0):
     """Its fields, as the evaluator reads them, and logits of its windows and of some that are not used."""
     rng = np.random.default_rng(seed)
-    rows, columns = (starts(side) for side in size)
-    place = [(y, x) for y in rows for x in columns] + [(0, 0)] * unused
+    grids = [[starts(side) for side in size] for size in sizes]
+    places = [(v, y, x) for v, (rows, columns) in enumerate(grids) for y in rows for x in columns]
+    shown = [np.minimum(sizes[view], WINDOW) for view, *_ in places] + [(0, 0)] * unused
+    places += [(0, 0, 0)] * unused
     mask = np.full((256, 384), 255, np.uint8)
     mask[: original[0], : original[1]] = rng.choice([*range(CLASSES), 255], original)
     row = {
-        "place": np.array(place, np.int32), "grid": np.array([len(rows), len(columns)], np.int32),
-        "size": np.array(size, np.int32), "original": np.array(original, np.int32), "mask": mask,
-        "extent": np.minimum(size, WINDOW).astype(np.int32),
+        "place": [place[1:] for place in places], "view": [place[0] for place in places], "extent": shown,
+        "grid": [list(map(len, grid)) for grid in grids], "size": sizes, "original": original,
     }  # fmt: skip
-    return row, rng.normal(size=(2, len(place), FINE, FINE, CLASSES)).astype(np.float32)
+    row = {name: np.array(value, np.int32) for name, value in row.items()}
+    logits = rng.normal(size=(2, len(places), FINE, FINE, CLASSES)).astype(np.float32)
+    return {**row, "mask": mask}, logits
 
 
-def by_a_loop(logits, row, is_mirrored):
+def by_a_loop(logits, row, view, is_mirrored):
     """[1, C, H, W]"""
-    size, many = row["size"].tolist(), int(row["grid"].prod())
+    size, many = row["size"][view].tolist(), len(row["place"])
     total, count = torch.zeros(1, CLASSES, *size), torch.zeros(1, 1, *size)
-    for window, (y, x) in zip(logits[:many], row["place"][:many].tolist(), strict=True):
+    for i in (i for i in range(many) if row["view"][i] == view and row["extent"][i].any()):
+        window, (y, x), shown = logits[i], row["place"][i].tolist(), row["extent"][i].tolist()
         fine = functional.interpolate(torch.tensor(window).permute(2, 0, 1)[None], (WINDOW, WINDOW), mode="bilinear")
-        part, shown = (..., slice(y, y + WINDOW), slice(x, x + WINDOW)), row["extent"].tolist()
+        part = (..., slice(y, y + WINDOW), slice(x, x + WINDOW))
         seen = fine[..., : shown[0], : shown[1]]
         total[part] += seen.flip(-1) if is_mirrored else seen
         count[part] += 1
@@ -47,10 +51,11 @@ def by_a_loop(logits, row, is_mirrored):
 
 
 CASES = {
-    "two windows": ((48, 70), (96, 140), 0),
-    "one, larger than the original": ((48, 50), (30, 31), 2),
-    "a grid": ((100, 120), (90, 300), 4),
-    "an image smaller than a window": ((40, 44), (80, 88), 0),
+    "two windows": ([(48, 70)], (96, 140), 0),
+    "one, larger than the original": ([(48, 50)], (30, 31), 2),
+    "a grid": ([(100, 120)], (90, 300), 4),
+    "an image smaller than a window": ([(40, 44)], (80, 88), 0),
+    "three sizes": ([(24, 35), (48, 70), (84, 123)], (96, 140), 3),
 }
 
 
@@ -58,11 +63,8 @@ CASES = {
 @pytest.mark.parametrize("views", [1, 2])
 def test_each_pixel_is_as_in_a_loop(case, views):
     row, logits = an_image(*CASES[case])
-    pixels = [
-        by_a_loop(view, row, is_mirrored)
-        for view, is_mirrored in zip(logits[:views], (False, True)[:views], strict=True)
-    ]
-    expected = pixels[0] if views == 1 else torch.stack([p.softmax(1) for p in pixels]).mean(0)
+    pixels = [by_a_loop(logits[i], row, view, bool(i)) for view in range(len(row["size"])) for i in range(views)]
+    expected = pixels[0] if len(pixels) == 1 else torch.stack([p.softmax(1) for p in pixels]).mean(0)
     tile = jax.jit(segmentation.tile, static_argnums=3)
     height, width = row["original"]
     for y in range(0, height, segmentation.TILE):

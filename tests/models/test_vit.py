@@ -240,7 +240,7 @@ def test_layer_scale_multiplies_both_branches():
         for name, value in wanted.items():
             reference.close(getattr(out.trace[i], name), value)
     assert dataclasses.replace(TINY, layer_scale=0.3).summary() == f"{TINY.summary()}, layer scale"
-    assert dataclasses.replace(TINY, layer_scale=0.3).export_formats == ()
+    assert dataclasses.replace(TINY, layer_scale=0.3).export_formats == ("hf", "mae")
 
 
 # Errors

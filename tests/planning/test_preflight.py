@@ -54,16 +54,17 @@ def test_pre_training_needs_no_labels(chain, tmp_path):
 def test_pixels_that_the_source_saw_otherwise(chain, tmp_path, is_converted):
     pytest.importorskip("safetensors")
     from tests.bridge import arrays
-    from tinymim_jax.bridge import convert, export
+    from tinymim_jax.bridge import convert, files
     from tinymim_jax.experiment.config import Init
+    from tinymim_jax.runtime import metric_log
 
     weights = arrays.weights(24, 3)
     folder = tmp_path / "timm"
     folder.mkdir()
-    export.save_safetensors(weights, folder / "model.safetensors")
+    files.save_safetensors(weights, folder / "model.safetensors")
     settings = {"architecture": "vit", "model_args": {"num_heads": 3}}
     settings["pretrained_cfg"] = {"mean": [0.5] * 3, "std": [0.5] * 3}
-    export.write_json(folder / "config.json", settings)
+    metric_log.write_json(folder / "config.json", settings)
     init = Init(path=str(folder))
     if is_converted:
         convert.write(lambda: convert.read(folder), preflight.handoff.source_folder(init, tmp_path))

@@ -17,8 +17,9 @@ from torch.nn import functional
 
 from tests.conftest import tiny_mae, tiny_segment
 from tinymim_jax.__main__ import main
-from tinymim_jax.experiment import stage_file
-from tinymim_jax.experiment.config import Config, Linear, Masks
+from tinymim_jax.bridge import convert
+from tinymim_jax.experiment import segmentation, stage_file
+from tinymim_jax.experiment.config import Config, Init, Linear, Masks
 from tinymim_jax.experiment.segmentation import upernet
 from tinymim_jax.experiment.validate import check
 from tinymim_jax.report import figures
@@ -29,8 +30,8 @@ from tinymim_jax.tasks.contract import STREAMS, Context
 from tinymim_jax.training.loop import run_stage
 from tinymim_jax.training.setup import make_setup
 from tinymim_jax.training.step import create_state, host_keys, make_train_step
-from tinymim_jax.weights import checkpoint
-from tinymim_jax.weights.parameters import flatten
+from tinymim_jax.weights import checkpoint, handoff
+from tinymim_jax.weights.parameters import flatten, shapes_of
 
 RNGS = {name: jax.random.key(i) for i, name in enumerate(STREAMS)}
 
@@ -107,6 +108,19 @@ def test_no_parameter_of_the_published_models_is_left_out():
         assert rates["encoder/pos_embed"] == rates["encoder/block1/attn/relative_position/kernel"] == "decay"
 
 
+def test_the_neck_of_a_fine_tuned_tinymim_star_becomes_the_layer_of_its_pyramid():
+    stage = upernet("t_star", segmentation.weights(Init(path="x")), "x")
+    tuned = dataclasses.replace(stage.model, image_size=224, num_classes=1000, neck=1280, relative_position=False)
+    source = shapes_of(convert.shapes(dataclasses.replace(tuned, layer_scale=0.0), None))
+    target = shapes_of(make_setup(stage, "stage", {}, 100).params)
+    moves = handoff.match(target, source, stage.init).moves
+    taken = {"fc/kernel": "neck/kernel", "fc/bias": "neck/bias", "fc_norm/scale": "neck_norm/scale",
+             "fc_norm/bias": "neck_norm/bias"}  # fmt: skip
+    assert {key: old for key, old in moves.items() if key.startswith("pretext/")} == {
+        f"pretext/pyramid/{new}": f"encoder/{old}" for new, old in taken.items()
+    }
+
+
 @pytest.mark.slow
 def test_micro_batches_leave_the_statistics_of_one_batch():
     """Of the first norm, whose inputs do not depend on another: as of torch's BatchNorm on all of them."""
@@ -174,12 +188,15 @@ def test_a_run_is_measured_again_the_same_and_paints(finished, tmp_path, capsys)
     assert (tmp_path / "p" / "sub" / "b_over.jpg").is_file()
     shutil.copytree(tmp_path / "photos", tmp_path / "more")
     shutil.copy(tmp_path / "more" / "a.png", tmp_path / "more" / "a.jpg")
-    for out, message in (
-        ("x.csv", "name a folder"),
-        (tmp_path / "more", "lies in the folder of the images"),
-        (tmp_path / "q", "two images are called a; rename one"),
+    bare = tmp_path / "bare"  # whose checkpoint nobody reads before --out is looked at
+    shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("checkpoints"))
+    for checkpoint_folder, out, message in (
+        (bare, "x.csv", "name a folder"),
+        (bare, tmp_path / "more", "lies in the folder of the images"),
+        (bare, tmp_path / "more" / "a.png", "is a file; name a folder"),
+        (folder, tmp_path / "q", "two images are called a; rename one"),
     ):
-        assert main(["predict", str(folder), str(tmp_path / "more"), f"--out={out}"]) == 2
+        assert main(["predict", str(checkpoint_folder), str(tmp_path / "more"), f"--out={out}"]) == 2
         assert message in capsys.readouterr().err
     subject = stage_file.read_subject(folder)
     assert subject.pixels is not None and not subject.model.num_classes

@@ -83,6 +83,19 @@ def test_pretext_is_neither_taken_nor_missed():
     assert report.lines()[1:] == ["re-initialised: pretext", "skipped: pretext"]
 
 
+def test_pretext_is_taken_where_a_new_name_leads_there():
+    target = {**source_shapes(), "pretext/pyramid/fc/kernel": (12, 40), "pretext/head/x": (2,)}
+    source = {**source_shapes(), "encoder/neck/kernel": (12, 40)}
+    rename = {"encoder/neck/": "pretext/pyramid/fc/"}
+    report = handoff.match(target, source, Init("a", rename=rename))
+    assert report.moves["pretext/pyramid/fc/kernel"] == "encoder/neck/kernel" and not report.skipped
+    assert report.fresh == ["pretext/head/x"]
+    report = handoff.match(target, source_shapes(), Init("a", rename=rename))
+    assert report.fresh == ["pretext/pyramid/fc/kernel", "pretext/head/x"]
+    with pytest.raises(InputError, match=r"pretext/pyramid/fc/kernel is \(12, 30\) in the source and \(12, 40\) here"):
+        handoff.match(target, {**source, "encoder/neck/kernel": (12, 30)}, Init("a", rename=rename))
+
+
 def test_a_missing_key_is_bad_input():
     target = {**source_shapes(), "encoder/head/kernel": (12, 3), "encoder/head/bias": (3,), "encoder/x": (1,)}
     with pytest.raises(InputError, match=r"the source lacks encoder/head, encoder/x; .*init\.fresh"):

@@ -79,7 +79,8 @@ def lines(folder: Path) -> list[str]:
     state = "finished" if handoff.finished(folder) else "not finished"
     names = list(handoff.read_shapes(folder)) if state == "finished" else convert.names(model)
     text = [f"{folder}: {kind}, {state}", f"model: {model.summary()}"]
-    text.append("with a decoder" if decoder else "no decoder to export")
+    segmentation = stage_file.read_segmentation(folder)
+    text.append(segmentation[0].summary() if segmentation else "with a decoder" if decoder else "no decoder to export")
     if untrained:
         text.append(f"not trained: {fold(untrained, {*names, *untrained})}")
     pixels = stage_file.read_preprocessing(folder)
@@ -91,11 +92,11 @@ def lines(folder: Path) -> list[str]:
 
 
 def accuracy(folder: Path) -> dict[str, float]:
-    """Top-1 and top-5 that were measured of the stage or converted checkpoint in `folder`, in percent."""
+    """Top-1, top-5 and mIoU that were measured of the stage or converted checkpoint in `folder`, in percent."""
     found = dict(read_done(folder / "DONE"))
     if (folder / "eval" / "eval.json").is_file():
         found |= json.loads((folder / "eval" / "eval.json").read_text())["results"]
-    return {name: value for name, value in found.items() if re.fullmatch(r"[^/]+/top[15]", name)}
+    return {name: value for name, value in found.items() if re.fullmatch(r"[^/]+/(top[15]|mIoU)", name)}
 
 
 def _measured_on(folder: Path, name: str) -> str:
@@ -105,23 +106,26 @@ def _measured_on(folder: Path, name: str) -> str:
     return f"{name}, {data.title()}, split {data.split}" if data else name
 
 
-def front_matter(model: Encoder, library: str | None) -> str:
+def front_matter(weights: Any, library: str | None) -> str:
     """What the hub reads."""
-    task = "image-classification" if model.num_classes else "image-feature-extraction"
+    task = "image-classification" if weights.model.num_classes else "image-feature-extraction"
+    task = "image-segmentation" if weights.task else task
     lines = ["license: other", f"pipeline_tag: {task}", f"tags: [{task}, vit, tinymim_jax]"]
     return "\n".join(["---", *lines, *([f"library_name: {library}"] if library else []), "---"])
 
 
-def _images(weights: Any) -> str:
+def _images(weights: Any, library: str | None) -> str:
     """How an image becomes the model's input."""
     pixels, size = weights.pixels, weights.model.image_size
+    normalised = f"normalised with mean {pixels['mean']} and std {pixels['std']}."
+    if weights.task:
+        how = "to one window" if weights.data.masks.squash else f"to fit into {weights.data.masks.scale}"
+        beside = " Hugging Face's processor here squashes it into one window." if library == "transformers" else ""
+        return f"Images: RGB in [0, 1], resized {how} (bilinear), seen in windows of {size} px, {normalised}{beside}"
     edge = int(size / pixels["crop_pct"])
     what = "both sides" if pixels["crop_mode"] == "squash" else "the shorter side"
     crop = "" if edge == size and pixels["crop_mode"] == "squash" else f", then the central {size} px"
-    return (
-        f"Images: RGB in [0, 1], {what} resized to {edge} px ({pixels['interpolation']}, PIL){crop}, normalised with"
-        f" mean {pixels['mean']} and std {pixels['std']}."
-    )
+    return f"Images: RGB in [0, 1], {what} resized to {edge} px ({pixels['interpolation']}, PIL){crop}, {normalised}"
 
 
 def text(weights: Any, usage: str, library: str | None = None) -> str:
@@ -138,19 +142,20 @@ def text(weights: Any, usage: str, library: str | None = None) -> str:
     rows = [(_measured_on(weights.folder, k.split("/")[0]), k.split("/")[1], f"{v:.2f} %") for k, v in measured.items()]
     table = f"## Accuracy\n\n{markdown.table(('data set', 'measure', 'value'), rows)}\n\n" if rows else ""
     beside = ""
-    if library == "transformers" and weights.pixels["crop_mode"] != "squash":
+    if library == "transformers" and weights.pixels["crop_mode"] != "squash" and not weights.task:
         beside = " The processor here cuts the centre one pixel beside that where the margin is odd."
     names = f"\nClasses, in the order of the outputs: {', '.join(weights.classes)}.\n" if weights.classes else ""
     unknown = "\nPart of what they were made from is not at hand, and its licence is not known here.\n"
-    return f"""{front_matter(model, library)}
+    task = f" {weights.task.summary().capitalize()}." if weights.task else ""
+    return f"""{front_matter(weights, library)}
 
 # {weights.folder.name}
 
-{model.summary()}.
+{model.summary()}.{task}
 {heads}{left_out}
 {last_block(model, convert.names(model), untrained)}.
 
-{_images(weights)}{beside} LayerNorm eps {model.layer_norm_eps:g}, exact GELU.
+{_images(weights, library)}{beside} LayerNorm eps {model.layer_norm_eps:g}, exact GELU.
 {names}
 {table}## Use
 

@@ -22,6 +22,7 @@ from tinymim_jax.experiment import config, stage_file
 from tinymim_jax.models.contract import Encoder
 from tinymim_jax.runtime import codec, storage
 from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.tasks.contract import Context
 from tinymim_jax.weights import checkpoint
 from tinymim_jax.weights.parameters import flatten, matches, unflatten
 
@@ -32,7 +33,8 @@ class Converted:
 
     source: files.Source
     layout: Layout
-    params: dict[str, Any]  # nested, numpy: encoder, and pretext/decoder if there is one
+    params: dict[str, Any]  # nested, numpy: encoder, and under pretext a decoder, or a pyramid and heads for pixels
+    state: dict[str, Any] = dataclasses.field(default_factory=dict)  # batch_stats of these heads
 
     @property
     def untrained(self) -> list[str]:
@@ -47,7 +49,10 @@ class Converted:
             f"model: width {m.width}, {m.depth} blocks, {m.image_size} px in patches of {m.patch_size},"
             f" pool {m.pool}, {m.num_classes} classes, positions {m.posembed}",
         ]
-        text += [f"decoder: width {d.width}, {d.depth} blocks"] if d else ["no decoder: it cannot reconstruct"]
+        if self.layout.task:
+            text.append(self.layout.task.summary())
+        else:
+            text.append(f"decoder: width {d.width}, {d.depth} blocks" if d else "no decoder: it cannot reconstruct")
         text += [f"note: {note}" for note in self.layout.notes]
         size = sum(array.size for array in self.layout.arrays.values())
         text.append(f"weights: {len(self.layout.arrays)} tensors, {size:,} parameters")
@@ -64,7 +69,9 @@ def read(path: Path, told: Told | None = None) -> Converted:
     try:
         source = files.read(path, told.ema)
         found = layout.understand(source, files.check_values(source, told.half), told)
-        return Converted(source, found, _to_ours(found))
+        params = _to_ours(found)
+        stats = params.pop("batch_stats", None)
+        return Converted(source, found, params, {"batch_stats": stats} if stats else {})
     except InputError as error:
         text = files.printable(str(error))
         raise InputError(text if text.startswith(str(path)) else f"{path}: {text}") from None
@@ -73,9 +80,9 @@ def read(path: Path, told: Told | None = None) -> Converted:
 def _to_ours(found: Layout) -> dict[str, Any]:
     """Our tree; raises InputError unless its keys and the tensors' are the same and fit."""
     left = dict(found.arrays)
-    params = {}
-    for key, leaf in flatten(shapes(found.model, found.decoder)).items():
-        name = formats.mae_name(key)
+    params, bins = {}, getattr(getattr(found.task, "head", None), "bins", formats.BINS)
+    for key, leaf in flatten(shapes(found.model, found.decoder, found.task, found.masks)).items():
+        name = formats.mae_name(key, bins)
         if name not in left:
             raise InputError(f"there is no {name}, which a {found.kind} checkpoint has")
         expected = formats.to_mae(key, np.broadcast_to(np.float32(0), leaf.shape)).shape
@@ -91,8 +98,16 @@ def _to_ours(found: Layout) -> dict[str, Any]:
     return unflatten(params)
 
 
-def shapes(model: Encoder, decoder: config.Decoder | None) -> dict[str, Any]:
-    """The parameter tree of a model with or without a decoder, as shapes."""
+def shapes(
+    model: Encoder, decoder: config.Decoder | None, task: config.Task | None = None, masks: config.Masks | None = None
+) -> dict[str, Any]:
+    """The parameter tree of a model with or without a decoder, as shapes; of one that segments with batch_stats."""
+    if task is not None:
+        context = Context(model, config.Data("pairs", image_size=model.image_size, masks=masks))
+        batch = {"image": jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.uint8)}
+        variables = dict(jax.eval_shape(task.build(context).init, jax.random.key(0), batch)[0])
+        tree = flatten({**variables.pop("params"), **variables})
+        return unflatten({key: leaf for key, leaf in tree.items() if not key.endswith("/count")})  # of a training batch
 
     def init(key: jax.Array, images: jax.Array, restore: jax.Array) -> dict[str, Any]:
         out, encoder = model.build().init_with_output(key, images)
@@ -140,7 +155,7 @@ def write(make: Callable[[], Converted], folder: Path) -> None:
     """Writes what `make` gives into the new `folder`, as of a finished stage of no steps; raises as `new_folder`."""
     with new_folder(folder) as partial:
         converted = make()
-        checkpoint.save_model(partial, converted.params)
+        checkpoint.save_model(partial, converted.params, converted.state)
         (partial / "stage.json").write_text(json.dumps(describe(converted), indent=2) + "\n")
     # Only after all else, as a bucket renames a folder file by file.
     (folder / "DONE").write_text(json.dumps({"step": 0, "metrics": {}}) + "\n")
@@ -172,6 +187,8 @@ def describe(converted: Converted) -> dict[str, Any]:
         "model": codec.to_dict(found.model),
         "decoder": codec.to_dict(found.decoder),
         "norm_pix_loss": found.norm_pix_loss,
+        "task": codec.to_dict(found.task),
+        "masks": codec.to_dict(found.masks),
         "preprocessing": found.preprocessing,
         "preprocessing_is_stated": found.is_stated,
         "source": {

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +10,9 @@ import numpy as np
 from etils.epath import Path
 
 from tinymim_jax.bridge import card, formats
-from tinymim_jax.bridge.convert import new_folder, shapes
-from tinymim_jax.bridge.files import need
-from tinymim_jax.data.fast_jpeg import RESAMPLE
+from tinymim_jax.bridge.convert import names, new_folder, shapes
+from tinymim_jax.bridge.files import need, save_safetensors
+from tinymim_jax.bridge.hugging_face import to_hugging_face
 from tinymim_jax.experiment import config, stage_file
 from tinymim_jax.runtime import codec, storage
 from tinymim_jax.runtime.errors import InputError
@@ -24,6 +23,7 @@ from tinymim_jax.weights.parameters import flatten
 TIMM = {(192, 16): "vit_tiny_patch16_224", (384, 16): "vit_small_patch16_224", (768, 16): "vit_base_patch16_224",
         (1024, 16): "vit_large_patch16_224", (1280, 14): "vit_huge_patch14_224"}  # fmt: skip
 LIBRARY = {"timm": "timm", "hf": "transformers", "onnx": "onnx"}  # that reads a format, by the hub's name
+OF_PIXELS = ("hf", "mae")  # formats that hold a model which segments
 ONNX_LIMIT = 1e-4  # relative difference between onnxruntime and our model
 
 
@@ -33,9 +33,10 @@ class Weights:
     def __init__(self, folder: Path, regroup_heads: bool = False):
         """Raises InputError if `folder` is no finished stage."""
         folder = storage.absolute(folder)  # what it was made from lies beside it
-        content = stage_file.read(folder)
+        content, variables = stage_file.read(folder), handoff.read_variables(folder)
         self.folder, self.classes = folder, content.get("classes")
-        self.model, self.params = stage_file.read_model(folder).stateless(handoff.read_variables(folder))
+        self.model, self.params = stage_file.read_model(folder).stateless(variables)
+        self.task, self.data = stage_file.read_segmentation(folder) or (None, None)  # if it has a head for pixels
         self.pixels = stage_file.read_preprocessing(folder)
         if converted := content.get("converted"):
             self.decoder, self.norm_pix = converted["decoder"], converted["norm_pix_loss"]
@@ -45,17 +46,22 @@ class Weights:
             found = stage.task.reconstruction()
             self.decoder = codec.to_dict(found.decoder) if found else None
             self.norm_pix, self.mask_ratio = (found.norm_pix_loss, found.mask_ratio) if found else (None, None)
-        held = ("encoder/", formats.DECODER) if self.decoder else ("encoder/",)  # what others have a place for
-        params = {key: a for key, a in flatten(self.params).items() if key.startswith(held)}
-        self.arrays = {formats.mae_name(key): np.ascontiguousarray(formats.to_mae(key, a)) for key, a in params.items()}
+        held = ("encoder/", *([formats.DECODER] if self.decoder else []))  # what others have a place for
+        arrays, bins = flatten(self.params), formats.BINS
+        if self.task:
+            held, bins = ("encoder/", "pretext/", "batch_stats/"), getattr(self.task.head, "bins", bins)
+            state = flatten({"batch_stats": variables["batch_stats"]}) if "batch_stats" in variables else {}
+            arrays |= {key: array for key, array in state.items() if not key.endswith("/count")}
+        arrays = {key: formats.to_mae(key, a) for key, a in arrays.items() if key.startswith(held)}
+        self.arrays = {formats.mae_name(key, bins): np.ascontiguousarray(array) for key, array in arrays.items()}
         last = self.model.last_block_heads
         self.regrouped = regroup_heads and last not in (None, self.model.num_heads)
         self.left_out = ""  # for the model card
 
     @property
     def encoder(self) -> dict[str, np.ndarray]:
-        """The arrays without the decoder's."""
-        return {k: v for k, v in self.arrays.items() if not k.startswith(formats.OF_DECODER)}
+        """The arrays without a decoder's or those of heads for pixels."""
+        return {name: self.arrays[name] for name in map(formats.mae_name, names(self.model))}
 
     @property
     def model_as_read(self) -> config.ViT:
@@ -71,7 +77,7 @@ class Weights:
     def check(self, what: str, needs_equal_heads: bool = True) -> None:
         """Raises InputError if `what`, with a norm somewhere and one number of heads, cannot hold the model."""
         m = self.model
-        if m.pool == "mean" and not m.num_classes:
+        if m.pool == "mean" and not m.num_classes and not self.task:
             raise InputError(
                 f"the model pools patches and has no head, so no final norm, which {what} needs; fine-tune it"
             )
@@ -88,10 +94,12 @@ def export(folder: Path, destination: Path, form: str, regroup_heads: bool = Fal
     if form not in FORMATS:
         raise InputError(f"--format={form}: unknown; choose one of {', '.join(FORMATS)}")
     storage.check_on_disk(destination, "exports")
-    model = stage_file.read_model(folder)
-    if form not in model.export_formats:
-        can = f"choose one of {', '.join(model.export_formats)}" if model.export_formats else "none here can"
-        raise InputError(f"--format={form} cannot hold this encoder of kind {model.kind!r} ({model.summary()}): {can}")
+    model, segmentation = stage_file.read_model(folder), stage_file.read_segmentation(folder)
+    possible = [name for name in model.export_formats if not segmentation or name in OF_PIXELS]
+    if form not in possible:
+        can = f"choose one of {', '.join(possible)}" if possible else "none here can"
+        what = f"{'a head for pixels on ' if segmentation else ''}this encoder of kind {model.kind!r}"
+        raise InputError(f"--format={form} cannot hold {what} ({model.summary()}): {can}")
     weights = Weights(folder, regroup_heads)
     with new_folder(destination) as partial:
         usage = FORMATS[form](weights, partial)
@@ -131,81 +139,11 @@ def to_timm(weights: Weights, folder: Path) -> str:
     return 'import timm\n\nmodel = timm.create_model("local-dir:PATH", pretrained=True)  # PATH: this folder'
 
 
-def to_hugging_face(weights: Weights, folder: Path) -> str:
-    """A folder that `from_pretrained` reads: ViTMAEForPreTraining, ViTModel, or a classifier."""
-    weights.check("Hugging Face")
-    m = weights.model
-    if m.neck or m.dist_token:
-        raise InputError("Hugging Face's ViT has no distillation token and no neck; export it with --format=mae")
-    if weights.decoder:
-        name, extra, arrays = "ViTMAEForPreTraining", _mae_settings(weights), formats.to_hf(weights.arrays, "vit.")
-    elif not m.num_classes:
-        name, extra, arrays = "ViTModel", {"model_type": "vit"}, formats.to_hf(weights.encoder, "")
-    elif m.pool == "cls":
-        name, extra, arrays = "ViTForImageClassification", {"model_type": "vit"}, formats.to_hf(weights.encoder, "vit.")
-    else:
-        name, extra, arrays = "BeitForImageClassification", dict(BEIT), _beit_arrays(weights.encoder)
-    settings = {
-        "architectures": [name], "hidden_size": m.width, "num_hidden_layers": m.depth,
-        "num_attention_heads": m.num_heads,
-        "intermediate_size": int(m.width * m.mlp_ratio), "image_size": m.image_size, "patch_size": m.patch_size,
-        "num_channels": 3, "hidden_act": "gelu", "layer_norm_eps": m.layer_norm_eps, "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0, "dtype": "float32", **extra,
-    }  # fmt: skip
-    if m.num_classes:
-        names = weights.classes or [f"LABEL_{i}" for i in range(m.num_classes)]
-        settings["id2label"] = {str(i): name for i, name in enumerate(names)}
-        settings["label2id"] = {label: int(i) for i, label in settings["id2label"].items()}
-    save_safetensors(arrays, folder / "model.safetensors")
-    write_json(folder / "config.json", settings)
-    write_json(folder / "preprocessor_config.json", _processor(weights))
-    argument = ", add_pooling_layer=False" if name == "ViTModel" else ""
-    return f'from transformers import {name}\n\nmodel = {name}.from_pretrained("PATH"{argument})  # PATH: this folder'
-
-
-# Mean-pooled patches, then a norm: BEiT's classifier. Its keys have no bias, which softmax does not see.
-BEIT = {
-    "model_type": "beit", "use_absolute_position_embeddings": True, "use_mean_pooling": True,
-    "layer_scale_init_value": 0.0,
-    "use_relative_position_bias": False, "use_shared_relative_position_bias": False, "use_mask_token": False,
-    "drop_path_rate": 0.0,
-}  # fmt: skip
-
-
-def _mae_settings(weights: Weights) -> dict[str, Any]:
-    d = codec.from_dict(config.Decoder, weights.decoder)
-    return {
-        "model_type": "vit_mae", "norm_pix_loss": bool(weights.norm_pix), "mask_ratio": weights.mask_ratio,
-        "qkv_bias": True,
-        "decoder_hidden_size": d.width, "decoder_num_hidden_layers": d.depth,
-        "decoder_num_attention_heads": d.num_heads, "decoder_intermediate_size": d.hidden,
-    }  # fmt: skip
-
-
-def _beit_arrays(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    kept = {name: array for name, array in formats.to_hf(arrays, "beit.").items() if not name.endswith(".key.bias")}
-    return {name.replace("beit.fc_norm.", "beit.pooler.layernorm."): array for name, array in kept.items()}
-
-
-def _processor(weights: Weights) -> dict[str, Any]:
-    """preprocessor_config.json, of the class of transformers that resizes and crops as our evaluation does."""
-    pixels, final = weights.pixels, weights.model.image_size
-    edge, is_squashed = int(final / pixels["crop_pct"]), pixels["crop_mode"] == "squash"
-    name = "CLIPImageProcessor"
-    if is_squashed:
-        name = "ViTImageProcessor" if edge == final else "DeiTImageProcessor"
-    crop = {"do_center_crop": True, "crop_size": {"height": final, "width": final}}
-    return {
-        "image_processor_type": name, "do_resize": True, "resample": int(RESAMPLE[pixels["interpolation"]]),
-        "size": {"height": edge, "width": edge} if is_squashed else {"shortest_edge": edge},
-        **({} if name == "ViTImageProcessor" else crop),
-        "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-        "image_mean": pixels["mean"], "image_std": pixels["std"], "do_convert_rgb": True,
-    }  # fmt: skip
-
-
 def to_mae(weights: Weights, folder: Path) -> str:
-    """checkpoint.pth in MAE's layout, {"model": state_dict}, with our own settings beside it."""
+    """checkpoint.pth in MAE's layout, {"model": state_dict}, with our own settings beside it.
+
+    Of a model that segments it is mmseg's, {"state_dict", "meta"}.
+    """
     torch = need("torch", "torch", "this format")
     settings = {
         "made_by": "tinymim_jax",
@@ -218,14 +156,24 @@ def to_mae(weights: Weights, folder: Path) -> str:
         "made_from": card.provenance(weights.folder),
     }
     state = {name: torch.from_numpy(array) for name, array in weights.arrays.items()}
-    torch.save({"model": state, "tinymim_jax": settings}, folder / "checkpoint.pth")
     m = weights.model
     last = f", {m.last_block_heads} in the last block, which timm's class has not" if m.last_block_heads else ""
+    sizes = (
+        f"img_size={m.image_size}, patch_size={m.patch_size},\n"
+        f"# embed_dim={m.width}, depth={m.depth}, num_heads={m.num_heads}{last}, eps {m.layer_norm_eps:g}"
+    )
+    if weights.task:
+        settings |= {"task": codec.to_dict(weights.task), "masks": codec.to_dict(weights.data.masks)}
+        state = {name if name.startswith(formats.HEADS) else f"backbone.{name}": a for name, a in state.items()}
+        meta = {"CLASSES": weights.classes}
+        torch.save({"meta": meta, "state_dict": state, "tinymim_jax": settings}, folder / "checkpoint.pth")
+        entry, reads = "state_dict", f"mmsegmentation's EncoderDecoder with TinyMIM's backbone of {sizes}"
+    else:
+        torch.save({"model": state, "tinymim_jax": settings}, folder / "checkpoint.pth")
+        pool = "avg" if m.pool == "mean" else "token"
+        entry, reads = "model", f"MAE's classes, or timm's VisionTransformer with {sizes}, global_pool={pool!r}"
     return (
-        'import torch\n\nstate_dict = torch.load("PATH/checkpoint.pth")["model"]  # PATH: this folder\n'
-        f"# for MAE's classes, or timm's VisionTransformer with img_size={m.image_size}, patch_size={m.patch_size},\n"
-        f"# embed_dim={m.width}, depth={m.depth}, num_heads={m.num_heads}{last}, eps {m.layer_norm_eps:g},"
-        f" global_pool={'avg' if m.pool == 'mean' else 'token'!r}"
+        f'import torch\n\nstate_dict = torch.load("PATH/checkpoint.pth")["{entry}"]  # PATH: this folder\n# for {reads}'
     )
 
 
@@ -283,13 +231,3 @@ FORMATS: dict[str, Callable[[Weights, Path], str]] = {
     "mae": to_mae,
     "onnx": to_onnx,
 }
-
-
-def save_safetensors(arrays: dict[str, np.ndarray], path: Path) -> None:
-    """Writes `arrays`; the metadata is what transformers looks for."""
-    import safetensors.numpy
-
-    plain = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    safetensors.numpy.save_file(plain, path, metadata={"format": "pt"})
-    os.umask(umask := os.umask(0))
-    os.chmod(path, 0o666 & ~umask)  # it was made for its owner alone

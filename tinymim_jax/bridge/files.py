@@ -21,6 +21,7 @@ from tinymim_jax.weights.handoff import WEIGHTS
 
 IN_FOLDER = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 INDEX = ".index.json"  # how the name of a list of shards ends
+INDICES = ".relative_position_index"  # how BEiT's names of which distance two patches have end
 POINTER = b"version https://git-lfs"  # how a git-lfs pointer begins
 # Entries of a .pth that hold the weights, or what holds them.
 CONTAINERS = ("model", "state_dict", "model_state", "model_state_dict", "net", "network", "module", "weights")
@@ -29,7 +30,7 @@ BESIDE = {
     r"optimizer|opt_state": "state of the optimiser",
     r"scaler|lr_scheduler|scheduler|loss_scaler": "state of the training loop",
     r"epoch|start_epoch|step|best.*|max_accuracy": "progress of the training",
-    r"args|config|cfg|hyper_parameters|tinymim_jax": "settings of the training",
+    r"args|config|cfg|hyper_parameters|meta|tinymim_jax": "settings of the training",
 }
 
 
@@ -91,11 +92,12 @@ def _read_file(path: Path, ema: bool) -> Source:
     content = read_safetensors(path) if form == "safetensors" else _load_pth(path)
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}, not a dict of weights; save model.state_dict()")
-    settings = next((content[name] for name in ("tinymim_jax", "args") if name in content), {})
+    settings = next((content[name] for name in ("tinymim_jax", "args", "meta") if name in content), {})
     settings = settings if isinstance(settings, dict) else getattr(settings, "__dict__", {})  # a Namespace, or None
     weights, beside = _open(path, content, ema)
-    arrays = {str(name): _to_numpy(path, name, v) for name, v in weights.items() if not _is_number(v)}
     beside |= {str(name): "a number beside the weights" for name, v in weights.items() if _is_number(v)}
+    beside |= {str(name): "follows from the sizes" for name in weights if str(name).endswith(INDICES)}
+    arrays = {str(name): _to_numpy(path, name, v) for name, v in weights.items() if str(name) not in beside}
     return Source(path, form, arrays, settings, beside)
 
 
@@ -245,6 +247,16 @@ def check_values(source: Source, half: bool) -> dict[str, np.ndarray]:
             )
         checked[name] = array
     return checked
+
+
+def save_safetensors(arrays: dict[str, np.ndarray], path: Path) -> None:
+    """Writes `arrays`; the metadata is what transformers looks for."""
+    import safetensors.numpy
+
+    plain = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    safetensors.numpy.save_file(plain, path, metadata={"format": "pt"})
+    os.umask(umask := os.umask(0))
+    os.chmod(path, 0o666 & ~umask)  # it was made for its owner alone
 
 
 def need(package: str, extra: str, what: str) -> ModuleType:

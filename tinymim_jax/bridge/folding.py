@@ -4,17 +4,20 @@ import re
 
 import numpy as np
 
+from tinymim_jax.bridge import formats
 from tinymim_jax.bridge.files import Source
 from tinymim_jax.bridge.key_names import Arrays, depth
 from tinymim_jax.models import batch_norm
 from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.weights import resize
 
 SCALED = {"ls1.gamma": "attn.proj", "gamma_1": "attn.proj", "ls2.gamma": "mlp.fc2", "gamma_2": "mlp.fc2"}
 
 
 def fold(arrays: Arrays, source: Source) -> list[str]:
     """Rewrites `arrays`, by MAE's names, in place; returns what was done. Raises InputError where parts do not fit."""
-    return [note for note in (_layer_scale(arrays, source), _qkv_bias(arrays, source), _probe_norm(arrays)) if note]
+    done = (_layer_scale(arrays, source), _qkv_bias(arrays, source), _probe_norm(arrays), _positions(arrays))
+    return [note for note in done if note]
 
 
 def _layer_scale(arrays: Arrays, source: Source) -> str:
@@ -58,3 +61,12 @@ def _probe_norm(arrays: Arrays) -> str:
     kernel, arrays["head.bias"] = batch_norm.fold(weight.T, bias, mean, var)
     arrays["head.weight"] = kernel.T
     return f"the BatchNorm before the head (eps {batch_norm.PROBE_EPS:g}, as in MAE's linear probe) is folded into it"
+
+
+def _positions(arrays: Arrays) -> str:
+    table, token = (arrays.get(name, np.empty(0)) for name in (formats.TABLE, "cls_token"))
+    if "pos_embed" in arrays or table.ndim != 2 or not table.size or token.ndim != 3:
+        return ""
+    tokens = resize.relative_front(len(table)) + resize.relative_side(len(table)) ** 2
+    arrays["pos_embed"] = np.zeros((1, tokens, token.shape[-1]), np.float32)
+    return "there are no absolute positions: ours are zeros"

@@ -15,6 +15,7 @@ IGNORED = {  # of names in MAE's spelling
     r"(.*\.)?(tch_model|teacher|model_t)\..*": "the teacher of the training",
     r"(.*\.)?(attn_adapter|hidden_adapter)\..*": "an adapter of the training's loss",
     r"pooler\..*": "a pooler that no plain ViT has",
+    r"embeddings\.mask_token": "what pre-training puts in place of hidden patches",
 }
 Arrays = dict[str, np.ndarray]
 
@@ -26,9 +27,15 @@ def spell(source: Source, arrays: Arrays) -> tuple[Arrays, dict[str, str]]:
     is_hf = source.format == "huggingface"
     if is_hf and source.settings.get("hidden_act", "gelu") != "gelu":
         raise InputError("config.json: only hidden_act gelu is a plain ViT; take another model")
-    prefix = _prefix(names, "embeddings.cls_token").removesuffix("vit.") if is_hf else _prefix(names, "cls_token")
-    outside = [name for name in arrays if not name.startswith(prefix)]
-    arrays = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+    prefix = _prefix(names, "embeddings.cls_token" if is_hf else "cls_token")
+    root = prefix.removesuffix(next((p for p in formats.PREFIXES if prefix.endswith(p)), ""))
+    inside = [name for name in arrays if name.startswith(prefix)]
+    if is_hf:
+        inside, prefix = [name for name in arrays if name.startswith(root)], root
+    elif prefix.endswith("backbone."):  # mmseg's
+        inside += [name for name in arrays if name.startswith(tuple(root + head for head in formats.HEADS))]
+    outside = [name for name in arrays if name not in set(inside)]
+    arrays = {name.removeprefix(prefix).removeprefix(root): arrays[name] for name in inside}
     arrays = formats.from_hf(arrays) if is_hf else arrays
     why = {k: w for k in [*arrays, *outside] for pattern, w in IGNORED.items() if re.fullmatch(pattern, k)}
     if unknown := [name for name in outside if name not in why]:

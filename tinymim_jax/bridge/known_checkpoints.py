@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from tinymim_jax.bridge import formats
 from tinymim_jax.bridge.files import Source
 from tinymim_jax.experiment.config import ViT
 from tinymim_jax.runtime.errors import InputError
@@ -44,6 +45,8 @@ class Told:
     mean: list[float] | None = None  # of the pixels that it was trained on, RGB in [0, 1]
     std: list[float] | None = None
     half: bool = False
+    taps: list[int] | None = None  # of a model that segments: the blocks that its heads read
+    zero_is_ignored: bool | None = None  # in masks
 
 
 def licence(kind: str) -> str:
@@ -61,7 +64,10 @@ def kind(arrays: dict[str, np.ndarray], source: Source, is_mae_lite: bool) -> st
         return f"timm {settings['architecture']}"
     if settings.get("made_by") == "tinymim_jax":
         return OWN
-    if "conv1x1.1.weight" in arrays:
+    is_star = "conv1x1.1.weight" in arrays
+    if formats.CLASSIFIER in arrays:
+        return f"{'TinyMIM*-T, ' if is_star else ''}UPerNet in mmseg's layout"
+    if is_star:
         return "TinyMIM*-T, fine-tuned"
     if "dist_token" in arrays:
         return "DeiT, distilled"
@@ -82,17 +88,20 @@ def _tinymim(settings: dict[str, Any]) -> tuple[int, int] | None:
     return TINYMIM.get(name) if isinstance(name, str) else None
 
 
-def heads(kind: str, source: Source, ours: ViT | None, width: int, told: Told) -> tuple[int, int | None, str]:
+def heads(
+    kind: str, source: Source, ours: ViT | None, width: int, told: Told, seen: int | None = None
+) -> tuple[int, int | None, str]:
     """Heads of the blocks, heads of the last one if they differ, and who says so.
 
-    `ours` is the model that a file of our own `export` names. Raises InputError if nobody says, or if they do not
-    divide the width.
+    `ours` is the model that a file of our own `export` names, `seen` what other weights show. Raises InputError if
+    nobody says, or if they do not divide the width.
     """
     settings, tinymim = source.settings, _tinymim(source.settings)
     others = "; MAE-Lite's have 12, TinyMIM's 6 to 16" if width < 1024 else ""
     candidates = [
         (told.num_heads, "you say"),
         (ours and ours.num_heads, "the file says"),
+        (seen, "its biases by distance have"),
         (tinymim and tinymim[0], f"its arguments name {settings.get('model') if tinymim else ''}"),
         (_whole(settings, "num_attention_heads"), "config.json says"),
         (_whole(settings.get("model_args"), "num_heads"), "config.json says"),

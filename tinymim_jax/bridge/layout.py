@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from tinymim_jax.bridge import folding, key_names, known_checkpoints, stated
+from tinymim_jax.bridge import folding, formats, key_names, known_checkpoints, segmentation, stated
 from tinymim_jax.bridge.files import Source, printable
 from tinymim_jax.bridge.known_checkpoints import Told
-from tinymim_jax.experiment.config import Decoder, ViT
+from tinymim_jax.experiment.config import Decoder, Masks, Task, ViT
 from tinymim_jax.models import posembed
 from tinymim_jax.runtime.codec import from_dict
 from tinymim_jax.runtime.errors import InputError
@@ -42,10 +42,13 @@ class Layout:
     is_stated: bool  # whether the file says mean and std, or ImageNet's are taken
     made_from: list[str]  # lines of provenance, of our own exports
     classes: list[str] | None  # the names of the head's outputs, where the file says them
+    task: Task | None = None  # of a model that segments: its pyramid and heads
+    masks: Masks | None = None  # whose classes these give
 
 
 def understand(source: Source, arrays: Arrays, told: Told) -> Layout:
     """Works out what `arrays` are; raises InputError on keys or shapes that are of no known checkpoint."""
+    source = dataclasses.replace(source, settings=segmentation.with_backbone(source.settings))
     is_mae_lite = any(key.startswith(key_names.MAE_LITE_PREFIX) for key in arrays)
     arrays, ignored = key_names.spell(source, arrays)
     widths = [arrays[k].shape[:1] for k in ("patch_embed.proj.weight", "decoder_embed.weight") if k in arrays]
@@ -53,10 +56,13 @@ def understand(source: Source, arrays: Arrays, told: Told) -> Layout:
     notes: list[str] = []
     if dropped := key_names.drop_training_block(arrays):
         notes.append("its norm was trained on the output of block 8, which D2-MAE's decoder read")
+    dropped |= segmentation.unread(arrays)
     kind = printable(known_checkpoints.kind(arrays, source, is_mae_lite or bool(dropped)))
     notes += folding.fold(arrays, source)
     model = _model(arrays, kind, source, told, notes)
     decoder = _decoder(arrays, kind, source, model, told, notes)
+    task = segmentation.read_task(arrays, source, model, told, notes)
+    masks = segmentation.read_masks(task, source, model.image_size, told, notes) if task else None
     norm_pix = None
     if decoder is not None:
         norm_pix, who = known_checkpoints.norm_pix(kind, source.settings, told)
@@ -72,7 +78,7 @@ def understand(source: Source, arrays: Arrays, told: Told) -> Layout:
     return Layout(
         kind, model, decoder, norm_pix, arrays, {**source.beside, **ignored, **dropped}, notes, tuple(untrained),
         known_checkpoints.licence(kind), preprocessing, is_stated, made_from,
-        stated.classes(source, model.num_classes, notes),
+        stated.classes(source, task.num_classes if task else model.num_classes, notes), task, masks,
     )  # fmt: skip
 
 
@@ -103,13 +109,16 @@ def _model(arrays: Arrays, kind: str, source: Source, told: Told, notes: list[st
         raise InputError("the blocks are not numbered from 0 without gaps: this is not a whole vision transformer")
     grid = _grid(arrays, 1 + dist)
     pool = "mean" if "fc_norm.weight" in arrays else "cls"
-    if ("norm.weight" in arrays) == (pool == "mean"):
+    segments = formats.CLASSIFIER in arrays
+    pool = "mean" if segments else pool
+    if not segments and ("norm.weight" in arrays) == (pool == "mean"):
         raise InputError(
             "exactly one of norm and fc_norm is expected: a norm before the CLS token is read, or one after pooling"
         )
     # The sizes of our own exports are taken from the shapes, too.
     ours = from_dict(ViT, source.settings.get("model"), "tinymim_jax.model") if kind == known_checkpoints.OWN else None
-    heads, last, note = known_checkpoints.heads(kind, source, ours, width, told)
+    seen = segmentation.relative_heads(arrays)
+    heads, last, note = known_checkpoints.heads(kind, source, ours, width, told, seen)
     notes.append(note)
     table = posembed.sincos(grid, width, 1 + dist)
     is_table = table.shape == arrays["pos_embed"].shape and np.allclose(arrays["pos_embed"], table, atol=1e-6)
@@ -118,7 +127,8 @@ def _model(arrays: Arrays, kind: str, source: Source, told: Told, notes: list[st
         mlp_ratio=_mlp_ratio(arrays, "blocks", width),
         image_size=grid * patch, patch_size=patch, posembed="fixed" if is_table else "trainable", pool=pool,
         num_classes=_shape(arrays, "head.weight", 2)[0] if "head.weight" in arrays else 0, dist_token=dist,
-        neck=_shape(arrays, "conv1x1.1.weight", 2)[0] if "conv1x1.1.weight" in arrays else 0,
+        neck=_shape(arrays, "conv1x1.1.weight", 2)[0] if "conv1x1.1.weight" in arrays and not segments else 0,
+        relative_position=seen is not None,
     )  # fmt: skip
     if source.format == "timm":
         _check_timm(source.settings, model)

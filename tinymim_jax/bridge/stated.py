@@ -148,7 +148,7 @@ def classes(source: Source, num_classes: int, notes: list[str]) -> list[str] | N
     """The names of the head's outputs in their order; None, with a note if there is a head, where nobody says them."""
     inner = source.settings.get("pretrained_cfg")
     places = [source.settings, inner if isinstance(inner, dict) else {}]
-    keys = ("id2label", "label_names", "labels", "classes")  # transformers; timm, and its first; our own exports
+    keys = ("id2label", "label_names", "labels", "classes", "CLASSES")  # transformers; timm, its first; ours; mmseg
     told = next((place[key] for key in keys for place in places if place.get(key)), None) if num_classes else None
     if isinstance(told, dict):
         told = [told.get(str(i), told.get(i)) for i in range(len(told))]

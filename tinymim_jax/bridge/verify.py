@@ -12,6 +12,7 @@ from tinymim_jax.bridge.convert import Converted
 from tinymim_jax.bridge.files import need
 from tinymim_jax.bridge.layout import Layout
 from tinymim_jax.experiment import config
+from tinymim_jax.models.torch_ops import resize
 from tinymim_jax.runtime import storage
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.tasks.contract import Context
@@ -41,6 +42,11 @@ def verify(converted: Converted) -> list[Difference]:
     images = rng.normal(size=(2, model.image_size, model.image_size, 3)).astype(np.float32)
     noise = rng.uniform(size=(2, (model.image_size // model.patch_size) ** 2)).astype(np.float32)
     need("torch", "verify", "--verify")
+    if converted.layout.task is not None and converted.source.format != "huggingface":
+        raise InputError(
+            "--verify has no reference of mmseg's classes; convert without it, export that with --format=hf, and"
+            " convert the exported folder with --verify"
+        )
     run = _hugging_face if converted.source.format == "huggingface" else _reference
     theirs = run(converted, images, noise)
     ours = _ours(converted, images, noise)
@@ -87,11 +93,23 @@ def _ours(converted: Converted, images: np.ndarray, noise: np.ndarray) -> Tensor
         tensors["tokens"] = out.tokens
         if out.logits is not None:
             tensors["logits"] = out.logits
+        if found.task is not None:
+            tensors["logits"] = _logits(converted, params, images)
         if found.decoder is not None:
             context = Context(found.model, config.Data("folder", image_size=found.model.image_size))
             task = config.Mae(decoder=found.decoder).build(context)
             tensors["reconstruction"] = jax.jit(task.reconstruct)(params, images, noise)[0]
     return {name: np.asarray(value) for name, value in tensors.items()}
+
+
+def _logits(converted: Converted, params: Any, images: np.ndarray) -> jax.Array:
+    """Of pixels, [B, C, h, w], as fine as those of the source's class."""
+    found = converted.layout
+    plain = {"mean": (0.0,) * 3, "std": (1 / 255,) * 3, "image_size": found.model.image_size, "masks": found.masks}
+    task = found.task.build(Context(found.model, config.Data("pairs", **plain)))
+    pixels = jax.jit(task.predict)({"params": params, **converted.state}, {}, {"image": images}).pixels
+    is_resized = "backbone_config" in converted.source.settings  # by UperNet's own class
+    return (resize(pixels, images.shape[1:3]) if is_resized else pixels).transpose(0, 3, 1, 2)
 
 
 def _torch_images(images: np.ndarray) -> Any:
@@ -157,10 +175,10 @@ def _run_hugging_face(model: Any, found: Layout, pixels: Any, noise: Any) -> Ten
     out = (model.vit if found.decoder else model)(pixels, **options)
     for hook in hooks:
         hook.remove()
-    last = "logits" if found.model.num_classes else "last_hidden_state"
+    last = "logits" if found.model.num_classes or found.task else "last_hidden_state"
     if last not in out:
         raise InputError(f"config.json: architectures names {type(model).__name__}, which has no {last}")
-    tensors["logits" if found.model.num_classes else "tokens"] = out[last].numpy()
+    tensors["logits" if last == "logits" else "tokens"] = out[last].numpy()
     if found.decoder:
         model.config.mask_ratio = 0.75
         tensors["reconstruction"] = model(pixels, noise=noise).logits.numpy()

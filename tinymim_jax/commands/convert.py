@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 USAGE = """python -m tinymim_jax convert SRC DST [--verify] [--num_heads=N] ...
 
   SRC  a .pth or .safetensors file, an index of shards (*.index.json), or a Hugging Face or timm folder: MAE, TinyMIM,
-       MAE-Lite, DeiT, timm's ViT, ViTMAEForPreTraining, ViTMAEModel, ViTModel, ViTForImageClassification
+       MAE-Lite, DeiT, timm's ViT, ViTMAEForPreTraining, ViTMAEModel, ViTModel, ViTForImageClassification, BEiT's
+       classes, UPerNet behind BEiT, TinyMIM or MAE (mmseg's files, or Hugging Face's)
   DST  a new folder
 """
 TOLD = {  # what shapes do not say: the fields of `bridge.layout.Told`
@@ -28,6 +29,8 @@ TOLD = {  # what shapes do not say: the fields of `bridge.layout.Told`
     "layer_norm_eps": (float, None, "of its norms, e.g. 1e-6, where the file does not say or says something else"),
     "mean": (list, None, "R,G,B in [0, 1]: how the pixels that it was trained on were normalised"),
     "std": (list, None, "likewise"),
+    "taps": (list, None, "of a model that segments: the blocks whose tokens its heads read, e.g. 4,6,8,12"),
+    "zero_is_ignored": (bool, None, "of a model that segments: whether 0 in masks is no class, as in ADE20K's"),
     "half": (bool, None, "take float16 or bfloat16 weights, which have been rounded"),
 }
 VERIFY = (
@@ -74,4 +77,9 @@ def told(values: flags.FlagValues) -> "Told":
         if not all(0 <= x < 1e6 and (x or name == "mean") for x in (red, green, blue)):
             raise InputError(f"--{name}={','.join(given)}: give three numbers, e.g. 0.5,0.5,0.5")
         setattr(found, name, [red, green, blue])
+    if found.taps:
+        try:
+            found.taps = [int(block) for block in found.taps]
+        except ValueError:
+            raise InputError(f"--taps={','.join(found.taps)}: give numbers of blocks, e.g. 4,6,8,12") from None
     return found

@@ -4,6 +4,7 @@ import dataclasses
 
 from tinymim_jax.commands.flags import new_flags, parse_positional
 from tinymim_jax.runtime import storage
+from tinymim_jax.runtime.errors import InputError
 
 USAGE = """python -m tinymim_jax eval CHECKPOINT [--suite=imagenet|robust|probe|segmentation|all] [--data=PATH] ...
 
@@ -29,6 +30,8 @@ def main(argv: list[str]) -> None:
         direct=(bool, False, "corrupt the evaluation's own crops; else images are resized and stored as ImageNet-C's"),
         per_class=(int, None, "measure so many images of each class only (of stored corruptions: of each folder)"),
         bank_per_class=(int, None, "of each class, for kNN and logistic regression to learn from; all take hours"),
+        ratios=(list, None, "of a model that segments: sizes of images, as factors, e.g. 0.5,0.75,1,1.25,1.5,1.75"),
+        flip=(bool, False, "of a model that segments: mirror images, too; the mean probability of all counts"),
         out=(str, None, "where eval.json and eval.md go (default: CHECKPOINT/eval)"),
     )
     (folder,) = parse_positional(values, argv, ["CHECKPOINT"], USAGE)
@@ -41,9 +44,20 @@ def main(argv: list[str]) -> None:
 
     program_cache.keep()
     sets = suite.Sets(**{f.name: getattr(values, f.name) for f in dataclasses.fields(suite.Sets)})
+    sets.ratios = _ratios(values.ratios) if values.ratios else None
     out = storage.path(values.out) if values.out else folder / "eval"
     report = suite.evaluate(stage_file.read_subject(folder), values.suite, sets, make_mesh(), out)
     print(suite.table(report))
     print(f"wrote {out}/eval.json and {out}/eval.md")
     for picture in figures.save(figures.confusions(storage.children(out, "*.npz"), folder.name), out):
         print(f"wrote {picture}")
+
+
+def _ratios(given: list[str]) -> tuple[float, ...]:
+    try:
+        ratios = tuple(map(float, given))
+        if all(0 < ratio < 100 for ratio in ratios):
+            return ratios
+    except ValueError:
+        pass
+    raise InputError(f"--ratios={','.join(given)}: give numbers above 0, e.g. 0.5,0.75,1,1.25,1.5,1.75")

@@ -31,17 +31,18 @@ def main(argv: list[str]) -> None:
     from tinymim_jax.experiment import stage_file
     from tinymim_jax.runtime.metric_log import write_whole
 
-    subject = stage_file.read_subject(checkpoint)
-    if subject.pixels:
+    if stage_file.read_segmentation(checkpoint):
         if not values.out or Path(values.out).suffix == ".csv":
             raise InputError(f"--out={values.out or ''}: the model segments; name a folder for its pictures")
-        storage.check_writable(out := storage.path(values.out))
+        painting.check_out(out := storage.path(values.out), folder)
+        subject = stage_file.read_subject(checkpoint)
+        storage.check_writable(out)
         windows = values.batch_size if values["batch_size"].present else WINDOWS
         done = painting.paint(subject, folder, out, windows, values.on_bad_image)
         print(f"wrote {out}: {done} images")
         return
     out = output(values.out, [".csv"])
-    model = TrainedModel(subject)
+    model = TrainedModel(stage_file.read_subject(checkpoint))
     storage.check_writable(out.parent)
     options = {"batch_size": values.batch_size, "on_bad_image": values.on_bad_image}
     names, (probabilities, classes) = model.predictions(folder, values.top, **options)

@@ -7,7 +7,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -23,7 +23,6 @@ from tinymim_jax.runtime.errors import InputError
 IGNORED = 255  # in a mask: of no class
 UNKNOWN = 254  # while a mask is read: a value that no class has
 REDRAWS = 10  # of a crop that shows too little
-UNUSED = -1  # the place of a window that is not there
 
 Size = tuple[int, int]
 
@@ -36,9 +35,10 @@ def resized(size: Size, masks: Masks, ratio: float = 1.0) -> Size:
     return height, width
 
 
-def eval_size(size: Size, data: Data) -> Size:
-    """What an image of `size` becomes in evaluation."""
-    return (data.image_size, data.image_size) if data.masks.squash else resized(size, data.masks)
+def eval_size(size: Size, data: Data, ratio: float = 1.0) -> Size:
+    """What an image of `size` becomes in evaluation, at so many times its plain size."""
+    side = max(1, int(data.image_size * ratio))
+    return (side, side) if data.masks.squash else resized(size, data.masks, ratio)
 
 
 def window_grid(size: Size, window: int, stride: int) -> list[Size]:
@@ -50,9 +50,9 @@ def window_grid(size: Size, window: int, stride: int) -> list[Size]:
     return [(row, column) for row in rows for column in columns]
 
 
-def eval_grid(size: Size, data: Data) -> list[Size]:
+def eval_grid(size: Size, data: Data, ratio: float = 1.0) -> list[Size]:
     """`window_grid` of an image whose file has `size`."""
-    return window_grid(eval_size(size, data), data.image_size, data.masks.window_stride(data.image_size))
+    return window_grid(eval_size(size, data, ratio), data.image_size, data.masks.window_stride(data.image_size))
 
 
 def sizes(source: Source, on_bad_image: Literal["stop", "skip"] = "stop") -> np.ndarray:
@@ -187,39 +187,41 @@ def _read_image_mask(record: Record, name: str, data: Data, rng: np.random.Gener
     return {"image": _padded(image, square, 0), "mask": _padded(mask, square, IGNORED), "extent": extent}
 
 
-def _empty_windows(count: int, canvas: Size, data: Data) -> Example:
-    side, pair = data.image_size, np.zeros(2, np.int32)
+def _empty_windows(count: int, canvas: Size, ratios: tuple[float, ...], data: Data) -> Example:
+    side = data.image_size
+    shapes = {"place": (count, 2), "extent": (count, 2), "view": (count,), "original": (2,)}
+    shapes |= dict.fromkeys(("grid", "size"), (len(ratios), 2))
     return {
         "windows": np.zeros((count, side, side, 3), np.uint8),
-        "place": np.zeros((count, 2), np.int32),
-        **dict.fromkeys(("grid", "extent", "size", "original"), pair),
+        **{name: np.zeros(shape, np.int32) for name, shape in shapes.items()},
         "mask": np.zeros(canvas, np.uint8),
     }
 
 
-def _read_windows(count: int, canvas: Size, record: Record, name: str, data: Data, rng: np.random.Generator) -> Example:
+def _read_windows(
+    count: int, canvas: Size, ratios: tuple[float, ...], record: Record, name: str, data: Data, rng: np.random.Generator
+) -> Example:
     classes = classes_of(record, name, data.masks)
     original, side = classes.shape, data.image_size
-    size, grid = eval_size(original, data), eval_grid(original, data)
-    if len(grid) > count or original[0] > canvas[0] or original[1] > canvas[1]:
+    grids = [eval_grid(original, data, ratio) for ratio in ratios]
+    if (many := sum(map(len, grids))) > count or original[0] > canvas[0] or original[1] > canvas[1]:
         raise InputError(
-            f"{name}: {original[1]} x {original[0]} pixels and {len(grid)} windows of {side} are more than the"
+            f"{name}: {original[1]} x {original[0]} pixels and {many} windows of {side} are more than the"
             f" {canvas[1]} x {canvas[0]} and {count} there is room for; group images by `sizes` first"
         )
-    image = _crop(record, name, original, size, (0, 0), size, is_fast=False)
-    example: dict[str, Any] = _empty_windows(count, canvas, data)
-    example["place"][:] = UNUSED
-    extent = min(size[0], side), min(size[1], side)
-    for i, (row, column) in enumerate(grid):
-        example["windows"][i, : extent[0], : extent[1]] = image[row : row + side, column : column + side]
-        example["place"][i] = row, column
-    lines = [len({place[axis] for place in grid}) for axis in (0, 1)]
-    facts = {"grid": lines, "extent": extent, "size": size, "original": original}
-    return {
-        **example,
-        **{field: np.array(value, np.int32) for field, value in facts.items()},
-        "mask": _padded(classes, canvas, IGNORED),
-    }
+    pixels, at = np.asarray(decode(record["image"], name)), 0
+    example = {**_empty_windows(count, canvas, ratios, data), "mask": _padded(classes, canvas, IGNORED)}
+    example["original"][:] = original
+    for view, (ratio, grid) in enumerate(zip(ratios, grids, strict=True)):
+        size = eval_size(original, data, ratio)
+        image = bilinear(pixels, original, size, (0, 0), size)
+        for row, column in grid:
+            part = image[row : row + side, column : column + side]
+            example["windows"][at, : part.shape[0], : part.shape[1]] = part
+            example["place"][at], example["extent"][at], example["view"][at] = (row, column), part.shape[:2], view
+            at += 1
+        example["size"][view], example["grid"][view] = size, [len({place[axis] for place in grid}) for axis in (0, 1)]
+    return example
 
 
 # Image uint8 [B, S, S, 3], mask uint8 [B, S, S], extent int32 [B, 2]: the rows and columns that hold image. Behind
@@ -227,12 +229,13 @@ def _read_windows(count: int, canvas: Size, record: Record, name: str, data: Dat
 IMAGE_MASK = Fields(_empty_image_mask, _read_image_mask)
 
 
-def windows(count: int, canvas: Size) -> Fields:
-    """Whole images as up to `count` windows, and their masks, of up to `canvas` pixels.
+def windows(count: int, canvas: Size, ratios: tuple[float, ...] = (1.0,)) -> Fields:
+    """Whole images, at each of R ratios of their size, as up to `count` windows, and masks of up to `canvas` pixels.
 
-    windows uint8 [B, count, S, S, 3]; place int32 [B, count, 2], the corner of each, -1 where there is none (the
-    window is then 0); grid int32 [B, 2], windows in a column and in a row; extent int32 [B, 2], the rows and columns of
-    each window that hold image; size int32 [B, 2], of the resized image; original int32 [B, 2], of the file; mask uint8
-    [B, *canvas], the truth at the original size, padded with 255.
+    windows uint8 [B, count, S, S, 3]; place int32 [B, count, 2], the corner of each; extent int32 [B, count, 2], its
+    rows and columns that hold image, 0 where there is no window; view int32 [B, count], the number of its ratio;
+    grid int32 [B, R, 2], windows in a column and in a row; size int32 [B, R, 2], of the resized image; original int32
+    [B, 2], of the file; mask uint8 [B, *canvas], the truth at the original size, padded with 255.
     """
-    return Fields(functools.partial(_empty_windows, count, canvas), functools.partial(_read_windows, count, canvas))
+    empty, read = (functools.partial(make, count, canvas, ratios) for make in (_empty_windows, _read_windows))
+    return Fields(empty, read)

@@ -45,6 +45,29 @@ def match(
     )
 
 
+def order(head: Sequence[str], data: Sequence[str], where: str) -> tuple[np.ndarray | None, str]:
+    """(the output of each class of masks, None: of the same number; how that is known, for people).
+
+    By name where both lists have the same names, else by position. Raises InputError, naming the data by `where`, if
+    by position a name would become another class's.
+    """
+    names, wanted = _plain(head), _plain(data)
+    if len(set(names)) == len(names) and sorted(names) == sorted(wanted):
+        columns = np.array([names.index(name) for name in wanted])
+        is_same = names == wanted
+        return (
+            None if is_same else columns,
+            f"classes go by their names{'' if is_same else ', which are in another order'}",
+        )
+    for i, name in enumerate(wanted):
+        if name in names and name not in names[i : i + 1]:
+            raise InputError(
+                f"{where}: class {data[i]!r} is number {i} there and {names.index(name)} of the model's, whose other"
+                " names are not the data's; give its classes.txt the names of the model's classes"
+            )
+    return None, f"not all names of classes are the model's: output 0 of it is taken to be {data[0]!r}, and so on"
+
+
 def _plain(names: Sequence[str]) -> list[str]:
     """Names without what a folder's name cannot keep: case, and whether blanks or underscores part the words."""
     plain = [re.sub(r"[\s_]+", " ", name).strip().casefold() for name in names]

@@ -19,7 +19,7 @@ from tinymim_jax.data import class_list, dense, sources
 from tinymim_jax.data.decode import decode, image_size
 from tinymim_jax.evals.contract import Batch
 from tinymim_jax.evals.segmentation import by_windows, painted, window_logits
-from tinymim_jax.evals.suite import Subject, in_folder
+from tinymim_jax.evals.suite import Subject, in_folder, pixels
 from tinymim_jax.runtime import sharding, storage
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.runtime.metric_log import write_whole
@@ -38,16 +38,22 @@ class Unmasked(sources.Chosen):
         return {**record, "mask": np.full(size, dense.IGNORED, np.uint8)}
 
 
+def check_out(out: Path, folder: Path) -> None:
+    """Raises InputError if `out` is no folder, or pictures in it would lie among the images in `folder`."""
+    if out.is_file():
+        raise InputError(f"--out={out} is a file; name a folder")
+    if storage.absolute(folder) in (storage.absolute(out), *storage.absolute(out).parents):
+        raise InputError(f"--out={out} lies in the folder of the images; name another one")
+
+
 def paint(subject: Subject, folder: Path, out: Path, windows: int, on_bad_image: str = "stop") -> int:
     """Writes, of each image under `folder`, OUT/NAME.png, whose values are classes, and OUT/NAME_over.jpg.
 
     The first has the colours of the classes as its palette, the second lies over the image. Returns how many there
     are. Raises InputError that names an image that cannot be decoded, or with on_bad_image "skip" leaves it out, and
-    if a picture would take the place of an image or of another picture.
+    if a picture would take the place of another one.
     """
-    if storage.absolute(folder) in (storage.absolute(out), *storage.absolute(out).parents):
-        raise InputError(f"--out={out} lies in the folder of the images; name another one")
-    data = in_folder(subject.training, os.fspath(folder))
+    data = in_folder(subject.training or pixels(subject), os.fspath(folder))
     data = dataclasses.replace(data, transform="eval", on_bad_image=on_bad_image)
     mesh, images = sharding.make_mesh(), sources.open_source(data)
     source = Unmasked(images, np.arange(len(images)))
@@ -65,8 +71,9 @@ def paint(subject: Subject, folder: Path, out: Path, windows: int, on_bad_image:
         return jax.vmap(lambda own, row: painted(own, row, data.image_size))(logits, batch)
 
     palette = class_list.palette(data.masks.num_classes)
-    with contextlib.suppress(InputError):  # the data that it was trained on need not be at hand
-        palette = class_list.colours(sources.open_source(subject.training), len(palette))
+    if subject.training:
+        with contextlib.suppress(InputError):  # the data that it was trained on need not be at hand
+            palette = class_list.colours(sources.open_source(subject.training), len(palette))
     passes, done = by_windows(data, source, windows, mesh).values(), 0
     with bar("predictions", sum(map(len, passes)), "batch", first="compiling", leave=False) as shown:
         for batches in passes:

@@ -7,6 +7,7 @@ few numbers, and one program serves images of all sizes that have as many window
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, ClassVar, Literal
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from tinymim_jax.data import dense, sources
 from tinymim_jax.data.config import Data
+from tinymim_jax.evals import labels
 from tinymim_jax.evals.contract import Batch, Batches, Context, Eval, Result, Variables
 from tinymim_jax.models.contract import Encoder, Outputs
 from tinymim_jax.runtime.codec import ranged
@@ -30,6 +32,7 @@ class Segmentation(Eval):
 
     data: Data  # with masks
     flip: bool = False  # the mean probability of an image and its mirror image
+    ratios: tuple[float, ...] = ranged((1.0,), above=0)  # and of it at so many times its size
     kind: Literal["segmentation"] = "segmentation"
     batch_size: int = ranged(8, at_least=1)  # windows
 
@@ -42,6 +45,8 @@ class Segmentation(Eval):
         super().check(where, model, training)
         if self.data.masks is None:
             raise InputError(f"{where}.data.masks is none: masks are what predictions are compared with; set it")
+        if not self.ratios:
+            raise InputError(f"{where}.ratios names no size of images; set it to (1.0,)")
         for field in ("num_classes", "zero_is_ignored", "ignored") if training.masks else ():
             if getattr(self.data.masks, field) != getattr(training.masks, field):
                 raise InputError(f"{where}.data.masks.{field} differs from that of the stage's data; make them equal")
@@ -58,11 +63,15 @@ class MeanIoU:
     def __init__(self, cfg: Segmentation, context: Context):
         self.cfg, self.predict = cfg, context.predict
         source = sources.open_source(cfg.data)
-        self.classes, self.passes = source.classes, by_windows(cfg.data, source, cfg.batch_size, context.mesh)
+        self.classes, self.columns = source.classes or context.classes, None
+        if source.classes and context.classes:
+            self.columns = labels.order(context.classes, source.classes, cfg.data.path or cfg.data.source)[0]
+        self.passes = by_windows(cfg.data, source, cfg.batch_size, context.mesh, cfg.ratios)
 
     def update(self, variables: Variables, frozen: Any, others: Any, batch: Batch) -> dict[str, jax.Array]:
         predict = functools.partial(self.predict, variables, frozen)
         logits, window = window_logits(predict, batch, self.cfg.flip), self.cfg.data.image_size
+        logits = logits if self.columns is None else logits[..., self.columns]
         found = jax.vmap(lambda own, row: confusion(own, row, window))(logits, batch)
         is_valid = batch["is_valid"]
         return {"confusion": jnp.where(is_valid[:, None, None], found, 0).sum(axis=0), "images": is_valid.sum()}
@@ -87,20 +96,23 @@ def scores(table: np.ndarray) -> tuple[dict[str, float], np.ndarray]:
     return {name: float(value) for name, value in means.items()}, iou
 
 
-def by_windows(data: Data, source: sources.Source, at_once: int, mesh: jax.sharding.Mesh) -> dict[int, Batches]:
+def by_windows(
+    data: Data, source: sources.Source, at_once: int, mesh: jax.sharding.Mesh, ratios: tuple[float, ...] = (1.0,)
+) -> dict[int, Batches]:
     """The whole data set by how many windows an image has, rounded up to 1, 2, 4, ...: few programs serve all sizes.
 
-    `at_once` is the number of windows in a batch.
+    `at_once` is the number of windows in a batch; of each image they are those at each of `ratios` of its size.
     """
     sizes = dense.sizes(source, data.on_bad_image)
     if not sizes.any():
         raise InputError(f"none of the {len(sizes)} images can be decoded; mend the data")
-    windows = np.array([len(dense.eval_grid(tuple(size), data)) if size.any() else 1 for size in sizes])
+    grids = [[dense.eval_grid(tuple(size), data, ratio) for ratio in ratios] if size.any() else [[0]] for size in sizes]
+    windows = np.array([sum(map(len, grid)) for grid in grids])
     counts = 2 ** np.ceil(np.log2(windows)).astype(int)
     canvas = tuple(int(-(-side // TILE) * TILE) for side in sizes.max(axis=0))
     return {
         count: Batches(
-            data, max(1, at_once // count), mesh, dense.windows(count, canvas), is_labelled=False,
+            data, max(1, at_once // count), mesh, dense.windows(count, canvas, tuple(ratios)), is_labelled=False,
             source=sources.Chosen(source, np.flatnonzero(counts == count)),
         )
         for count in np.unique(counts).tolist()
@@ -108,16 +120,16 @@ def by_windows(data: Data, source: sources.Source, at_once: int, mesh: jax.shard
 
 
 def window_logits(predict: Callable[[Batch], Outputs], batch: Batch, flip: bool) -> jax.Array:
-    """[B, V, K, h, w, C] of a batch of `by_windows`; V is 2 if mirror images are seen, too, and come second."""
-    windows, views = batch["windows"], []
+    """[B, F, K, h, w, C] of a batch of `by_windows`; F is 2 if mirror images are seen, too, and come second."""
+    windows, extent, views = batch["windows"], batch["extent"], []
     b, k, side = windows.shape[:3]
     for is_mirrored in (False, True) if flip else (False,):
         if is_mirrored:  # within their extent
-            column, width = jnp.arange(side), batch["extent"][:, 1:]
+            column, width = jnp.arange(side), extent[..., 1:]
             order = jnp.where(column < width, width - 1 - column, column)
-            windows = jnp.take_along_axis(windows, order[:, None, None, :, None], axis=3)
-        extent = jnp.repeat(batch["extent"], k, axis=0)
-        pixels = predict({"image": windows.reshape(b * k, *windows.shape[2:]), "extent": extent}).pixels
+            windows = jnp.take_along_axis(windows, order[:, :, None, :, None], axis=3)
+        images = windows.reshape(b * k, *windows.shape[2:])
+        pixels = predict({"image": images, "extent": extent.reshape(b * k, 2)}).pixels
         if pixels is None:
             raise InputError("the model has no head for pixels; train one with task 'segment'")
         views.append(pixels.reshape(b, k, *pixels.shape[1:]))
@@ -125,7 +137,9 @@ def window_logits(predict: Callable[[Batch], Outputs], batch: Batch, flip: bool)
 
 
 def confusion(logits: jax.Array, row: Batch, window: int) -> jax.Array:
-    """Logits [V, K, h, w, C] of an image's windows in V views, and its fields -> pixels [C, C], truth by prediction."""
+    """Logits [F, K, h, w, C] of an image's windows and of their mirror images, and its fields -> pixels [C, C], truth
+    by prediction.
+    """
     classes = logits.shape[-1]
 
     def visit(found: jax.Array, corner: jax.Array, predicted: jax.Array) -> jax.Array:
@@ -161,9 +175,10 @@ def over_tiles(
 def tile(logits: jax.Array, row: Batch, corner: jax.Array, window: int) -> jax.Array:
     """[TILE, TILE, C] of the original image from `corner` on: logits, or mean probabilities of several views."""
     views = []
-    for view, own in enumerate(logits):
+    for view, (mirror, own) in itertools.product(range(len(row["size"])), enumerate(logits)):
         down, across = (
-            axis_matrices(row, axis, corner[axis], window, own.shape[1 + axis], bool(view and axis)) for axis in (0, 1)
+            axis_matrices(row, view, axis, corner[axis], window, own.shape[1 + axis], bool(mirror and axis))
+            for axis in (0, 1)
         )
         rows = jnp.einsum("kyu,kuvc->kyvc", down, own, precision="highest")
         views.append(jnp.einsum("kyvc,kxv->yxc", rows, across, precision="highest"))
@@ -171,21 +186,23 @@ def tile(logits: jax.Array, row: Batch, corner: jax.Array, window: int) -> jax.A
 
 
 def axis_matrices(
-    row: Batch, axis: int, start: jax.Array, window: int, fineness: int, is_mirrored: bool = False
+    row: Batch, view: int, axis: int, start: jax.Array, window: int, fineness: int, is_mirrored: bool = False
 ) -> jax.Array:
     """[K, TILE, fineness]: what each of TILE pixels of the original reads of one axis of each window's logits.
 
+    `view` is the number of the size whose windows are meant; the others are 0.
+
     Pixels lie between two of the resized image, and these between two logits of each window that covers them.
     """
-    size, original, place = row["size"][axis], row["original"][axis], row["place"][:, axis, None]
-    used = (jnp.arange(len(place)) < row["grid"].prod())[:, None]
+    size, original, place = row["size"][view, axis], row["original"][axis], row["place"][:, axis, None]
+    extent, is_meant = row["extent"][:, axis, None], (row["view"] == view)[:, None]
     at = (jnp.arange(TILE) + start + 0.5) * size / original - 0.5
     found = jnp.zeros((len(place), TILE, fineness))
     for pixel, share in _neighbours(at, size):
         own = pixel - place  # [K, TILE]
-        covers = used & (own >= 0) & (own < window)
-        many = covers.sum(axis=0) / row["grid"][1 - axis]  # of those beside each other in this axis
-        own = row["extent"][axis] - 1 - own if is_mirrored else own
+        covers = is_meant & (own >= 0) & (own < extent)
+        many = covers.sum(axis=0) / row["grid"][view, 1 - axis]  # of those beside each other in this axis
+        own = extent - 1 - own if is_mirrored else own
         for logit, part in _neighbours((own + 0.5) * fineness / window - 0.5, fineness):
             weight = jnp.where(covers, share * part / jnp.maximum(many, 1), 0.0)
             found += weight[..., None] * jax.nn.one_hot(logit, fineness)

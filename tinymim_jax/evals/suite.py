@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from etils.epath import Path
 
-from tinymim_jax.data.config import Data
+from tinymim_jax.data.config import Data, Masks
 from tinymim_jax.data.device_augment import normalize, to_float
 from tinymim_jax.data.sources import check_same_classes, open_source
 from tinymim_jax.evals import Classification, Corruptions, Knn, Logistic, Segmentation, labels, subsets
@@ -42,6 +42,8 @@ class Sets:
     on_bad_image: str | None = None
     per_class: int | None = None  # measure on so many images of each class only
     bank_per_class: int | None = None  # and let the probes learn from so many
+    ratios: tuple[float, ...] | None = None  # sizes of images, of a model that segments
+    flip: bool = False  # and their mirror images
 
 
 @dataclasses.dataclass
@@ -58,6 +60,7 @@ class Subject:
     classes: list[str] | None = None  # what the outputs of its head are called, where that is known
     pool: Pool | None = None  # the token that its features are; None: what the encoder says
     pixels: Predict | None = None  # its logits of pixels, if it has a head for them
+    masks: Masks | None = None  # whose classes these are
 
 
 def evaluate(subject: Subject, suite: str, sets: Sets, mesh: jax.sharding.Mesh, out: Path) -> dict[str, Any]:
@@ -125,7 +128,7 @@ def data_sets(subject: Subject, sets: Sets, probes: bool = True) -> tuple[Data, 
 def pixels(subject: Subject) -> Data:
     """How evaluation makes images its input, whichever they are."""
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in subject.preprocessing.items()}
-    return Data("folder", transform="eval", image_size=subject.model.image_size, **fields)
+    return Data("folder", transform="eval", image_size=subject.model.image_size, masks=subject.masks, **fields)
 
 
 def _is_clean(cfg: Eval) -> bool:
@@ -165,6 +168,8 @@ def check_names(chosen: dict[str, Eval], model: Encoder, classes: list[str] | No
         if isinstance(cfg, Classification) and not cfg.subset:
             where = f"{cfg.data.path}/{cfg.data.split}"
             notes.append(labels.match(classes, open_source(cfg.data).classes, model.num_classes, where)[1])
+        if cfg.needs_pixels and classes and (own := open_source(cfg.data).classes):
+            notes.append(labels.order(classes, own, cfg.data.path or cfg.data.source)[1])
     return notes
 
 
@@ -198,7 +203,11 @@ def evals(suite: str, subject: Subject, clean: Data, bank: Data, sets: Sets) -> 
                 raise InputError(f"--{name} needs a model of ImageNet's 1000 classes; this one has {model.num_classes}")
     chosen: dict[str, Eval] = {}
     if subject.pixels and suite in ("segmentation", "all"):
-        chosen["segmentation"] = Segmentation(clean)
+        chosen["segmentation"] = Segmentation(clean, flip=sets.flip, ratios=sets.ratios or (1.0,))
+    elif sets.flip or sets.ratios:
+        raise InputError(
+            "--ratios and --flip are for the segmentation of a model with a head for pixels; leave them out"
+        )
     if suite in ("imagenet", "all") and model.num_classes:
         chosen[_name_of(clean)] = Classification(clean)
     if suite in ("robust", "all") and model.num_classes:

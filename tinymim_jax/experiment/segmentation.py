@@ -26,6 +26,8 @@ from tinymim_jax.experiment.config import (
 
 CLASSES = 150
 TRAIN_IMAGES = 20_210
+# What becomes of the neck of the fine-tuned TinyMIM*-T: the layer of 1280 channels of its pyramid.
+NECK = {"encoder/neck_norm/": "pretext/pyramid/fc_norm/", "encoder/neck/": "pretext/pyramid/fc/"}
 LAYER_DECAY = {"base": 0.75, "small": 0.75, "tiny": 0.75, "t_star": 0.8}
 
 
@@ -81,9 +83,10 @@ def segment(model: ViT, task: Segment, init: Init | None, train: Data, val: Data
 def upernet(size: str, init: Init | None, path: str) -> Stage:
     """TinyMIM's UPerNet of a named size, or of "t_star", TinyMIM*-T with its second token and its 1280-wide map.
 
-    The layer of 1280 channels starts anew; the original takes it from the fine-tuned TinyMIM*-T.
+    The layer of 1280 channels is that of the fine-tuned TinyMIM*-T, where `init` has it.
     """
     is_star = size == "t_star"
+    init = dataclasses.replace(init, rename={**NECK, **init.rename}) if init and is_star else init
     model = encoder("tiny", num_heads=12, dist_token=True) if is_star else encoder(size)
     width = 768 if is_star else model.width
     pyramid = Pyramid(width=width, hidden=width // 2, fc=1280) if is_star else Pyramid()

@@ -11,11 +11,11 @@ from etils.epath import Path
 
 from tinymim_jax.evals.inference import TrainedModel
 from tinymim_jax.evals.suite import Subject
-from tinymim_jax.experiment.config import Data, Model, Stage
+from tinymim_jax.experiment.config import Data, Masks, Model, Stage, Task
 from tinymim_jax.models.contract import Encoder
 from tinymim_jax.runtime import codec, storage
 from tinymim_jax.runtime.errors import InputError
-from tinymim_jax.tasks.contract import Context
+from tinymim_jax.tasks.contract import Context, TaskConfig
 from tinymim_jax.weights import handoff
 
 FORMAT = 2  # of stage.json and of what stands beside it
@@ -55,6 +55,22 @@ def read_model(folder: Path) -> Encoder:
 def read_untrained(folder: Path) -> list[str]:
     """The parameters that the stage in `folder` did not train; raises InputError if it is not a stage's folder."""
     return read(folder)["untrained"]
+
+
+def read_segmentation(folder: Path) -> tuple[TaskConfig, Data] | None:
+    """The task whose head gives each pixel a class, and the data that it was trained on, of a converted checkpoint
+    without a path; None: the model in `folder` has no such head.
+    """
+    if (converted := read(folder).get("converted")) is None:
+        stage = read_stage(folder)
+        return (stage.task, stage.data) if stage.task.gives_pixels else None
+    if not converted.get("task"):
+        return None
+    stated = {key: tuple(converted["preprocessing"][key]) for key in ("mean", "std")}
+    masks = codec.from_dict(Masks, converted["masks"], f"{folder / 'stage.json'}.masks")
+    size = converted["model"]["image_size"]
+    data = Data("pairs", split="val", transform="eval", image_size=size, masks=masks, **stated)
+    return codec.from_dict(Task, converted["task"], f"{folder / 'stage.json'}.task"), data
 
 
 def read_preprocessing(folder: Path) -> dict[str, Any]:
@@ -151,11 +167,12 @@ def read_subject(folder: Path) -> Subject:
     content, model = read(folder), read_model(folder)
     told = str(folder), model, handoff.read_variables(folder), content["untrained"]
     facts = read_preprocessing(folder), content.get("classes")
+    task, data = read_segmentation(folder) or (None, None)
+    of_pixels = (task.build(Context(model, data)).predict, data.masks) if task else ()
     if "stage" not in content:
-        return Subject(*told, None, {}, *facts)
+        return Subject(*told, None, {}, *facts, None, *of_pixels)
     stage = read_stage(folder)
-    pixels = stage.task.build(Context(model, stage.data)).predict if stage.task.gives_pixels else None
-    return Subject(*told, stage.data, stage.evals, *facts, stage.task.features_pool(), pixels)
+    return Subject(*told, stage.data, stage.evals, *facts, stage.task.features_pool(), *of_pixels)
 
 
 def load(path: str | LocalPath) -> TrainedModel:

@@ -49,7 +49,7 @@ class ViT(Encoder):
 
     @property
     def export_formats(self) -> tuple[str, ...]:
-        return () if self.relative_position or self.layer_scale else ("timm", "hf", "mae", "onnx")
+        return ("hf", "mae") if self.relative_position or self.layer_scale else ("timm", "hf", "mae", "onnx")
 
     @property
     def num_prefix(self) -> int:

@@ -31,7 +31,8 @@ class Init:
     stage: str | None = None  # an earlier stage of this chain
     path: str | None = None  # a stage's folder, of any run
     replica: int | None = ranged(None, at_least=0)  # of a stage with run.replicas; None: the one of the same number
-    rename: dict[str, str] = dataclasses.field(default_factory=dict)  # regex -> replacement, on the source's keys
+    # regex -> replacement, on the source's keys; the only way into pretext/, whose parameters start anew elsewhere
+    rename: dict[str, str] = dataclasses.field(default_factory=dict)
     skip: tuple[str, ...] = ()  # regexes: keys of the source that may be left out
     fresh: tuple[str, ...] = ()  # regexes: keys that keep their initial values, whatever the source has
     keep_blocks: int | None = ranged(None, at_least=0)  # take over the embeddings and so many blocks only; None: all
@@ -92,8 +93,8 @@ def match(
 ) -> Report:
     """How `source` fills `target`; raises InputError naming the keys that neither fit nor are excused by `init`.
 
-    What lies under pretext/ is neither taken nor missed. `untrained` are the source's keys that its own stage did not
-    train; the report says which were loaded. `layer_id` is the encoder's, which `init.keep_blocks` counts by.
+    What lies under pretext/ is not missed, and taken only where `init.rename` leads there. The report says which of the
+    source's `untrained` keys were loaded. `layer_id` is the encoder's, which `init.keep_blocks` counts by.
     """
 
     def is_beyond(key: str) -> bool:
@@ -107,7 +108,7 @@ def match(
     report = Report(target, source, {}, [], [], {}, {}, [])
     problems = []
     for key, shape in target.items():
-        if key.startswith(PRETEXT) or is_beyond(key) or matches(init.fresh, key):
+        if (key.startswith(PRETEXT) and renamed.get(key, key) == key) or is_beyond(key) or matches(init.fresh, key):
             report.fresh.append(key)
             continue
         if key not in renamed:
