@@ -19,6 +19,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,!=3.12.0,!=3.12.1",  # these two crash as they collect gcsfs' uploads (cpython 111049)
     packages=find_packages(include=["tinymim_jax", "tinymim_jax.*"]),
+    package_data={"tinymim_jax.report": ["page.*"]},
     package_dir={"": "."},  # an editable install then goes before a clone's folder of the same name, too
     install_requires=[
         "absl-py",
@@ -39,6 +40,7 @@ setup(
         "optax>=0.2.6",
         "orbax-checkpoint>=0.12",
         "pillow",
+        "plotly>=6",
         "rich",
         "safetensors",
         "scikit-learn",

@@ -29,7 +29,7 @@ COMMANDS = {
     "analyze": "look into finished models: similarity of layers, attention, relations, spectra, neighbours",
     "features": "a folder of images -> what a model makes of each, as .npz or .parquet",
     "predict": "a folder of images -> classes and probabilities, as CSV",
-    "report": "make the tables and pictures of a finished run again",
+    "report": "a run as one page with its curves, tables and pictures",
     "convert": "other people's checkpoint -> ours",
     "inspect": "say what is in a checkpoint, theirs or ours",
     "export": "our checkpoint -> timm, Hugging Face, MAE's .pth or ONNX",

@@ -22,7 +22,7 @@ from tinymim_jax.experiment.config import (
     Reconstruction,
 )
 from tinymim_jax.experiment.validate import check
-from tinymim_jax.report import figures, tables
+from tinymim_jax.report import page, tables
 from tinymim_jax.runtime.errors import InputError
 
 DECODER = Decoder(16, 1, 2)
@@ -69,9 +69,10 @@ def run(tmp_path_factory):
 
 def test_pictures_and_tables_are_made(run):
     workdir, results = run
-    names = [path.name for path in figures.write(workdir, results)]
-    assert {"d2_mae_distill.png", "hidden_distill.png", "moco_moco.png", "compare_t.png"} <= set(names)
-    assert [path.name for path in tables.write(workdir, results)] == ["tables.md"]
+    page.write(workdir)
+    names = {path.name for path in (workdir / "report").iterdir()}
+    names_of_pictures = {"d2_mae_distill.png", "hidden_distill.png", "moco_moco.png", "compare_t.png", "compare_t.svg"}
+    assert names_of_pictures | {"tables.md", "index.html"} <= names
     results["compare"]["T"] = {**results["compare"]["T"], "rank_correlation": 0.5}  # as an earlier version wrote it
     results["compare"]["T"].pop("clear", None)
     assert "of single runs nothing tells" in tables.markdown(results)

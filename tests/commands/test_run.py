@@ -34,7 +34,7 @@ def test_a_run_from_start_to_end(config_file, tmp_path, capsys):
     argv = ["run", f"--config={config_file}", "--workdir=work"]
     assert main(argv) == 0
     out = capsys.readouterr().out
-    assert "val/top1" in out and "wrote work/report/loss.png" in out
+    assert "val/top1" in out and "wrote work/report/loss_mae.png" in out
     results = json.loads((tmp_path / "work" / "results.json").read_text())
     assert list(results["stages"]) == ["mae", "distill", "finetune"]
     assert main(argv) == 0

@@ -22,7 +22,7 @@ from tinymim_jax.experiment import segmentation, stage_file
 from tinymim_jax.experiment.config import Config, Init, Linear, Masks
 from tinymim_jax.experiment.segmentation import upernet
 from tinymim_jax.experiment.validate import check
-from tinymim_jax.report import figures
+from tinymim_jax.report import pictures
 from tinymim_jax.runtime import keys
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.runtime.preemption import Interrupted
@@ -174,7 +174,7 @@ def test_a_run_is_measured_again_the_same_and_paints(finished, tmp_path, capsys)
     report = json.loads((tmp_path / "e" / "eval.json").read_text())["results"]
     assert report["segmentation/mIoU"] == pytest.approx(results["val/mIoU"])
     assert (tmp_path / "e" / "segmentation_classes.png").is_file()
-    panels = figures.panels_of(tiny_segment(), "segment", folder.parent)
+    panels = pictures.panels_of(tiny_segment(), "segment", folder.parent)
     assert panels.column_labels == ["image", "truth", "prediction", "wrong"] and len(panels.rows) == 6
     assert {np.shape(image) for row in panels.rows for image in row} == {(32, 32, 3)}
     (tmp_path / "photos" / "sub").mkdir(parents=True)

@@ -1,6 +1,6 @@
 import pytest
 
-from tinymim_jax.report import figures, tables
+from tinymim_jax.report import curves, tables, workdir
 from tinymim_jax.training.chain import ordered, pace
 
 ROWS = {name: {"mean": mean, "stderr": 0.2, "values": [mean]} for name, mean in (("a", 1.0), ("b", 3.0), ("c", 2.9))}
@@ -43,8 +43,21 @@ def test_the_paper_stands_beside_ours():
         assert part in " ".join(said.split())
     assert "| b | 3.00 | 0.20 | 1 | 1 | 70.0 | 3 |" in tables.markdown(results)
     assert "| c | 2.90 | 0.20 | 1 | 2 | 80.0 | 1 |\n\nrank correlation" in tables.markdown(results)
-    assert list(figures.compared_with_papers(results)) == ["compare_t_7"]
-    assert figures.compared_with_papers(compared({})) == {}
+
+
+def run(paper):
+    return workdir.Run("study", None, {}, [], compared(paper)["compare"], {}, [])
+
+
+def test_ours_are_drawn_against_the_paper_or_alone():
+    (chart,) = curves.comparisons([run({"a": 75.0, "b": 70.0, "c": 80.0})])
+    assert (chart.key, chart.title) == ("compare_t_7", "T 7, rank correlation -0.50")
+    assert (chart.names, chart.x) == (["b", "a", "c"], [70.0, 75.0, 80.0])
+    assert [chart.y, chart.error] == [[ROWS[name][what] for name in "bac"] for what in ("mean", "stderr")]
+    (bars,) = curves.comparisons([run({})])
+    assert (list(bars.names), bars.values) == (list(ROWS), [row["mean"] for row in ROWS.values()])
+    two = curves.comparisons([run({}), run({})])
+    assert [chart.title for chart in two] == ["T 7 · study"] * 2
 
 
 def test_how_long_those_that_are_left_will_take():

@@ -16,7 +16,7 @@ from tinymim_jax.experiment import stage_file
 from tinymim_jax.experiment.config import Classification, Compare, Config, Init, Stage
 from tinymim_jax.experiment.validate import check
 from tinymim_jax.planning import dry_run, estimate
-from tinymim_jax.report import figures
+from tinymim_jax.report import curves, pictures, workdir
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.runtime.preemption import Interrupted
 from tinymim_jax.training import chain, loop
@@ -216,10 +216,9 @@ def test_a_replica_whose_loss_is_not_finite_stops_the_run(mesh, tmp_path):
 
 def test_pictures_are_of_the_first_replica_and_curves_of_all(runs):
     folder = runs("mae")
-    panels = figures.panels_of(mae(), "mae", folder.parent)
-    assert len(panels.rows) == 3
-    curves = figures.loss_curves(folder.parent, {"mae": mae()}).axes[0].get_lines()
-    assert sorted(curve.get_linewidth() for curve in curves) == [0.4] * REPLICAS + [1]
+    assert len(pictures.panels_of(mae(), "mae", folder.parent).rows) == 3
+    chart = next(chart for chart in curves.curves([workdir.read(folder.parent)]) if chart.key == "loss_mae")
+    assert sorted(line.is_thin for line in chart.series) == [False] + [True] * REPLICAS
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
 
     from tinymim_jax.evals import suite
     from tinymim_jax.experiment import stage_file
-    from tinymim_jax.report import figures
+    from tinymim_jax.report import analyses, figures
     from tinymim_jax.runtime import program_cache
     from tinymim_jax.runtime.sharding import make_mesh
 
@@ -49,8 +49,9 @@ def main(argv: list[str]) -> None:
     report = suite.evaluate(stage_file.read_subject(folder), values.suite, sets, make_mesh(), out)
     print(suite.table(report))
     print(f"wrote {out}/eval.json and {out}/eval.md")
-    for picture in figures.save(figures.confusions(storage.children(out, "*.npz"), folder.name), out):
-        print(f"wrote {picture}")
+    for file in storage.children(out, "*.npz"):
+        for picture in figures.save(analyses.analysis_charts(analyses.read(file), file.stem), out):
+            print(f"wrote {picture}")
 
 
 def _ratios(given: list[str]) -> tuple[float, ...]:

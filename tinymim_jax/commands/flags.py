@@ -13,7 +13,7 @@ from tinymim_jax.experiment import config_file
 from tinymim_jax.experiment.config import Config
 from tinymim_jax.experiment.validate import check
 from tinymim_jax.runtime import cluster, distributed, storage
-from tinymim_jax.runtime.codec import to_dict
+from tinymim_jax.runtime.codec import differences, to_dict
 from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.runtime.preemption import StopRequest
 
@@ -101,7 +101,7 @@ def start_cluster(values: flags.FlagValues, stop: StopRequest, **facts: Any) -> 
 def parse(values: flags.FlagValues, argv: list[str], usage: str) -> Config:
     """Parses `argv` into `values` and the checked config; raises InputError, or SystemExit(0) after printing help."""
     argv = _joined(argv)
-    path = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
+    path = config_path(argv)
     _help(values, argv, usage, [CONFIG_USAGE, *_header(path)])
     if path is None:
         raise InputError("--config=FILE is needed, e.g. --config=configs/digits/chain.py")
@@ -115,6 +115,17 @@ def parse(values: flags.FlagValues, argv: list[str], usage: str) -> Config:
     if rest := parse_flags(values, argv):
         raise InputError(f"unexpected argument {rest[0]!r}; see --help")
     return check(values.config)
+
+
+def config_path(argv: Sequence[str]) -> str | None:
+    """What --config names, FILE[:options]."""
+    return next((a.split("=", 1)[1] for a in _joined(list(argv)) if a.startswith("--config=")), None)
+
+
+def recipe(argv: Sequence[str], cfg: Config) -> dict[str, Any]:
+    """What --config names, and in what `cfg` differs from what it gives: lines "field: old -> new"."""
+    path = config_path(argv)
+    return {"config": path, "changed": differences(to_dict(_load(path)), to_dict(cfg))}
 
 
 def parse_positional(values: flags.FlagValues, argv: list[str], names: list[str], usage: str) -> list[Path]:

@@ -1,34 +1,47 @@
-"""`report`: the tables and pictures of a workdir, made again."""
+"""`report`: a run as one page, finished or under way."""
 
-import json
+import os
+import time
+
+import jax
 
 from tinymim_jax.commands.flags import new_flags, parse_positional
+from tinymim_jax.runtime import storage
 from tinymim_jax.runtime.errors import InputError
 
-USAGE = """python -m tinymim_jax report WORKDIR
+EVERY = 30.0  # seconds between two pages
+USAGE = """python -m tinymim_jax report WORKDIR [--compare=OTHER,...] [--watch[=SECONDS]]
 
-  WORKDIR   the --workdir of a run; pictures and tables.md go to WORKDIR/report/
+  WORKDIR   the --workdir of a run, finished or under way; index.html, every chart as PNG and SVG, and tables.md go to
+            WORKDIR/report/, and with --compare WORKDIR/report/compare.html alone
 """
 
 
 def main(argv: list[str]) -> None:
-    """Runs the command with its arguments; raises InputError if the folder holds no finished run."""
-    (workdir,) = parse_positional(new_flags(), argv, ["WORKDIR"], USAGE)
-    if (workdir / "stage.json").is_file():
-        raise InputError(f"{workdir} is the folder of a stage; give the folder above, {workdir.parent}")
-    if not (workdir / "results.json").is_file():
-        why = "no run ended there" if workdir.is_dir() else "there is no such folder"
-        if (workdir / "chain.json").is_file():
-            why = "the run is not at its end; the same run command goes on with it"
-        raise InputError(f"{workdir} has no results.json: {why}")
+    """Runs the command with its arguments; raises InputError if a folder holds no run."""
+    values = new_flags(
+        compare=(list, [], "other workdirs, whose curves and results then stand beside those of WORKDIR"),
+        watch=(float, None, f"write the page again after so many seconds ({EVERY:g}) until the run is finished"),
+    )
+    argv = [f"--watch={EVERY:g}" if arg == "--watch" else arg for arg in argv]
+    (folder,) = parse_positional(values, argv, ["WORKDIR"], USAGE)
+    if values.watch is not None and values.watch < 1:
+        raise InputError(f"--watch={values.watch:g}: give it at least a second")
+    if "JAX_PLATFORMS" not in os.environ:  # a run under way has the accelerator, and a few pictures need none
+        jax.config.update("jax_platforms", "cpu")
 
-    from tinymim_jax.report import figures, tables
+    from tinymim_jax.report import page, tables
+    from tinymim_jax.runtime import program_cache
 
-    try:
-        results = json.loads((workdir / "results.json").read_text())
-        table = tables.text(results)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{workdir / 'results.json'} is damaged; the run command makes it anew") from None
-    print(table)
-    for file in [*tables.write(workdir, results), *figures.write(workdir, results)]:
-        print(f"wrote {file}")
+    program_cache.keep()
+    others, made = [storage.path(other) for other in values.compare], {}
+    while True:
+        begin = time.monotonic()
+        runs = page.write(folder, others, values.watch, made)
+        if values.watch is None or all(run.finished() for run in runs):
+            break
+        time.sleep(max(values.watch - (time.monotonic() - begin), 1))
+    for run in runs:
+        print(tables.text(run.results()))
+        for where, text in run.notes:
+            print(f"note: {where}: {text}" if where else f"note: {text}")

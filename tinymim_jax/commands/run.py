@@ -5,7 +5,7 @@ from typing import Any
 
 from etils.epath import Path
 
-from tinymim_jax.commands.flags import define_cluster, new_flags, parse, start_cluster
+from tinymim_jax.commands.flags import define_cluster, new_flags, parse, recipe, start_cluster
 from tinymim_jax.experiment.config import Config
 from tinymim_jax.runtime import storage
 from tinymim_jax.runtime.codec import to_dict
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     facts = {"config": to_dict(cfg), "workdir": str(workdir), "stage": values.stage}
     with StopRequest() as stop:  # before jax is imported, whose callbacks would swallow a Ctrl-C
         start_cluster(values, stop, **facts)
-        run(cfg, workdir, values.stage, stop, values.side_by_side)
+        run(cfg, workdir, values.stage, stop, values.side_by_side, recipe(argv, cfg))
 
 
 def shorten(cfg: Config, steps: int) -> None:
@@ -55,28 +55,31 @@ def shorten(cfg: Config, steps: int) -> None:
         stage.optim.warmup_epochs = stage.optim.warmup_steps = 0
 
 
-def run(cfg: Config, workdir: Path, only: str | None, stop: StopRequest, beside: int = 1) -> None:
-    """Runs the chain, prints its tables and draws its pictures."""
+def run(
+    cfg: Config, workdir: Path, only: str | None, stop: StopRequest, beside: int, recipe: dict[str, Any]
+) -> None:  # fmt: skip
+    """Runs the chain, prints its tables and makes its page."""
     import jax
 
-    from tinymim_jax.report import figures, tables
+    from tinymim_jax.report import page, tables
     from tinymim_jax.runtime import program_cache
 
     program_cache.keep(workdir)
-    results = run_chain(cfg, workdir, only, stop, beside)
+    results = run_chain(cfg, workdir, only, stop, beside, recipe)
     if jax.process_index() == 0:
         print(tables.text(results))
-        for file in [*tables.write(workdir, results), *figures.write(workdir, results)]:
-            print(f"wrote {file}")
+        page.write(workdir)
 
 
 def run_chain(
-    cfg: Config, workdir: Path, only: str | None = None, stop: StopRequest | None = None, beside: int = 1
-) -> dict[str, Any]:
+    cfg: Config, workdir: Path, only: str | None = None, stop: StopRequest | None = None, beside: int = 1,
+    recipe: dict[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Runs the stages that are not finished (or just `only`) and returns WORKDIR/results.json.
 
-    Up to `beside` stages of a study run side by side. Raises InputError for bad input, a finished stage whose config
-    was edited among it, before any stage runs, and Interrupted when `stop` asks for it.
+    Up to `beside` stages of a study run side by side; `recipe` is kept in chain.json. Raises InputError for bad
+    input, a finished stage whose config was edited among it, before any stage runs, and Interrupted when `stop` asks
+    for it.
     """
     from tinymim_jax.planning import dry_run, preflight
     from tinymim_jax.runtime import multihost, sharding
@@ -92,7 +95,7 @@ def run_chain(
         names = list(cfg.stages) if only is None else [only]
         to_run = multihost.run_on_primary(lambda: [name for name in names if not handoff.finished(workdir / name)])
         multihost.raise_everywhere(lambda: preflight.check_ready(cfg, to_run, workdir, mesh))
-        multihost.run_on_primary(lambda: preflight.check_workdir(cfg, workdir))
+        multihost.run_on_primary(lambda: preflight.check_workdir(cfg, workdir, recipe))
         lock = WorkdirLock(workdir)
         token = multihost.run_on_primary(lambda: stack.enter_context(lock).token)
         multihost.raise_everywhere(lambda: lock.see(token))

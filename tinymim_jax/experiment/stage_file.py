@@ -1,12 +1,14 @@
 """`stage.json`: what a folder of weights says of itself, so that a teacher is rebuilt from its own words."""
 
 import json
+import platform
 import re
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path as LocalPath
 from typing import Any
 
+import jax
 from etils.epath import Path
 
 from tinymim_jax.evals.inference import TrainedModel
@@ -25,16 +27,21 @@ MADE_BY = {1: "tinymim_jax 0.1"}  # older formats, which are read and not gone o
 
 
 def describe(
-    stage: Stage, untrained: Iterable[str], classes: Iterable[str] | None = None, images: int | None = None
-) -> dict[str, Any]:
+    stage: Stage, untrained: Iterable[str], classes: Iterable[str] | None = None, images: int | None = None,
+    handover: Iterable[str] = (),
+) -> dict[str, Any]:  # fmt: skip
     """The contents of `stage.json`: everything needed to build the stage again, and what it ran on.
 
     `classes` are the names of the head's outputs, None where there is no head or nobody names them; `images` are as
-    many as it was begun with.
+    many as it was begun with; `handover` is what was said of data and weights then.
     """
     facts = {"stage": codec.to_dict(stage), "untrained": list(untrained), "classes": list(classes) if classes else None}
     versions = {name: version(name) for name in PACKAGES}
-    return {"format": FORMAT, **facts, "images": images, "versions": versions}
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    machine = {"devices": devices, "processes": jax.process_count(), "system": platform.platform()}
+    machine["python"] = platform.python_version()
+    begun = {"images": images, "handover": list(handover)}
+    return {"format": FORMAT, **facts, **begun, "versions": versions, "machine": machine}
 
 
 def read_stage(folder: Path) -> Stage:

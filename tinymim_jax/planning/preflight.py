@@ -1,8 +1,7 @@
 """What a stage needs before it can start: devices, data, weights; said before anything runs."""
 
 import functools
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -16,6 +15,7 @@ from tinymim_jax.experiment.config import Config, Stage
 from tinymim_jax.models.contract import Encoder
 from tinymim_jax.runtime import multihost, storage
 from tinymim_jax.runtime.errors import InputError
+from tinymim_jax.runtime.metric_log import write_json
 from tinymim_jax.runtime.sharding import check_batch
 from tinymim_jax.training import start
 from tinymim_jax.weights import checkpoint, handoff
@@ -125,11 +125,10 @@ def check_classes(stage: Stage) -> None:
         raise InputError(f"data has {len(names)} classes; set model.num_classes, now {stage.model.num_classes}")
 
 
-def check_workdir(cfg: Config, workdir: Path) -> None:
-    """Makes the folder and notes whose it is; raises InputError if it is read-only."""
+def check_workdir(cfg: Config, workdir: Path, recipe: Mapping[str, Any] | None = None) -> None:
+    """Makes the folder and notes whose it is, its stages and, if given, its recipe; InputError if it is read-only."""
     storage.check_writable(workdir)
-    if not (workdir / "chain.json").is_file():
-        (workdir / "chain.json").write_text(json.dumps({"name": cfg.name}, indent=2) + "\n")
+    write_json(workdir / "chain.json", {"name": cfg.name, **(recipe or {}), "stages": list(cfg.stages)})
 
 
 def convert_sources(cfg: Config, to_run: list[str], workdir: Path) -> None:

@@ -1,7 +1,7 @@
 """Tables of a workdir's results."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils.epath import Path
@@ -9,15 +9,16 @@ from rich.console import Console
 from rich.table import Table
 
 from tinymim_jax.runtime.markdown import table
+from tinymim_jax.training import chain
 
 
 def text(results: dict[str, Any]) -> str:
     """The metrics of each stage, then each comparison, as text for a terminal."""
     tables = [Table("stage", "loss", "evaluations", title=results["config"])]
     for name, metrics in results["stages"].items():
-        shown = {k: v for k, v in metrics.items() if "/" in k and not re.match(r"replica\d+/|.*/images$", k)}
-        evals = ", ".join(f"{k} {v:.2f}" for k, v in shown.items())
-        tables[0].add_row(name, f"{metrics['loss']:.4f}" if "loss" in metrics else "-", evals)
+        shown = measured(metrics)
+        loss = shown.pop("loss", "-")
+        tables[0].add_row(name, loss, ", ".join(f"{k} {v}" for k, v in shown.items()))
     for title, compared in results["compare"].items():
         heading, *rows = cells(compared)
         tables.append(Table(*heading, title=f"{title} ({compared['metric']})", caption=agreement(compared)))
@@ -27,6 +28,16 @@ def text(results: dict[str, Any]) -> str:
     with console.capture() as captured:
         console.print(*tables)
     return captured.get()
+
+
+def measured(metrics: Mapping[str, float]) -> dict[str, str]:
+    """The loss of a stage and what its evaluations have found; of several replicas mean ± standard error."""
+    found = {"loss": f"{metrics['loss']:.4f}"} if "loss" in metrics else {}
+    for name, value in metrics.items():
+        if "/" in name and not re.match(r"replica\d+/|.*/images$", name):
+            error = chain.summary(chain.values_of(metrics, name))["stderr"]
+            found[name] = f"{value:.2f}" + ("" if error is None else f" ± {error:.2f}")
+    return found
 
 
 def write(workdir: Path, results: dict[str, Any]) -> list[Path]:

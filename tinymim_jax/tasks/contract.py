@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import flax.struct
@@ -57,6 +57,14 @@ class Panels:
     row_labels: list[str] = dataclasses.field(default_factory=list)
     column_labels: list[str] = dataclasses.field(default_factory=list)
     box: tuple[int, int, int] | None = None  # left, top and side in pixels, drawn on the first image of each row
+    captions: list[list[str]] = dataclasses.field(default_factory=list)  # below each image, in rows as these are
+
+    def scales(self, row: Sequence[np.ndarray]) -> Iterator[tuple[list[int], tuple[float, float]]]:
+        """The maps of a row: the columns of each pair, and the lowest and highest value of its scale."""
+        maps = [column for column, image in enumerate(row) if image.ndim == 2]
+        for pair in (maps[i : i + 2] for i in range(0, len(maps), 2)):
+            values = np.stack([row[column] for column in pair])
+            yield pair, (min(0.0, float(values.min())), float(values.max()))
 
 
 class Task(abc.ABC):

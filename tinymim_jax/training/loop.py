@@ -136,8 +136,7 @@ class _Run:
         self.state, self.shardings, self.total = begun.state, begun.shardings, loaded.setup.total_steps
         multihost.check_stop(stop, f"before stage {name}")
         self.first = int(np.ravel(jax.device_get(begun.state.step))[0])
-        content = stage_file.describe(stage, self.setup.untrained(), start.classes_of(stage), len(loaded.rows.source))
-        multihost.run_on_primary(lambda: write_json(self.folder / "stage.json", content))
+        multihost.run_on_primary(lambda: self._describe([*loaded.report, *begun.report]))
         self.checkpoints = stack.enter_context(Checkpoints(self.folder, stage.run.keep))
         lines = [f"{name}: {self.total} steps of {stage.run.batch_size} images", *loaded.report, *begun.report]
         print("\n  ".join([*lines, *self.setup.untrained_line()]), flush=True)
@@ -149,6 +148,14 @@ class _Run:
         self.progress = Progress(name, self.log, total=self.total, run=stage.run, stop=stop, note=note, **past)
         stack.enter_context(self.progress.bar)
         self.evaluations = Evaluations(loaded, self.log, stop)
+
+    def _describe(self, handover: list[str]) -> None:
+        """Writes stage.json; of a run that goes on, the hand-over is that of its begin."""
+        stage, folder, source = self.setup.stage, self.folder, self.loaded.rows.source
+        if self.first and (folder / "stage.json").is_file():
+            handover = stage_file.read(folder).get("handover", handover)
+        facts = self.setup.untrained(), start.classes_of(stage), len(source), handover
+        write_json(folder / "stage.json", stage_file.describe(stage, *facts))
 
     def catch_up(self) -> bool:
         """Does an evaluation that was due when the last run ended; False if a stop was asked for meanwhile."""

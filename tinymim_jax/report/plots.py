@@ -1,0 +1,179 @@
+"""Charts as plotly's JSON, for the page; its script gives them the colours of the light or the dark theme."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
+
+from tinymim_jax.report.charts import COLOURS, Bars, Boxes, Chart, Heatmap, Lines, Points
+
+DASHES = ("solid", "dash", "dot", "dashdot")
+LONG = 50  # so many names have room
+CELLS = 100  # a side of the largest heatmap on the page
+
+
+def fits(chart: Chart) -> bool:
+    """Whether the page has room for it."""
+    return not isinstance(chart, Heatmap) or max(chart.values.shape) <= CELLS
+
+
+def plot(chart: Chart) -> dict[str, Any]:
+    """{"data": traces, "layout": ...} with plain numbers, None for those that are not finite."""
+    traces, layout = PLOTS[type(chart)](chart)
+    return {"data": traces, "layout": layout}
+
+
+def plain(values: Iterable[Any], digits: int = 5) -> list[Any]:
+    """Numbers as JSON takes them, of so many significant digits."""
+    return [float(f"{v:.{digits}g}") if v is not None and np.isfinite(v) else None for v in values]
+
+
+def errors(values: Iterable[float | None] | None, axis: str) -> dict[str, Any]:
+    values = plain(values or ())
+    is_known = any(value is not None for value in values)
+    return {f"error_{axis}": {"array": values, "thickness": 1, "width": 3}} if is_known else {}
+
+
+def lines(chart: Lines) -> tuple[list[dict], dict]:
+    groups, seen, traces = chart.groups(), set(), []
+    for line in chart.series:
+        number = groups.index(line.group)
+        dash = DASHES[(line.run + number // len(COLOURS)) % len(DASHES)]
+        style = {"color": COLOURS[number % len(COLOURS)], "width": 0.7 if line.is_thin else 1.8, "dash": dash}
+        of_legend = (line.group, line.run)
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers" if len(line.x) < 20 and not line.is_thin else "lines",
+                "x": plain(line.x),
+                "y": plain(line.y),
+                "name": line.name,
+                "line": style,
+                "opacity": 0.45 if line.is_thin else 1,
+                "marker": {"size": 5},
+                "legendgroup": f"{line.group} {line.run}",
+                "showlegend": not line.is_thin and of_legend not in seen,
+                "hovertemplate": f"%{{y:.4g}} at {chart.x_label} %{{x:.4g}}",
+                **errors(line.error, "y"),
+            }
+        )
+        seen |= set() if line.is_thin else {of_legend}
+    return traces, axes(chart.x_label, chart.y_label)
+
+
+def points(chart: Points) -> tuple[list[dict], dict]:
+    trace = {
+        "type": "scatter",
+        "mode": "markers+text",
+        "x": plain(chart.x),
+        "y": plain(chart.y),
+        "text": list(chart.names),
+        "textposition": [
+            f"{('top', 'bottom')[i % 2]} {'left' if 2 * x > min(chart.x) + max(chart.x) else 'right'}"
+            for i, x in enumerate(chart.x)
+        ],  # inwards
+        "textfont": {"size": 11},
+        "cliponaxis": False,
+        "marker": {"size": 8, "color": COLOURS[0]},
+        "hovertemplate": "%{text}<br>here %{y:.2f}, published %{x:.1f}<extra></extra>",
+        **errors(chart.error, "y"),
+    }
+    layout = axes(chart.x_label, chart.y_label)
+    for name, values in (("xaxis", chart.x), ("yaxis", chart.y)):
+        margin = 0.35 * max(max(values) - min(values), 1)
+        layout[name]["range"] = plain([min(values) - margin, max(values) + margin])
+    return [trace], layout
+
+
+def bars(chart: Bars) -> tuple[list[dict], dict]:
+    trace = {
+        "type": "bar",
+        "orientation": "h",
+        "x": plain(chart.values),
+        "y": list(range(len(chart.names))),
+        "customdata": list(chart.names),
+        "marker": {"color": COLOURS[0]},
+        "hovertemplate": "%{customdata}: %{x:.2f}<extra></extra>",
+        **errors(chart.error, "x"),
+    }
+    layout = axes(chart.label, "", y=ticks(chart.names), height=24 * min(len(chart.names), LONG) + 100)
+    layout["bargap"] = 0.35
+    layout["yaxis"]["range"] = [len(chart.names) - 0.5, -0.5]
+    if chart.limits:
+        layout["xaxis"]["range"] = list(chart.limits)
+    return [trace], layout
+
+
+def heatmap(chart: Heatmap) -> tuple[list[dict], dict]:
+    known = None if chart.error is None else np.asarray(chart.error)
+    trace = {
+        "type": "heatmap",
+        "z": [plain(row, 4) for row in chart.values],
+        "colorscale": [[i / 10, to_hex(colormaps[chart.colours](i / 10))] for i in range(11)],
+        "colorbar": {"title": {"text": chart.unit, "side": "right"}, "thickness": 12, "outlinewidth": 0},
+        "hovertemplate": f"{chart.y_label} %{{customdata[0]}}<br>{chart.x_label} %{{customdata[1]}}<br>%{{z:.3f}}"
+        "%{customdata[2]}<extra></extra>",
+        "customdata": [
+            [[row, column, "" if known is None or np.isnan(known[i, j]) else f" ± {known[i, j]:.3f}"]
+             for j, column in enumerate(chart.columns)]
+            for i, row in enumerate(chart.rows)
+        ],
+    }  # fmt: skip
+    trace |= {name: value for name, value in (("zmin", chart.low), ("zmax", chart.high)) if value is not None}
+    is_square = len(chart.rows) == len(chart.columns)
+    height = 460 if is_square else min(460, 130 + 30 * len(chart.rows))
+    layout = axes(chart.x_label, chart.y_label, ticks(chart.columns), ticks(chart.rows), height)
+    layout["yaxis"] |= {"autorange": True if chart.bottom_up else "reversed", "showgrid": False}
+    layout["xaxis"] |= {"constrain": "domain", "showgrid": False}
+    if is_square:
+        layout["yaxis"] |= {"scaleanchor": "x", "constrain": "domain"}
+    return [trace], layout
+
+
+def boxes(chart: Boxes) -> tuple[list[dict], dict]:
+    traces = [
+        {
+            "type": "box",
+            "y": plain(values),
+            "name": name,
+            "boxpoints": "all",
+            "jitter": 0.4,
+            "pointpos": 0,
+            "marker": {"size": 4, "color": COLOURS[0], "opacity": 0.6},
+            "line": {"width": 1.2, "color": COLOURS[0]},
+            "showlegend": False,
+        }
+        for name, values in zip(chart.names, chart.values, strict=True)
+    ]
+    layout = axes(chart.x_label, chart.y_label)
+    layout["xaxis"]["type"] = "category"
+    if chart.level is not None:
+        of_line = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": chart.level, "y1": chart.level}
+        layout["shapes"] = [of_line | {"line": {"dash": "dash", "width": 1, "color": COLOURS[1]}}]
+        layout["annotations"] = [
+            {"xref": "paper", "x": 1, "y": chart.level, "text": chart.level_name, "showarrow": False,
+             "xanchor": "right", "yanchor": "bottom", "font": {"size": 11}}
+        ]  # fmt: skip
+        traces.append({"type": "scatter", "x": [chart.names[0]], "y": [chart.level], "mode": "none",
+                       "showlegend": False, "hoverinfo": "skip"})  # the axis then reaches to the line  # fmt: skip
+    return traces, layout
+
+
+def axes(x_label: str, y_label: str, x: dict | None = None, y: dict | None = None, height: int = 380) -> dict:
+    both = {"xaxis": (x_label, x), "yaxis": (y_label, y)}
+    titled = {axis: {"title": {"text": text}, "automargin": True, **(of or {})} for axis, (text, of) in both.items()}
+    return {**titled, "height": height}
+
+
+def ticks(names: Iterable[str]) -> dict[str, Any]:
+    """Names at 0, 1, ...; of many, some."""
+    names = list(names)
+    every = -(-len(names) // LONG)
+    return {"tickvals": list(range(0, len(names), every)), "ticktext": names[::every]}
+
+
+PLOTS: dict[type[Chart], Callable[[Any], tuple[list[dict], dict]]] = {
+    Lines: lines, Points: points, Bars: bars, Heatmap: heatmap, Boxes: boxes,
+}  # fmt: skip
