@@ -37,6 +37,7 @@ STAND_INS = {
     "/data/packed": "packed",
     "FOLDER": "images/test/c0",
     "runs/cifar10_short/finetune_chain_0": "runs/digits/finetune_chain/replica_0",
+    "runs/other": "runs/digits",
     "$stage": "mae_t",
     "--per_class=50": "--per_class=2",
 }

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import time
 
+import numpy as np
 import pytest
 
 from tests.report import analyses as made
@@ -14,6 +15,7 @@ from tinymim_jax.__main__ import main
 from tinymim_jax.report.sections import TITLES
 
 pytestmark = pytest.mark.slow
+EVIL = "<img src=x onerror='window.evil = 1'><a href='javascript:alert(1)'>x</a>"
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -31,8 +33,9 @@ def url(finished, tmp_path_factory):
     work = tmp_path_factory.mktemp("browser") / "work"
     shutil.copytree(finished, work)
     made.save(work / "distill" / "evals")
+    np.savez(work / "distill" / "evals" / "evil.npz", **made.cka(rows=[EVIL, "norm"], models=[EVIL, EVIL]))
     row = {"mean": 40.0, "stderr": 1.5, "values": [38.0, 42.0]}
-    compare = {"metric": "val/top1", "rows": {"a": row, "b": {**row, "mean": 44.0}}, "paper": {"a": 80.0, "b": 81.0}}
+    compare = {"metric": "val/top1", "rows": {"a": row, EVIL: {**row, "mean": 44.0}}, "paper": {"a": 80.0, EVIL: 81.0}}
     (work / "results.json").write_text(json.dumps({"config": "tiny", "stages": {}, "compare": {"T": compare}}))
     assert main(["report", str(work)]) == 0
     return f"file://{work}/report/index.html"
@@ -75,7 +78,8 @@ def test_it_opens_quickly_and_draws_everything_without_an_error(width, theme, ch
     )
     assert 0 < milliseconds < 2000
     scroll_through(chromium)
-    assert errors(chromium) == []
+    assert errors(chromium) == [] and chromium.js("window.evil") is None
+    assert chromium.js("document.querySelectorAll('a[href^=javascript]').length") == 0
     asked = [event["request"]["url"].split(":")[0] for event in chromium.said("Network.requestWillBeSent")]
     assert set(asked) <= {"file", "data", "blob"}
     shown = chromium.js("[...document.querySelectorAll('section')].filter((s) => s.offsetHeight > 60).map((s) => s.id)")

@@ -77,6 +77,15 @@ def test_values_are_drawn_where_they_are():
     assert [trace["y"] for trace in plots.plot(CHARTS[4])["data"][:2]] == [[1, 2, 3], [2, 4, 9]]
 
 
+def test_odd_names_are_drawn_as_they_stand(tmp_path, recwarn):
+    names = [r"$\nothing$", "x" * 200]
+    chart = Heatmap("odd", r"$\odd$", "$", "a $ and $", names, names, np.eye(2), "$%$")
+    axes = drawn(chart)
+    assert [label.get_text() for label in axes.get_yticklabels()] == [names[0], "x" * 33 + "..."]
+    assert len(figures.save([chart, dataclasses.replace(CHARTS[2], key="bars2", names=names)], tmp_path)) == 4
+    assert not recwarn.list  # matplotlib's, of axes without room
+
+
 def test_panels_are_drawn_as_they_are():
     image, low, high = np.full((4, 4, 3), 0.25), np.full((2, 2), 0.1), np.full((2, 2), 0.4)
     panels = Panels("a title", [[image, low, high]], ["row"], ["", "A", "B"], (2, 2, 2), [["", "0.5", ""]])

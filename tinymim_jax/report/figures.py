@@ -17,7 +17,8 @@ from tinymim_jax.runtime import storage
 from tinymim_jax.runtime.metric_log import write_whole
 from tinymim_jax.tasks.contract import Panels
 
-NAMED = 50  # so many classes have room for their names
+NAMED = 50  # so many classes have room for their names ...
+LONGEST = 36  # ... of so many characters
 DASHES = ("-", "--", ":", "-.")
 STYLE = {
     "font.size": 9,
@@ -31,6 +32,7 @@ STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 7,
     "image.cmap": "viridis",
+    "text.parse_math": False,  # names may have a $
     "svg.hashsalt": "tinymim_jax",  # the same chart is the same file
 }
 
@@ -60,6 +62,11 @@ def draw(chart: Chart) -> matplotlib.figure.Figure:
         axes.set_title(chart.title)
         DRAWN[type(chart)](axes, chart)
     return figure
+
+
+def short(name: str) -> str:
+    """A name as long as there is room for."""
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 3]}..."
 
 
 def lines(axes: Axes, chart: Lines) -> None:
@@ -95,7 +102,7 @@ def bars(axes: Axes, chart: Bars) -> None:
     axes.set_ylim(count - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
     if count <= NAMED:
-        axes.set_yticks(range(count), chart.names)
+        axes.set_yticks(range(count), map(short, chart.names))
 
 
 def heatmap(axes: Axes, chart: Heatmap) -> None:
@@ -110,9 +117,9 @@ def heatmap(axes: Axes, chart: Heatmap) -> None:
     axes.grid(visible=False)
     axes.figure.colorbar(image, ax=axes, label=chart.unit)
     if len(chart.columns) <= NAMED:
-        axes.set_xticks(range(len(chart.columns)), chart.columns, rotation=90)
+        axes.set_xticks(range(len(chart.columns)), map(short, chart.columns), rotation=90)
     if len(chart.rows) <= NAMED:
-        axes.set_yticks(range(len(chart.rows)), chart.rows)
+        axes.set_yticks(range(len(chart.rows)), map(short, chart.rows))
 
 
 def boxes(axes: Axes, chart: Boxes) -> None:

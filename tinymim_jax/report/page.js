@@ -14,7 +14,7 @@
     const columns = Math.max(1, Math.floor((narrow() ? innerWidth - 60 : 900) / (40 + 7.5 * Math.max(1, ...names.map((n) => n.length)))));
     const below = names.length ? 24 * Math.ceil(names.length / columns) + 30 : 0;
     return {
-      ...layout, height: layout.height + below, autosize: true, hovermode: "closest", showlegend: names.length > 0,
+      hovermode: "closest", ...layout, height: layout.height + below, autosize: true, showlegend: names.length > 0,
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: colour("soft") },
       modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("soft"), activecolor: colour("accent") },

@@ -43,43 +43,26 @@ def lines(chart: Lines) -> tuple[list[dict], dict]:
         dash = DASHES[(line.run + number // len(COLOURS)) % len(DASHES)]
         style = {"color": COLOURS[number % len(COLOURS)], "width": 0.7 if line.is_thin else 1.8, "dash": dash}
         of_legend = (line.group, line.run)
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "lines+markers" if len(line.x) < 20 and not line.is_thin else "lines",
-                "x": plain(line.x),
-                "y": plain(line.y),
-                "name": line.name,
-                "line": style,
-                "opacity": 0.45 if line.is_thin else 1,
-                "marker": {"size": 5},
-                "legendgroup": f"{line.group} {line.run}",
-                "showlegend": not line.is_thin and of_legend not in seen,
-                "hovertemplate": f"%{{y:.4g}} at {chart.x_label} %{{x:.4g}}",
-                **errors(line.error, "y"),
-            }
-        )
+        traces.append({
+            "type": "scatter", "x": plain(line.x), "y": plain(line.y), **errors(line.error, "y"), "name": line.name,
+            "mode": "lines+markers" if len(line.x) < 20 and not line.is_thin else "lines",
+            "line": style, "opacity": 0.45 if line.is_thin else 1, "marker": {"size": 5},
+            "legendgroup": f"{line.group} {line.run}", "showlegend": not line.is_thin and of_legend not in seen,
+            "hovertemplate": f"%{{y:.4g}} at {chart.x_label} %{{x:.4g}}",
+        })  # fmt: skip
         seen |= set() if line.is_thin else {of_legend}
     return traces, axes(chart.x_label, chart.y_label)
 
 
 def points(chart: Points) -> tuple[list[dict], dict]:
+    middle = (min(chart.x) + max(chart.x)) / 2  # names are written inwards
+    sides = [f"{('top', 'bottom')[i % 2]} {'left' if x > middle else 'right'}" for i, x in enumerate(chart.x)]
     trace = {
-        "type": "scatter",
-        "mode": "markers+text",
-        "x": plain(chart.x),
-        "y": plain(chart.y),
-        "text": list(chart.names),
-        "textposition": [
-            f"{('top', 'bottom')[i % 2]} {'left' if 2 * x > min(chart.x) + max(chart.x) else 'right'}"
-            for i, x in enumerate(chart.x)
-        ],  # inwards
-        "textfont": {"size": 11},
-        "cliponaxis": False,
+        "type": "scatter", "mode": "markers+text", "x": plain(chart.x), "y": plain(chart.y), **errors(chart.error, "y"),
+        "text": list(chart.names), "textposition": sides, "textfont": {"size": 11}, "cliponaxis": False,
         "marker": {"size": 8, "color": COLOURS[0]},
         "hovertemplate": "%{text}<br>here %{y:.2f}, published %{x:.1f}<extra></extra>",
-        **errors(chart.error, "y"),
-    }
+    }  # fmt: skip
     layout = axes(chart.x_label, chart.y_label)
     for name, values in (("xaxis", chart.x), ("yaxis", chart.y)):
         margin = 0.35 * max(max(values) - min(values), 1)
@@ -89,17 +72,12 @@ def points(chart: Points) -> tuple[list[dict], dict]:
 
 def bars(chart: Bars) -> tuple[list[dict], dict]:
     trace = {
-        "type": "bar",
-        "orientation": "h",
-        "x": plain(chart.values),
-        "y": list(range(len(chart.names))),
-        "customdata": list(chart.names),
-        "marker": {"color": COLOURS[0]},
+        "type": "bar", "orientation": "h", "x": plain(chart.values), **errors(chart.error, "x"),
+        "y": list(range(len(chart.names))), "customdata": list(chart.names), "marker": {"color": COLOURS[0]},
         "hovertemplate": "%{customdata}: %{x:.2f}<extra></extra>",
-        **errors(chart.error, "x"),
-    }
+    }  # fmt: skip
     layout = axes(chart.label, "", y=ticks(chart.names), height=24 * min(len(chart.names), LONG) + 100)
-    layout["bargap"] = 0.35
+    layout |= {"bargap": 0.35, "hovermode": "y"}  # a bar of no length answers, too
     layout["yaxis"]["range"] = [len(chart.names) - 0.5, -0.5]
     if chart.limits:
         layout["xaxis"]["range"] = list(chart.limits)
@@ -133,20 +111,12 @@ def heatmap(chart: Heatmap) -> tuple[list[dict], dict]:
 
 
 def boxes(chart: Boxes) -> tuple[list[dict], dict]:
-    traces = [
-        {
-            "type": "box",
-            "y": plain(values),
-            "name": name,
-            "boxpoints": "all",
-            "jitter": 0.4,
-            "pointpos": 0,
-            "marker": {"size": 4, "color": COLOURS[0], "opacity": 0.6},
-            "line": {"width": 1.2, "color": COLOURS[0]},
-            "showlegend": False,
-        }
-        for name, values in zip(chart.names, chart.values, strict=True)
-    ]
+    style = {
+        "boxpoints": "all", "jitter": 0.4, "pointpos": 0, "showlegend": False,
+        "marker": {"size": 4, "color": COLOURS[0], "opacity": 0.6}, "line": {"width": 1.2, "color": COLOURS[0]},
+    }  # fmt: skip
+    each = zip(chart.names, chart.values, strict=True)
+    traces = [{"type": "box", "name": name, "y": plain(values), **style} for name, values in each]
     layout = axes(chart.x_label, chart.y_label)
     layout["xaxis"]["type"] = "category"
     if chart.level is not None:
