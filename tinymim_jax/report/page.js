@@ -27,6 +27,7 @@
   const draw = (box) => {
     const { data: traces, layout } = structuredClone(data.charts[box.dataset.chart]);
     box.dataset.drawn = box.dataset.chart;
+    if (narrow()) for (const trace of traces) if (trace.mode === "markers+text") trace.mode = "markers";  // no room: names answer a tap
     return Plotly.react(box, traces, layoutOf(layout, traces), {
       responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"], displayModeBar: narrow() ? false : "hover",
     });

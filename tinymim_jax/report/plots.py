@@ -55,8 +55,7 @@ def lines(chart: Lines) -> tuple[list[dict], dict]:
 
 
 def points(chart: Points) -> tuple[list[dict], dict]:
-    middle = (min(chart.x) + max(chart.x)) / 2  # names are written inwards
-    sides = [f"{('top', 'bottom')[i % 2]} {'left' if x > middle else 'right'}" for i, x in enumerate(chart.x)]
+    sides = [("top right", "bottom left")[i % 2] for i in range(len(chart.x))]  # so that neighbours do not overlap
     trace = {
         "type": "scatter", "mode": "markers+text", "x": plain(chart.x), "y": plain(chart.y), **errors(chart.error, "y"),
         "text": list(chart.names), "textposition": sides, "textfont": {"size": 11}, "cliponaxis": False,
