@@ -153,7 +153,34 @@ def test_what_was_evaluated_while_training_is_a_curve_over_epochs(copied):
         ([4.0], [7.0], True),  # behind the mean
         ([1.0, 4.0], [2.0, 8.0], False),
     ]
-    assert (chart.x_label, chart.y_label) == ("epoch", "%") and "val_images" not in found
+    assert (chart.x_label, chart.y_label) == ("epoch", "top1, %") and "val_images" not in found
+
+
+def test_heads_are_lines_of_one_chart(copied):
+    lines = [
+        {"step": s, "epoch": float(s), "kl/kl_qk_head1": 0.1 * s, "kl/kl_qk_head2": 0.2, "kl/kl_qk": 0.3}
+        for s in (1, 2)
+    ]
+    write_log(copied / "distill", lines)
+    found = by_key(copied)
+    chart = found["kl_kl_qk_by_head"]
+    assert [(line.name, list(line.y)) for line in chart.series] == [
+        ("distill head 1", [0.1, 0.2]), ("distill head 2", [0.2, 0.2]),
+    ]  # fmt: skip
+    assert chart.y_label == "kl_qk by head" and len(chart.groups()) == 2 and len(found["kl_kl_qk"].series) == 1
+
+
+def test_comparisons_of_numbers_are_a_curve_each(copied):
+    def table(first):
+        rows = {str(k): {"mean": first + k, "stderr": 0.5 if k else None, "values": [1.0]} for k in (0, 2, 4)}
+        return {"metric": "val/top1", "counts": "blocks taken over", "paper": {}, "rows": rows}
+
+    (copied / "results.json").write_text(json.dumps({"compare": {"from a": table(40.0), "from b": table(50.0)}}))
+    (chart,) = curves.comparisons([workdir.read(copied)])
+    assert (chart.x_label, chart.y_label) == ("blocks taken over", "val/top1, %")
+    assert [(s.name, s.x, s.y, s.error) for s in chart.series] == [
+        ("from a", [0, 2, 4], [40, 42, 44], [0, 0.5, 0.5]), ("from b", [0, 2, 4], [50, 52, 54], [0, 0.5, 0.5]),
+    ]  # fmt: skip
 
 
 def test_long_curves_are_thinned_and_keep_their_end(copied):

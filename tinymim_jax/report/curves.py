@@ -10,6 +10,7 @@ from tinymim_jax.report.workdir import Run, StageRun
 
 UNITS = {"images_per_s": "images/s", "data_wait": "share of the time", "lr": "learning rate"}
 FIRST = ("loss", "lr", "grad_norm", "images_per_s", "data_wait")  # of what is logged; the rest follows by name
+PERCENT = re.compile(r"/(top\d|mIoU|mAcc|aAcc|.*error)")
 LEFT_OUT = re.compile(r"step|epoch|first_step_s|labels_beyond_head|replica\d+/.*|.*/images")
 
 
@@ -23,7 +24,11 @@ def curves(runs: Sequence[Run], most: int = 100_000) -> list[Lines]:
         for name, one in run.stages.items():
             for metric in logged(one):
                 part = one.stage.task.kind if metric == "loss" else ""
-                parts.setdefault((metric, part), {})[number, name] = points(one, metric)
+                whole, _, head = metric.partition("_head")  # all heads in one chart
+                label = f"{name} head {head}" if head else name
+                parts.setdefault((f"{whole} by head" if head else metric, part), {})[number, label] = points(
+                    one, metric
+                )
     parts = {what: found for what, found in parts.items() if any(len(xy) > 1 for xy in _each(found))}
     count = sum(len(list(_each(found))) for found in parts.values())
     limit = max(most // max(count, 1), 20)
@@ -35,7 +40,7 @@ def curves(runs: Sequence[Run], most: int = 100_000) -> list[Lines]:
             for (number, name), found in parts[metric, part].items()
             for which, xy in sorted(found.items(), key=lambda item: not item[0].startswith("replica"))
         ]
-        label = UNITS.get(metric, "%" if "/" in metric else metric)
+        label = UNITS.get(metric, f"{metric.rpartition('/')[2]}{', %' * bool(PERCENT.search(metric))}")
         title = f"{metric}, {part}" if part else metric
         charts.append(Lines(key(metric, part) if part else key(metric), title, "epoch", label, series))
     return charts
@@ -81,9 +86,11 @@ def thinned(xy: list, limit: int) -> list:
 
 def comparisons(runs: Sequence[Run]) -> list[Chart]:
     """Each comparison: ours against published values, where it has some, else a bar for each row."""
-    charts: list[Chart] = []
+    charts: list[Chart] = _counted(runs)
     for run in runs:
         for title, compared in run.compare.items():
+            if compared.get("counts"):
+                continue
             paper, rows = compared.get("paper", {}), compared["rows"]
             shown = title if len(runs) == 1 else f"{title} · {run.title}"
             name = key("compare", shown).lower()
@@ -98,6 +105,21 @@ def comparisons(runs: Sequence[Run]) -> list[Chart]:
                 means, errors = ([row[what] for row in rows.values()] for what in ("mean", "stderr"))
                 charts.append(Bars(name, shown, f"{compared['metric']}, %", list(rows), means, errors))
     return charts
+
+
+def _counted(runs: Sequence[Run]) -> list[Chart]:
+    """Comparisons whose rows are numbers of something: a curve each, those of one metric in one chart."""
+    found: dict[tuple[str, str], list[Series]] = {}
+    for number, run in enumerate(runs):
+        for title, compared in run.compare.items():
+            if counts := compared.get("counts"):
+                rows = compared["rows"]
+                errors = [row["stderr"] or 0.0 for row in rows.values()]
+                name = title if len(runs) == 1 else f"{title} · {run.title}"
+                line = Series(name, [float(n) for n in rows], [r["mean"] for r in rows.values()], errors, title, number)
+                found.setdefault((compared["metric"], counts), []).append(line)
+    return [Lines(key("compare", metric, counts).lower(), f"{metric} by {counts}", counts, f"{metric}, %", lines)
+            for (metric, counts), lines in found.items()]  # fmt: skip
 
 
 def by_class(arrays: Mapping[str, np.ndarray], name: str, title: str) -> list[Chart]:

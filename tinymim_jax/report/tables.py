@@ -34,7 +34,7 @@ def measured(metrics: Mapping[str, float]) -> dict[str, str]:
     """The loss of a stage and what its evaluations have found; of several replicas mean ± standard error."""
     found = {"loss": f"{metrics['loss']:.4f}"} if "loss" in metrics else {}
     for name, value in metrics.items():
-        if "/" in name and not re.match(r"replica\d+/|.*/images$", name):
+        if "/" in name and not re.match(r"replica\d+/|.*/images$|.*_head\d+$", name):
             error = chain.summary(chain.values_of(metrics, name))["stderr"]
             found[name] = f"{value:.2f}" + ("" if error is None else f" ± {error:.2f}")
     return found

@@ -128,8 +128,9 @@ def _compared(results: dict[str, Any], workdir: Path, notes: list[tuple[str, str
     compare = results.get("compare", {})
     for title, table in compare.items() if isinstance(compare, dict) else ():
         try:
-            for row in table["rows"].values():
+            for label, row in table["rows"].items():
                 float(row["mean"]), len(row["values"]), row["stderr"] is None or float(row["stderr"])
+                float(label) if table.get("counts") else None
             found[title] = {**table, "metric": str(table["metric"])}
         except (KeyError, TypeError, ValueError, AttributeError):
             notes.append(("", f"results.json is damaged in {title!r}; the run command makes it anew"))
