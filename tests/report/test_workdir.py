@@ -41,8 +41,9 @@ def test_hand_overs_that_change_something_are_told(copied):
     lines = json.loads((copied / "finetune" / "stage.json").read_text())["handover"]
     assert any("loaded" in line for line in lines)
     for line in lines:
-        if "not trained by the source" in line or "regrouped" in line:
+        if "regrouped" in line:
             assert f"finetune; {line.strip()}" in told
+    assert "finetune; not trained by the source: encoder/block2/attn/proj" in told and "pos_embed" not in told
 
 
 def test_a_stage_goes_on_with_the_hand_over_of_its_begin(chain, mesh, tmp_path):
@@ -103,6 +104,14 @@ def test_a_run_under_way(copied):
     assert ("mae", "not finished: step 4 of 4") in run.notes
     assert any("no stage is finished yet" in text for _, text in run.notes)
     assert run.results() == {"config": "tiny", "stages": {}, "compare": {}}
+
+
+def test_a_run_is_finished_with_its_results(copied):
+    names = ["mae", "distill", "finetune"]
+    (copied / "chain.json").write_text(json.dumps({"name": "tiny", "stages": names}))
+    assert not workdir.read(copied).finished()  # results.json comes last
+    (copied / "results.json").write_text(json.dumps({"stages": dict.fromkeys(names)}))
+    assert workdir.read(copied).finished()
 
 
 def test_what_is_no_workdir(copied, tmp_path):

@@ -46,7 +46,7 @@ def test_the_paper_stands_beside_ours():
 
 
 def run(paper):
-    return workdir.Run("study", None, {}, [], compared(paper)["compare"], {}, [])
+    return workdir.Run("study", None, {}, [], compared(paper)["compare"], {}, set(), [])
 
 
 def test_ours_are_drawn_against_the_paper_or_alone():

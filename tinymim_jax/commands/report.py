@@ -35,6 +35,8 @@ def main(argv: list[str]) -> None:
 
     program_cache.keep()
     others, made = [storage.path(other) for other in values.compare], {}
+    if values.watch is not None:
+        print(f"writing {folder}/report every {values.watch:g} s until the run is finished; Ctrl-C ends it", flush=True)
     while True:
         begin = time.monotonic()
         runs = page.write(folder, others, values.watch, made)

@@ -41,9 +41,9 @@ def write(
 ) -> list[Run]:
     """Writes FOLDER/report/: tables.md, every chart as PNG and SVG, and index.html; with `others`, compare.html alone.
 
-    `refresh`: seconds after which the page loads itself again, unless the run is finished. `made` keeps pictures of
-    stages from one call to the next. Says what was written, and returns what was read, with all notes; raises
-    InputError if a folder is no workdir.
+    `refresh`: seconds after which the page loads itself again, unless the run is finished, and says nothing here.
+    `made` keeps pictures of stages from one call to the next. Returns what was read, with all notes; raises InputError
+    if a folder is no workdir.
     """
     runs = [workdir.read(one) for one in (folder, *others)]
     _tell_apart(runs)
@@ -57,7 +57,7 @@ def write(
     storage.make(out)
     file = out / ("compare.html" if others else "index.html")
     write_whole(file, page(runs, found, refresh if is_open else None))
-    for path in [*files, file]:
+    for path in [] if is_open else [*files, file]:
         print(f"wrote {path}")
     return runs
 

@@ -18,7 +18,8 @@ from tinymim_jax.training.progress import BAD_IMAGES, SKIPPED
 from tinymim_jax.weights import handoff
 
 # Of what a hand-over says of itself, what a reader has to know.
-TOLD = re.compile(r"\b(regrouped|resized|not trained by the source|re-initialised|note|there is no checkpoint)\b")
+TOLD = re.compile(r"^\s*(data|note|regrouped|resized|not trained by the source|there is no checkpoint)\b")
+POSITIONS = re.compile(r"(, )?\b\w+(/\w+)*/pos_embed\b")  # fixed by design
 
 
 @dataclasses.dataclass
@@ -72,11 +73,13 @@ class Run:
     waiting: list[str]  # stages that have not begun, where the run has noted its stages
     compare: dict[str, Any]
     recipe: dict[str, Any]  # chain.json
+    collected: set[str]  # the stages in results.json, which is written last
     notes: list[tuple[str, str]]
 
     def finished(self) -> bool:
         """Whether nothing is left to do, as far as the run has noted its stages."""
-        return not self.waiting and all(one.done is not None for one in self.stages.values())
+        is_collected = "stages" not in self.recipe or self.stages.keys() <= self.collected
+        return not self.waiting and is_collected and all(one.done is not None for one in self.stages.values())
 
     def results(self) -> dict[str, Any]:
         """As `results.json`, of what is finished so far."""
@@ -100,11 +103,12 @@ def read(workdir: Path) -> Run:
     stages = {folder.name: one for folder in folders if (one := _stage(folder, notes))}
     begun, named = (of.get("stages") for of in (results, recipe))
     named = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
-    order = named or (list(begun) if isinstance(begun, dict) else [])
+    collected = list(begun) if isinstance(begun, dict) else []
+    order = named or collected
     stages = {name: stages[name] for name in dict.fromkeys([*order, *stages]) if name in stages}
     waiting = [name for name in named if name not in stages]
     title = str(recipe.get("name") or results.get("config") or workdir.name)
-    run = Run(title, workdir, stages, waiting, _compared(results, workdir, notes), recipe, notes)
+    run = Run(title, workdir, stages, waiting, _compared(results, notes), recipe, set(collected), notes)
     for one in stages.values():
         notes += [(one.name, text) for text in _warnings(one, workdir)]
     if not any(one.done is not None for one in stages.values()):
@@ -122,7 +126,7 @@ def _json(file: Path, notes: list[tuple[str, str]]) -> dict[str, Any]:
         return {}
 
 
-def _compared(results: dict[str, Any], workdir: Path, notes: list[tuple[str, str]]) -> dict[str, Any]:
+def _compared(results: dict[str, Any], notes: list[tuple[str, str]]) -> dict[str, Any]:
     """The comparisons that can be read."""
     found = {}
     compare = results.get("compare", {})
@@ -172,9 +176,10 @@ def _warnings(one: StageRun, workdir: Path) -> Iterator[str]:
     lines = one.content.get("handover")
     if lines is None:  # an older run; what the files tell
         lines = list(_differences(one, workdir))
-    yield from (line.strip().removeprefix("note: ") for line in lines if TOLD.search(line))
-    # Embeddings of positions are fixed by design.
-    untrained = ["/".join(name.split("/")[:2]) for name in one.content["untrained"] if not name.endswith("pos_embed")]
+    told = [POSITIONS.sub("", line).strip().removeprefix("note: ") for line in lines if TOLD.search(line)]
+    yield from (line for line in told if not line.endswith(":"))
+    names = [name for name in one.content["untrained"] if not POSITIONS.fullmatch(name)]
+    untrained = ["/".join(name.split("/")[:2]) for name in names]
     if untrained:
         parts = [f"{name} ({untrained.count(name)} arrays)" for name in dict.fromkeys(untrained)]
         yield f"not trained, as the loss does not read it or it is fixed: {', '.join(parts)}"
