@@ -15,7 +15,7 @@ LEFT_OUT = re.compile(r"step|epoch|first_step_s|labels_beyond_head|replica\d+/.*
 
 
 def curves(runs: Sequence[Run], most: int = 100_000) -> list[Lines]:
-    """A chart for each metric that was logged at least twice, losses for each kind of task apart.
+    """A chart for each metric that was logged at least twice, and losses, for each kind of task apart.
 
     With more than about `most` points in all, each line has some of its own.
     """
@@ -29,7 +29,7 @@ def curves(runs: Sequence[Run], most: int = 100_000) -> list[Lines]:
                 parts.setdefault((f"{whole} by head" if head else metric, part), {})[number, label] = points(
                     one, metric
                 )
-    parts = {what: found for what, found in parts.items() if any(len(xy) > 1 for xy in _each(found))}
+    parts = {what: found for what, found in parts.items() if what[1] or any(len(xy) > 1 for xy in _each(found))}
     count = sum(len(list(_each(found))) for found in parts.values())
     limit = max(most // max(count, 1), 20)
     order = {name: i for i, name in enumerate(FIRST)}
