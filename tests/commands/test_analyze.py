@@ -33,6 +33,13 @@ def test_a_student_beside_its_teacher(finished, tmp_path, capsys):
     names = {"cka_distill_mae", "relation_distill_mae"}
     names |= {f"{kind}_{model}" for kind in ("attention", "spectrum", "neighbours") for model in ("distill", "mae")}
     assert {path.stem for path in out.glob("*.npz")} == names
+    drawn = {path.stem for path in out.glob("*.svg")}
+    assert drawn == {"cka_distill_mae", "relation_distill_mae_kl"} | {
+        f"{kind}_{model}_{what}" for model in ("distill", "mae")
+        for kind, what in (("attention", "distance"), ("attention", "entropy"), ("spectrum", "effective_rank"), ("spectrum", "norm"))
+    }  # fmt: skip
+    pictures = {"relation_distill_mae_maps", "neighbours_distill", "neighbours_mae"}
+    assert {path.stem for path in out.glob("*.png")} == drawn | pictures
     report = json.loads((out / "analysis.json").read_text())
     assert set(report["results"]) == names and report["checkpoints"]["mae"] == f"{finished}/mae"
     with np.load(out / "cka_distill_mae.npz") as arrays:

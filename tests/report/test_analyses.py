@@ -20,6 +20,12 @@ def test_cka_has_the_first_layer_of_model_1_at_the_bottom():
     np.testing.assert_array_equal(chart.values, arrays["cka"])
 
 
+def test_cka_of_a_model_with_itself():
+    arrays = {name: np.asarray(value) for name, value in made.cka(models=["one"]).items()}
+    (chart,) = analyses.analysis_charts(arrays, "x")
+    assert (chart.y_label, chart.x_label) == ("layers of one", "layers of one")
+
+
 def test_attention_is_a_box_a_block_over_heads():
     arrays, found = charts("attention")
     assert list(found) == ["a_stage_x_distance", "a_stage_x_entropy"]
@@ -70,7 +76,7 @@ def test_arrays_that_do_not_fit_together(kind):
     for name in arrays.keys() - {"kind"}:
         with pytest.raises(InputError, match="^x: the arrays do not fit together"):
             analyses.analysis_charts({key: value for key, value in arrays.items() if key != name}, "x")
-    first = next(name for name in arrays if name not in ("kind",))
+    first = next(name for name in arrays if name != "kind")
     with pytest.raises(InputError, match="^x: the arrays do not fit together"):
         analyses.analysis_charts({**arrays, first: arrays[first][:1]}, "x")
 

@@ -15,7 +15,7 @@ USAGE = """python -m tinymim_jax analyze CHECKPOINT [CHECKPOINT2 ...] [--data=FO
   --what=relation    KL of each head of a student (the first) from its teacher (the second), and maps of both
 
   All of these, where nothing else is said; the last with --student_block and --teacher_block. Arrays go to
-  OUT/NAME.npz, numbers to OUT/analysis.json.
+  OUT/NAME.npz, figures beside them, numbers to OUT/analysis.json.
 """
 
 
@@ -41,6 +41,7 @@ def main(argv: list[str]) -> None:
 
     from tinymim_jax.evals import analyze
     from tinymim_jax.experiment import stage_file
+    from tinymim_jax.report import analyses, figures
     from tinymim_jax.runtime import program_cache
     from tinymim_jax.runtime.sharding import make_mesh
 
@@ -51,4 +52,5 @@ def main(argv: list[str]) -> None:
     report = analyze.analyze([stage_file.read_subject(folder) for folder in folders], asked, make_mesh(), out)
     for name, scalars in report["results"].items():
         print(f"{name}: {', '.join(f'{key} {value:.4g}' for key, value in scalars.items() if '_head' not in key)}")
-    print(f"wrote {out}/analysis.json and an .npz of each")
+        figures.save(analyses.analysis_charts(analyses.read(out / f"{name}.npz"), name), out)
+    print(f"wrote {out}/analysis.json, and of each an .npz and figures")

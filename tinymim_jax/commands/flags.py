@@ -125,7 +125,7 @@ def config_path(argv: Sequence[str]) -> str | None:
 def recipe(argv: Sequence[str], cfg: Config) -> dict[str, Any]:
     """What --config names, and in what `cfg` differs from what it gives: lines "field: old -> new"."""
     path = config_path(argv)
-    return {"config": path, "changed": differences(to_dict(_load(path)), to_dict(cfg))}
+    return {"config": path, "changed": differences(to_dict(config_file.load(*path.split(":", 1))), to_dict(cfg))}
 
 
 def parse_positional(values: flags.FlagValues, argv: list[str], names: list[str], usage: str) -> list[Path]:

@@ -38,7 +38,7 @@ def analysis_charts(arrays: Arrays, title: str) -> list[Chart]:
 
 def cka(arrays: Arrays, name: str, title: str) -> list[Chart]:
     """Similarity of each pair of layers, the first layer of model 1 at the bottom."""
-    one, other = map(str, arrays["models"])
+    one, other = (str(arrays["models"][i]) for i in (0, -1))  # of one model with itself, only that is named
     rows, columns = (list(map(str, arrays[axis])) for axis in ("rows", "columns"))
     values, error = np.asarray(arrays["cka"]), np.asarray(arrays["cka_error"])
     if values.shape != (len(rows), len(columns)) or error.shape != values.shape:

@@ -241,8 +241,9 @@ def _details(run: Run, is_one_of_many: bool) -> str:
     if "config" in run.recipe:
         parts.append(f"<p>Recipe: <code>{e(run.recipe['config'])}</code></p>")
         changed = run.recipe.get("changed", ())
-        parts.append(f"<p>{'Changed' if changed else 'Nothing was changed'} by flags.</p>")
-        parts += [f"<pre>{e(chr(10).join(map(str, changed)))}</pre>"] if changed else []
+        count = f"Fields changed by flags: {len(changed) or 'none'}"
+        lines = f"<pre>{e(chr(10).join(map(str, changed)))}</pre>"
+        parts.append(f"<details><summary>{count}</summary>{lines}</details>" if changed else f"<p>{count}</p>")
     else:
         parts.append(note("Which recipe it was, and what flags changed, was not noted by the version that ran it."))
     for facts, names in _alike(run).items():
