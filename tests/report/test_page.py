@@ -14,7 +14,7 @@ import pytest
 from tests.report import analyses as made
 from tinymim_jax.__main__ import main
 from tinymim_jax.report import images, page, sections, workdir
-from tinymim_jax.report.charts import Pictures
+from tinymim_jax.report.charts import Heatmap, Pictures
 from tinymim_jax.tasks.contract import Panels
 
 VOID = {"meta", "link", "input", "wbr", "br", "img"}
@@ -264,3 +264,17 @@ def test_text_can_be_read_in_both_themes():
             for ink in ("ink", "soft", "accent", "good", "wait"):
                 low, high = sorted(luminance(theme[name]) for name in (ground, ink))
                 assert (high + 0.05) / (low + 0.05) >= 4.5, (ground, ink)
+
+
+def test_a_chart_that_is_too_large_is_named():
+    names = [str(i) for i in range(101)]
+    chart = Heatmap("big", "Confusions", "x", "y", names, names, np.zeros((101, 101)), "%")
+    for text in (sections.side_by_side([chart]), sections.chooser("c", "chart", [chart])):
+        assert "Confusions: too large for the page; drawn in big.png beside it" in text and "data-chart" not in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 0 s"), (3599, "59 min 59 s"), (7260, "2 h 1 min")]
+)
+def test_durations_are_read_at_a_glance(seconds, text):
+    assert sections.duration(seconds).replace("\N{NO-BREAK SPACE}", " ") == text
