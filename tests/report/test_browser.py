@@ -98,18 +98,20 @@ def test_a_chart_answers_a_hover(which, chromium, url):
     chromium.page(url)
     chromium.js(f"document.querySelector('{which}').scrollIntoView({{block: 'center', behavior: 'instant'}})")
     wait(chromium, f"!!document.querySelector('{which} .main-svg')")
-    time.sleep(0.3)
-    # Over a grid of points of the plot until something answers.
-    box = chromium.js(
-        f"(() => {{ const r = document.querySelector('{which} .nsewdrag').getBoundingClientRect(); return [r.x, r.y, r.width, r.height] }})()"
-    )
-    for i in range(1, 16):
-        for j in range(1, 16):
-            x, y = box[0] + box[2] * i / 16, box[1] + box[3] * j / 16
-            chromium.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
-            if text := chromium.js(f"document.querySelector('{which} .hoverlayer').textContent"):
-                assert any(character.isdigit() for character in text)
-                return
+    time.sleep(0.5)
+    # Over what is drawn, then over a grid of points of the plot, until something answers.
+    places = chromium.js(f"""(() => {{
+      const plot = document.querySelector('{which}'), r = plot.querySelector('.nsewdrag').getBoundingClientRect();
+      const drawn = [...plot.querySelectorAll('.point')].map((one) => one.getBoundingClientRect());
+      const grid = [...Array(225).keys()].map((i) => [r.x + r.width * (1 + i % 15) / 16, r.y + r.height * (1 + i / 15) / 16]);
+      return [...drawn.map((one) => [one.x + one.width / 2, one.y + one.height / 2]), ...grid];
+    }})()""")
+    for x, y in places:
+        chromium.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+        time.sleep(0.02)
+        if text := chromium.js(f"document.querySelector('{which} .hoverlayer').textContent"):
+            assert any(character.isdigit() for character in text)
+            return
     pytest.fail(f"{which} says nothing")
 
 

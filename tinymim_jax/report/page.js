@@ -33,6 +33,7 @@
     });
   };
   const boxes = [...document.querySelectorAll(".plot")];
+  for (const box of boxes) box.style.minHeight = `${data.charts[box.dataset.chart].layout.height}px`;  // nothing jumps as they are drawn
   const seen = new IntersectionObserver((entries) => {
     for (const entry of entries) if (entry.isIntersecting && !entry.target.dataset.drawn) draw(entry.target);
   }, { rootMargin: "300px" });
