@@ -46,6 +46,7 @@ CHAINS = [
     "camvid/segment.py",
     "digits/chain.py",
     "digits/scenes.py",
+    "digits/targets.py",
     "imagenet/chain.py",
     "imagenet/chain.py:code",
     "imagenet/mae_lite.py",
