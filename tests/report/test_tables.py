@@ -29,3 +29,11 @@ def test_of_replicas_the_standard_error_of_the_mean_is_shown():
     metrics |= {f"replica{i}/val/top1": value for i, value in enumerate((80.0, 84.0, 88.0))}
     assert tables.measured(metrics) == {"loss": "1.0000", "val/top1": "84.00 ± 2.31"}
     assert tables.measured({"val/top1": 84.0}) == {"val/top1": "84.00"}
+
+
+def test_names_are_printed_as_they_stand():
+    row = {"mean": 1.0, "stderr": None, "values": [1.0]}
+    compare = {"T": {"metric": "val/top1", "rows": dict.fromkeys(("[mask]", "[/x]", ":x: y"), row)}}
+    text = tables.text({"config": "[red]c", "stages": {"[a]": {"loss": 1.0}}, "compare": compare})
+    for name in ("[mask]", "[/x]", ":x: y", "[red]c", "[a]"):
+        assert name in text

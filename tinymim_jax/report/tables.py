@@ -8,7 +8,9 @@ from etils.epath import Path
 from rich.console import Console
 from rich.table import Table
 
+from tinymim_jax.runtime import storage
 from tinymim_jax.runtime.markdown import table
+from tinymim_jax.runtime.metric_log import write_whole
 from tinymim_jax.training import chain
 
 
@@ -24,7 +26,9 @@ def text(results: dict[str, Any]) -> str:
         tables.append(Table(*heading, title=f"{title} ({compared['metric']})", caption=agreement(compared)))
         for row in rows:
             tables[-1].add_row(*row)
-    console = Console(width=110, color_system=None)  # of standard output, whose characters it keeps to
+    console = Console(
+        width=110, color_system=None, markup=False, emoji=False
+    )  # keeps to the characters of standard output
     with console.capture() as captured:
         console.print(*tables)
     return captured.get()
@@ -45,8 +49,8 @@ def write(workdir: Path, results: dict[str, Any]) -> list[Path]:
     if not results["compare"]:
         return []
     path = workdir / "report" / "tables.md"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(markdown(results))
+    storage.make(path.parent)
+    write_whole(path, markdown(results))
     return [path]
 
 
