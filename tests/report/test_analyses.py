@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from tests.report import analyses as made
-from tinymim_jax.report import analyses
+from tinymim_jax.report import analyses, figures, images, plots
 from tinymim_jax.runtime.errors import InputError
 
 
@@ -60,7 +60,7 @@ def test_spectra_are_bars_and_neighbours_rows():
 def test_classes_are_drawn_with_their_names():
     arrays = {"per_class": [75.0, np.nan], "confusion": [[3, 1], [0, 0]], "classes": ["ant", "bee"]}
     bars, grid = analyses.analysis_charts({name: np.array(value) for name, value in arrays.items()}, "a model")
-    assert (bars.names, list(bars.values)) == (["ant", "bee"], [75.0, 0.0]) and "mean 75.0 %" in bars.title
+    assert (bars.names, plots.plain(bars.values)) == (["ant", "bee"], [75.0, None]) and "mean 75.0 %" in bars.title
     assert bars.names == grid.rows == grid.columns and not grid.bottom_up
     np.testing.assert_array_equal(grid.values, [[75, 25], [0, 0]])
 
@@ -70,15 +70,24 @@ def test_arrays_of_no_analysis_have_no_charts():
     assert analyses.analysis_charts({"kind": np.array("of tomorrow")}, "x") == []
 
 
-@pytest.mark.parametrize("kind", made.ALL)
-def test_arrays_that_do_not_fit_together(kind):
-    arrays = {name: np.asarray(value) for name, value in made.ALL[kind]().items()}
-    for name in arrays.keys() - {"kind"}:
-        with pytest.raises(InputError, match="^x: the arrays do not fit together"):
-            analyses.analysis_charts({key: value for key, value in arrays.items() if key != name}, "x")
-    first = next(name for name in arrays if name != "kind")
-    with pytest.raises(InputError, match="^x: the arrays do not fit together"):
-        analyses.analysis_charts({**arrays, first: arrays[first][:1]}, "x")
+def test_blocks_with_fewer_heads_have_boxes():
+    arrays = {name: np.asarray(value) for name, value in made.attention().items()}
+    arrays["distance"][:2, 2:] = np.nan  # as they are stored
+    chart = analyses.analysis_charts(arrays, "x")[0]
+    medians = [line.get_ydata()[0] for line in figures.draw(chart).axes[0].get_lines()[4::6]]
+    expected = [np.median(arrays["distance"][block, :2]) for block in (0, 1)]
+    np.testing.assert_allclose(medians, [*expected, np.median(arrays["distance"][2])])
+
+
+def test_each_image_of_relation_maps_is_stored_once():
+    _, found = charts("relation")
+    stored = images.pictures(found["a_stage_x_maps"], images.Room(10**6))
+    assert len(stored["images"]) == 2 + 2 * 2 * 2 * 3  # and a map of each side, image, relation and head
+
+
+def test_relations_without_images_have_no_maps():
+    arrays = {name: np.asarray(value) for name, value in made.relation(images=0).items()}
+    assert [chart.key for chart in analyses.analysis_charts(arrays, "x")] == ["x_kl"]
 
 
 def test_a_damaged_file(tmp_path):

@@ -86,6 +86,17 @@ def test_odd_names_are_drawn_as_they_stand(tmp_path, recwarn):
     assert not recwarn.list  # matplotlib's, of axes without room
 
 
+def test_plotly_shows_tags_in_names_as_they_stand():
+    drawn = plots.plot(Lines("k", "t", "<b>x</b>", "y", [Series("<a href='https://x'>a</a>", [1], [2])]))
+    assert drawn["data"][0]["name"] == "&lt;a href='https://x'&gt;a&lt;/a&gt;"
+    assert drawn["data"][0]["hovertemplate"] == "%{y:.4g} at &lt;b&gt;x&lt;/b&gt; %{x:.4g}"
+
+
+def test_the_sentence_about_many_values_is_short():
+    chart = Bars("k", "t", "%", [f"class {i}" for i in range(1000)], np.arange(1000.0))
+    assert "class 19 19, and 980 more." in said(chart) and "class 20" not in said(chart)
+
+
 def test_panels_are_drawn_as_they_are():
     image, low, high = np.full((4, 4, 3), 0.25), np.full((2, 2), 0.1), np.full((2, 2), 0.4)
     panels = Panels("a title", [[image, low, high]], ["row"], ["", "A", "B"], (2, 2, 2), [["", "0.5", ""]])

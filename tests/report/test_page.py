@@ -1,6 +1,7 @@
 """The page as text: what is in it, what is escaped, and that it is sound HTML."""
 
 import collections
+import html
 import html.parser
 import itertools
 import json
@@ -158,7 +159,8 @@ def test_names_cannot_break_out(finished, tmp_path):
     parsed = Parsed(text)
     assert "<img src=x" not in text and not [a for _, a in parsed.elements if any(n.startswith("on") for n in a)]
     assert EVIL in parsed.text["title"] and EVIL in parsed.text["pre"]
-    assert any(EVIL in chart["layout"]["xaxis"]["title"]["text"] for chart in data_of(text)["charts"].values())
+    shown = [chart["layout"]["xaxis"]["title"]["text"] for chart in data_of(text)["charts"].values()]
+    assert any(html.escape(EVIL, quote=False) in one for one in shown) and not any(EVIL in one for one in shown)
 
 
 def test_a_run_under_way_gives_a_page_of_what_there_is(finished, tmp_path, capsys):
@@ -227,7 +229,7 @@ def test_a_page_that_is_watched_loads_itself_again_until_the_run_is_finished(fin
     monkeypatch.setattr("time.sleep", sleep)
     assert main(["report", str(work), "--watch=5"]) == 0
     assert len(slept) == 1 and 1 <= slept[0] <= 5
-    assert "http-equiv" not in file.read_text().split("<style>")[0] and (work / "report" / "loss_mae.svg").is_file()
+    assert 'http-equiv="refresh"' not in file.read_text() and (work / "report" / "loss_mae.svg").is_file()
 
 
 def test_pictures_beyond_the_budget_are_left_out_and_the_others_shown_once():
@@ -235,10 +237,10 @@ def test_pictures_beyond_the_budget_are_left_out_and_the_others_shown_once():
     shared = random.random((32, 32, 3))
     grids = {(i,): Panels("t", [[shared, random.random((32, 32, 3))]]) for i in range(4)}
     chart = Pictures("key", "t", {"image": list("abcd")}, grids)
-    whole = images.Stock(10**6).pictures(chart)
+    whole = images.pictures(chart, images.Room(10**6))
     assert list(whole["grids"]) == ["0", "1", "2", "3"] and len(whole["images"]) == 5
     size = len(whole["images"][0][0])
-    few = images.Stock(int(3.5 * size)).pictures(chart)
+    few = images.pictures(chart, images.Room(int(3.5 * size)))
     assert list(few["grids"]) == ["0", "1"] and few["images"] == whole["images"][:3]
 
 
@@ -266,11 +268,23 @@ def test_text_can_be_read_in_both_themes():
                 assert (high + 0.05) / (low + 0.05) >= 4.5, (ground, ink)
 
 
-def test_a_chart_that_is_too_large_is_named():
-    names = [str(i) for i in range(101)]
-    chart = Heatmap("big", "Confusions", "x", "y", names, names, np.zeros((101, 101)), "%")
-    for text in (sections.side_by_side([chart]), sections.chooser("c", "chart", [chart])):
-        assert "Confusions: too large for the page; drawn in big.png beside it" in text and "data-chart" not in text
+def test_charts_without_room_are_named_and_the_page_stays_small(work):
+    run = workdir.read(work)
+    found = page.find([run], {})
+    names = [str(i) for i in range(100)]
+    values = np.random.default_rng(0).random((100, 100))
+    found.classes[:] = [Heatmap(f"map{i}", f"Map {i}", "x", "y", names, names, values, "%") for i in range(30)]
+    big = [str(i) for i in range(101)]
+    found.classes.append(Heatmap("big", "Big", "x", "y", big, big, np.zeros((101, 101)), "%"))
+    text = page.page([run], found)
+    Parsed(text)
+    shown = [name for name in data_of(text)["charts"] if name.startswith("map")]
+    assert 0 < len(shown) < 30 and len(text.encode()) < page.LIMIT
+    (told,) = (what for where, what in run.notes if what.startswith("left out, as a page is at most 8 MB: "))
+    assert told.endswith("; Map 29; Big") and told in text
+    assert {a["data-chart"] for a in Parsed(text).all("option") if a.get("data-chart", "").startswith("map")} == set(
+        shown
+    )
 
 
 @pytest.mark.parametrize(

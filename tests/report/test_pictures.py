@@ -1,8 +1,14 @@
+import dataclasses
+
+import jax
 import numpy as np
+import pytest
 
 from tests.conftest import tiny_distill, tiny_mae
 from tinymim_jax.data.fields import IMAGE_LABEL
 from tinymim_jax.report import pictures
+from tinymim_jax.runtime import sharding
+from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.tasks.contract import Panels
 from tinymim_jax.tasks.pictures import GREY
 
@@ -40,19 +46,23 @@ def test_samples_are_columns_where_rows_are_labelled_and_else_rows():
     assert {(tuple(one.column_labels), one.box) for one in apart} == {(("image", "truth", "said"), (0, 0, 1))}
 
 
-def test_a_picture_takes_the_next_image_where_one_is_damaged():
+def test_images_that_cannot_be_read_are_left_out_where_training_does_so():
     class Source:
+        classes, notes = None, ()
+
         def __len__(self):
             return 12
 
         def __getitem__(self, index):
-            if index in (0, 1):
-                return {"image": b"damaged", "label": 0}
-            return {"image": np.full((8, 8, 3), 20 * index, np.uint8), "label": 0}
+            image = b"damaged" if index in (0, 4) else np.full((8, 8, 3), 20 * index, np.uint8)
+            return {"image": image, "label": 0}
 
         def describe(self, index):
             return f"image {index}"
 
-    data = tiny_mae().data
-    batch = pictures._samples(IMAGE_LABEL, data, Source())
-    np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], [40, 40, 80, 120, 160, 200])
+    data = dataclasses.replace(tiny_mae().data, on_bad_image="skip")
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    batch = pictures._samples(IMAGE_LABEL, data, Source(), mesh)
+    np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], [40, 120, 160, 200])
+    with pytest.raises(InputError, match="image 0"):
+        pictures._samples(IMAGE_LABEL, dataclasses.replace(data, on_bad_image="stop"), Source(), mesh)

@@ -60,25 +60,19 @@ def test_a_stage_goes_on_with_the_hand_over_of_its_begin(chain, mesh, tmp_path):
     assert file.read_text() == before
 
 
-def test_heads_of_an_older_version_are_compared(copied):
-    file = copied / "finetune" / "stage.json"
-    content = json.loads(file.read_text())
-    del content["handover"], content["machine"]
-    file.write_text(json.dumps(content))
-    assert "finetune; init was trained with 2 and 6 heads, here 2" in notes(copied)
-
-
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
         ("chain.json", "{", "; chain.json is damaged; the run command makes it anew"),
         ("results.json", "[1]", "; results.json is damaged; the run command makes it anew"),
         ("mae/metrics.jsonl", '{"step": 1, "loss": 2}\nx\n', "mae; metrics.jsonl is damaged in line 2 of 2: curves end there"),
+        ("chain.json", '{"changed": 5}', "; chain.json is damaged; the run command makes it anew"),
+        ("mae/metrics.jsonl", '{"step": "1", "loss": 2}', "mae; metrics.jsonl is damaged in line 1 of 1: curves end there"),
         ("mae/metrics.jsonl", "", "mae; there is no metrics.jsonl, or it is empty: there are no curves yet"),
         ("mae/DONE", "{", "mae; {}/mae/DONE is damaged; delete it, and the stage goes on from its newest checkpoint"),
         ("mae/stage.json", "{", "mae; {}/mae/stage.json is damaged; bring back a copy of it: the weights beside it may be whole"),
         ("results.json", '{"compare": {"T": {"metric": "a", "rows": {"b": {"mean": "x"}}}}}',
-         "; results.json is damaged in 'T'; the run command makes it anew"),
+         "; results.json is damaged; the run command makes it anew"),
     ],
 )  # fmt: skip
 def test_what_is_damaged_becomes_a_note(name, content, expected, copied):
@@ -170,13 +164,19 @@ def test_heads_are_lines_of_one_chart(copied):
         {"step": s, "epoch": float(s), "kl/kl_qk_head1": 0.1 * s, "kl/kl_qk_head2": 0.2, "kl/kl_qk": 0.3}
         for s in (1, 2)
     ]
+    lines += [{"step": 2, "my_heads/kl_qk": 1.0}, {"step": 1, "my_heads/kl_qk": 2.0}]
     write_log(copied / "distill", lines)
     found = by_key(copied)
+    assert [(line.name, list(line.y)) for line in found["my_heads_kl_qk"].series] == [("distill", [2.0, 1.0])]
     chart = found["kl_kl_qk_by_head"]
     assert [(line.name, list(line.y)) for line in chart.series] == [
         ("distill head 1", [0.1, 0.2]), ("distill head 2", [0.2, 0.2]),
     ]  # fmt: skip
-    assert chart.y_label == "kl_qk by head" and len(chart.groups()) == 2 and len(found["kl_kl_qk"].series) == 1
+    assert (
+        chart.y_label == "kl_qk by head"
+        and len({line.group for line in chart.series}) == 2
+        and len(found["kl_kl_qk"].series) == 1
+    )
 
 
 def test_comparisons_of_numbers_are_a_curve_each(copied):
@@ -187,9 +187,18 @@ def test_comparisons_of_numbers_are_a_curve_each(copied):
     (copied / "results.json").write_text(json.dumps({"compare": {"from a": table(40.0), "from b": table(50.0)}}))
     (chart,) = curves.comparisons([workdir.read(copied)])
     assert (chart.x_label, chart.y_label) == ("blocks taken over", "val/top1, %")
-    assert [(s.name, s.x, s.y, s.error) for s in chart.series] == [
-        ("from a", [0, 2, 4], [40, 42, 44], [0, 0.5, 0.5]), ("from b", [0, 2, 4], [50, 52, 54], [0, 0.5, 0.5]),
+    assert [(s.name, s.x, s.y, s.error[1:]) for s in chart.series] == [
+        ("from a", [0, 2, 4], [40, 42, 44], [0.5, 0.5]), ("from b", [0, 2, 4], [50, 52, 54], [0.5, 0.5]),
     ]  # fmt: skip
+    assert np.isnan(chart.series[0].error[0])  # of a single run none is known
+
+
+def test_only_percentages_are_labelled_so(copied):
+    row = {"mean": 1.0, "stderr": None, "values": [1.0]}
+    compare = {name: {"metric": name, "rows": {"a": row, "b": row}} for name in ("val/top1", "spectrum/norm", "loss")}
+    (copied / "results.json").write_text(json.dumps({"compare": compare}))
+    found = curves.comparisons([workdir.read(copied)])
+    assert [chart.label for chart in found] == ["val/top1, %", "spectrum/norm", "loss"]
 
 
 def test_long_curves_are_thinned_and_keep_their_end(copied):
@@ -200,9 +209,14 @@ def test_long_curves_are_thinned_and_keep_their_end(copied):
     np.testing.assert_allclose(steps, steps[0])
 
 
-def test_stages_that_differ_by_seed_share_a_group(copied):
+def test_only_stages_that_differ_by_nothing_but_seed_share_a_line(copied):
     for seed in (0, 1):
         shutil.copytree(copied / "finetune", copied / f"tuned_{seed}")
+        shutil.copytree(copied / "finetune", copied / f"first_{seed}")
+        for name, field, value in ((f"tuned_{seed}", "seed", seed), (f"first_{seed}", "batch_size", 8 + seed)):
+            content = json.loads((copied / name / "stage.json").read_text())
+            content["stage"]["run"][field] = value
+            (copied / name / "stage.json").write_text(json.dumps(content))
     series = by_key(copied)["loss_classify"].series
-    assert [line.name for line in series] == ["finetune", "tuned", "tuned"]
-    assert len({line.group for line in series}) == 2
+    assert [line.name for line in series] == ["finetune", "first_0", "first_1", "tuned", "tuned"]
+    assert len({line.group for line in series}) == 4

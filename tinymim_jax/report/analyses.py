@@ -25,25 +25,19 @@ def read(file: Path) -> dict[str, np.ndarray]:
 def analysis_charts(arrays: Arrays, title: str) -> list[Chart]:
     """The charts of an analysis by its `kind`, or of an evaluation by class; [] if there is nothing to draw.
 
-    `title` also gives the charts their keys. Raises InputError if arrays are missing or do not fit together.
+    `title` also gives the charts their keys.
     """
-    try:
-        kind = str(arrays["kind"]) if "kind" in arrays else None
-        if kind is None:
-            return curves.by_class(arrays, key(title), title)
-        return KINDS[kind](arrays, key(title), title) if kind in KINDS else []
-    except (KeyError, IndexError, ValueError, TypeError) as error:
-        raise InputError(f"{title}: the arrays do not fit together ({error}); analyse again") from None
+    if "kind" not in arrays:
+        return curves.by_class(arrays, key(title), title)
+    kind = str(arrays["kind"])
+    return KINDS[kind](arrays, key(title), title) if kind in KINDS else []
 
 
 def cka(arrays: Arrays, name: str, title: str) -> list[Chart]:
     """Similarity of each pair of layers, the first layer of model 1 at the bottom."""
     one, other = (str(arrays["models"][i]) for i in (0, -1))  # of one model with itself, only that is named
     rows, columns = (list(map(str, arrays[axis])) for axis in ("rows", "columns"))
-    values, error = np.asarray(arrays["cka"]), np.asarray(arrays["cka_error"])
-    if values.shape != (len(rows), len(columns)) or error.shape != values.shape:
-        raise ValueError(f"cka {values.shape} for {len(rows)} and {len(columns)} layers")
-    labels = f"layers of {other}", f"layers of {one}"
+    labels, values, error = (f"layers of {other}", f"layers of {one}"), arrays["cka"], arrays["cka_error"]
     return [Heatmap(name, title, *labels, rows, columns, values, "CKA", 0.0, 1.0, error, bottom_up=True)]
 
 
@@ -52,47 +46,41 @@ def attention(arrays: Arrays, name: str, title: str) -> list[Chart]:
     blocks = list(map(str, arrays["blocks"]))
     return [
         Boxes(f"{name}_{what}", f"{title}: attention {what} by head", "block", f"{what}, {unit}", blocks,
-              _rows(arrays[what], blocks), float(arrays[f"uniform_{what}"]), "uniform attention")
+              [heads[np.isfinite(heads)] for heads in arrays[what]],  # blocks may have different numbers of them
+              float(arrays[f"uniform_{what}"]), "uniform attention")
         for what, unit in (("distance", "pixels"), ("entropy", "nats"))
     ]  # fmt: skip
 
 
-def _rows(values: np.ndarray, names: list[str]) -> list[np.ndarray]:
-    if len(values) != len(names):
-        raise ValueError(f"{len(values)} rows for {len(names)} names")
-    return list(values)
-
-
 def relation(arrays: Arrays, name: str, title: str) -> list[Chart]:
-    """Maps of teacher and student for a choice of image, blocks, relation and head; and their KL by head."""
+    """KL of teacher and student by head, and their maps for a choice of image, blocks, relation and head."""
     relations = list(map(str, arrays["relations"]))
     pairs = [f"{teacher} → {student}" for teacher, student in arrays["blocks"]]
-    kl, images, sides = arrays["kl"], arrays["images"], (arrays["teacher"], arrays["student"])
+    kl, sides = arrays["kl"], (arrays["teacher"], arrays["student"])
     heads = [str(head + 1) for head in range(kl.shape[-1])]
-    shape = len(images), len(pairs), len(relations), len(heads)
-    if any(side.shape[:4] != shape for side in sides) or kl.shape != shape[1:]:
-        raise ValueError(f"maps {sides[0].shape} and {sides[1].shape}, KL {kl.shape}")
-    grids, shown = {}, np.float32(images / 255)
-    for where in np.ndindex(shape):
+    rows = [f"{pair} {of}" for pair in pairs for of in relations]
+    values = kl.reshape(len(rows), len(heads))
+    charts: list[Chart] = [
+        Heatmap(f"{name}_kl", f"{title}: KL of the relations by head", "head", "blocks, relation", rows, heads, values,
+                "KL, nats")
+    ]  # fmt: skip
+    images = [np.float32(image / 255) for image in arrays["images"]]
+    grids = {}
+    for where in np.ndindex(len(images), *kl.shape):
         of = f"{relations[where[2]].upper()}, blocks {pairs[where[1]]}, head {heads[where[3]]}"
-        row = [shown[where[0]], *(np.float32(side[where] / 255) for side in sides)]
+        row = [images[where[0]], *(np.float32(side[where] / 255) for side in sides)]
         grids[where] = Panels(of, [row], [], ["image", "teacher", f"student, KL {kl[where[1:]]:.3g}"])
     numbers = [str(i + 1) for i in range(len(images))]
     axes = {"image": numbers, "blocks, teacher → student": pairs, "relation": relations, "head": heads}
-    rows = [f"{pair} {of}" for pair in pairs for of in relations]
-    values = np.asarray(kl).reshape(len(rows), -1)
-    return [
-        Heatmap(f"{name}_kl", f"{title}: KL of the relations by head", "head", "blocks, relation", rows, heads, values,
-                "KL, nats"),
-        Pictures(f"{name}_maps", f"{title}: what each token relates to", axes, grids),
-    ]  # fmt: skip
+    charts += [Pictures(f"{name}_maps", f"{title}: what each token relates to", axes, grids)] if grids else []
+    return charts
 
 
 def spectrum(arrays: Arrays, name: str, title: str) -> list[Chart]:
     """In how many directions the features of each layer spread, and how long they are."""
     layers = list(map(str, arrays["layers"]))
     return [
-        Bars(f"{name}_{what}", f"{title}: {said}", said, layers, _rows(arrays[what], layers))
+        Bars(f"{name}_{what}", f"{title}: {said}", said, layers, arrays[what])
         for what, said in (("effective_rank", "effective rank"), ("norm", "norm of the features"))
     ]
 

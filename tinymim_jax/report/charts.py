@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -10,6 +10,7 @@ from tinymim_jax.tasks.contract import Panels
 
 # Paul Tol's bright scheme, which people who confuse red and green can tell apart.
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#888888")
+SAID = 20  # of so many values the sentence about a chart tells
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +42,14 @@ class Lines(Chart):
     y_label: str
     series: Sequence[Series]
 
-    def groups(self) -> list[str]:
-        """Those of its lines, in order: the n-th has the n-th colour."""
-        return list(dict.fromkeys(line.group for line in self.series))
+    def looks(self) -> Iterator[tuple[Series, str, int, bool]]:
+        """Each line with its colour, the number of its dash, and whether the legend names it."""
+        groups, named = list(dict.fromkeys(line.group for line in self.series)), set()
+        for line in self.series:
+            number, what = groups.index(line.group), (line.group, line.run)
+            is_named = not line.is_thin and what not in named
+            yield line, COLOURS[number % len(COLOURS)], line.run + number // len(COLOURS), is_named
+            named |= {what} if is_named else set()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +112,18 @@ class Pictures(Chart):
     grids: Mapping[tuple[int, ...], Panels]
 
 
+@dataclasses.dataclass
+class Found:
+    """All charts of some runs, by the section of the page that shows them."""
+
+    curves: list[Chart]
+    comparisons: list[Chart]
+    classes: list[Chart]
+    analyses: list[Chart]
+    pictures: list[Pictures]  # of the stages' tasks, on disk each of its own
+    shown: Pictures | None  # and on the page with a choice of the stage
+
+
 def key(*parts: str) -> str:
     """The parts as the name of a file."""
     return "_".join(re.sub(r"\W+", "_", part).strip("_") for part in parts)
@@ -116,17 +134,23 @@ def said(chart: Chart) -> str:
     match chart:
         case Lines():
             ends = [f"{line.name} {line.y[-1]:.4g}" for line in chart.series if len(line.y) and not line.is_thin]
-            return f"{chart.title}, {chart.y_label} by {chart.x_label}. At the end: {', '.join(ends)}."
+            return f"{chart.title}, {chart.y_label} by {chart.x_label}. At the end: {_few(ends)}."
         case Points():
             each = [f"{n} {y:.4g} against {x:.4g}" for n, x, y in zip(chart.names, chart.x, chart.y, strict=True)]
-            return f"{chart.title}, {chart.y_label} against {chart.x_label}: {', '.join(each)}."
+            return f"{chart.title}, {chart.y_label} against {chart.x_label}: {_few(each)}."
         case Bars():
             each = [f"{name} {value:.4g}" for name, value in zip(chart.names, chart.values, strict=True)]
-            return f"{chart.title}, {chart.label}: {', '.join(each)}."
+            return f"{chart.title}, {chart.label}: {_few(each)}."
         case Boxes():
-            each = [f"{name} {np.median(of):.4g}" for name, of in zip(chart.names, chart.values, strict=True)]
-            return f"{chart.title}, medians of {chart.y_label} by {chart.x_label}: {', '.join(each)}."
+            each = [f"{name} {np.nanmedian(of):.4g}" for name, of in zip(chart.names, chart.values, strict=True)]
+            return f"{chart.title}, medians of {chart.y_label} by {chart.x_label}: {_few(each)}."
         case Heatmap():
-            low, high = np.nanmin(chart.values), np.nanmax(chart.values)
-            return f"{chart.title}, {chart.y_label} by {chart.x_label}, from {low:.3g} to {high:.3g} {chart.unit}."
+            known = chart.values[np.isfinite(chart.values)]
+            span = f", from {known.min():.3g} to {known.max():.3g} {chart.unit}" if known.size else ""
+            return f"{chart.title}, {chart.y_label} by {chart.x_label}{span}."
     return chart.title
+
+
+def _few(parts: list[str]) -> str:
+    more = [f"and {len(parts) - SAID} more"] if len(parts) > SAID else []
+    return ", ".join(parts[:SAID] + more)

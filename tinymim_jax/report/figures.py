@@ -70,18 +70,14 @@ def short(name: str) -> str:
 
 
 def lines(axes: Axes, chart: Lines) -> None:
-    groups = chart.groups()
-    for line in chart.series:
-        number = groups.index(line.group)
-        dash = DASHES[(line.run + number // len(COLOURS)) % len(DASHES)]
-        is_new = not line.is_thin and line.name not in axes.get_legend_handles_labels()[1]
+    for line, colour, dash, is_named in chart.looks():
         style = {"linewidth": 0.4, "alpha": 0.5} if line.is_thin else {"linewidth": 1.2}
-        marker = "." if len(line.x) < 20 and not line.is_thin else ""
-        style |= {"color": COLOURS[number % len(COLOURS)], "linestyle": dash, "marker": marker}
-        axes.errorbar(line.x, line.y, yerr=line.error, capsize=2, label=line.name if is_new else None, **style)
+        style["marker"] = "." if len(line.x) < 20 and not line.is_thin else ""
+        style |= {"color": colour, "linestyle": DASHES[dash % len(DASHES)], "label": line.name if is_named else None}
+        axes.errorbar(line.x, line.y, yerr=line.error, capsize=2, **style)
     axes.set(xlabel=chart.x_label, ylabel=chart.y_label)
-    if axes.get_legend_handles_labels()[1]:  # stages of no steps have none
-        axes.legend(ncols=1 + len(groups) // 8)
+    if names := axes.get_legend_handles_labels()[1]:  # stages of no steps have none
+        axes.legend(ncols=1 + len(names) // 8)
 
 
 def points(axes: Axes, chart: Points) -> None:

@@ -6,13 +6,14 @@ import importlib.resources
 import json
 import string
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import plotly.offline
 from etils.epath import Path
 
 from tinymim_jax.report import analyses, curves, figures, images, pictures, sections, tables, workdir
-from tinymim_jax.report.charts import Chart, Pictures, key
-from tinymim_jax.report.plots import fits, plot
+from tinymim_jax.report.charts import Chart, Found, Heatmap, Pictures, key
+from tinymim_jax.report.plots import plot
 from tinymim_jax.report.workdir import Run
 from tinymim_jax.runtime import storage
 from tinymim_jax.runtime.errors import InputError
@@ -20,20 +21,9 @@ from tinymim_jax.runtime.metric_log import write_whole
 from tinymim_jax.tasks.contract import Panels
 
 LIMIT = 8_000_000  # bytes of the page
-BUDGETS = (1_400_000, 400_000, 0)  # bytes of its pictures: the largest that keeps to the limit
+SPARE = 50_000  # bytes of it for its head, and for what stands around charts and pictures in its data
+CELLS = 10_000  # of the largest heatmap on the page
 Made = dict[Path, Panels | str]  # a stage's folder -> its panels, or why there are none
-
-
-@dataclasses.dataclass
-class Found:
-    """All charts of some runs."""
-
-    curves: list[Chart]
-    comparisons: list[Chart]
-    classes: list[Chart]
-    analyses: list[Chart]
-    pictures: list[Pictures]  # of the stages' tasks, on disk each of its own
-    shown: Pictures | None  # and on the page with a choice of the stage
 
 
 def write(
@@ -75,28 +65,28 @@ def find(runs: Sequence[Run], made: Made) -> Found:
     """Every chart that some runs give; what cannot be drawn becomes one of their notes."""
     found = Found(curves.curves(runs, 60_000), curves.comparisons(runs), [], [], [], None)
     panels: dict[str, Panels] = {}
-    seen = {"pictures"}
     for run in runs:
         for name, one in run.stages.items():
             title = f"{run.title} · {name}" if len(runs) > 1 else name
             for file in one.arrays():
                 try:
                     arrays = analyses.read(file)
-                    charts = analyses.analysis_charts(arrays, f"{title} {file.stem}")
-                    (found.analyses if "kind" in arrays else found.classes).extend(charts)
                 except InputError as error:
                     run.notes.append((name, str(error)))
+                    continue
+                charts = analyses.analysis_charts(arrays, f"{title} {file.stem}")
+                (found.analyses if "kind" in arrays else found.classes).extend(charts)
             if one.done is None:
                 continue
             if one.folder not in made:
                 made[one.folder] = _panels(run, name)
             if isinstance(drawn := made[one.folder], Panels):
                 panels[title] = drawn
-                whole = key(title, one.stage.task.kind)
-                found.pictures.append(Pictures(whole, title, {}, {(): drawn}))
+                found.pictures.append(Pictures(key(title, one.stage.task.kind), title, {}, {(): drawn}))
             elif drawn:
                 run.notes.append((name, f"no picture: {drawn}"))
     found.shown = _chosen(panels) if panels else None
+    seen = {"pictures"}
     for charts in (found.curves, found.comparisons, found.classes, found.analyses, found.pictures):
         _tell_keys_apart(charts, seen)
     return found
@@ -129,33 +119,42 @@ def _chosen(panels: Mapping[str, Panels]) -> Pictures:
 
 
 def page(runs: Sequence[Run], found: Found, refresh: float | None = None) -> str:
-    """The page as text."""
-    asset = {name: _asset(f"page.{name}") for name in ("html", "css", "js")}
-    title = " and ".join(run.title for run in runs)
-    body, nav = sections.body(runs, found), sections.nav(runs)
-    charts = {c.key: plot(c) for c in _all(found) if fits(c) and not isinstance(c, Pictures)}
-    for budget in BUDGETS:
-        stock = images.Stock(budget)
-        shown = [c for c in [found.shown, *found.analyses] if isinstance(c, Pictures)]
-        data = {"charts": charts, "pictures": {c.key: stock.pictures(c) for c in shown}}
-        text = string.Template(asset["html"]).substitute(
-            title=html.escape(title), summary=sections.summary(runs), nav=nav, body=body, css=asset["css"],
-            data=script_json(data), plotly=plotly.offline.get_plotlyjs(), js=asset["js"],
-            footer=sections.footer(runs),
-            refresh=f'<meta http-equiv="refresh" content="{refresh:g}">\n' if refresh else "",
-        )  # fmt: skip
-        if len(text.encode()) <= LIMIT:
-            break
-    return text
+    """The page as text; charts that it has no room for leave `found`."""
+    parts = {name: _asset(f"page.{name}") for name in ("html", "css", "js")} | {"plotly": plotly.offline.get_plotlyjs()}
+    taken = sum(len(text.encode()) for text in [*parts.values(), sections.body(runs, found)])
+    data = _data(runs, found, images.Room(LIMIT - SPARE - taken))
+    return string.Template(parts.pop("html")).substitute(
+        parts, title=html.escape(" and ".join(run.title for run in runs)), summary=sections.summary(runs),
+        nav=sections.nav(runs), body=sections.body(runs, found), data=script_json(data), footer=sections.footer(runs),
+        refresh=f'<meta http-equiv="refresh" content="{refresh:g}">\n' if refresh else "",
+    )  # fmt: skip
+
+
+def _data(runs: Sequence[Run], found: Found, room: images.Room) -> dict[str, Any]:
+    """What the page's script draws; charts without room leave `found` for a note."""
+    plots: dict[str, Any] = {}
+    shown: dict[str, Any] = {}
+    left_out = []
+    if found.shown:
+        shown[found.shown.key] = images.pictures(found.shown, room)
+    for charts in (found.curves, found.comparisons, found.analyses, found.classes):
+        for chart in list(charts):
+            is_small = not isinstance(chart, Heatmap) or chart.values.size <= CELLS
+            if isinstance(chart, Pictures):
+                shown[chart.key] = images.pictures(chart, room)
+            elif is_small and room.admits(script_json(drawn := plot(chart))):
+                plots[chart.key] = drawn
+            else:
+                charts.remove(chart)
+                left_out.append(chart.title)
+    if left_out:
+        runs[0].notes.append(("", f"left out, as a page is at most {LIMIT / 1e6:g} MB: {'; '.join(left_out)}"))
+    return {"charts": plots, "pictures": shown}
 
 
 def script_json(data: object) -> str:
     """JSON that cannot end the script element that it stands in."""
     return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-
-
-def _all(found: Found) -> list[Chart]:
-    return [*found.curves, *found.comparisons, *found.classes, *found.analyses]
 
 
 def _asset(name: str) -> str:

@@ -9,7 +9,8 @@ from etils.epath import Path
 
 from tinymim_jax.data import sources
 from tinymim_jax.data.config import Data
-from tinymim_jax.data.fields import Example, Fields
+from tinymim_jax.data.fields import Fields
+from tinymim_jax.evals.contract import Batches
 from tinymim_jax.experiment.config import Stage
 from tinymim_jax.runtime import sharding
 from tinymim_jax.runtime.errors import InputError
@@ -28,7 +29,7 @@ def panels_of(stage: Stage, name: str, workdir: Path) -> Panels | None:
     task, folder = loaded.setup.task, workdir / name
     folder = folder / handoff.replica_name(0) if handoff.replicas(folder) else folder
     variables = jax.tree.map(jnp.asarray, handoff.read_variables(folder))
-    batch = _samples(task.fields, stage.data, sources.open_source(stage.data))
+    batch = _samples(task.fields, stage.data, sources.open_source(stage.data), one_device)
     rngs = {stream: jax.random.key(i) for i, stream in enumerate(STREAMS)}
     return task.panels(variables, loaded.frozen, batch, rngs)
 
@@ -46,22 +47,11 @@ def choices(panels: Panels) -> list[Panels]:
     return [panels, *(Panels(panels.title, [row], [], list(labels), panels.box) for row in apart)]
 
 
-def _samples(fields: Fields, data: Data, source: sources.Source) -> Batch:
-    """Records spread over the data set, uncropped, as a batch."""
-    data = dataclasses.replace(data, transform="eval", crop_pct=1.0)
-    batch = fields.batch(data, NUM_PICTURES)
-    starts = np.linspace(0, len(source), NUM_PICTURES, endpoint=False).astype(int)
-    for row, first in enumerate(starts):
-        for name, value in _first_readable(fields, source, first, data).items():
-            batch[name][row] = value
-    return jax.tree.map(jnp.asarray, {**batch, "is_valid": np.ones(NUM_PICTURES, bool)})
-
-
-def _first_readable(fields: Fields, source: sources.Source, start: int, data: Data) -> Example:
-    """Record `start`, or the first after it that can be read; raises InputError after ten."""
-    for i in (number % len(source) for number in range(start, start + 10)):
-        try:
-            return fields.read(source[i], source.describe(i), data, np.random.default_rng(0))
-        except InputError as error:
-            reason = error
-    raise reason
+def _samples(fields: Fields, data: Data, source: sources.Source, mesh: jax.sharding.Mesh) -> Batch:
+    """Records spread over the data set, uncropped, as a batch, without those that cannot be read."""
+    data = dataclasses.replace(data, transform="eval", crop_pct=1.0, workers=0)
+    numbers = np.linspace(0, len(source), NUM_PICTURES, endpoint=False).astype(int)
+    (batch,) = Batches(data, NUM_PICTURES, mesh, fields, False, sources.Chosen(source, numbers))
+    if not (is_valid := np.asarray(batch["is_valid"])).any():
+        raise InputError("none of the images that it would show can be read")
+    return jax.tree.map(lambda rows: rows[is_valid], dict(batch))

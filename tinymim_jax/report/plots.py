@@ -1,5 +1,6 @@
 """Charts as plotly's JSON, for the page; its script gives them the colours of the light or the dark theme."""
 
+import html
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,18 +12,23 @@ from tinymim_jax.report.charts import COLOURS, Bars, Boxes, Chart, Heatmap, Line
 
 DASHES = ("solid", "dash", "dot", "dashdot")
 LONG = 50  # so many names have room
-CELLS = 100  # a side of the largest heatmap on the page
-
-
-def fits(chart: Chart) -> bool:
-    """Whether the page has room for it."""
-    return not isinstance(chart, Heatmap) or max(chart.values.shape) <= CELLS
 
 
 def plot(chart: Chart) -> dict[str, Any]:
-    """{"data": traces, "layout": ...} with plain numbers, None for those that are not finite."""
+    """{"data": traces, "layout": ...} with plain numbers, None for those that are not finite, and escaped names."""
     traces, layout = PLOTS[type(chart)](chart)
-    return {"data": traces, "layout": layout}
+    return escaped({"data": traces, "layout": layout})
+
+
+def escaped(value: Any) -> Any:
+    """A tree whose texts plotly shows as they stand; it takes tags for its own, links among them."""
+    if isinstance(value, str):
+        return html.escape(value, quote=False)
+    if isinstance(value, list):
+        return [escaped(one) for one in value]
+    if isinstance(value, dict):
+        return {name: one if name == "hovertemplate" else escaped(one) for name, one in value.items()}
+    return value
 
 
 def plain(values: Iterable[Any], digits: int = 5) -> list[Any]:
@@ -37,20 +43,16 @@ def errors(values: Iterable[float | None] | None, axis: str) -> dict[str, Any]:
 
 
 def lines(chart: Lines) -> tuple[list[dict], dict]:
-    groups, seen, traces = chart.groups(), set(), []
-    for line in chart.series:
-        number = groups.index(line.group)
-        dash = DASHES[(line.run + number // len(COLOURS)) % len(DASHES)]
-        style = {"color": COLOURS[number % len(COLOURS)], "width": 0.7 if line.is_thin else 1.8, "dash": dash}
-        of_legend = (line.group, line.run)
+    traces = []
+    for line, colour, dash, is_named in chart.looks():
+        style = {"color": colour, "width": 0.7 if line.is_thin else 1.8, "dash": DASHES[dash % len(DASHES)]}
         traces.append({
             "type": "scatter", "x": plain(line.x), "y": plain(line.y), **errors(line.error, "y"), "name": line.name,
             "mode": "lines+markers" if len(line.x) < 20 and not line.is_thin else "lines",
             "line": style, "opacity": 0.45 if line.is_thin else 1, "marker": {"size": 5},
-            "legendgroup": f"{line.group} {line.run}", "showlegend": not line.is_thin and of_legend not in seen,
-            "hovertemplate": f"%{{y:.4g}} at {chart.x_label} %{{x:.4g}}",
+            "legendgroup": f"{line.group} {line.run}", "showlegend": is_named,
+            "hovertemplate": f"%{{y:.4g}} at {escaped(chart.x_label)} %{{x:.4g}}",
         })  # fmt: skip
-        seen |= set() if line.is_thin else {of_legend}
     return traces, axes(chart.x_label, chart.y_label)
 
 
@@ -90,8 +92,8 @@ def heatmap(chart: Heatmap) -> tuple[list[dict], dict]:
         "z": [plain(row, 4) for row in chart.values],
         "colorscale": [[i / 10, to_hex(colormaps[chart.colours](i / 10))] for i in range(11)],
         "colorbar": {"title": {"text": chart.unit, "side": "right"}, "thickness": 12, "outlinewidth": 0},
-        "hovertemplate": f"{chart.y_label} %{{customdata[0]}}<br>{chart.x_label} %{{customdata[1]}}<br>%{{z:.3f}}"
-        "%{customdata[2]}<extra></extra>",
+        "hovertemplate": f"{escaped(chart.y_label)} %{{customdata[0]}}<br>{escaped(chart.x_label)} %{{customdata[1]}}"
+        "<br>%{z:.3f}%{customdata[2]}<extra></extra>",
         "customdata": [
             [[row, column, "" if known is None or np.isnan(known[i, j]) else f" ± {known[i, j]:.3f}"]
              for j, column in enumerate(chart.columns)]

@@ -4,15 +4,10 @@ import html
 import json
 import time
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from tinymim_jax.report import tables
-from tinymim_jax.report.charts import Chart, Pictures, said
-from tinymim_jax.report.plots import fits
+from tinymim_jax.report.charts import Chart, Found, Pictures, said
 from tinymim_jax.report.workdir import Run, StageRun
-
-if TYPE_CHECKING:
-    from tinymim_jax.report.page import Found
 
 TITLES = {
     "chain": "The chain",
@@ -62,7 +57,7 @@ def nav(runs: Sequence[Run]) -> str:
     return "".join(f'<li><a href="#{name}">{title}{more.get(name, "")}</a></li>' for name, title in TITLES.items())
 
 
-def body(runs: Sequence[Run], found: "Found") -> str:
+def body(runs: Sequence[Run], found: Found) -> str:
     """All sections; one without content says why."""
     content = {
         "chain": _chain(runs),
@@ -136,7 +131,7 @@ def _field(field: str) -> str:
     return "weights" if field == "init" else e(field.removeprefix("task."))
 
 
-def _results(runs: Sequence[Run], found: "Found") -> str:
+def _results(runs: Sequence[Run], found: Found) -> str:
     parts = [_stage_table(runs)]
     for run in runs:
         for title, compared in run.compare.items():
@@ -183,28 +178,21 @@ def _figure(chart: Chart) -> str:
     if isinstance(chart, Pictures):
         return f"<figure><figcaption>{e(chart.title)}</figcaption>{viewer(chart)}</figure>"
     plot = f'<div class="plot" role="img" data-chart="{e(chart.key)}" aria-label="{e(said(chart))}"></div>'
-    plot = plot if fits(chart) else _beside(chart)
     return f"<figure><figcaption>{e(chart.title)}</figcaption>{plot}</figure>"
-
-
-def _beside(chart: Chart) -> str:
-    return note(f"{chart.title}: too large for the page; drawn in {chart.key}.png beside it")
 
 
 def chooser(name: str, label: str, charts: Sequence[Chart]) -> str:
     """One chart at a time, with a choice; "" if there are none."""
-    small = [chart for chart in charts if fits(chart)]
-    large = "".join(_beside(chart) for chart in charts if not fits(chart))
-    if not small:
-        return large
+    if not charts:
+        return ""
     options = "".join(
         f'<option value="{i}" data-chart="{e(chart.key)}" data-said="{e(said(chart))}">{e(chart.title)}</option>'
-        for i, chart in enumerate(small)
+        for i, chart in enumerate(charts)
     )
     return (
         f'<div class="controls"><label for="{name}-choice">{label}<select id="{name}-choice" data-metric="{name}">'
         f'{options}</select></label></div><figure><div class="plot" id="{name}" role="img"'
-        f' data-chart="{e(small[0].key)}" aria-label="{e(said(small[0]))}"></div></figure>{large}'
+        f' data-chart="{e(charts[0].key)}" aria-label="{e(said(charts[0]))}"></div></figure>'
     )
 
 
@@ -228,7 +216,7 @@ def viewer(chart: Pictures) -> str:
     )
 
 
-def _analyses(found: "Found") -> str:
+def _analyses(found: Found) -> str:
     pictures = [chart for chart in found.analyses if isinstance(chart, Pictures)]
     charts = [chart for chart in found.analyses if not isinstance(chart, Pictures)]
     if not found.analyses:
@@ -259,9 +247,8 @@ def _alike(run: Run) -> dict[str, list[str]]:
     """Machine and versions, with the stages that they are those of."""
     found: dict[str, list[str]] = {}
     for name, one in run.stages.items():
-        machine = one.content.get("machine") or {"machine": "not noted by the version that ran it"}
-        facts = {**machine, **(one.content.get("versions") or {})}
-        found.setdefault(", ".join(f"{what} {value}" for what, value in facts.items()), []).append(name)
+        facts = {**one.content.get("machine", {}), **one.content.get("versions", {})}
+        found.setdefault(", ".join(f"{what} {value}" for what, value in facts.items()) or "not noted", []).append(name)
     return found
 
 

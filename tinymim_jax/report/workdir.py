@@ -4,16 +4,16 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from etils.epath import Path
 
 from tinymim_jax.experiment import stage_file
 from tinymim_jax.experiment.config import Stage
+from tinymim_jax.report import tables
 from tinymim_jax.runtime import metric_log, storage
 from tinymim_jax.runtime.errors import InputError
-from tinymim_jax.training import start
 from tinymim_jax.training.progress import BAD_IMAGES, SKIPPED
 from tinymim_jax.weights import handoff
 
@@ -99,46 +99,42 @@ def read(workdir: Path) -> Run:
     if not folders and not known:
         raise InputError(f"{workdir} holds no run: neither stages nor chain.json; give the --workdir of a run")
     notes: list[tuple[str, str]] = []
-    recipe, results = (_json(workdir / name, notes) for name in ("chain.json", "results.json"))
+    recipe = _json(workdir / "chain.json", _check_recipe, notes)
+    results = _json(workdir / "results.json", _check_results, notes)
     stages = {folder.name: one for folder in folders if (one := _stage(folder, notes))}
-    begun, named = (of.get("stages") for of in (results, recipe))
-    named = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
-    collected = list(begun) if isinstance(begun, dict) else []
-    order = named or collected
-    stages = {name: stages[name] for name in dict.fromkeys([*order, *stages]) if name in stages}
+    named, collected = recipe.get("stages", []), results.get("stages", {})
+    stages = {name: stages[name] for name in dict.fromkeys([*(named or collected), *stages]) if name in stages}
     waiting = [name for name in named if name not in stages]
     title = str(recipe.get("name") or results.get("config") or workdir.name)
-    run = Run(title, workdir, stages, waiting, _compared(results, notes), recipe, set(collected), notes)
+    run = Run(title, workdir, stages, waiting, results.get("compare", {}), recipe, set(collected), notes)
     for one in stages.values():
-        notes += [(one.name, text) for text in _warnings(one, workdir)]
+        notes += [(one.name, text) for text in _warnings(one)]
     if not any(one.done is not None for one in stages.values()):
         notes.append(("", "no stage is finished yet: results, pictures and analyses come with the first that is"))
     return run
 
 
-def _json(file: Path, notes: list[tuple[str, str]]) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
+def _json(file: Path, check: Callable[[dict], object], notes: list[tuple[str, str]]) -> dict[str, Any]:
+    """What a file holds; {} if there is none, or `check` stumbles over it."""
     try:
-        return dict(json.loads(file.read_text()))
-    except (ValueError, TypeError):
+        content = json.loads(file.read_text()) if file.is_file() else {}
+        check(content)
+        return content
+    except (ValueError, TypeError, KeyError, AttributeError):
         notes.append(("", f"{file.name} is damaged; the run command makes it anew"))
         return {}
 
 
-def _compared(results: dict[str, Any], notes: list[tuple[str, str]]) -> dict[str, Any]:
-    """The comparisons that can be read."""
-    found = {}
-    compare = results.get("compare", {})
-    for title, table in compare.items() if isinstance(compare, dict) else ():
-        try:
-            for label, row in table["rows"].items():
-                float(row["mean"]), len(row["values"]), row["stderr"] is None or float(row["stderr"])
-                float(label) if table.get("counts") else None
-            found[title] = {**table, "metric": str(table["metric"])}
-        except (KeyError, TypeError, ValueError, AttributeError):
-            notes.append(("", f"results.json is damaged in {title!r}; the run command makes it anew"))
-    return found
+def _check_recipe(content: dict[str, Any]) -> None:
+    """Raises if a field of chain.json cannot be read."""
+    "".join([*content.get("stages", []), *content.get("changed", [])])
+
+
+def _check_results(content: dict[str, Any]) -> None:
+    """Raises if a field of results.json cannot be read."""
+    dict.fromkeys(content.get("stages", {}))
+    for compared in content.get("compare", {}).values():
+        list(tables.cells(compared)), tables.agreement(compared), compared["metric"].strip()
 
 
 def _stage(folder: Path, notes: list[tuple[str, str]]) -> StageRun | None:
@@ -153,7 +149,7 @@ def _stage(folder: Path, notes: list[tuple[str, str]]) -> StageRun | None:
         notes.append((folder.name, str(error)))
         done = None
     file = folder / "metrics.jsonl"
-    log = [numbers(line) for line in metric_log.read(file)]
+    log = [line for line in map(numbers, metric_log.read(file)) if "step" in line]
     lines = len(file.read_bytes().splitlines()) if file.exists() else 0
     if lines > len(log):
         notes.append((folder.name, f"metrics.jsonl is damaged in line {len(log) + 1} of {lines}: curves end there"))
@@ -171,12 +167,10 @@ def numbers(line: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def _warnings(one: StageRun, workdir: Path) -> Iterator[str]:
+def _warnings(one: StageRun) -> Iterator[str]:
     """What a reader has to know of a stage."""
-    lines = one.content.get("handover")
-    if lines is None:  # an older run; what the files tell
-        lines = list(_differences(one, workdir))
-    told = [POSITIONS.sub("", line).strip().removeprefix("note: ") for line in lines if TOLD.search(line)]
+    lines = filter(TOLD.search, one.content.get("handover", ()))
+    told = [POSITIONS.sub("", line).strip().removeprefix("note: ") for line in lines]
     yield from (line for line in told if not line.endswith(":"))
     names = [name for name in one.content["untrained"] if not POSITIONS.fullmatch(name)]
     untrained = ["/".join(name.split("/")[:2]) for name in names]
@@ -191,13 +185,3 @@ def _warnings(one: StageRun, workdir: Path) -> Iterator[str]:
     if one.done is None:
         total = one.total_steps()
         yield f"not finished: step {one.step}" + (f" of {total}" if total else "")
-
-
-def _differences(one: StageRun, workdir: Path) -> Iterator[str]:
-    for field, init in one.stage.inits():
-        try:
-            folder = handoff.source_folder(init, workdir)
-            model, pixels = stage_file.read_model(folder), stage_file.read_preprocessing(folder)
-        except InputError:
-            continue
-        yield from start.differences(one.stage, field, model, pixels)
