@@ -319,7 +319,7 @@ def test_an_encoder_of_another_size_sees_the_images_resized():
 @pytest.mark.parametrize(
     ("cfg", "match"),
     [
-        (Cka(TEST, images=3), "cka needs 4 images in a batch, and there are 3"),
+        (Cka(TEST, images=3), "cka needs 4 images in a batch, not 3"),
         (Cka(TEST, batch_size=2), "set batch_size"),
         (NearestImages(TEST, k=40), "k 40 is not less than the 40 images"),
         (AttentionSpan(TEST, mask_ratio=0.9), "cannot see 0.1 of its patches"),

@@ -12,8 +12,8 @@ from tinymim_jax.runtime.errors import InputError
 EVERY = 30.0  # seconds between two pages
 USAGE = """python -m tinymim_jax report WORKDIR [--compare=OTHER,...] [--watch[=SECONDS]]
 
-  WORKDIR   the --workdir of a run, finished or under way; index.html, every chart as PNG and SVG, and tables.md go to
-            WORKDIR/report/, and with --compare WORKDIR/report/compare.html alone
+  WORKDIR   the --workdir of a run, finished or under way; index.html, tables.md, and what papers show as PNG and SVG
+            go to WORKDIR/report/, and with --compare WORKDIR/report/compare.html alone
 """
 
 

@@ -39,10 +39,9 @@ class Similarity(Evaluator):
         self.cfg, self.passes = cfg, {"data": cfg.batches(context)}
         self.others = variables_of(context.others)
         self.viewers = viewers(cfg.data, context)
-        if (count := len(self.passes["data"].source)) < FEWEST:
-            raise InputError(f"cka needs {FEWEST} images in a batch, and there are {count}; give more")
-        if self.passes["data"].args["batch_size"] < FEWEST:
-            raise InputError(f"cka needs {FEWEST} images in a batch; set batch_size to that or more")
+        count = min(len(self.passes["data"].source), self.passes["data"].args["batch_size"])
+        if count < FEWEST:
+            raise InputError(f"cka needs {FEWEST} images in a batch, not {count}; give more, or set batch_size")
 
     def update(self, variables: Variables, frozen: Any, others: Mapping[str, Variables], batch: Batch) -> Any:
         """Gram matrices [layers, B, B] of each model, so that no pair of layers is compared on the devices."""

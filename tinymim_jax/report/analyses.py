@@ -38,7 +38,7 @@ def cka(arrays: Arrays, name: str, title: str) -> list[Chart]:
     one, other = (str(arrays["models"][i]) for i in (0, -1))  # of one model with itself, only that is named
     rows, columns = (list(map(str, arrays[axis])) for axis in ("rows", "columns"))
     labels, values, error = (f"layers of {other}", f"layers of {one}"), arrays["cka"], arrays["cka_error"]
-    return [Heatmap(name, title, *labels, rows, columns, values, "CKA", 0.0, 1.0, error, bottom_up=True)]
+    return [Heatmap(name, title, *labels, rows, columns, values, "CKA", 1.0, error, bottom_up=True)]
 
 
 def attention(arrays: Arrays, name: str, title: str) -> list[Chart]:

@@ -77,7 +77,7 @@ class Bars(Chart):
 
 @dataclasses.dataclass(frozen=True)
 class Heatmap(Chart):
-    """Values [rows, columns] as colours from `low` to `high`; None: of the values."""
+    """Values [rows, columns] as colours from 0 to `high`; None: to their largest."""
 
     x_label: str
     y_label: str
@@ -85,11 +85,9 @@ class Heatmap(Chart):
     columns: Sequence[str]
     values: np.ndarray
     unit: str
-    low: float | None = 0.0
     high: float | None = None
     error: np.ndarray | None = None  # standard errors, NaN where not known
     bottom_up: bool = False  # the first row is the lowest
-    colours: str = "magma"
 
 
 @dataclasses.dataclass(frozen=True)

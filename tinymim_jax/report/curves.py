@@ -140,5 +140,5 @@ def by_class(arrays: Mapping[str, np.ndarray], name: str, title: str) -> list[Ch
     return [
         Bars(f"{name}_classes", f"{title}: {measure} by class, {mean}", "%", names, values, (), (0, 100)),
         Heatmap(f"{name}_confusion", f"{title}: what each class was taken for", "predicted class", "class", names,
-                names, shares, "% of the class", 0, 100, colours="viridis"),
+                names, shares, "% of the class", 100),
     ]  # fmt: skip

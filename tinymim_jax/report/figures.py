@@ -106,7 +106,7 @@ def heatmap(axes: Axes, chart: Heatmap) -> None:
     height, width = min(max(2.0, 0.25 * rows + 1), 9.0), min(max(3.6, 0.25 * columns + 1), 9.0)
     axes.figure.set_size_inches(width + 1, width if rows == columns else height)
     image = axes.imshow(
-        chart.values, cmap=chart.colours, vmin=chart.low, vmax=chart.high, interpolation="nearest",
+        chart.values, cmap="magma", vmin=0, vmax=chart.high, interpolation="nearest",
         origin="lower" if chart.bottom_up else "upper", aspect="auto",
     )  # fmt: skip
     axes.set(xlabel=chart.x_label, ylabel=chart.y_label)

@@ -77,10 +77,6 @@ def _grid(panels: Panels, rows: list[list[int]]) -> dict[str, Any]:
     if panels.box:
         left, top, side = panels.box
         height, width = panels.rows[0][0].shape[:2]
-        shown["box"] = {
-            name: f"{100 * value / size:.3g}%"
-            for name, value, size in (
-                ("left", left, width), ("top", top, height), ("width", side, width), ("height", side, height)
-            )
-        }  # fmt: skip
+        shares = {"left": left / width, "top": top / height, "width": side / width, "height": side / height}
+        shown["box"] = {name: f"{100 * share:.3g}%" for name, share in shares.items()}
     return shown

@@ -29,9 +29,9 @@ Made = dict[Path, Panels | str]  # a stage's folder -> its panels, or why there 
 def write(
     folder: Path, others: Sequence[Path] = (), refresh: float | None = None, made: Made | None = None
 ) -> list[Run]:
-    """Writes FOLDER/report/: tables.md, every chart as PNG and SVG, and index.html; with `others`, compare.html alone.
+    """Writes FOLDER/report/: index.html, tables.md, what papers show as PNG, SVG; with `others`, compare.html alone.
 
-    `refresh`: seconds after which the page loads itself again, unless the run is finished, and says nothing here.
+    With `refresh`, of a run that is not finished: index.html alone, which loads itself again after so many seconds.
     `made` keeps pictures of stages from one call to the next. Returns what was read, with all notes; raises InputError
     if a folder is no workdir.
     """
@@ -122,7 +122,7 @@ def page(runs: Sequence[Run], found: Found, refresh: float | None = None) -> str
     """The page as text; charts that it has no room for leave `found`."""
     parts = {name: _asset(f"page.{name}") for name in ("html", "css", "js")} | {"plotly": plotly.offline.get_plotlyjs()}
     taken = sum(len(text.encode()) for text in [*parts.values(), sections.body(runs, found)])
-    data = _data(runs, found, images.Room(LIMIT - SPARE - taken))
+    data = _data(runs, found, (LIMIT - SPARE - taken) // 2)
     return string.Template(parts.pop("html")).substitute(
         parts, title=html.escape(" and ".join(run.title for run in runs)), summary=sections.summary(runs),
         nav=sections.nav(runs), body=sections.body(runs, found), data=script_json(data), footer=sections.footer(runs),
@@ -130,23 +130,21 @@ def page(runs: Sequence[Run], found: Found, refresh: float | None = None) -> str
     )  # fmt: skip
 
 
-def _data(runs: Sequence[Run], found: Found, room: images.Room) -> dict[str, Any]:
-    """What the page's script draws; charts without room leave `found` for a note."""
+def _data(runs: Sequence[Run], found: Found, half: int) -> dict[str, Any]:
+    """What the page's script draws, `half` the room for charts and for pictures; charts without leave `found`."""
+    of_charts, of_pictures, left_out = images.Room(half), images.Room(half), []
     plots: dict[str, Any] = {}
-    shown: dict[str, Any] = {}
-    left_out = []
-    if found.shown:
-        shown[found.shown.key] = images.pictures(found.shown, room)
+    shown = {found.shown.key: images.pictures(found.shown, of_pictures)} if found.shown else {}
     for charts in (found.curves, found.comparisons, found.analyses, found.classes):
-        for chart in list(charts):
+        for chart in charts:
             is_small = not isinstance(chart, Heatmap) or chart.values.size <= CELLS
             if isinstance(chart, Pictures):
-                shown[chart.key] = images.pictures(chart, room)
-            elif is_small and room.admits(script_json(drawn := plot(chart))):
+                shown[chart.key] = images.pictures(chart, of_pictures)
+            elif is_small and of_charts.admits(script_json(drawn := plot(chart))):
                 plots[chart.key] = drawn
             else:
-                charts.remove(chart)
                 left_out.append(chart.title)
+        charts[:] = [chart for chart in charts if chart.key in plots or chart.key in shown]
     if left_out:
         runs[0].notes.append(("", f"left out, as a page is at most {LIMIT / 1e6:g} MB: {'; '.join(left_out)}"))
     return {"charts": plots, "pictures": shown}

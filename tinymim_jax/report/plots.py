@@ -86,11 +86,12 @@ def bars(chart: Bars) -> tuple[list[dict], dict]:
 
 
 def heatmap(chart: Heatmap) -> tuple[list[dict], dict]:
-    known = None if chart.error is None else np.asarray(chart.error)
+    known = chart.error
+    highest = np.fmax.reduce(chart.values, axis=None) if chart.high is None else chart.high
     trace = {
-        "type": "heatmap",
+        "type": "heatmap", "zmin": 0, "zmax": plain([highest])[0],
         "z": [plain(row, 4) for row in chart.values],
-        "colorscale": [[i / 10, to_hex(colormaps[chart.colours](i / 10))] for i in range(11)],
+        "colorscale": [[i / 10, to_hex(colormaps["magma"](i / 10))] for i in range(11)],
         "colorbar": {"title": {"text": chart.unit, "side": "right"}, "thickness": 12, "outlinewidth": 0},
         "hovertemplate": f"{escaped(chart.y_label)} %{{customdata[0]}}<br>{escaped(chart.x_label)} %{{customdata[1]}}"
         "<br>%{z:.3f}%{customdata[2]}<extra></extra>",
@@ -100,7 +101,6 @@ def heatmap(chart: Heatmap) -> tuple[list[dict], dict]:
             for i, row in enumerate(chart.rows)
         ],
     }  # fmt: skip
-    trace |= {name: value for name, value in (("zmin", chart.low), ("zmax", chart.high)) if value is not None}
     is_square = len(chart.rows) == len(chart.columns)
     height = 460 if is_square else min(460, 130 + 30 * len(chart.rows))
     layout = axes(chart.x_label, chart.y_label, ticks(chart.columns), ticks(chart.rows), height)
@@ -121,14 +121,8 @@ def boxes(chart: Boxes) -> tuple[list[dict], dict]:
     layout = axes(chart.x_label, chart.y_label)
     layout["xaxis"]["type"] = "category"
     if chart.level is not None:
-        of_line = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": chart.level, "y1": chart.level}
-        layout["shapes"] = [of_line | {"line": {"dash": "dash", "width": 1, "color": COLOURS[1]}}]
-        layout["annotations"] = [
-            {"xref": "paper", "x": 1, "y": chart.level, "text": chart.level_name, "showarrow": False,
-             "xanchor": "right", "yanchor": "bottom", "font": {"size": 11}}
-        ]  # fmt: skip
-        traces.append({"type": "scatter", "x": [chart.names[0]], "y": [chart.level], "mode": "none",
-                       "showlegend": False, "hoverinfo": "skip"})  # the axis then reaches to the line  # fmt: skip
+        ends = {"x": [chart.names[0], chart.names[-1]], "y": [chart.level] * 2, "name": chart.level_name}
+        traces.append({"type": "scatter", "mode": "lines", **ends, "line": {"dash": "dash", "color": COLOURS[1]}})
     return traces, layout
 
 

@@ -92,7 +92,9 @@ def _chain(runs: Sequence[Run]) -> str:
         parents = {name: _parent(one, run) for name, one in run.stages.items()}
         roots = [name for name, parent in parents.items() if parent is None]
         parts += [f"<h3>{e(run.title)}</h3>"] if len(runs) > 1 else []
-        nodes = [_node(name, run, parents) for name in roots] + [_waiting(name) for name in run.waiting]
+        nodes = [_node(name, run, parents) for name in roots] + [
+            _item("", "", "not begun", name) for name in run.waiting
+        ]
         parts.append(f'<ul class="tree">{"".join(nodes)}</ul>' if nodes else note("No stage has begun."))
     return "".join(parts)
 
@@ -102,11 +104,6 @@ def _parent(one: StageRun, run: Run) -> str | None:
     sources = one.sources()
     order = [sources[field] for field in sorted(sources, key=lambda field: (field != "init", field))]
     return next((name for name in order if name in run.stages and name != one.name), None)
-
-
-def _waiting(name: str) -> str:
-    state = '<span class="state">not begun</span>'
-    return f'<li><span class="node">{state}<span class="name">{_name(name)}</span></span></li>'
 
 
 def _node(name: str, run: Run, parents: dict[str, str | None]) -> str:
@@ -119,11 +116,15 @@ def _node(name: str, run: Run, parents: dict[str, str | None]) -> str:
     facts += [duration(seconds)] if (seconds := one.seconds()) else []
     origin = "; ".join(f"{_field(field)} from <b>{_name(source)}</b>" for field, source in sources.items())
     state = ("done", "finished") if one.done is not None else ("open", "not finished")
-    children = f"<ul>{''.join(_node(child, run, parents) for child in below)}</ul>" if below else ""
+    more = f'<span class="kind">{e(one.stage.task.summary())}</span><p>{" · ".join(facts)}</p>'
+    more += f'<p class="from">{origin}</p>' if origin else ""
+    return _item(kind, *state, name, more, "".join(_node(child, run, parents) for child in below))
+
+
+def _item(kind: str, state: str, said: str, name: str, more: str = "", below: str = "") -> str:
     return (
-        f'<li class="{kind}"><span class="node"><span class="state {state[0]}">{state[1]}</span>'
-        f'<span class="name">{_name(name)}</span><span class="kind">{e(one.stage.task.summary())}</span>'
-        f"<p>{' · '.join(facts)}</p>" + (f'<p class="from">{origin}</p>' if origin else "") + f"</span>{children}</li>"
+        f'<li class="{kind}"><span class="node"><span class="state {state}">{said}</span>'
+        f'<span class="name">{_name(name)}</span>{more}</span>{f"<ul>{below}</ul>" if below else ""}</li>'
     )
 
 
@@ -217,11 +218,11 @@ def viewer(chart: Pictures) -> str:
 
 
 def _analyses(found: Found) -> str:
-    pictures = [chart for chart in found.analyses if isinstance(chart, Pictures)]
-    charts = [chart for chart in found.analyses if not isinstance(chart, Pictures)]
     if not found.analyses:
         return note("No stage has stored analyses (similarity of layers, attention, relations, spectrum, neighbours).")
-    return side_by_side(charts) + "".join(_figure(chart) for chart in pictures)
+    charts = [chart for chart in found.analyses if not isinstance(chart, Pictures)]
+    pictures = [_figure(chart) for chart in found.analyses if isinstance(chart, Pictures)]
+    return side_by_side(charts) + "".join(pictures)
 
 
 def _details(run: Run, is_one_of_many: bool) -> str:

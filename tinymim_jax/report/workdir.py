@@ -115,7 +115,7 @@ def read(workdir: Path) -> Run:
 
 
 def _json(file: Path, check: Callable[[dict], object], notes: list[tuple[str, str]]) -> dict[str, Any]:
-    """What a file holds; {} if there is none, or `check` stumbles over it."""
+    """What a file holds; {} if there is none, or `check` raises as it reads the fields."""
     try:
         content = json.loads(file.read_text()) if file.is_file() else {}
         check(content)
@@ -126,12 +126,10 @@ def _json(file: Path, check: Callable[[dict], object], notes: list[tuple[str, st
 
 
 def _check_recipe(content: dict[str, Any]) -> None:
-    """Raises if a field of chain.json cannot be read."""
     "".join([*content.get("stages", []), *content.get("changed", [])])
 
 
 def _check_results(content: dict[str, Any]) -> None:
-    """Raises if a field of results.json cannot be read."""
     dict.fromkeys(content.get("stages", {}))
     for compared in content.get("compare", {}).values():
         list(tables.cells(compared)), tables.agreement(compared), compared["metric"].strip()
