@@ -207,9 +207,9 @@ def test_runs_stand_side_by_side(work, finished, tmp_path):
     Parsed(text)
     charts = data_of(text)["charts"]
     names = [trace["name"] for trace in charts["loss_mae"]["data"]]
-    assert names == ["mae · tiny", "mae · other"]
+    assert names == ["mae · work", "mae · other"]
     assert len({trace["line"]["dash"] for trace in charts["loss_mae"]["data"]}) == 2
-    assert ">val/top1 · tiny</th>" in text and ">val/top1 · other</th>" in text
+    assert ">val/top1 · work</th>" in text and ">val/top1 · other</th>" in text
     assert "other · mae" in dict(data_of(text)["pictures"]["pictures"]["axes"])["stage"]
 
 

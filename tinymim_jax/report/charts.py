@@ -140,7 +140,7 @@ def said(chart: Chart) -> str:
             each = [f"{name} {value:.4g}" for name, value in zip(chart.names, chart.values, strict=True)]
             return f"{chart.title}, {chart.label}: {_few(each)}."
         case Boxes():
-            each = [f"{name} {np.nanmedian(of):.4g}" for name, of in zip(chart.names, chart.values, strict=True)]
+            each = [f"{name} {np.median(of):.4g}" for name, of in zip(chart.names, chart.values, strict=True)]
             return f"{chart.title}, medians of {chart.y_label} by {chart.x_label}: {_few(each)}."
         case Heatmap():
             known = chart.values[np.isfinite(chart.values)]

@@ -11,6 +11,7 @@ from typing import Any
 import plotly.offline
 from etils.epath import Path
 
+from tinymim_jax.evals.analyze import short_names
 from tinymim_jax.report import analyses, curves, figures, images, pictures, sections, tables, workdir
 from tinymim_jax.report.charts import Chart, Found, Heatmap, Pictures, key
 from tinymim_jax.report.plots import plot
@@ -36,7 +37,9 @@ def write(
     if a folder is no workdir.
     """
     runs = [workdir.read(one) for one in (folder, *others)]
-    _tell_apart(runs)
+    if others:
+        for run, name in zip(runs, short_names([str(run.workdir) for run in runs]), strict=True):
+            run.title = name
     found = find(runs, {} if made is None else made)
     out, files = folder / "report", []
     is_open = refresh is not None and not all(run.finished() for run in runs)
@@ -50,15 +53,6 @@ def write(
     for path in [] if is_open else [*files, file]:
         print(f"wrote {path}")
     return runs
-
-
-def _tell_apart(runs: list[Run]) -> None:
-    """Runs of one title are called by their folders."""
-    titles = [run.title for run in runs]
-    for run in runs:
-        if titles.count(run.title) > 1:
-            same = [other for other in runs if other.workdir.name == run.workdir.name]
-            run.title = run.workdir.name if len(same) == 1 else str(run.workdir)
 
 
 def find(runs: Sequence[Run], made: Made) -> Found:

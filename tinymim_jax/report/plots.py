@@ -86,7 +86,7 @@ def bars(chart: Bars) -> tuple[list[dict], dict]:
 
 
 def heatmap(chart: Heatmap) -> tuple[list[dict], dict]:
-    known = chart.error
+    error = np.full(chart.values.shape, np.nan) if chart.error is None else chart.error
     highest = np.fmax.reduce(chart.values, axis=None) if chart.high is None else chart.high
     trace = {
         "type": "heatmap", "zmin": 0, "zmax": plain([highest])[0],
@@ -96,7 +96,7 @@ def heatmap(chart: Heatmap) -> tuple[list[dict], dict]:
         "hovertemplate": f"{escaped(chart.y_label)} %{{customdata[0]}}<br>{escaped(chart.x_label)} %{{customdata[1]}}"
         "<br>%{z:.3f}%{customdata[2]}<extra></extra>",
         "customdata": [
-            [[row, column, "" if known is None or np.isnan(known[i, j]) else f" ± {known[i, j]:.3f}"]
+            [[row, column, "" if np.isnan(error[i, j]) else f" ± {error[i, j]:.3f}"]
              for j, column in enumerate(chart.columns)]
             for i, row in enumerate(chart.rows)
         ],

@@ -147,8 +147,8 @@ def _stage(folder: Path, notes: list[tuple[str, str]]) -> StageRun | None:
         notes.append((folder.name, str(error)))
         done = None
     file = folder / "metrics.jsonl"
+    lines = len(file.read_bytes().splitlines()) if file.exists() else 0  # first, as a run under way adds some
     log = [line for line in map(numbers, metric_log.read(file)) if "step" in line]
-    lines = len(file.read_bytes().splitlines()) if file.exists() else 0
     if lines > len(log):
         notes.append((folder.name, f"metrics.jsonl is damaged in line {len(log) + 1} of {lines}: curves end there"))
     if not lines and stage.run.epochs != 0 and stage.run.steps != 0:
