@@ -5,7 +5,7 @@ import html
 import importlib.resources
 import json
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import plotly.offline
@@ -58,7 +58,6 @@ def write(
 def find(runs: Sequence[Run], made: Made) -> Found:
     """Every chart that some runs give; what cannot be drawn becomes one of their notes."""
     found = Found(curves.curves(runs, 60_000), curves.comparisons(runs), [], [], [], None)
-    panels: dict[str, Panels] = {}
     for run in runs:
         for name, one in run.stages.items():
             title = f"{run.title} · {name}" if len(runs) > 1 else name
@@ -75,11 +74,10 @@ def find(runs: Sequence[Run], made: Made) -> Found:
             if one.folder not in made:
                 made[one.folder] = _panels(run, name)
             if isinstance(drawn := made[one.folder], Panels):
-                panels[title] = drawn
                 found.pictures.append(Pictures(key(title, one.stage.task.kind), title, {}, {(): drawn}))
             elif drawn:
                 run.notes.append((name, f"no picture: {drawn}"))
-    found.shown = _chosen(panels) if panels else None
+    found.shown = _chosen(found.pictures) if found.pictures else None
     seen = {"pictures"}
     for charts in (found.curves, found.comparisons, found.classes, found.analyses, found.pictures):
         _tell_keys_apart(charts, seen)
@@ -103,12 +101,12 @@ def _panels(run: Run, name: str) -> Panels | str:
         return str(error)
 
 
-def _chosen(panels: Mapping[str, Panels]) -> Pictures:
+def _chosen(stages: Sequence[Pictures]) -> Pictures:
     """The panels of stages, whole or image by image."""
-    each = [pictures.choices(one) for one in panels.values()]
+    each = [pictures.choices(stage.grids[()]) for stage in stages]
     grids = {(i, j): grid for i, grids in enumerate(each) for j, grid in enumerate(grids)}
     count = max(map(len, each)) - 1
-    axes = {"stage": list(panels), "image": ["all", *(f"{i + 1} of {count}" for i in range(count))]}
+    axes = {"stage": [one.title for one in stages], "image": ["all", *(f"{i + 1} of {count}" for i in range(count))]}
     return Pictures("pictures", "What each stage does", axes, grids)
 
 

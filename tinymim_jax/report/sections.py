@@ -228,13 +228,11 @@ def _analyses(found: Found) -> str:
 def _details(run: Run, is_one_of_many: bool) -> str:
     parts = [f"<h3>{e(run.title)}</h3>"] if is_one_of_many else []
     if "config" in run.recipe:
+        lines = e("\n".join(run.recipe.get("changed", ())) or "none")
         parts.append(f"<p>Recipe: <code>{e(run.recipe['config'])}</code></p>")
-        changed = run.recipe.get("changed", ())
-        count = f"Fields changed by flags: {len(changed) or 'none'}"
-        lines = f"<pre>{e(chr(10).join(map(str, changed)))}</pre>"
-        parts.append(f"<details><summary>{count}</summary>{lines}</details>" if changed else f"<p>{count}</p>")
+        parts.append(f"<details open><summary>Fields changed by flags</summary><pre>{lines}</pre></details>")
     else:
-        parts.append(note("Which recipe it was, and what flags changed, was not noted by the version that ran it."))
+        parts.append(note("The version that ran it did not note the recipe, and what flags changed."))
     for facts, names in _alike(run).items():
         stages = "all stages" if len(names) == len(run.stages) else ", ".join(names)
         parts.append(f"<p>{e(stages)}: {e(facts)}</p>")
