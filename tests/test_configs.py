@@ -334,6 +334,11 @@ def test_the_first_blocks_of_several_are_curves_with_errors():
         load("cifar10/first_blocks.py:short,seeds=many")
 
 
+def test_weights_of_mae_have_a_layer_decay_of_their_own():
+    decays = [load(f"ade20k/upernet.py:{word}size=b").stages["upernet_b"].optim.layer_decay for word in ("", "mae,")]
+    assert decays == [0.75, 0.65]
+
+
 def test_every_small_data_set_loads():
     for name, num_classes in (("cifar10", 10), ("cifar100", 100), ("flowers", 102), ("pets", 37)):
         (stage,) = load(f"imagenet/transfer.py:data_set={name},size=small").stages.values()
