@@ -334,6 +334,14 @@ def test_the_first_blocks_of_several_are_curves_with_errors():
         load("cifar10/first_blocks.py:short,seeds=many")
 
 
+def test_blocks_of_the_paper_that_are_one_block_of_a_shallow_teacher_are_one_row():
+    config = load("cifar10/study.py:table=10,short")
+    rows = config.compare["TinyMIM, Table 10"].rows
+    assert rows["block_24"] == rows["block_21"] == ("relation_block_21_b_finetuned",)
+    assert not [name for name in config.stages if "24" in name]
+    assert "relation_block_24_b" in load("cifar10/study.py:table=10").stages
+
+
 def test_weights_of_mae_have_a_layer_decay_of_their_own():
     decays = [load(f"ade20k/upernet.py:{word}size=b").stages["upernet_b"].optim.layer_decay for word in ("", "mae,")]
     assert decays == [0.75, 0.65]

@@ -7,7 +7,7 @@ a trained MAE-L of chain.py (without it, one is trained first); data=PATH and sh
 Each row is fine-tuned with three seeds. Rows that are finished, also those of another table in the same workdir, are not
 run again. All are distilled equally long; the paper's rows of Tables 8 and 11 are not.
 Cost: docs/study.md. Expected: the paper's numbers, of ImageNet, stand beside ours in the table at the end; their order is
-what can be compared. The short teacher has six blocks, so that blocks 21 and 24 of Table 10 are both its last one.
+what can be compared. The short teacher has six blocks, so that blocks 21 and 24 of Table 10 are both its last one, and one row.
 """
 
 import copy
@@ -51,4 +51,4 @@ def get_config(arg: str = "") -> Config:
         teacher=o["teacher"],
     )  # fmt: skip
     chosen = study.rows(o["table"], o["row"], long=100)
-    return Config("cifar10_study", study.stages(preset, chosen), compare=study.compared(chosen))
+    return study.merged("cifar10_study", study.stages(preset, chosen), study.compared(chosen))

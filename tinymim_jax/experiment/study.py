@@ -10,7 +10,17 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Optional
 
-from tinymim_jax.experiment.config import ClassToken, Compare, Decoder, Feature, Init, Reconstruction, Relation, Stage
+from tinymim_jax.experiment.config import (
+    ClassToken,
+    Compare,
+    Config,
+    Decoder,
+    Feature,
+    Init,
+    Reconstruction,
+    Relation,
+    Stage,
+)
 from tinymim_jax.runtime.errors import InputError
 
 DEPTH = 24  # blocks of the published teacher, in which the tables count
@@ -225,6 +235,20 @@ def _add(found: dict[str, Stage], preset: Preset, model: Pretrained) -> None:
         VARIANTS[model.how](stage, Facts(block, last, preset.heads(size), decoder))
         stage.run.data_name = "study"  # so that rows differ in nothing else, and can share a teacher's pass
         found[model.name] = stage
+
+
+def merged(name: str, found: dict[str, Stage], tables: dict[str, Compare]) -> Config:
+    """The experiment, in which a stage that would do all that an earlier one does is that one, in every table."""
+    same: dict[str, str] = {}
+    kept: dict[str, Stage] = {}
+    for own, stage in found.items():
+        for _, init in stage.inits():
+            init.stage = same.get(init.stage, init.stage)
+        same[own] = next((other for other, one in kept.items() if one == stage), own)
+        kept.setdefault(same[own], stage)
+    for table in tables.values():
+        table.rows = {label: tuple(same[stage] for stage in row) for label, row in table.rows.items()}
+    return Config(name, kept, compare=tables)
 
 
 def compared(chosen: dict[str, dict[str, Row]]) -> dict[str, Compare]:
