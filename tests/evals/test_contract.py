@@ -135,8 +135,8 @@ class Distance(Eval):
 
 class Distances:
     def __init__(self, cfg, context):
-        self.predict, (self.other, variables) = context.predict, context.models["model"]
-        self.others = {"model": variables}
+        self.predict, self.other = context.predict, context.others["model"].model
+        self.others = {"model": context.others["model"].variables}
         self.data, self.passes = cfg.data, {"data": Batches(cfg.data, cfg.batch_size, context.mesh)}
 
     def update(self, variables, frozen, others, batch):

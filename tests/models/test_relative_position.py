@@ -93,7 +93,7 @@ def test_what_has_no_relative_positions():
         dataclasses.replace(RELATIVE, attention="cudnn", dtype="bfloat16").check("m")
     with pytest.raises(InputError, match="task: model.relative_position needs whole images"):
         Mae().check("task", RELATIVE)
-    assert RELATIVE.export_formats == () and TINY.export_formats
+    assert set(RELATIVE.export_formats) < set(TINY.export_formats)
 
 
 # Another grid
