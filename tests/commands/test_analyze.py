@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.conftest import tiny_segment
 from tinymim_jax.__main__ import main
 from tinymim_jax.evals.analyze import short_names
+from tinymim_jax.training.loop import run_stage
 
 
 @pytest.fixture
@@ -56,6 +58,15 @@ def test_one_model_on_a_folder_of_images(finished, photos, capsys):
     with np.load(out / "cka_finetune.npz") as arrays:
         np.testing.assert_allclose(np.diag(arrays["cka"]), 1, atol=1e-6)
     assert "cka_finetune: mean" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_model_that_segments(photos, mesh, capsys):
+    run_stage(tiny_segment(), "seg", photos.parent, mesh)
+    call = ["analyze", f"{photos.parent}/seg", "--what=attention", f"--out={photos.parent}/out"]
+    assert main(call) == 2 and "give --data=FOLDER" in capsys.readouterr().err
+    assert main([*call, f"--data={photos}"]) == 0
+    assert (photos.parent / "out" / "attention_seg.npz").is_file()
 
 
 def test_what_cannot_be_done_is_said_in_a_line(finished, photos, tmp_path, capsys):

@@ -258,10 +258,22 @@ def test_relations_are_compared_head_by_head():
     np.testing.assert_array_equal(result.arrays["images"], pixels[:2])
 
 
+def test_an_image_that_cannot_be_read_is_not_drawn():
+    cfg = RelationAgreement(data=TEST, teacher=Init("x"), teacher_block=4, student_block=3, images=4)
+    other = Other(TEACHER, variables(TEACHER, 5), *PIXELS)
+    evaluator = cfg.build(Context(ONE, None, STUDENT, {"teacher": other}))
+    (batch,) = evaluator.passes["data"]
+    batch = {**batch, "is_valid": batch["is_valid"].at[0].set(False)}
+    one = jax.device_get(evaluator.update(variables(STUDENT), {}, evaluator.others, batch))
+    arrays = evaluator.finish({"data": [one]}).arrays
+    np.testing.assert_array_equal(arrays["images"], batch["image"][1:2])
+    assert [len(arrays[name]) for name in ("teacher", "student", "top")] == [1, 1, 1]
+
+
 def test_relations_of_other_heads_are_split_alike():
     narrow = ViT(24, 3, 3, **IMAGE)
     cfg = RelationAgreement(data=TEST, teacher=Init("x"), teacher_block=2, student_block=1, relations=("kk",))
-    with pytest.raises(InputError, match="3 and 6 heads; set heads"):
+    with pytest.raises(InputError, match="3 and 6 heads; split both into as many"):
         found(cfg, narrow, {"teacher": TEACHER})
     split = found(dataclasses.replace(cfg, heads=2), narrow, {"teacher": TEACHER})
     assert split.arrays["kl"].shape == (1, 1, 2)

@@ -101,7 +101,7 @@ def short_names(folders: Sequence[str]) -> list[str]:
 def images_of(subjects: Sequence[Subject], asked: Asked) -> Data:
     """What all models look at, in the largest of their sizes; raises InputError if no data is named."""
     if asked.data:
-        data = suite.in_folder(suite.pixels(subjects[0]), asked.data)
+        data = dataclasses.replace(suite.in_folder(suite.pixels(subjects[0]), asked.data), masks=None)
     else:
         data = suite.data_sets(subjects[0], suite.Sets(), probes=False)[0]
     if data.masks is not None:

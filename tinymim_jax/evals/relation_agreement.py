@@ -62,9 +62,8 @@ class Agreement(Evaluator):
         if len(tokens) > 1:
             raise InputError("relation: teacher and student have other numbers of tokens, so no relations in common")
         if len(heads) > 1:
-            raise InputError(
-                f"relation: the blocks have {' and '.join(map(str, sorted(heads)))} heads; set heads to one"
-            )
+            counts = " and ".join(map(str, sorted(heads)))
+            raise InputError(f"relation: the blocks have {counts} heads; split both into as many: heads=N")
 
     def update(self, variables: Variables, frozen: Any, others: Mapping[str, Variables], batch: Batch) -> Any:
         """KL summed over images [relations, heads], how many, and the first images with their maps."""
@@ -79,26 +78,27 @@ class Agreement(Evaluator):
         shown = jnp.round(LEVELS * maps / top).astype(jnp.uint8)
         is_valid = batch["is_valid"]
         summed = jnp.where(is_valid, kl, 0).sum(axis=-1), is_valid.sum()
-        return *summed, shown, top[0, ..., 0, 0], batch["image"][: self.cfg.drawn]
+        seen = [x[: self.cfg.drawn] for x in (is_valid, batch["image"])]
+        return *summed, shown, top[0, ..., 0, 0], *seen
 
     def _pair(self, trace: BlockTrace, name: str) -> list[jax.Array]:
         both = relations.pair(trace, name)
         return [x.reshape(*x.shape[:2], self.cfg.heads, -1) if self.cfg.heads else x for x in both]
 
     def finish(self, found: Mapping[Hashable, list[Any]]) -> Result:
-        sums, counts, maps, tops, images = zip(*found["data"], strict=True)
+        sums, counts, maps, tops, is_valid, images = zip(*found["data"], strict=True)
         if not sum(counts):
             raise InputError("relation: no image can be read; mend the data")
-        kl = np.sum(sums, axis=0) / sum(counts)
+        kl, shown = np.sum(sums, axis=0) / sum(counts), is_valid[0]
         arrays = {
             "kind": self.cfg.kind,
             "kl": kl[None],
             "relations": self.cfg.relations,
             "blocks": [list(self.blocks.values())],
-            "teacher": maps[0][0][:, None],
-            "student": maps[0][1][:, None],
-            "top": tops[0][:, None],
-            "images": images[0],
+            "teacher": maps[0][0, shown][:, None],
+            "student": maps[0][1, shown][:, None],
+            "top": tops[0][shown][:, None],
+            "images": images[0][shown],
         }
         means = {f"kl_{name}": float(row.mean()) for name, row in zip(self.cfg.relations, kl, strict=True)}
         of_heads = {
