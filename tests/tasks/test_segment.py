@@ -175,7 +175,7 @@ def test_a_run_is_measured_again_the_same_and_paints(finished, tmp_path, capsys)
     assert report["segmentation/mIoU"] == pytest.approx(results["val/mIoU"])
     assert (tmp_path / "e" / "segmentation_classes.png").is_file()
     panels = pictures.panels_of(tiny_segment(), "segment", folder.parent)
-    assert panels.column_labels == ["image", "truth", "prediction", "wrong"] and len(panels.rows) == 6
+    assert panels.column_labels == ["image", "truth", "prediction", "dark: wrong"] and len(panels.rows) == 6
     assert {np.shape(image) for row in panels.rows for image in row} == {(32, 32, 3)}
     (tmp_path / "photos" / "sub").mkdir(parents=True)
     images = np.random.default_rng(0).integers(0, 256, (2, 60, 90, 3), np.uint8)

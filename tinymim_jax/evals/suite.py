@@ -189,9 +189,8 @@ def evals(suite: str, subject: Subject, clean: Data, bank: Data, sets: Sets) -> 
     if suite == "segmentation" and subject.pixels is None:
         raise InputError("--suite=segmentation needs a model with a head for pixels: train one with task 'segment'")
     if not model.num_classes and suite in ("imagenet", "robust"):
-        raise InputError(
-            f"--suite={suite} needs a model with a head, and this one has none: fine-tune it, or use probe"
-        )
+        other = "it segments: use segmentation" if subject.pixels else "fine-tune it, or use probe"
+        raise InputError(f"--suite={suite} needs a model with a head for whole images, and this one has none: {other}")
     for name in ("imagenet_a", "imagenet_r", "imagenet_c"):
         if path := getattr(sets, name):
             if suite not in ("robust", "all"):

@@ -183,4 +183,4 @@ class SegmentTask(Task):
         columns = {"image": np.asarray(to_float(batch["image"])), "truth": painted[0], "prediction": painted[1]}
         share = 100 * (predicted == truth)[counted].mean() if counted.any() else 0.0
         rows = [list(row) for row in zip(*columns.values(), wrong, strict=True)]
-        return Panels(f"{share:.1f} % of these pixels right", rows, [], [*columns, "wrong"])
+        return Panels(f"{share:.1f} % of these pixels right", rows, [], [*columns, "dark: wrong"])
