@@ -50,5 +50,4 @@ def get_config(arg: str = "") -> Config:
         heads=lambda teacher: made["distill_b"].model.last_block_heads,
         teacher=o["teacher"],
     )  # fmt: skip
-    chosen = study.rows(o["table"], o["row"], long=100)
-    return study.merged("cifar10_study", study.stages(preset, chosen), study.compared(chosen))
+    return study.experiment("cifar10_study", preset, study.rows(o["table"], o["row"], long=100))

@@ -31,5 +31,4 @@ def get_config(arg: str = "") -> Config:
         heads=lambda teacher: 16 if teacher == "large" else 12,
         teacher=o["teacher"],
     )
-    chosen = study.rows(o["table"], o["row"])
-    return Config("study", study.stages(preset, chosen), compare=study.compared(chosen))
+    return study.experiment("study", preset, study.rows(o["table"], o["row"]))

@@ -80,7 +80,7 @@ def read(path: Path, told: Told | None = None) -> Converted:
 def _to_ours(found: Layout) -> dict[str, Any]:
     """Our tree; raises InputError unless its keys and the tensors' are the same and fit."""
     left = dict(found.arrays)
-    params, bins = {}, getattr(getattr(found.task, "head", None), "bins", formats.BINS)
+    params, bins = {}, formats.bins_of(found.task)
     for key, leaf in flatten(shapes(found.model, found.decoder, found.task, found.masks)).items():
         name = formats.mae_name(key, bins)
         if name not in left:

@@ -47,9 +47,9 @@ class Weights:
             self.decoder = codec.to_dict(found.decoder) if found else None
             self.norm_pix, self.mask_ratio = (found.norm_pix_loss, found.mask_ratio) if found else (None, None)
         held = ("encoder/", *([formats.DECODER] if self.decoder else []))  # what others have a place for
-        arrays, bins = flatten(self.params), formats.BINS
+        arrays, bins = flatten(self.params), formats.bins_of(self.task)
         if self.task:
-            held, bins = ("encoder/", "pretext/", "batch_stats/"), getattr(self.task.head, "bins", bins)
+            held = ("encoder/", "pretext/", "batch_stats/")
             state = flatten({"batch_stats": variables["batch_stats"]}) if "batch_stats" in variables else {}
             arrays |= {key: array for key, array in state.items() if not key.endswith("/count")}
         arrays = {key: formats.to_mae(key, a) for key, a in arrays.items() if key.startswith(held)}

@@ -7,6 +7,7 @@ timm, DeiT, TinyMIM and MAE-Lite share; pyramid and heads as mmseg has them behi
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -78,6 +79,11 @@ HF_PARTS = (  # of a block
 )
 PREFIXES = ("vit.", "beit.", "backbone.")  # what stands before the encoder's names in Hugging Face's spelling
 QKV = ("query", "key", "value")
+
+
+def bins_of(task: Any) -> Sequence[int]:
+    """The bins of a task's head, by which its modules are numbered; where there are none, mmseg's."""
+    return getattr(getattr(task, "head", None), "bins", BINS)
 
 
 def mae_name(ours: str, bins: Sequence[int] = BINS) -> str:

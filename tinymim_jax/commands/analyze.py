@@ -40,6 +40,7 @@ def main(argv: list[str]) -> None:
     folders = parse_positional(values, argv, ["CHECKPOINT..."], USAGE)
 
     from tinymim_jax.evals import analyze
+    from tinymim_jax.evals.relation_agreement import HEAD
     from tinymim_jax.experiment import stage_file
     from tinymim_jax.report import analyses, figures
     from tinymim_jax.runtime import program_cache
@@ -51,6 +52,7 @@ def main(argv: list[str]) -> None:
     out = storage.path(values.out) if values.out else folders[0] / "analysis"
     report = analyze.analyze([stage_file.read_subject(folder) for folder in folders], asked, make_mesh(), out)
     for name, scalars in report["results"].items():
-        print(f"{name}: {', '.join(f'{key} {value:.4g}' for key, value in scalars.items() if '_head' not in key)}")
+        shown = [f"{key} {value:.4g}" for key, value in scalars.items() if not HEAD.fullmatch(key)]
+        print(f"{name}: {', '.join(shown)}")
         figures.save(analyses.analysis_charts(analyses.read(out / f"{name}.npz"), name), out)
     print(f"wrote {out}/analysis.json, and of each an .npz and figures")

@@ -51,9 +51,7 @@ class Viewer:
         pixels, side = to_float(images), self.model.image_size
         if pixels.shape[1] != side:
             pixels = jax.image.resize(pixels, (len(pixels), side, side, 3), "cubic")
-        encoder = {**variables, "params": variables["params"]["encoder"]}
-        pixels = normalize(pixels, self.mean, self.std)
-        return self.model.build().apply(encoder, pixels, capture=tuple(capture), **kwargs)
+        return self.model.encode(variables, normalize(pixels, self.mean, self.std), tuple(capture), **kwargs)
 
     def layers(self, variables: Variables, images: jax.Array, kind: Layers, *, cls: bool) -> list[jax.Array]:
         """[B, N, D] of each of `layer_names`, with the tokens in front of the patches if `cls`."""
@@ -84,3 +82,9 @@ def layer_names(model: Encoder, kind: Layers) -> list[str]:
     """What the layers are called: each after the block that it is the output of."""
     blocks = [f"block {i}" for i in range(1, model.depth + 1)]
     return ["patches", *blocks] if kind == "norm1" else blocks
+
+
+def need_images(kind: str, count: int) -> None:
+    """Raises InputError if `count`, how many images could be read, is 0."""
+    if not count:
+        raise InputError(f"{kind}: no image can be read; mend the data")

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinymim_jax.evals.analysis import Analysis, viewers
+from tinymim_jax.evals.analysis import Analysis, need_images, viewers
 from tinymim_jax.evals.contract import Batch, Context, Evaluator, Result, Variables
 from tinymim_jax.models.mae import mask_by_noise
 from tinymim_jax.objectives.relations import relation_logits
@@ -75,8 +75,7 @@ class Spans(Evaluator):
 
     def finish(self, found: Mapping[Hashable, list[Any]]) -> Result:
         sums, counts = zip(*found["data"], strict=True)
-        if not sum(counts):
-            raise InputError("attention: no image can be read; mend the data")
+        need_images("attention", sum(counts))
         spans = [np.sum(block, axis=0) / sum(counts) for block in zip(*sums, strict=True)]  # each [2, H]
         most = max(span.shape[1] for span in spans)
         padded = [np.pad(span, ((0, 0), (0, most - span.shape[1])), constant_values=np.nan) for span in spans]
@@ -90,7 +89,7 @@ class Spans(Evaluator):
             "uniform_entropy": np.log(self.seen),
         }
         scalars = {"distance": float(np.nanmean(distance)), "entropy": float(np.nanmean(entropy))}
-        return Result(scalars, {name: np.asarray(array) for name, array in arrays.items()})
+        return Result(scalars, arrays)
 
     def _uniform_distance(self) -> float:
         """Of attention that is the same everywhere: to any of the patches that are seen, itself among them."""

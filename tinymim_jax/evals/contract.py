@@ -31,10 +31,13 @@ Predict = Callable[[Variables, Any, Batch], Outputs]  # (variables, frozen, batc
 
 @dataclasses.dataclass
 class Result:
-    """What an evaluator has found: named scalars, and arrays that are stored beside them."""
+    """What an evaluator has found: named scalars, and arrays, or what becomes some, that are stored beside them."""
 
     scalars: dict[str, float]
-    arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    arrays: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.arrays = {name: np.asarray(array) for name, array in self.arrays.items()}
 
 
 class Evaluator(Protocol):

@@ -1,6 +1,7 @@
 """How far a student's token relations are from a teacher's, head by head, and what both look like."""
 
 import dataclasses
+import re
 from collections.abc import Hashable, Mapping
 from typing import Any, Literal
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinymim_jax.evals.analysis import Analysis, variables_of, viewers
+from tinymim_jax.evals.analysis import Analysis, need_images, variables_of, viewers
 from tinymim_jax.evals.contract import Batch, Context, Evaluator, Result, Variables
 from tinymim_jax.models.contract import BlockTrace
 from tinymim_jax.objectives import relations
@@ -18,6 +19,7 @@ from tinymim_jax.runtime.errors import InputError
 from tinymim_jax.weights.handoff import Init
 
 LEVELS = 255  # of a relation map's grey values
+HEAD = re.compile(r"(.*)_head(\d+)")  # the name of a metric of one head, from 1
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -87,8 +89,7 @@ class Agreement(Evaluator):
 
     def finish(self, found: Mapping[Hashable, list[Any]]) -> Result:
         sums, counts, maps, tops, is_valid, images = zip(*found["data"], strict=True)
-        if not sum(counts):
-            raise InputError("relation: no image can be read; mend the data")
+        need_images("relation", sum(counts))
         kl, shown = np.sum(sums, axis=0) / sum(counts), is_valid[0]
         arrays = {
             "kind": self.cfg.kind,
@@ -106,7 +107,7 @@ class Agreement(Evaluator):
             for name, row in zip(self.cfg.relations, kl, strict=True)
             for head, value in enumerate(row, 1)
         }
-        return Result(means | of_heads, {name: np.asarray(array) for name, array in arrays.items()})
+        return Result(means | of_heads, arrays)
 
 
 def _kl_of_heads(teacher: list[jax.Array], student: list[jax.Array]) -> jax.Array:

@@ -71,7 +71,7 @@ class Similarity(Evaluator):
         names = ["this model", *([other.stage or other.path] if other else [])]
         arrays = {"cka": value, "cka_error": error, "rows": rows, "columns": columns, "models": names}
         arrays["kind"] = self.cfg.kind
-        return Result({"mean": float(value.mean())}, {name: np.asarray(array) for name, array in arrays.items()})
+        return Result({"mean": float(value.mean())}, arrays)
 
 
 def gram(x: jax.Array, is_valid: jax.Array) -> jax.Array:

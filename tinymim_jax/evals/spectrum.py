@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinymim_jax.evals.analysis import Analysis, Layers, layer_names, viewers
+from tinymim_jax.evals.analysis import Analysis, Layers, layer_names, need_images, viewers
 from tinymim_jax.evals.contract import Batch, Context, Evaluator, Result, Variables
 from tinymim_jax.evals.probes import stack
 from tinymim_jax.models.contract import Pool
@@ -51,14 +51,13 @@ class Spectra(Evaluator):
 
     def finish(self, found: Mapping[Hashable, list[Any]]) -> Result:
         features, norms, is_valid = jax.tree.map(lambda *parts: np.concatenate(parts), *found["data"])
-        if not is_valid.any():
-            raise InputError("spectrum: no image can be read; mend the data")
+        need_images("spectrum", is_valid.sum())
         ranks = np.array([effective_rank(layer[is_valid]) for layer in features])
         lengths = norms[is_valid].mean(axis=0, dtype=np.float64)
         names = layer_names(self.viewer.model, self.cfg.layers)
         arrays = {"kind": self.cfg.kind, "effective_rank": ranks, "norm": lengths, "layers": names}
         scalars = {"effective_rank": float(ranks[-1]), "norm": float(lengths[-1])}
-        return Result(scalars, {name: np.asarray(array) for name, array in arrays.items()})
+        return Result(scalars, arrays)
 
 
 def effective_rank(features: np.ndarray) -> float:
@@ -105,7 +104,7 @@ class Nearest(Evaluator):
         similarity = np.take_along_axis(cosine, order, axis=1)
         read = self.passes["data"].image
         arrays = {
-            "kind": np.asarray(self.cfg.kind),
+            "kind": self.cfg.kind,
             "queries": np.stack([read(i) for i in index[chosen]]),
             "nearest": np.stack([[read(i) for i in row] for row in index[order]]),
             "similarity": similarity,

@@ -237,8 +237,9 @@ def _add(found: dict[str, Stage], preset: Preset, model: Pretrained) -> None:
         found[model.name] = stage
 
 
-def merged(name: str, found: dict[str, Stage], tables: dict[str, Compare]) -> Config:
-    """The experiment, in which a stage that would do all that an earlier one does is that one, in every table."""
+def experiment(name: str, preset: Preset, chosen: dict[str, dict[str, Row]]) -> Config:
+    """What these rows are made of, and their tables; a stage that would do all that an earlier one does is that one."""
+    found, tables = stages(preset, chosen), compared(chosen)
     same: dict[str, str] = {}
     kept: dict[str, Stage] = {}
     for own, stage in found.items():

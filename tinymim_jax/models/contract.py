@@ -4,7 +4,7 @@ Shapes: B batch, N tokens, L patch tokens, D width, H heads, E head width, C cla
 """
 
 import abc
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, get_args
 
 import flax.linen as nn
@@ -229,6 +229,13 @@ class Encoder(abc.ABC):
         embed = self.embed_flops(seen) * (2 if frozen_blocks else 1)
         return 3 * self.forward_flops(patches, block, part) - embed - frozen
 
+    def encode(
+        self, variables: Mapping[str, Any], images: jax.Array, capture: Sequence[int] = (), **options: Any
+    ) -> EncoderOutput:
+        """What `build` makes of normalised images, for `variables` of a whole model; `options` as of its module."""
+        encoder = {**variables, "params": variables["params"]["encoder"]}
+        return self.build().apply(encoder, images, capture=capture, **options)
+
     def outputs(
         self, variables: Mapping[str, Any], images: jax.Array, block: int | None = None, pool: Pool | None = None
     ) -> Outputs:
@@ -240,8 +247,7 @@ class Encoder(abc.ABC):
         on_cls = self.features_on_cls if pool is None else pool == "cls"
         if on_cls and not self.num_prefix:
             raise InputError(f"an encoder of kind {self.kind!r} has no token for pool 'cls'; use 'mean'")
-        encoder = {**variables, "params": variables["params"]["encoder"]}
-        out = self.build().apply(encoder, images, capture=() if block is None else (block,))
+        out = self.encode(variables, images, () if block is None else (block,))
         tokens = (out.tokens if block is None else out.trace[block].out).astype(jnp.float32)
         features = tokens[:, 0] if on_cls else tokens[:, self.num_prefix :].mean(axis=1)
         return Outputs(features, out.logits if block is None else None)

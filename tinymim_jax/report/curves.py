@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from tinymim_jax.evals.relation_agreement import HEAD
 from tinymim_jax.report.charts import Bars, Chart, Heatmap, Lines, Points, Series, key
 from tinymim_jax.report.workdir import Run, StageRun
 
@@ -15,7 +16,6 @@ UNITS = {"images_per_s": "images/s", "data_wait": "share of the time", "lr": "le
 FIRST = ("loss", "lr", "grad_norm", "images_per_s", "data_wait")  # of what is logged; the rest follows by name
 PERCENT = re.compile(r"/(top\d|mIoU|mAcc|aAcc|.*error)")
 REPLICA = re.compile(r"replica\d+/")
-HEAD = re.compile(r"(.*)_head(\d+)")
 LEFT_OUT = re.compile(r"(replica\d+/)?(step|epoch|first_step_s|labels_beyond_head|.*/images)")
 SEED = re.compile(r'"\w*seed": [^,}]*')
 

@@ -8,6 +8,7 @@ from etils.epath import Path
 from rich.console import Console
 from rich.table import Table
 
+from tinymim_jax.evals.relation_agreement import HEAD
 from tinymim_jax.runtime import storage
 from tinymim_jax.runtime.markdown import table
 from tinymim_jax.runtime.metric_log import write_whole
@@ -38,7 +39,7 @@ def measured(metrics: Mapping[str, float]) -> dict[str, str]:
     """The loss of a stage and what its evaluations have found; of several replicas mean ± standard error."""
     found = {"loss": f"{metrics['loss']:.4f}"} if "loss" in metrics else {}
     for name, value in metrics.items():
-        if "/" in name and not re.match(r"replica\d+/|.*/images$|.*_head\d+$", name):
+        if "/" in name and not (HEAD.fullmatch(name) or re.match(r"replica\d+/|.*/images$", name)):
             error = chain.summary(chain.values_of(metrics, name))["stderr"]
             found[name] = f"{value:.2f}" + ("" if error is None else f" ± {error:.2f}")
     return found
