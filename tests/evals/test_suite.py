@@ -56,8 +56,10 @@ def test_the_table_has_the_paper_beside_it(tmp_path):
     results = {"imagenet/top1": 75.0, "imagenet/images": 50000.0, "corruptions/fog_1": 3.0, "corruptions/fog": 4.0}
     report = {"checkpoint": "x", "model": {}, "results": results, "paper": suite.PAPER[192]}
     table = suite.table(report)
-    assert "| imagenet/top1 | 75.00 | 75.8 |" in table and "| corruptions/fog | 4.00 |  |" in table
-    assert "fog_1" not in table and "images" not in table
+    assert "| measure | here | images | TinyMIM (paper) |" in table
+    assert "| imagenet/top1 | 75.00 | 50,000 | 75.8 |" in table and "| corruptions/fog | 4.00 |  |  |" in table
+    assert "fog_1" not in table and "/images" not in table
+    assert "TinyMIM (paper)" not in suite.table({**report, "paper": {}})
     suite.write(report, tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["eval.json", "eval.md"]
     assert json.loads((tmp_path / "out" / "eval.json").read_text()) == report

@@ -16,7 +16,7 @@ def test_a_description_says_what_would_happen_and_touches_nothing(chain, tmp_pat
     text = describe_chain(chain, tmp_path / "work")
     assert not (tmp_path / "work").exists()
     for line in (
-        "mae: mae, 4 steps of 8 images",
+        "mae: MAE pre-training, 4 steps of 8 images",
         "model: ViT, width 12, 2 blocks, 2 heads (6 in the last block), 16 px in patches of 8, no head, drop path 0.1, float32;",
         "teacher mae: qk+vv relations of block 2 of 3, 6 heads",
         "skipped: encoder/block3, encoder/norm, pretext",
@@ -38,7 +38,7 @@ def test_a_description_of_other_devices_and_data_elsewhere(chain, tmp_path):
     chain.stages["mae"].data = dataclasses.replace(chain.stages["mae"].data, source="folder", path="/gone")
     chain.stages["mae"].data.num_examples = 16
     text = describe_chain(chain, tmp_path)
-    assert "distill, 4 steps of 8 images, 2 replicas (seeds 0 to 1)" in text
+    assert "relation distillation, student block 2, 4 steps of 8 images, 2 replicas (seeds 0 to 1)" in text
     assert "warm-up 2 steps, poly schedule, min lr 0" in text
     assert "fsdp 3 does not fill 1 devices" in text
     assert "4 steps of 8 images in 2 micro-batches" in text

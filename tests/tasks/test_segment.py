@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
+import tinymim_jax
 from tests.conftest import tiny_mae, tiny_segment
 from tinymim_jax.__main__ import main
 from tinymim_jax.bridge import convert
@@ -185,6 +186,11 @@ def test_a_run_is_measured_again_the_same_and_paints(finished, tmp_path, capsys)
     assert f"wrote {tmp_path / 'p'}: 2 images" in capsys.readouterr().out
     with Image.open(tmp_path / "p" / "sub" / "b.png") as mask:
         assert (mask.mode, mask.size) == ("P", (90, 40)) and np.asarray(mask).max() < 11
+        model = tinymim_jax.load(folder)
+        assert model.classes == ["background", *map(str, range(10))]
+        found = model.masks([images[0], tmp_path / "photos" / "sub" / "b.png"])
+        assert found[0].shape == (60, 90)
+        np.testing.assert_array_equal(found[1], mask)
     assert (tmp_path / "p" / "sub" / "b_over.jpg").is_file()
     shutil.copytree(tmp_path / "photos", tmp_path / "more")
     shutil.copy(tmp_path / "more" / "a.png", tmp_path / "more" / "a.jpg")
@@ -207,6 +213,8 @@ def test_a_model_without_a_head_for_pixels_is_refused(finished, tmp_path, mesh, 
     run_stage(dataclasses.replace(tiny_mae(), evals={}), "mae", tmp_path, mesh)
     assert main(["eval", str(tmp_path / "mae"), "--suite=segmentation"]) == 2
     assert "needs a model with a head for pixels" in capsys.readouterr().err
+    with pytest.raises(InputError, match="the model has no head for pixels"):
+        tinymim_jax.load(tmp_path / "mae").masks(np.zeros((8, 8, 3), np.uint8))
 
 
 @pytest.mark.slow

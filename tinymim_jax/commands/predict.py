@@ -9,8 +9,6 @@ from tinymim_jax.commands.flags import FOLDER_FLAGS, new_flags, output, parse_po
 from tinymim_jax.runtime import storage
 from tinymim_jax.runtime.errors import InputError
 
-WINDOWS = 8  # at once, of a model that segments
-
 USAGE = """python -m tinymim_jax predict CHECKPOINT FOLDER --out=FILE.csv|FOLDER [--top=5] ...
 
   CHECKPOINT  the folder of a finished stage or replica with a head, or a converted checkpoint that has one
@@ -37,7 +35,7 @@ def main(argv: list[str]) -> None:
         painting.check_out(out := storage.path(values.out), folder)
         subject = stage_file.read_subject(checkpoint)
         storage.check_writable(out)
-        windows = values.batch_size if values["batch_size"].present else WINDOWS
+        windows = values.batch_size if values["batch_size"].present else painting.WINDOWS
         done = painting.paint(subject, folder, out, windows, values.on_bad_image)
         print(f"wrote {out}: {done} images")
         return

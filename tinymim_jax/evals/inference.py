@@ -14,9 +14,11 @@ import numpy as np
 from PIL import Image
 
 from tinymim_jax.data import augment
+from tinymim_jax.data.decode import decode
 from tinymim_jax.data.device_augment import normalize, to_float
 from tinymim_jax.evals import suite
 from tinymim_jax.evals.contract import Batches, fetched
+from tinymim_jax.evals.painting import WINDOWS, Painter
 from tinymim_jax.models.contract import EncoderOutput, Pool
 from tinymim_jax.runtime import sharding, storage
 from tinymim_jax.runtime.errors import InputError
@@ -39,6 +41,7 @@ class TrainedModel:
 
     def __init__(self, subject: suite.Subject):
         self.config, self.classes = subject.model, subject.classes
+        self._subject = subject
         self.data, self.block, self.pool = suite.pixels(subject), suite.features_block(subject), subject.pool
         self.module: nn.Module = subject.model.build()
         trained = {**subject.variables, "params": subject.variables["params"]["encoder"]}
@@ -66,6 +69,21 @@ class TrainedModel:
     def preprocess(self, images: Images) -> jax.Array:
         """float32 [B, S, S, 3], resized, cropped and normalised as in evaluation: what `module.apply` takes."""
         return self._normalized(self._pixels(_listed(images)))
+
+    def masks(self, images: Images) -> list[np.ndarray]:
+        """The class of each pixel of each image, uint8 [H, W] at the image's own size, by sliding windows.
+
+        Raises InputError if the model has no head for pixels, and what `__call__` raises.
+        """
+        if self._subject.pixels is None:
+            raise InputError("the model has no head for pixels: train one with task 'segment'")
+        source = _Given([np.asarray(decode(*_at_hand(image, f"image {i}"))) for i, image in enumerate(_listed(images))])
+        found = {name: classes for name, _, classes in self._painter(source, WINDOWS)}
+        return [found[source.describe(i)] for i in range(len(source))]
+
+    @functools.cached_property
+    def _painter(self) -> Painter:
+        return Painter(self._subject)
 
     def features(
         self, folder: PathLike, block: int | None = None, pool: Pool | None = None, **options: Any
@@ -133,11 +151,34 @@ class TrainedModel:
         return np.stack([self._one(image, f"image {start + i}") for i, image in enumerate(images)])
 
     def _one(self, image: Any, name: str) -> np.ndarray:
-        if isinstance(image, (str, os.PathLike)):
-            name, image = str(image), _read(image)
-        elif isinstance(image, np.ndarray) and jnp.issubdtype(image.dtype, jnp.floating):
-            image = _eight_bit(image, name)
-        return augment.load(image, name, self.data, np.random.default_rng(0))
+        return augment.load(*_at_hand(image, name), self.data, np.random.default_rng(0))
+
+
+class _Given:
+    """Images at hand as a source."""
+
+    classes, notes = None, ()
+
+    def __init__(self, images: Sequence[np.ndarray]):
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": self._images[index], "label": -1}
+
+    def describe(self, index: int) -> str:
+        return f"image {index}"
+
+
+def _at_hand(image: Any, name: str) -> tuple[Any, str]:
+    """An image as it is decoded, and what it is called: a path by that, else `name`."""
+    if isinstance(image, (str, os.PathLike)):
+        return _read(image), str(image)
+    if isinstance(image, np.ndarray) and jnp.issubdtype(image.dtype, jnp.floating):
+        image = _eight_bit(image, name)
+    return image, name
 
 
 def _listed(images: Images) -> list[Any]:

@@ -27,6 +27,7 @@ from tinymim_jax.runtime.progress_bar import bar
 
 log = logging.getLogger(__name__)
 OVERLAY = 0.5  # share of the colours over the image
+WINDOWS = 8  # at once, if nothing else is said
 
 
 class Unmasked(sources.Chosen):
@@ -36,6 +37,41 @@ class Unmasked(sources.Chosen):
         record = super().__getitem__(index)
         size = image_size(record["image"], self.describe(index))
         return {**record, "mask": np.full(size, dense.IGNORED, np.uint8)}
+
+
+class Painter:
+    """The class of each pixel of images of any size, by sliding windows as in evaluation; compiled once for each number
+    of windows and each size, in steps of 128 pixels, of the largest image.
+    """
+
+    def __init__(self, subject: Subject):
+        own = subject.training or pixels(subject)
+        self.data, self.mesh = dataclasses.replace(own, transform="eval"), sharding.make_mesh()
+        everywhere, side = sharding.replicated(self.mesh), self.data.image_size
+
+        @functools.partial(jax.jit, out_shardings=everywhere)
+        def update(variables: Any, batch: Batch) -> jax.Array:
+            logits = window_logits(functools.partial(subject.pixels, variables, {}), batch, False)
+            return jax.vmap(lambda own, row: painted(own, row, side))(logits, batch)
+
+        self._update = functools.partial(update, jax.device_put(subject.variables, everywhere))
+
+    def __call__(
+        self, source: sources.Source, windows: int, on_bad_image: str = "stop", title: str = ""
+    ) -> Iterator[tuple[str, dict[str, Any], np.ndarray]]:
+        """What a source calls each of its images, its record and its classes, uint8 [H, W], by number of windows.
+
+        `windows` are seen at once, `title` is that of a bar. Raises InputError that names an image that cannot be
+        decoded, or with on_bad_image "skip" leaves it out.
+        """
+        data = dataclasses.replace(self.data, on_bad_image=on_bad_image)
+        passes = by_windows(data, Unmasked(source, np.arange(len(source))), windows, self.mesh).values()
+        with bar(title, sum(map(len, passes)), "batch", first="compiling", leave=False, disable=not title) as shown:
+            for batches in passes:
+                for batch in batches:
+                    for index, classes in _cropped(batch, self._update(batch)):
+                        yield batches.source.describe(index), batches.source[index], classes
+                    shown.update()
 
 
 def check_out(out: Path, folder: Path) -> None:
@@ -53,36 +89,23 @@ def paint(subject: Subject, folder: Path, out: Path, windows: int, on_bad_image:
     are. Raises InputError that names an image that cannot be decoded, or with on_bad_image "skip" leaves it out, and
     if a picture would take the place of another one.
     """
-    data = in_folder(subject.training or pixels(subject), os.fspath(folder))
-    data = dataclasses.replace(data, transform="eval", on_bad_image=on_bad_image)
-    mesh, images = sharding.make_mesh(), sources.open_source(data)
-    source = Unmasked(images, np.arange(len(images)))
+    painter = Painter(subject)
+    data = in_folder(painter.data, os.fspath(folder))
+    source = sources.open_source(data)
     for note in source.notes:
         log.warning("%s: %s", folder, note)
     root = f"{storage.path(data.path)}/"
     names = [Path(source.describe(i).removeprefix(root)).with_suffix("") for i in range(len(source))]
     if twice := [name for name, count in collections.Counter(names).items() if count > 1]:
         raise InputError(f"{folder}: two images are called {twice[0]}; rename one, as both would become {twice[0]}.png")
-    variables = jax.device_put(subject.variables, sharding.replicated(mesh))
-
-    @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
-    def update(variables: Any, batch: Batch) -> jax.Array:
-        logits = window_logits(functools.partial(subject.pixels, variables, {}), batch, False)
-        return jax.vmap(lambda own, row: painted(own, row, data.image_size))(logits, batch)
-
     palette = class_list.palette(data.masks.num_classes)
     if subject.training:
         with contextlib.suppress(InputError):  # the data that it was trained on need not be at hand
             palette = class_list.colours(sources.open_source(subject.training), len(palette))
-    passes, done = by_windows(data, source, windows, mesh).values(), 0
-    with bar("predictions", sum(map(len, passes)), "batch", first="compiling", leave=False) as shown:
-        for batches in passes:
-            for batch in batches:
-                for index, classes in _cropped(batch, update(variables, batch)):
-                    name, record = batches.source.describe(index), batches.source[index]
-                    _save(out / name.removeprefix(root), classes, decode(record["image"], name), palette)
-                    done += 1
-                shown.update()
+    done = 0
+    for name, record, classes in painter(source, windows, on_bad_image, "predictions"):
+        _save(out / name.removeprefix(root), classes, decode(record["image"], name), palette)
+        done += 1
     return done
 
 

@@ -246,13 +246,18 @@ def predict_of(subject: Subject, data: Data) -> Predict:
 
 
 def table(report: dict[str, Any]) -> str:
-    """A Markdown table of the results, the paper's numbers beside them where it has any."""
-    rows = [
-        (name, f"{value:.2f}", str(report["paper"].get(name, "")))
-        for name, value in report["results"].items()
-        if not re.search(r"/images$|_[1-5]$", name)
-    ]
-    results = markdown.table(("measure", "here", "TinyMIM (paper)"), rows)
+    """A Markdown table of the results, how many images they are of, and the paper's numbers where it has any."""
+    found, paper = report["results"], report["paper"]
+    names = [name for name in found if not re.search(r"/images$|_[1-5]$", name)]
+    images = {name: found.get(re.sub(r"/.*", "/images", name)) for name in names}
+    columns = {
+        "measure": names,
+        "here": [f"{found[name]:.2f}" for name in names],
+        "images": [f"{count:,.0f}" if count else "" for count in images.values()],
+        "TinyMIM (paper)": [str(paper.get(name, "")) for name in names],
+    }
+    columns = {title: cells for title, cells in columns.items() if any(cells)}
+    results = markdown.table(list(columns), zip(*columns.values(), strict=True))
     notes = ["Percent."]
     if any(name.startswith("corruptions/") for name in report["results"]):
         notes = [

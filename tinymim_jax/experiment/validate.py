@@ -28,7 +28,7 @@ def check(config: Config) -> Config:
             if init.stage is not None and init.stage not in earlier:
                 raise InputError(
                     f"stages.{name}: takes weights from stage {init.stage!r}, which is not an earlier stage;"
-                    f" those are: {', '.join(earlier) or 'none'}"
+                    f" those are: {', '.join(earlier) or 'none'}; a folder or file is given as Init(path=...)"
                 )
             source = config.stages.get(init.stage)
             _check_replica(f"stages.{name}.{where}", where == "init", stage, init.replica, source)

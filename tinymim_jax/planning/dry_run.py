@@ -203,7 +203,7 @@ def _source_lines(cfg: Config, name: str, field: str, init: Init, workdir: Path)
 
 
 def _length(setup: StageSetup) -> str:
-    run, task = setup.stage.run, setup.stage.task.kind
+    run, task = setup.stage.run, setup.stage.task.summary()
     epochs = f"{run.epochs:g} epochs x {setup.steps_per_epoch} steps = " if run.epochs is not None else ""
     accum = setup.stage.optim.accum_steps
     parts = f" in {accum} micro-batches" if accum > 1 else ""

@@ -40,9 +40,9 @@ def _check_bounds(where: str, value: Any, bounds: dict[str, float]) -> None:
 
 
 def to_dict(value: Any) -> Any:
-    """A config (or any part of one) as plain JSON types."""
+    """A config (or any part of one) as plain JSON types; and what is no field, which `from_dict` refuses."""
     if dataclasses.is_dataclass(value):
-        return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {name: to_dict(v) for name, v in vars(value).items()}
     if isinstance(value, dict):
         return {k: to_dict(v) for k, v in value.items()}
     if isinstance(value, (tuple, list)):

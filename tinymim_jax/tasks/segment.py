@@ -46,20 +46,26 @@ class Segment(TaskConfig):
         return SegmentTask(self, context)
 
     def summary(self) -> str:
+        read = self.taps if self.reads_maps() else self.taps[-1:]
+        aux = f" beside {self.aux.kind}" if self.aux else ""
         return (
-            f"segmentation into {self.num_classes} classes by {self.head.kind}, blocks {', '.join(map(str, self.taps))}"
+            f"segmentation into {self.num_classes} classes by {self.head.kind}{aux}, blocks {', '.join(map(str, read))}"
         )
 
     def check(self, where: str, model: Encoder) -> None:
         if model.num_classes:
             raise InputError(f"{where}: segmentation has heads of its own; set model.num_classes=0")
-        if any(head.reads_pyramid for head in self.heads().values()):
+        if self.reads_maps():
             self.pyramid.check(f"{where}.pyramid", model)
             self.pyramid.check_blocks(f"{where}.taps", model, self.taps)
         elif list(self.taps) != sorted(set(self.taps)) or self.taps[-1] > model.depth:
             raise InputError(f"{where}.taps is {self.taps}; name blocks in order, of 1 to {model.depth}")
         for name, head in self.heads().items():
             head.check(f"{where}.{name}", model)
+
+    def reads_maps(self) -> bool:
+        """Whether any head reads the pyramid's maps."""
+        return any(head.reads_pyramid for head in self.heads().values())
 
     def heads(self) -> dict[str, SegmentHead]:
         """Those that there are, by field."""
@@ -80,7 +86,7 @@ class Decode(nn.Module):
     def __call__(self, taps: tuple[jax.Array, ...], train: bool) -> dict[str, jax.Array]:
         """Tokens of blocks, [B, g, g, D] each -> logits [B, h, w, C] of each head, float32."""
         heads = self.cfg.heads()
-        maps = self.pyramid(taps, train) if any(head.reads_pyramid for head in heads.values()) else taps
+        maps = self.pyramid(taps, train) if self.cfg.reads_maps() else taps
         return {name: getattr(self, name)(maps if head.reads_pyramid else taps, train) for name, head in heads.items()}
 
 
@@ -167,7 +173,7 @@ class SegmentTask(Task):
         for head in self.task.heads().values():
             channels = self.task.pyramid.channels(width) if head.reads_pyramid else width
             own += head.flops(grid, channels, self.task.num_classes)
-        if any(head.reads_pyramid for head in self.task.heads().values()):
+        if self.task.reads_maps():
             own += self.task.pyramid.flops(grid, width)
         return self.cfg.train_flops(block=self.task.taps[-1]) + 3 * own
 

@@ -95,8 +95,9 @@ def _differences(stage: Stage, field: str, init: Init, workdir: Path) -> list[st
 
 
 def classes_of(stage: Stage) -> tuple[str, ...] | None:
-    """The names of the labels that `stage` trains on, in their order; None without labels or names."""
-    return sources.open_source(stage.data).classes if stage.task.has_labels() else None
+    """The names of the labels, or of the classes of masks, that `stage` learns, in order; None without any."""
+    has_names = stage.task.has_labels() or stage.task.gives_pixels
+    return sources.open_source(stage.data).classes if has_names else None
 
 
 def rows_of(setup: StageSetup) -> pipeline.TrainRows | pipeline.ReplicaRows:
