@@ -71,7 +71,7 @@ def start(
     return running
 
 
-def finish(running: list[subprocess.Popen], timeout: float = 500) -> list[tuple[int, str, str]]:
+def finish(running: list[subprocess.Popen], timeout: float = 240) -> list[tuple[int, str, str]]:
     """(exit status, stdout, stderr) of each."""
     try:
         ended = [process.communicate(timeout=timeout) for process in running]

@@ -24,6 +24,7 @@ from tinymim_jax.data.pipeline import eval_batches
 from tinymim_jax.data.rows import EvalRows, ReplicaRows, TrainRows, epoch_order, image_rng
 from tinymim_jax.data.sources import open_source
 from tinymim_jax.experiment.config import Data
+from tinymim_jax.runtime import multihost
 from tinymim_jax.runtime import sharding as mesh_lib
 from tinymim_jax.runtime.errors import InputError, Unavailable
 from tinymim_jax.runtime.preemption import GO_ON, STOP, StopRequest
@@ -261,11 +262,22 @@ def test_errors_are_raised_at_the_call(mesh):
 
 def test_batch_must_divide_by_processes(mesh, monkeypatch):
     evaluation = Data("digits", image_size=6, transform="eval")
-    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    devices = np.array([types.SimpleNamespace(process_index=i) for i in range(3)])
+    of_three = types.SimpleNamespace(size=1, devices=devices)
     with pytest.raises(InputError, match="batch_size 8 is not a multiple of the 3 processes"):
-        eval_batches(evaluation, Numbered(8), batch_size=8, mesh=mesh)
+        eval_batches(evaluation, Numbered(8), batch_size=8, mesh=of_three)
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
     with pytest.raises(InputError, match="not a multiple"):
         train_batches(Data("digits"), Numbered(8), batch_size=8, seed=0, start=0, stop=1, mesh=mesh)
+
+
+def test_one_of_several_processes_reads_by_itself_for_its_own_devices(mesh, monkeypatch):
+    """As the report does, while the others are at their end."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost, "gather", lambda text: pytest.fail("it would wait for the others"))
+    data = Data("digits", image_size=6, transform="eval")
+    (batch,) = eval_batches(data, Numbered(8), batch_size=8, mesh=mesh)
+    assert np.asarray(batch["index"]).tolist() == list(range(8))
 
 
 def test_repeated_augmentation(mesh):

@@ -231,7 +231,7 @@ def test_check_finds_wrong_types_with_the_whole_path():
 def test_check_finds_what_a_config_file_sets_by_a_misspelt_name():
     cfg = Config("bad", {"a": make_stage()})
     cfg.stages["a"].optim.weigth_decay = 0.1
-    assert check_fails(cfg).startswith("config.stages.a.optim.weigth_decay: no such field; Optim has name, lr")
+    assert check_fails(cfg).startswith("config.stages.a.optim.weigth_decay: no such field; Optim has lr, ")
 
 
 def test_check_finds_stages_that_are_not_earlier():

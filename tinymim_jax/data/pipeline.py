@@ -69,11 +69,12 @@ def eval_batches(
 ) -> Iterator[dict[str, jax.Array]]:
     """Every record once, in order, as `train_batches`; the last batch is filled up with is_valid False, index -1.
 
-    What one of several processes cannot read is raised in all of them, behind the last batch.
+    What one of several processes cannot read is raised in all of them, behind the last batch. A mesh of one process's
+    devices is read by that process alone.
     """
     if data.transform != "eval":
         raise InputError(f"data.transform is {data.transform!r}, which is random; set it to 'eval' to evaluate")
-    rows = EvalRows(data, source, batch_size, jax.process_index(), jax.process_count(), fields)
+    rows = EvalRows(data, source, batch_size, *sharding.processes(mesh), fields)
     _check(rows, mesh)
     return _to_devices(rows, 0, -(-len(source) // batch_size), mesh)
 
@@ -104,7 +105,7 @@ def _to_devices(
     finally:
         batch = None
         host.close()
-    if request is None:
+    if request is None and rows.num_processes > 1:
         multihost.raise_everywhere(own.raise_failure)
 
 

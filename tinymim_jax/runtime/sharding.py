@@ -57,6 +57,12 @@ def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, int] | None:
     return {"xla_backend_optimization_level": 1} if mesh.devices.flat[0].platform == "cpu" else None
 
 
+def processes(mesh: jax.sharding.Mesh) -> tuple[int, int]:
+    """This process's number among those whose devices `mesh` has, and how many these are."""
+    found = sorted({device.process_index for device in mesh.devices.flat})
+    return found.index(jax.process_index()), len(found)
+
+
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     """Every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())
