@@ -249,7 +249,7 @@ def test_a_header_gives_command_cost_and_expectation(name):
 def test_the_plan_of_the_imagenet_chain(tmp_path):
     text = dry_run.describe_chain(load("imagenet/chain.py"), tmp_path)
     for line in (
-        "distill_b: distill, 300 epochs x 312 steps = 93600 steps of 4096 images",
+        "distill_b: relation distillation, student block 12, 300 epochs x 312 steps = 93600 steps of 4096 images",
         "optimiser: adamw, lr 0.0024 (0.00015 x 4096 / 256), warm-up 15 epochs, min lr 1e-05",
         "teacher mae_l: qk+vv relations of block 18 of 24, 16 heads",
         "teacher distill_b: qk+vv relations of block 12 of 12, 12 heads",

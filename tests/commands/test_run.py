@@ -67,7 +67,7 @@ def test_a_program_is_compiled_once_and_found_by_the_next_process(tmp_path):
 def test_a_dry_run_touches_nothing_and_names_its_default_workdir(config_file, tmp_path, capsys):
     before = sorted(tmp_path.rglob("*"))
     assert main(["run", f"--config={config_file}", "--dry_run", "--config.stages.mae.run.batch_size=20"]) == 0
-    assert "mae: mae, 4 steps of 20 images" in capsys.readouterr().out
+    assert "mae: MAE pre-training, 4 steps of 20 images" in capsys.readouterr().out
     assert [p for p in sorted(tmp_path.rglob("*")) if "__pycache__" not in str(p)] == before
 
 
