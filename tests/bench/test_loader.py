@@ -32,6 +32,7 @@ def tree(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_one_json_object(few, capsys):
     assert main(["bench", "loader", DIGITS, "--stage=mae_l", "--rounds=1", "--config.stages.mae_l.data.workers=1"]) == 0
     out, err = capsys.readouterr()

@@ -12,6 +12,7 @@ HEADS = 8  # of the stage
 CALL = ["bench", "relation", "--config=configs/digits/chain.py", "--stage=distill_t", "--batch_size=2", "--rounds=1"]
 
 
+@pytest.mark.slow
 def test_relation_prints_one_json_object(capsys, monkeypatch):
     monkeypatch.setattr(relation, "free_memory", lambda: 2 * 4 * HEADS * 6 * 600**2)  # of six maps at 600 tokens
     assert main([*CALL, "--tokens=17,577,1200"]) == 0

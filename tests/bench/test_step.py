@@ -13,6 +13,7 @@ from tinymim_jax.weights.parameters import flatten
 DIGITS = "--config=configs/digits/chain.py"
 
 
+@pytest.mark.slow
 def test_step_prints_one_json_object(capsys, monkeypatch):
     monkeypatch.setenv("MALLOC_ARENA_MAX", "8")
     assert main(["bench", "step", DIGITS, "--stage=distill_t", "--batch_size=4", "--rounds=1"]) == 0
@@ -30,6 +31,7 @@ def test_step_prints_one_json_object(capsys, monkeypatch):
     assert result["model_flops"] < result["xla_flops"] and result["peak_memory_bytes"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "teacher"), [(tiny_mae(), None), (tiny_distill(), tiny_mae().model), (tiny_classify(), None)]
 )

@@ -85,6 +85,7 @@ def test_an_image_that_could_not_be_read_is_nobodys_negative():
     np.testing.assert_allclose(found, alone, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_second_encoder_follows_the_first():
     """At once, then by 0.99, and at the end not at all; it learns nothing by itself."""
     task = stages.moco(total_steps=4)

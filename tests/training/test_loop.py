@@ -46,6 +46,7 @@ def stage():
 STOPS = {"mae": (1, 3), "distill": (2,), "finetune": (3,)}  # of one stage twice; at a step that is saved anyway
 
 
+@pytest.mark.slow
 def test_an_interrupted_chain_ends_like_an_uninterrupted_one(chain, mesh, tmp_path, stop_at):
     chain.stages["finetune"].optim.ema = 0.9
     chain.stages["mae"].run.eval_every = 1

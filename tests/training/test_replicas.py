@@ -108,7 +108,7 @@ def that_count(model):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("mae", "distill"))) for name in STAGES]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "distill")) for name in STAGES]
 )
 def test_a_replica_ends_like_the_single_run_with_its_seed(name, runs, mesh, tmp_path):
     folder = runs(name)

@@ -59,7 +59,8 @@ def close(folder, other):
         np.testing.assert_allclose(array, arrays[1][name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("per_call", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("per_call", [1, 2])
 def test_each_ends_like_its_single_run(per_call, tmp_path, capsys):
     cfg = study(steps_per_call=per_call, checkpoint_every=2, log_every=2)
     alone = run_chain(copy.deepcopy(cfg), tmp_path / "alone")
