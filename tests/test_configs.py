@@ -19,7 +19,7 @@ from PIL import Image
 
 from tinymim_jax.data.sources import open_source
 from tinymim_jax.experiment import recipes, study
-from tinymim_jax.experiment.config import Classification, Config, Data, Decoder, Distill, Knn, Mae, Segment
+from tinymim_jax.experiment.config import Classification, Config, Data, Decoder, Distill, Hiera, Knn, Mae, Segment
 from tinymim_jax.experiment.validate import check
 from tinymim_jax.planning import dry_run
 from tinymim_jax.runtime.errors import InputError
@@ -34,6 +34,8 @@ CHAINS = [
     "own.py:size=s,short,image_size=32",
     "cifar10/chain.py",
     "cifar10/chain.py:short",
+    "cifar10/hiera.py",
+    "cifar10/hiera.py:short",
     "cifar10/study.py",
     "cifar10/study.py:table=5,short",
     "cifar10/study.py:table=6,short",
@@ -49,6 +51,7 @@ CHAINS = [
     "digits/targets.py",
     "imagenet/chain.py",
     "imagenet/chain.py:code",
+    "imagenet/hiera.py",
     "imagenet/mae_lite.py",
     "imagenet/study.py:table=8",
     "imagenet/study.py:table=10",
@@ -58,9 +61,10 @@ CHAINS = [
 TO_RUN = [name for name in CHAINS if name not in (
     "cifar10/study.py", "cifar10/study.py:table=5,short", "cifar10/study.py:table=6,short", "imagenet/study.py:table=8",
     "imagenet/study.py:table=10", "ade20k/upernet.py:size=t_star", "cifar10/chain.py", "imagenet/chain.py:code",
-    "own.py:size=s,short,image_size=32", "cifar10/study.py:table=11,short",
+    "own.py:size=s,short,image_size=32", "cifar10/study.py:table=11,short", "cifar10/hiera.py",
 )]  # fmt: skip
 OPTIONS = [
+    "imagenet/hiera.py:row=finetune,size=small",
     "imagenet/tables.py:row=deit_t",
     "imagenet/tables.py:row=tinymim_star_t,teacher=x/finetune_b",
     "imagenet/transfer.py:sgd",
@@ -116,20 +120,24 @@ def shrink(stage, teacher_depth, blocks=2):
     def shallow(depth):
         return max(blocks, depth // 6)
 
-    depth = stage.model.depth
-    stage.model = dataclasses.replace(stage.model, width=WIDTH, depth=shallow(depth), image_size=16, patch_size=8)
+    depth, is_hiera = stage.model.depth, isinstance(stage.model, Hiera)
+    if is_hiera:  # four units
+        stage.model = dataclasses.replace(stage.model, width=8, stages=(1, 1, 2, 1), image_size=16, stride=1)
+    else:
+        stage.model = dataclasses.replace(stage.model, width=WIDTH, depth=shallow(depth), image_size=16, patch_size=8)
     if stage.model.num_classes:
         stage.model.num_classes = 10
     if isinstance(stage.task, Mae):
-        stage.task.decoder = Decoder(16, 1, 4)
+        stage.task.decoder = Decoder(16, 1, 4, posembed=stage.task.decoder.posembed)
     if isinstance(stage.task, Segment):
         taps = {"taps": (1, 2, 3, 4), "num_classes": 11, "head": dataclasses.replace(stage.task.head, width=8)}
         stage.task = dataclasses.replace(stage.task, **taps)
     if isinstance(stage.task, Distill):
         for target in stage.task.targets.values():
-            target.student_block = shrink_block(target.student_block, depth, shallow)
+            last = stage.model.depth
+            target.student_block = last if is_hiera else shrink_block(target.student_block, depth, shallow)
             if target.captures()[0].blocks:
-                target.teacher_block = shrink_block(target.teacher_block, teacher_depth, shallow)
+                target.teacher_block = last if is_hiera else shrink_block(target.teacher_block, teacher_depth, shallow)
     stage.data = shrink_data(stage.data)
     steps, replicas = 0 if stage.run.epochs == 0 else 2, min(stage.run.replicas, 2)
     short = {"epochs": None, "steps": steps, "steps_per_call": 1, "eval_every": 0, "replicas": replicas}

@@ -18,6 +18,7 @@ from tinymim_jax.experiment.config import (
     Fcn,
     Feature,
     Fpn,
+    Hiera,
     Init,
     Knn,
     LabelTeacher,
@@ -97,6 +98,7 @@ def full_config():
     segment.evals = {"val": Segmentation(dataclasses.replace(moco.data, transform="eval"), flip=True)}
     linear = make_stage(task=Segment(11, Linear()), model=ViT(8, 12, 2, **SIZE))
     uper = make_stage(task=Segment(11, UPer(4), pyramid=Pyramid(8)), model=ViT(8, 12, 2, **SIZE))
+    hiera = make_stage(model=Hiera(8, (1, 1, 1), image_size=8, stride=1, q_pool=2, num_classes=10))
     stages = {
         "mae": mae,
         "distill": distill,
@@ -105,5 +107,6 @@ def full_config():
         "segment": segment,
         "linear": linear,
         "uper": uper,
+        "hiera": hiera,
     }
     return Config("all", stages, Mesh(2, 4), {"T": Compare("val/top1", {"row": ("tuned",)})})

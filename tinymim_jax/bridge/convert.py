@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils.epath import Path
 
-from tinymim_jax.bridge import files, formats, layout
+from tinymim_jax.bridge import files, formats, hiera, layout
 from tinymim_jax.bridge.layout import Layout, Told
 from tinymim_jax.experiment import config, stage_file
 from tinymim_jax.models.contract import Encoder
@@ -46,8 +46,7 @@ class Converted:
         m, d = self.layout.model, self.layout.decoder
         text = [
             f"{self.source.path}: {self.layout.kind}",
-            f"model: width {m.width}, {m.depth} blocks, {m.image_size} px in patches of {m.patch_size},"
-            f" pool {m.pool}, {m.num_classes} classes, positions {m.posembed}",
+            f"model: {m.summary()}",
         ]
         if self.layout.task:
             text.append(self.layout.task.summary())
@@ -68,7 +67,8 @@ def read(path: Path, told: Told | None = None) -> Converted:
     told = told or Told()
     try:
         source = files.read(path, told.ema)
-        found = layout.understand(source, files.check_values(source, told.half), told)
+        arrays = files.check_values(source, told.half)
+        found = (hiera if hiera.is_one(source, arrays) else layout).understand(source, arrays, told)
         params = _to_ours(found)
         stats = params.pop("batch_stats", None)
         return Converted(source, found, params, {"batch_stats": stats} if stats else {})

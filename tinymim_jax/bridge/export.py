@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from etils.epath import Path
 
-from tinymim_jax.bridge import card, formats
+from tinymim_jax.bridge import card, formats, hiera_export
 from tinymim_jax.bridge.convert import names, new_folder, shapes
 from tinymim_jax.bridge.files import need, save_safetensors
 from tinymim_jax.bridge.hugging_face import to_hugging_face
@@ -102,7 +102,7 @@ def export(folder: Path, destination: Path, form: str, regroup_heads: bool = Fal
         raise InputError(f"--format={form} cannot hold {what} ({model.summary()}): {can}")
     weights = Weights(folder, regroup_heads)
     with new_folder(destination) as partial:
-        usage = FORMATS[form](weights, partial)
+        usage = BY_KIND[model.kind][form](weights, partial)
         (partial / "README.md").write_text(card.text(weights, usage, LIBRARY.get(form)))
     return sorted(destination.iterdir())
 
@@ -139,13 +139,9 @@ def to_timm(weights: Weights, folder: Path) -> str:
     return 'import timm\n\nmodel = timm.create_model("local-dir:PATH", pretrained=True)  # PATH: this folder'
 
 
-def to_mae(weights: Weights, folder: Path) -> str:
-    """checkpoint.pth in MAE's layout, {"model": state_dict}, with our own settings beside it.
-
-    Of a model that segments it is mmseg's, {"state_dict", "meta"}.
-    """
-    torch = need("torch", "torch", "this format")
-    settings = {
+def own_settings(weights: Weights) -> dict[str, Any]:
+    """What shapes do not say, for files that are read here again."""
+    return {
         "made_by": "tinymim_jax",
         "model": codec.to_dict(weights.model_as_read),
         "decoder": weights.decoder,
@@ -155,6 +151,14 @@ def to_mae(weights: Weights, folder: Path) -> str:
         "untrained": stage_file.read_untrained(weights.folder),
         "made_from": card.provenance(weights.folder),
     }
+
+
+def to_mae(weights: Weights, folder: Path) -> str:
+    """checkpoint.pth in MAE's layout, {"model": state_dict}, with our own settings beside it.
+
+    Of a model that segments it is mmseg's, {"state_dict", "meta"}.
+    """
+    torch, settings = need("torch", "torch", "this format"), own_settings(weights)
     state = {name: torch.from_numpy(array) for name, array in weights.arrays.items()}
     m = weights.model
     last = f", {m.last_block_heads} in the last block, which timm's class has not" if m.last_block_heads else ""
@@ -231,3 +235,4 @@ FORMATS: dict[str, Callable[[Weights, Path], str]] = {
     "mae": to_mae,
     "onnx": to_onnx,
 }
+BY_KIND = {"vit": FORMATS, "hiera": hiera_export.FORMATS}  # of the encoder

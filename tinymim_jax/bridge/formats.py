@@ -44,6 +44,8 @@ OURS_TO_MAE = (
     (rf"^{DECODER}mask_token$", "mask_token"),
     (rf"^{DECODER}", "decoder_"),
     (r"^encoder/patch_embed/", "patch_embed.proj."),
+    (r"\bshortcut/", "proj/"),
+    (r"^encoder/fuse(\d)/", lambda m: f"multi_scale_fusion_heads.{int(m[1]) - 1}."),
     (r"^encoder/neck_norm/", "conv1x1.0."),
     (r"^encoder/neck/", "conv1x1.1."),
     (r"^encoder/", ""),
@@ -168,7 +170,7 @@ def from_mae(ours: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray
 
 def to_mae(ours: str, array: np.ndarray) -> np.ndarray:
     """The inverse of `from_mae`."""
-    if ours == "encoder/patch_embed/kernel":
+    if ours == "encoder/patch_embed/kernel" and array.ndim == 2:
         side = round((len(array) / 3) ** 0.5)
         array = array.reshape(side, side, 3, -1)
     if "/qkv/" in ours:

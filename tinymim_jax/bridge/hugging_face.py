@@ -47,7 +47,7 @@ def to_hugging_face(weights: "Weights", folder: Path) -> str:
         settings["label2id"] = {label: int(i) for i, label in settings["id2label"].items()}
     save_safetensors(arrays, folder / "model.safetensors")
     write_json(folder / "config.json", settings)
-    write_json(folder / "preprocessor_config.json", _processor(weights))
+    write_json(folder / "preprocessor_config.json", processor(weights))
     argument = ", add_pooling_layer=False" if name == "ViTModel" else ""
     return f'from transformers import {name}\n\nmodel = {name}.from_pretrained("PATH"{argument})  # PATH: this folder'
 
@@ -115,7 +115,7 @@ def _beit_arrays(weights: "Weights", prefix: str) -> dict[str, np.ndarray]:
     return {name: array for name, array in arrays.items() if not name.endswith(".key.bias")}
 
 
-def _processor(weights: "Weights") -> dict[str, Any]:
+def processor(weights: "Weights") -> dict[str, Any]:
     """preprocessor_config.json, of the class of transformers that resizes and crops as our evaluation does.
 
     One that segments sees a whole image at once there, squashed.

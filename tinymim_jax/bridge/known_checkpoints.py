@@ -27,6 +27,7 @@ LICENCES = {  # by how the kind begins, the first that fits
     "MAE or TinyMIM": "CC-BY-NC 4.0 if the weights come from facebookresearch/mae; OliverRensu/TinyMIM states none",
     "MAE": "CC-BY-NC 4.0 if these are the weights of facebookresearch/mae",
     "TinyMIM": "the repository OliverRensu/TinyMIM states none; its code derives from MAE, CC-BY-NC 4.0",
+    "Hiera": "CC-BY-NC 4.0 if these are the weights of facebookresearch/hiera, Apache-2.0 if wangsr126/MAE-Lite's",
     "DeiT": "Apache-2.0 if these are the weights of facebookresearch/deit",
     "": "not stated in the file; see where it came from",
 }

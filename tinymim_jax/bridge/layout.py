@@ -30,7 +30,7 @@ class Layout:
     """A checkpoint understood: `arrays` by MAE's names, and the model that they are."""
 
     kind: str
-    model: ViT
+    model: Any
     decoder: Decoder | None
     norm_pix_loss: bool | None
     arrays: Arrays

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tinymim_jax.bridge import hiera_reference
 from tinymim_jax.bridge.convert import Converted
 from tinymim_jax.bridge.files import need
 from tinymim_jax.bridge.layout import Layout
@@ -19,6 +20,7 @@ from tinymim_jax.tasks.contract import Context
 
 PARTS = {"tokens": "out", "q": "q", "k": "k", "v": "v"}  # of a block -> of its trace
 LIMIT = 1e-4  # relative, in float32
+REFERENCES = {"hiera": hiera_reference.run}  # by kind of encoder, where it is not `_reference`
 Tensors = dict[str, np.ndarray]  # "block 1 q", ..., "logits", "reconstruction"
 
 
@@ -40,7 +42,7 @@ def verify(converted: Converted) -> list[Difference]:
     model = converted.layout.model
     rng = np.random.default_rng(0)
     images = rng.normal(size=(2, model.image_size, model.image_size, 3)).astype(np.float32)
-    noise = rng.uniform(size=(2, (model.image_size // model.patch_size) ** 2)).astype(np.float32)
+    noise = rng.uniform(size=(2, (model.grid // model.unit) ** 2)).astype(np.float32)
     need("torch", "verify", "--verify")
     if converted.layout.task is not None and converted.source.format != "huggingface":
         raise InputError(
@@ -48,6 +50,7 @@ def verify(converted: Converted) -> list[Difference]:
             " convert the exported folder with --verify"
         )
     run = _hugging_face if converted.source.format == "huggingface" else _reference
+    run = REFERENCES.get(model.kind, run)
     theirs = run(converted, images, noise)
     ours = _ours(converted, images, noise)
     if odd := {name for name in theirs.keys() ^ ours.keys() if name.startswith("block")}:

@@ -17,7 +17,8 @@ USAGE = """python -m tinymim_jax convert SRC DST [--verify] [--num_heads=N] ...
 
   SRC  a .pth or .safetensors file, an index of shards (*.index.json), or a Hugging Face or timm folder: MAE, TinyMIM,
        MAE-Lite, DeiT, timm's ViT, ViTMAEForPreTraining, ViTMAEModel, ViTModel, ViTForImageClassification, BEiT's
-       classes, UPerNet behind BEiT, TinyMIM or MAE (mmseg's files, or Hugging Face's)
+       classes, UPerNet behind BEiT, TinyMIM or MAE (mmseg's files, or Hugging Face's), Hiera (Meta's and MAE-Lite's
+       files, Hugging Face's or timm's)
   DST  a new folder
 """
 TOLD = {  # what shapes do not say: the fields of `bridge.layout.Told`

@@ -39,7 +39,9 @@ class Spans(Evaluator):
     def __init__(self, cfg: AttentionSpan, context: Context):
         self.cfg, self.passes = cfg, {"data": cfg.batches(context)}
         self.viewer, model = viewers(cfg.data, context)[""], context.model
-        self.seen = int(model.grid**2 * (1 - cfg.mask_ratio))
+        if odd := [i for i in range(1, model.depth + 1) if model.grid_of(i) != model.grid]:
+            raise InputError(f"attention: block {odd[0]} of {model.kind!r} is not between all patches; leave it out")
+        self.seen = model.visible(cfg.mask_ratio)
         if cfg.mask_ratio and (model.mask_unit != model.patch_size or not self.seen):
             raise InputError(
                 f"attention: the model cannot see {1 - cfg.mask_ratio:g} of its patches; set mask_ratio to 0"

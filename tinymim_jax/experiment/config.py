@@ -22,7 +22,7 @@ from tinymim_jax.evals import (
     Segmentation,
     Spectrum,
 )
-from tinymim_jax.models import MODELS, ViT
+from tinymim_jax.models import MODELS, Hiera, ViT
 from tinymim_jax.models.mae import Decoder
 from tinymim_jax.models.pyramid import Pyramid
 from tinymim_jax.models.segment_heads import Fcn, Fpn, Linear, UPer
@@ -35,9 +35,9 @@ from tinymim_jax.weights.handoff import Init
 
 __all__ = [
     "AttentionLogits", "AttentionSpan", "Cka", "ClassToken", "Classification", "Classify", "Compare", "Config",
-    "Corruptions", "Data", "Decoder", "Distill", "Fcn", "Feature", "Fpn", "Init", "Knn", "LabelTeacher", "Linear",
-    "Logistic", "Mae", "Masks", "Mesh", "Moco", "NearestImages", "Optim", "Pyramid", "Reconstruction", "Relation",
-    "RelationAgreement", "Run", "Segment", "Segmentation", "Spectrum", "Stage", "UPer", "ViT",
+    "Corruptions", "Data", "Decoder", "Distill", "Fcn", "Feature", "Fpn", "Hiera", "Init", "Knn", "LabelTeacher",
+    "Linear", "Logistic", "Mae", "Masks", "Mesh", "Moco", "NearestImages", "Optim", "Pyramid", "Reconstruction",
+    "Relation", "RelationAgreement", "Run", "Segment", "Segmentation", "Spectrum", "Stage", "UPer", "ViT",
 ]  # fmt: skip
 
 Model, Task, Eval = (Union[tuple(kinds.values())] for kinds in (MODELS, TASKS, EVALS))  # noqa: UP007

@@ -140,6 +140,9 @@ def _parsed(folder: Path) -> tuple[int, dict[str, Any]]:
         raise InputError(f"{folder} is not the folder of a stage: {advice}")
     try:
         content = json.loads(file.read_text())
+        for holder in (content.get("stage"), content.get("converted")):
+            if holder is not None:
+                holder["model"].setdefault("kind", "vit")  # once there were no others
         made = content.get("format", FORMAT if "converted" in content else 1)
         if made > FORMAT:
             raise InputError(

@@ -67,6 +67,7 @@ class Encoder(abc.ABC):
 
     kind: str
     depth: int  # blocks
+    last_block_heads: Any = None  # H of the last block, if it differs from that of the others
     image_size: int  # pixels a side
     num_classes: int  # 0: no head
     dtype: str  # of the computation
@@ -152,6 +153,19 @@ class Encoder(abc.ABC):
     def mask_unit(self) -> int | None:
         """Pixels a side of what a mask hides (`keep` takes indices of such units); None: it cannot be masked."""
         return None
+
+    @property
+    def unit(self) -> int:
+        """Patches a side of what a mask hides."""
+        return (self.mask_unit or self.patch_size) // self.patch_size
+
+    def visible(self, mask_ratio: float) -> int:
+        """Patches of an image that a mask leaves over."""
+        return int((self.grid // self.unit) ** 2 * (1 - mask_ratio)) * self.unit**2
+
+    def grid_of(self, block: int) -> int | None:
+        """Tokens a side that q, k and v of `block` are of; None: they are of windows, or not equally many."""
+        return self.grid
 
     def check_masked(self, where: str) -> None:
         """Raises InputError if it cannot be trained on the patches that a mask leaves over."""

@@ -191,22 +191,22 @@ class Block(nn.Module):
 
 def run_blocks(
     parent: nn.Module, blocks: Sequence[Block], x: jax.Array, drop_path: Sequence[float] | None = None, *,
-    remat: bool = False, capture: Collection[int] = (),
+    remat: bool = False, capture: Collection[int] = (), first: int = 1,
 ) -> tuple[jax.Array, dict[int, BlockTrace]]:  # fmt: skip
-    """[B, N, D] through modules without a parent, as `block1`, ... of `parent`; and the traces of those captured.
+    """[B, N, D] through modules without a parent, as `block<first>`, ... of `parent`; and the traces of those captured.
 
     Unlike plain children, equal blocks are initialised at once, and those that are not captured are traced once and,
     on a CPU, compiled once. `drop_path` are the blocks' rates.
     """
-    names = [f"block{i}" for i in range(1, len(blocks) + 1)]
+    names = [f"block{i}" for i in range(first, first + len(blocks))]
     if parent.is_initializing():
         _init_blocks(parent, dict(zip(names, blocks, strict=True)), x)
     rates = drop_path or [0.0] * len(blocks)
     keys = jax.random.split(parent.make_rng("drop_path"), len(blocks)) if any(rates) else None
     trace = {}
-    for i, (name, block, rate) in enumerate(zip(names, blocks, rates, strict=True), 1):
+    for i, (name, block, rate) in enumerate(zip(names, blocks, rates, strict=True), first):
         params = parent.get_variable("params", name)
-        drop = (jnp.float32(rate), keys[i - 1]) if rate else None
+        drop = (jnp.float32(rate), keys[i - first]) if rate else None
         if i in capture:
             x, trace[i] = _apply(block, remat, params, x, drop)
         else:

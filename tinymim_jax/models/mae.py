@@ -1,10 +1,12 @@
 """What a masked auto-encoder has beside its encoder: masks and a small decoder (He et al. 2022, models_mae.py)."""
 
 import dataclasses
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tinymim_jax.models import attention, layers, posembed
 from tinymim_jax.models.contract import Encoder
@@ -20,6 +22,12 @@ class Decoder:
     depth: int = ranged(8, at_least=1)
     num_heads: int = ranged(16, at_least=1)
     mlp_ratio: float = ranged(4.0, above=0)  # hidden width of the MLP over the decoder's
+    posembed: Literal["fixed", "trainable"] = "fixed"  # sin-cos table | learnt from random numbers
+
+    @property
+    def fixed(self) -> tuple[str, ...]:
+        """Regexes of parameters that are never trained."""
+        return ("pos_embed",) if self.posembed == "fixed" else ()
 
     @property
     def hidden(self) -> int:
@@ -56,7 +64,9 @@ class PixelDecoder(nn.Module):
         dtype, front, eps = jnp.dtype(encoder.dtype), encoder.num_prefix, encoder.layer_norm_eps
         b, num_patches = restore.shape
         grid = round(num_patches**0.5)
-        pos = self.param("pos_embed", lambda _: jnp.asarray(posembed.sincos(grid, width, front))).astype(dtype)
+        table = posembed.sincos(grid, width, front)
+        start = layers.normal if cfg.posembed == "trainable" else lambda *_: jnp.asarray(table)
+        pos = self.param("pos_embed", start, table.shape).astype(dtype)
         mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, width)).astype(dtype)
         x = nn.Dense(width, kernel_init=layers.xavier, dtype=dtype, name="embed")(tokens)
         masks = jnp.broadcast_to(mask_token, (b, num_patches - (x.shape[1] - front), width))
@@ -69,15 +79,24 @@ class PixelDecoder(nn.Module):
         return pred.astype(jnp.float32)
 
 
-def mask_by_noise(noise: jax.Array, mask_ratio: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """noise [B, L] -> keep [B, K] (K = int(L (1 - ratio))), restore [B, L], is_masked [B, L] bool.
+def draw_mask(rng: jax.Array, images: int, encoder: Encoder, mask_ratio: float) -> tuple[jax.Array, ...]:
+    """`mask_by_noise` of uniform noise for so many images."""
+    noise = jax.random.uniform(rng, (images, (encoder.grid // encoder.unit) ** 2))
+    return mask_by_noise(noise, mask_ratio, encoder.unit)
 
-    The patches with the smallest noise are kept.
+
+def mask_by_noise(noise: jax.Array, mask_ratio: float, unit: int = 1) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """noise [B, U] -> keep [B, K] (K = int(U (1 - ratio))), restore [B, L], is_masked [B, L] bool.
+
+    The units with the smallest noise are kept; the patches of each, `unit` a side, stand together behind each other.
     """
     num_keep = int(noise.shape[1] * (1 - mask_ratio))
     shuffle = jnp.argsort(noise, axis=1)
     restore = jnp.argsort(shuffle, axis=1)
-    return shuffle[:, :num_keep], restore, restore >= num_keep
+    if unit > 1:
+        grid, inside = round(noise.shape[1] ** 0.5), np.arange(unit**2).reshape(unit, 1, unit)
+        restore = (unit**2 * restore.reshape(-1, grid, 1, grid, 1) + inside).reshape(len(noise), -1)
+    return shuffle[:, :num_keep], restore, restore >= num_keep * unit**2
 
 
 @jax.custom_vjp

@@ -11,7 +11,7 @@ import numpy as np
 
 from tinymim_jax.data.device_augment import color_jitter, normalize, to_float
 from tinymim_jax.models.contract import Encoder, Outputs
-from tinymim_jax.models.mae import mask_by_noise
+from tinymim_jax.models.mae import draw_mask
 from tinymim_jax.objectives.metrics import Mean
 from tinymim_jax.runtime.codec import check_name, ranged
 from tinymim_jax.runtime.errors import InputError
@@ -56,7 +56,7 @@ class Distill(TaskConfig):
         return f"{', '.join(self.targets)} distillation, student block {', '.join(map(str, blocks))}{hidden}"
 
     def check(self, where: str, model: Encoder) -> None:
-        if self.mask_ratio and int(model.grid**2 * (1 - self.mask_ratio)) < 1:
+        if self.mask_ratio and not model.visible(self.mask_ratio):
             raise InputError(f"{where}.mask_ratio {self.mask_ratio} hides all {model.grid**2} patches; lower it")
         if not any(target.captures()[0].blocks for target in self.targets.values()):
             raise InputError(f"{where}.targets: none reads the teacher; name what of it the student is to match")
@@ -143,8 +143,7 @@ class DistillTask(Task):
         clean, jittered = self._views(batch, rngs["augment"] if train else None)
         seen, mask = {}, (None, None)  # encoders that cannot be masked take no `keep`
         if self.task.mask_ratio and masked:
-            noise = jax.random.uniform(rngs["mask"], (len(clean), self.cfg.grid**2))
-            seen["keep"], *mask = mask_by_noise(noise, self.task.mask_ratio)
+            seen["keep"], *mask = draw_mask(rngs["mask"], len(clean), self.cfg, self.task.mask_ratio)
         teacher = batch.get(TEACHER_PASS)
         if teacher is None:
             drop_rng = jax.random.fold_in(rngs["drop_path"], TEACHER)
@@ -188,7 +187,7 @@ class DistillTask(Task):
         teacher, student = (
             {"block": captures.blocks[-1], "part": captures.part} for captures in (self.of_teacher, self.of_student)
         )
-        seen = int(self.cfg.grid**2 * (1 - self.task.mask_ratio))
+        seen = self.cfg.visible(self.task.mask_ratio)
         passes = self.teacher_cfg.forward_flops(seen, **teacher) + self.cfg.train_flops(seen, **student)
         return passes + sum(target.flops(seen) for target in self.targets.values())
 

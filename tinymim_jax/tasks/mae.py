@@ -15,6 +15,7 @@ from tinymim_jax.objectives.metrics import Mean
 from tinymim_jax.runtime.codec import ranged
 from tinymim_jax.tasks.contract import Aux, Batch, Context, Frozen, Panels, Params, Rngs, Task, TaskConfig, Variables
 from tinymim_jax.tasks.pictures import NOT_PREDICTED, restored
+from tinymim_jax.weights.parameters import matches
 
 
 @dataclasses.dataclass
@@ -48,15 +49,16 @@ class MaeTask(Task):
         self.task, self.decoder = cfg, cfg.decoder.build(context.model)
 
     def is_untrained(self, name: str) -> bool:
-        return name == "pretext/decoder/pos_embed" or super().is_untrained(name)
+        fixed = [f"pretext/decoder/{own}" for own in self.task.decoder.fixed]
+        return matches(fixed, name) or super().is_untrained(name)
 
     def _noise(self, rng: jax.Array, batch: Batch) -> jax.Array:
-        return jax.random.uniform(rng, (len(batch["image"]), self.cfg.grid**2))
+        return jax.random.uniform(rng, (len(batch["image"]), (self.cfg.grid // self.cfg.unit) ** 2))
 
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Variables, Frozen]:
         encoder_rng, decoder_rng = jax.random.split(rng)
         images = self.images(batch)
-        keep, restore, _ = mask_by_noise(self._noise(rng, batch), self.task.mask_ratio)
+        keep, restore, _ = mask_by_noise(self._noise(rng, batch), self.task.mask_ratio, self.cfg.unit)
         out, encoder = self.model.init_with_output(encoder_rng, images, keep=keep)
         decoder = self.decoder.init(decoder_rng, out.tokens, restore)
         return {"params": {"encoder": encoder["params"], "pretext": {"decoder": decoder["params"]}}}, {}
@@ -64,8 +66,8 @@ class MaeTask(Task):
     def reconstruct(
         self, params: Params, images: jax.Array, noise: jax.Array, **train: Any
     ) -> tuple[jax.Array, jax.Array]:
-        """Normalised images and noise [B, L] -> pred [B, L, P] of every patch; is_masked [B, L], True where hidden."""
-        keep, restore, is_masked = mask_by_noise(noise, self.task.mask_ratio)
+        """Normalised images and noise [B, U] -> pred [B, L, P] of every patch; is_masked [B, L], True where hidden."""
+        keep, restore, is_masked = mask_by_noise(noise, self.task.mask_ratio, self.cfg.unit)
         tokens = self.model.apply({"params": params["encoder"]}, images, keep=keep, **train).tokens
         return self.decoder.apply({"params": params["pretext"]["decoder"]}, tokens, restore), is_masked
 
@@ -80,7 +82,7 @@ class MaeTask(Task):
         return loss.value(), Aux({"loss": loss}, model_state)
 
     def flops_per_image(self) -> float:
-        visible = int(self.cfg.grid**2 * (1 - self.task.mask_ratio))
+        visible = self.cfg.visible(self.task.mask_ratio)
         return self.cfg.train_flops(visible) + 3 * self.task.decoder.flops(self.cfg, visible)
 
     def panels(self, variables: Variables, frozen: Frozen, batch: Batch, rngs: Rngs) -> Panels:

@@ -55,14 +55,21 @@ class TargetLoss(abc.ABC):
     def __init__(self, cfg: Any, teacher: Encoder, student: Encoder):
         self.cfg, self.teacher, self.student = cfg, teacher, student
 
-    def check_tokens(self, where: str) -> None:
-        """Raises InputError if a token of one has no counterpart in the other."""
-        theirs, own = ((model.num_prefix, model.grid) for model in (self.teacher, self.student))
+    def check_tokens(self, where: str, front: bool = True) -> None:
+        """Raises InputError if a token of one has no counterpart in the other; without `front`, a patch's."""
+        theirs, own = ((front * model.num_prefix, model.grid) for model in (self.teacher, self.student))
         if theirs != own:
             raise InputError(
                 f"{where}: teacher and student differ in their tokens, so no token has a counterpart: the teacher has"
                 f" {theirs[0]} in front of a grid of side {theirs[1]}, the student {own[0]} and {own[1]}"
             )
+        sides = (self.teacher, self.cfg.teacher_block), (self.student, self.cfg.student_block)
+        for who, (model, block) in zip(("teacher", "student"), sides, strict=True):
+            if model.grid_of(block) != model.grid:
+                raise InputError(
+                    f"{where}: block {block} of the {who} attends within windows, or to finer tokens than it puts out;"
+                    " choose a later one"
+                )
 
     def init(self, rng: jax.Array) -> Any:
         """Its own parameters, which lie under pretext/<its name>; {} if it has none."""

@@ -43,14 +43,12 @@ class Reconstruction(Target):
 class ReconstructionLoss(TargetLoss):
     """`Reconstruction` by one student; its parameters are the decoder's."""
 
-    fixed = ("pos_embed",)
-
     def __init__(self, cfg: Reconstruction, where: str, teacher: Encoder, student: Encoder):
         super().__init__(cfg, teacher, student)
-        if student.mask_unit != student.patch_size:
-            raise InputError(f"{where}: a decoder restores single patches, and this encoder's cannot be masked")
+        if student.mask_unit is None:
+            raise InputError(f"{where}: a decoder restores hidden patches, and this encoder's cannot be masked")
         cfg.decoder.check(f"{where}.decoder", student)
-        self.decoder = cfg.decoder.build(student)
+        self.decoder, self.fixed = cfg.decoder.build(student), cfg.decoder.fixed
 
     def init(self, rng: jax.Array) -> Any:
         patches, width = self.student.grid**2, self.student.width_of(self.cfg.student_block)

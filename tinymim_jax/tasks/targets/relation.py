@@ -56,7 +56,7 @@ class RelationLoss(TargetLoss):
             raise InputError(
                 "relations are between CLS and patches; a model with a distillation token has no part in them"
             )
-        self.check_tokens(where)
+        self.check_tokens(where, cfg.cls)
         self._check_heads(where)
 
     def _check_heads(self, where: str) -> None:
@@ -113,15 +113,15 @@ class RelationLoss(TargetLoss):
 
     def maps(self, params: Any, teacher: Pass, student: Pass, query: int) -> dict[str, tuple[jax.Array, jax.Array]]:
         """A row of each relation, mean over heads."""
-        front = 0 if self.cfg.cls else self.student.num_prefix
+        fronts = [0 if self.cfg.cls else model.num_prefix for model in (self.teacher, self.student)]
 
-        def row(related: tuple[jax.Array, jax.Array]) -> jax.Array:
-            of_query = relations.relation(*related).mean(axis=1)[:, query - front]
+        def row(related: tuple[jax.Array, jax.Array], front: int) -> jax.Array:
+            of_query = relations.relation(*related).mean(axis=1)[:, query - fronts[1]]
             return jnp.pad(of_query, ((0, 0), (front, 0)))
 
         pairs = self.pairs(teacher, student)
         how = "" if self.cfg.softmax else ", softmaxed here"
-        return {f"{name.upper()}{how}": (row(theirs), row(own)) for name, (theirs, own) in pairs.items()}
+        return {f"{name.upper()}{how}": tuple(map(row, both, fronts)) for name, both in pairs.items()}
 
     def sides(self, teacher: Encoder) -> tuple[str, str]:
         cfg, trained = self.cfg, teacher.heads_of(self.cfg.teacher_block)
