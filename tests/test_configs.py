@@ -62,6 +62,7 @@ TO_RUN = [name for name in CHAINS if name not in (
     "cifar10/study.py", "cifar10/study.py:table=5,short", "cifar10/study.py:table=6,short", "imagenet/study.py:table=8",
     "imagenet/study.py:table=10", "ade20k/upernet.py:size=t_star", "cifar10/chain.py", "imagenet/chain.py:code",
     "own.py:size=s,short,image_size=32", "cifar10/study.py:table=11,short", "cifar10/hiera.py",
+    "imagenet/hiera.py",
 )]  # fmt: skip
 OPTIONS = [
     "imagenet/hiera.py:row=finetune,size=small",

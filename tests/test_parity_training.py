@@ -207,6 +207,7 @@ def that_count(params: dict[str, Any], kind: str) -> dict[str, np.ndarray]:
     return {key: p[[0, 2]] if key.endswith("/qkv/bias") else p for key, p in trained.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_of_fifty_steps(kind):
     first, last = (np.mean(runs(kind)[0].losses[part]) for part in (slice(10), slice(-10, None)))

@@ -254,6 +254,7 @@ class Together(nn.Module):
         return layers.run_blocks(self, blocks, x, drop_path, remat=self.remat, capture=capture)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", [False, True])
 def test_blocks_run_together_are_what_they_are_apart(remat):
     x, heads = normal(2, 5, 12), (4, 4, 2, 4)

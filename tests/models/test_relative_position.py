@@ -66,6 +66,7 @@ def test_a_bias_and_its_gradient_against_torch(route):
         reference.close(gradient, tensor.grad.numpy(), 1e-5)
 
 
+@pytest.mark.slow
 def test_a_block_adds_its_table_to_its_logits():
     """Tables of zeros change nothing; others, what is attended to."""
     params = reference.random_params(RELATIVE.build().init, pictures())

@@ -268,6 +268,7 @@ def test_text_can_be_read_in_both_themes():
                 assert (high + 0.05) / (low + 0.05) >= 4.5, (ground, ink)
 
 
+@pytest.mark.slow
 def test_charts_without_room_are_named_and_the_page_stays_small(work):
     run = workdir.read(work)
     found = page.find([run], {})

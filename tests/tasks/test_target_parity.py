@@ -132,6 +132,7 @@ def test_products_are_compared_in_blocks_of_rows(rows):
     np.testing.assert_allclose(relation_mse(t, s, rows), relation_mse(t, s), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
 def test_reconstruction_and_its_gradients(norm_pix_loss):
     """Of a decoder of one block, on 4 of 16 patches."""

@@ -168,6 +168,7 @@ def test_an_update_that_is_not_finite_is_left_out(stage, mesh, tmp_path, monkeyp
     assert any(jax.tree.leaves(changed))
 
 
+@pytest.mark.slow
 def test_updates_are_left_out_up_to_a_bound(stage, mesh, tmp_path, monkeypatch):
     poison(monkeypatch, jnp.arange(40))
     stage.run.on_nan, stage.run.max_skipped = "skip", 2
@@ -245,6 +246,7 @@ def test_without_a_whole_checkpoint_the_user_decides(stage, mesh, tmp_path, stop
     assert checkpoint.steps(tmp_path / "mae") == [1]
 
 
+@pytest.mark.slow
 def test_labels_beyond_the_head_stop_the_run(chain, mesh, tmp_path):
     stage = chain.stages["finetune"]
     stage.init, stage.model.num_classes = None, 4

@@ -47,6 +47,7 @@ def test_a_step_writes_its_state_where_the_one_before_lay(chain, mesh, per_call)
     assert compiled.memory_analysis().alias_size_in_bytes == sum(x.nbytes for x in jax.tree.leaves(state))
 
 
+@pytest.mark.slow
 def test_accumulation_gives_the_gradient_of_the_whole_batch(chain):
     stage = plain_classify(chain)
     batch = batch_of(stage)
@@ -92,6 +93,7 @@ def test_ema_follows_the_weights(chain):
     assert one_step(plain_classify(chain, ema=None), batch_of(stage))[0].ema == {}
 
 
+@pytest.mark.slow
 def test_frozen_and_untrained_parameters_keep_their_values(chain, mesh, tmp_path):
     chain.stages["mae"].optim.freeze = ("encoder/block1/.*",)
     stage = chain.stages["mae"]
