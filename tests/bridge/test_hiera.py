@@ -71,6 +71,7 @@ def test_there_and_back(theirs, tmp_path, capsys):
         assert stage_file.read(tmp_path / "ours")["classes"] == list("abcde")
     assert main(["export", str(tmp_path / "ours"), str(tmp_path / "meta"), "--format=mae"]) == 0
     assert main(["convert", str(tmp_path / "meta" / "checkpoint.pth"), str(tmp_path / "again"), "--verify"]) == 0
+    assert convert.read(tmp_path / "meta" / "checkpoint.pth").layout.made_from
     first, second = (flatten(convert.read(path).params) for path in (folder, tmp_path / "meta" / "checkpoint.pth"))
     assert first.keys() == second.keys()
     for name, array in first.items():
@@ -146,9 +147,10 @@ def test_a_part_of_a_model_and_several_are_refused(tmp_path):
     HieraForImageClassification(HieraConfig(**SIZES, num_labels=5)).save_pretrained(tmp_path)
     state = metas(tmp_path)
     cases = {
-        "pos_embed or the blocks are missing": {name: a for name, a in state.items() if name != "pos_embed"},
+        "or of odd shapes": {name: a for name, a in state.items() if name != "pos_embed"},
         "several models": {f"{one}.{name}": a for one in "ab" for name, a in state.items()},
         "there is no blocks.2.mlp.fc1.bias": {n: a for n, a in state.items() if n != "blocks.2.mlp.fc1.bias"},
+        "patch_embed, pos_embed or the blocks are missing": {**state, "pos_embed": torch.zeros(3)},
         "extra has no place in a Hiera, classifier checkpoint": {**state, "extra": torch.zeros(3)},
     }
     for message, arrays in cases.items():

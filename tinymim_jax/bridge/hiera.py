@@ -11,7 +11,7 @@ import numpy as np
 from tinymim_jax.bridge import key_names, known_checkpoints, stated
 from tinymim_jax.bridge.files import Source, printable
 from tinymim_jax.bridge.known_checkpoints import Told
-from tinymim_jax.bridge.layout import Layout
+from tinymim_jax.bridge.layout import Layout, strings
 from tinymim_jax.experiment.config import Decoder, Hiera
 from tinymim_jax.models.hiera_blocks import UNIT
 from tinymim_jax.runtime.codec import from_dict, to_dict
@@ -61,12 +61,13 @@ def understand(source: Source, arrays: Arrays, told: Told) -> Layout:
     arrays = {re.sub(r"^(encoder_norm|head\.projection)\.", _own, name): array for name, array in arrays.items()}
     arrays |= {name: _channels_last(array) for name, array in arrays.items() if name.startswith(PRED)}
     norm_pix = bool(source.settings.get("normalize_pixel_loss", True)) if decoder else None
-    settings = source.settings.get("made_by") == "tinymim_jax" and source.settings
-    kind = known_checkpoints.OWN if settings else _kind(source, model, decoder)
+    own = source.settings if source.settings.get("made_by") == "tinymim_jax" else {}
+    kind = known_checkpoints.OWN if own else _kind(source, model, decoder)
+    untrained = tuple(re.escape(key) for key in strings(own, "untrained"))
     preprocessing, is_stated = stated.preprocessing(source, model.image_size, told, notes)
     return Layout(
-        kind, model, decoder, norm_pix, arrays, {**source.beside, **ignored}, notes, (),
-        known_checkpoints.licence(kind), preprocessing, is_stated, [],
+        kind, model, decoder, norm_pix, arrays, {**source.beside, **ignored}, notes, untrained,
+        known_checkpoints.licence(kind), preprocessing, is_stated, strings(own, "made_from"),
         stated.classes(source, model.num_classes, notes),
     )  # fmt: skip
 
@@ -86,7 +87,9 @@ def _kind(source: Source, model: Hiera, decoder: Decoder | None) -> str:
 
 def _channels_last(array: np.ndarray) -> np.ndarray:
     """Rows of the decoder's last layer, pixels (channel, row, column), as ours, (row, column, channel)."""
-    side = math.isqrt(len(array) // 3)
+    side = math.isqrt(array.size and len(array) // 3)
+    if array.ndim not in (1, 2) or len(array) != 3 * side**2:
+        raise InputError(f"decoder_pred has shape {list(array.shape)}, which is of no square patches in three colours")
     return np.moveaxis(array.reshape(3, side, side, *array.shape[1:]), 0, 2).reshape(array.shape)
 
 
@@ -188,7 +191,7 @@ def _decoder(arrays: Arrays, source: Source, told: Told, notes: list[str]) -> De
         return None
     if source.settings.get("made_by") == "tinymim_jax":
         return from_dict(Decoder, source.settings.get("decoder"), "tinymim_jax.decoder")
-    width, depth = len(arrays["decoder_embed.weight"]), key_names.depth(arrays, "decoder_blocks")
+    width, depth = next(iter(arrays["decoder_embed.weight"].shape), 0), key_names.depth(arrays, "decoder_blocks")
     settings = {"decoder_num_attention_heads": source.settings.get("decoder_num_heads")}
     settings = {key: value for key, value in settings.items() if value}
     own = dataclasses.replace(source, settings={**source.settings, **settings})

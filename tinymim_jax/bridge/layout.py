@@ -72,8 +72,8 @@ def understand(source: Source, arrays: Arrays, told: Told) -> Layout:
     if kind == "TinyMIM, pre-trained":
         untrained = [f"encoder/block{model.depth}/(attn/proj|norm2|mlp)/.*", "encoder/norm/.*", "encoder/pos_embed"]
     if kind == known_checkpoints.OWN:
-        untrained = [re.escape(key) for key in _strings(source.settings, "untrained")]
-        made_from = _strings(source.settings, "made_from")
+        untrained = [re.escape(key) for key in strings(source.settings, "untrained")]
+        made_from = strings(source.settings, "made_from")
     preprocessing, is_stated = stated.preprocessing(source, model.image_size, told, notes)
     return Layout(
         kind, model, decoder, norm_pix, arrays, {**source.beside, **ignored, **dropped}, notes, tuple(untrained),
@@ -82,7 +82,8 @@ def understand(source: Source, arrays: Arrays, told: Told) -> Layout:
     )  # fmt: skip
 
 
-def _strings(settings: dict[str, Any], key: str) -> list[str]:
+def strings(settings: dict[str, Any], key: str) -> list[str]:
+    """What our own exports list under `key`; [] if there is nothing."""
     value = settings.get(key)
     return [printable(str(item)) for item in value] if isinstance(value, list) else []
 
