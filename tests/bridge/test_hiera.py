@@ -108,6 +108,9 @@ def test_what_a_file_does_not_tell_is_said(tmp_path):
     assert found.model == Hiera(8, (1, 2, 3, 1), 1, image_size=64, num_classes=5)
     assert any("1 heads in the first stage" in note and "--num_heads" in note for note in found.notes)
     assert found.kind == "Hiera, classifier" and found.classes is None
+    assert main(["convert", str(tmp_path / "file.pth"), str(tmp_path / "ours")]) == 0
+    assert main(["export", str(tmp_path / "ours"), str(tmp_path / "back"), "--format=hf"]) == 0
+    assert HieraForImageClassification.from_pretrained(tmp_path / "back").classifier.out_features == 5
 
 
 def test_timm_s_layout_holds_a_classifier(theirs, tmp_path, capsys):

@@ -8,7 +8,7 @@ from etils.epath import Path
 
 from tinymim_jax.bridge import hiera
 from tinymim_jax.bridge.files import need, save_safetensors
-from tinymim_jax.bridge.hugging_face import processor
+from tinymim_jax.bridge.hugging_face import labels, processor
 from tinymim_jax.experiment.config import Decoder, Hiera
 from tinymim_jax.runtime.codec import from_dict, to_dict
 from tinymim_jax.runtime.errors import InputError
@@ -35,11 +35,8 @@ def to_hugging_face(weights: "Weights", folder: Path) -> str:
         hiera.hf_name(key, weights.model, prefix): array
         for key, array in hiera.theirs(weights.model, weights.arrays).items()
     }
-    if weights.classes:
-        extra["id2label"] = {str(i): label for i, label in enumerate(weights.classes)}
-        extra["label2id"] = {label: i for i, label in enumerate(weights.classes)}
     save_safetensors(arrays, folder / "model.safetensors")
-    write_json(folder / "config.json", {"architectures": [name], "dtype": "float32", **extra})
+    write_json(folder / "config.json", {"architectures": [name], "dtype": "float32", **extra, **labels(weights)})
     write_json(folder / "preprocessor_config.json", processor(weights))
     argument = ", add_pooling_layer=False" if name == "HieraModel" else ""
     return f'from transformers import {name}\n\nmodel = {name}.from_pretrained("PATH"{argument})  # PATH: this folder'

@@ -41,15 +41,21 @@ def to_hugging_face(weights: "Weights", folder: Path) -> str:
     else:
         name, extra, arrays = "BeitForImageClassification", _beit(weights), _beit_arrays(weights, "beit.")
     settings = {"architectures": [name], "dtype": "float32", **({} if weights.task else _sizes(weights)), **extra}
-    if num_classes := weights.task.num_classes if weights.task else m.num_classes:
-        names = weights.classes or [f"LABEL_{i}" for i in range(num_classes)]
-        settings["id2label"] = {str(i): name for i, name in enumerate(names)}
-        settings["label2id"] = {label: int(i) for i, label in settings["id2label"].items()}
+    settings |= labels(weights)
     save_safetensors(arrays, folder / "model.safetensors")
     write_json(folder / "config.json", settings)
     write_json(folder / "preprocessor_config.json", processor(weights))
     argument = ", add_pooling_layer=False" if name == "ViTModel" else ""
     return f'from transformers import {name}\n\nmodel = {name}.from_pretrained("PATH"{argument})  # PATH: this folder'
+
+
+def labels(weights: "Weights") -> dict[str, Any]:
+    """The names of the head's outputs, which also say how many there are; {} without a head."""
+    num_classes = weights.task.num_classes if weights.task else weights.model.num_classes
+    names = dict(enumerate(weights.classes or [f"LABEL_{i}" for i in range(num_classes)]) if num_classes else ())
+    if not names:
+        return {}
+    return {"id2label": {str(i): name for i, name in names.items()}, "label2id": {name: i for i, name in names.items()}}
 
 
 def _sizes(weights: "Weights") -> dict[str, Any]:
