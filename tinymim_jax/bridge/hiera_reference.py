@@ -6,7 +6,7 @@ import numpy as np
 
 from tinymim_jax.bridge import hiera, hiera_export
 from tinymim_jax.bridge.files import need
-from tinymim_jax.models.hiera import Hiera
+from tinymim_jax.models.hiera import Hiera, in_order
 from tinymim_jax.runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def in_our_order(model: Hiera, seen: dict[tuple[int, str], np.ndarray]) -> dict[
     tensors = {}
     for i in range(1, model.depth + 1):
         before, after = model.side_of(max(i - 1, 1)), model.side_of(i)
-        tensors[f"block {i} tokens"] = _of_rows(rolled(seen[i, "out"], after))
+        tensors[f"block {i} tokens"] = in_order(rolled(seen[i, "out"], after), True)
         qkv = rolled(seen[i, "qkv"], before)
         parts = np.split(qkv.reshape(*qkv.shape[:4], 3, model.heads_of(i), -1), 3, axis=4)
         for name, part in zip("qkv", (part.squeeze(4) for part in parts), strict=True):
@@ -92,12 +92,5 @@ def in_our_order(model: Hiera, seen: dict[tuple[int, str], np.ndarray]) -> dict[
                 half = before // 2
                 part = part.reshape(*part.shape[:2], half, 2, half, 2, *part.shape[4:]).max((3, 5))
             own = part.reshape(*part.shape[:2], -1, *part.shape[4:])
-            tensors[f"block {i} {name}"] = _of_rows(part) if model.is_global(i) else own
+            tensors[f"block {i} {name}"] = in_order(part, True) if model.is_global(i) else own
     return tensors
-
-
-def _of_rows(x: np.ndarray) -> np.ndarray:
-    """[B, U, s, s, ...] -> [B, N, ...] in the order of rows."""
-    b, u, s, _, *rest = x.shape
-    grid = round(u**0.5)
-    return x.reshape(b, grid, grid, s, s, *rest).swapaxes(2, 3).reshape(b, u * s * s, *rest)

@@ -42,7 +42,7 @@ def verify(converted: Converted) -> list[Difference]:
     model = converted.layout.model
     rng = np.random.default_rng(0)
     images = rng.normal(size=(2, model.image_size, model.image_size, 3)).astype(np.float32)
-    noise = rng.uniform(size=(2, (model.grid // model.unit) ** 2)).astype(np.float32)
+    noise = rng.uniform(size=(2, model.units)).astype(np.float32)
     need("torch", "verify", "--verify")
     if converted.layout.task is not None and converted.source.format != "huggingface":
         raise InputError(

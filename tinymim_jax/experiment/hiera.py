@@ -48,11 +48,8 @@ def d_mae(size: str, teacher: Init, teacher_block: int, data: Data) -> Stage:
 
 def distillation(task: config.Mae, teacher: Init, teacher_block: int, student: Hiera) -> config.Distill:
     """What `task` restores, and the teacher's attention logits."""
-    targets = {
-        "reconstruction": config.Reconstruction(student.depth, task.decoder),
-        "attention": config.AttentionLogits(teacher_block, student.depth),
-    }
-    return config.Distill(teacher, targets, color_jitter=0.0, mask_ratio=task.mask_ratio)
+    restored = config.Reconstruction(student.depth, task.decoder)
+    return mae_lite.distillation(teacher, restored, student.depth, teacher_block, task.mask_ratio)
 
 
 def finetune(size: str, init: Init | None, train: Data, val: Data) -> Stage:

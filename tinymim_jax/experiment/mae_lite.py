@@ -32,7 +32,7 @@ def d_mae(size: str, teacher: Init, data: Data) -> Stage:
     """`mae`, and the attention logits of the last block match those of MAE-B's; both see the same patches."""
     stage = mae(size, data)
     last = stage.model.depth
-    stage.task = _distillation(teacher, config.Reconstruction(last, stage.task.decoder), last)
+    stage.task = distillation(teacher, config.Reconstruction(last, stage.task.decoder), last)
     return stage
 
 
@@ -43,7 +43,7 @@ def d2_mae(size: str, teacher: Init, data: Data) -> Stage:
     """
     stage = mae(size, data)
     stage.model.depth += 1
-    stage.task = _distillation(teacher, config.Reconstruction(DECODED, stage.task.decoder), stage.model.depth)
+    stage.task = distillation(teacher, config.Reconstruction(DECODED, stage.task.decoder), stage.model.depth)
     return stage
 
 
@@ -55,9 +55,13 @@ def moco_v3(size: str, data: Data) -> Stage:
     return Stage(config.Moco(), model, data, optim, Run(batch_size=1024, epochs=400))
 
 
-def _distillation(teacher: Init, reconstruction: config.Reconstruction, block: int) -> config.Task:
-    targets = {"reconstruction": reconstruction, "attention": config.AttentionLogits(TEACHER_BLOCK, block)}
-    return config.Distill(teacher, targets, color_jitter=0.0, mask_ratio=0.75)
+def distillation(
+    teacher: Init, reconstruction: config.Reconstruction, block: int, teacher_block: int = TEACHER_BLOCK,
+    mask_ratio: float = 0.75,
+) -> config.Distill:  # fmt: skip
+    """What is restored, and the teacher's attention logits, which those of `block` match; both see the same patches."""
+    targets = {"reconstruction": reconstruction, "attention": config.AttentionLogits(teacher_block, block)}
+    return config.Distill(teacher, targets, color_jitter=0.0, mask_ratio=mask_ratio)
 
 
 def finetune(

@@ -159,9 +159,14 @@ class Encoder(abc.ABC):
         """Patches a side of what a mask hides."""
         return (self.mask_unit or self.patch_size) // self.patch_size
 
+    @property
+    def units(self) -> int:
+        """How many of them an image has."""
+        return (self.grid // self.unit) ** 2
+
     def visible(self, mask_ratio: float) -> int:
         """Patches of an image that a mask leaves over."""
-        return int((self.grid // self.unit) ** 2 * (1 - mask_ratio)) * self.unit**2
+        return int(self.units * (1 - mask_ratio)) * self.unit**2
 
     def grid_of(self, block: int) -> int | None:
         """Tokens a side that q, k and v of `block` are of; None: they are of windows, or not equally many."""

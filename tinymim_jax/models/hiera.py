@@ -135,9 +135,8 @@ class Hiera(Encoder):
         return part != "all" and bool(re.match(rf"encoder/block\d+/({behind[part]})/", name))
 
     def trunk(self, block: int, norm: bool = False) -> "Hiera":
-        ends = list(itertools.accumulate(self.stages))
-        last = self.stage_of(block)
-        stages = (*self.stages[:last], block - (ends[last - 1] if last else 0))
+        before = self.stages[: self.stage_of(block)]
+        stages = (*before, block - sum(before))
         return dataclasses.replace(self, stages=stages, num_classes=0, fusion=norm and block == self.depth)
 
     def check_norm(self, where: str) -> None:
@@ -220,7 +219,7 @@ class HieraTransformer(nn.Module):
             for i, finer in enumerate(maps, 1):
                 x += UnitConv(x.shape[2], x.shape[-1], dtype, name=f"fuse{i}")(finer)
             x = norm("norm", *kinds)(x)
-        tokens = _in_order(x, keep is None)
+        tokens = in_order(x, keep is None)
         if cfg.fusion and cfg.depth in trace:
             trace[cfg.depth] = trace[cfg.depth].replace(normed=tokens)
         if not cfg.num_classes:
@@ -251,12 +250,12 @@ class HieraTransformer(nn.Module):
         within = () if self.cfg.is_global(block) else ("q", "k", "v")
         parts = {name: getattr(found, name) for name in names}
         return BlockTrace(**{
-            name: x.reshape(*x.shape[:2], -1, *x.shape[4:]) if name in within else _in_order(x, of_rows)
+            name: x.reshape(*x.shape[:2], -1, *x.shape[4:]) if name in within else in_order(x, of_rows)
             for name, x in parts.items()
         })  # fmt: skip
 
 
-def _in_order(x: jax.Array, of_rows: bool) -> jax.Array:
+def in_order(x: jax.Array, of_rows: bool) -> jax.Array:
     """[B, U, s, s, ...] -> [B, N, ...] in the order of units, or of the rows of all units."""
     b, u, s, _, *rest = x.shape
     if of_rows:

@@ -81,7 +81,7 @@ class PixelDecoder(nn.Module):
 
 def draw_mask(rng: jax.Array, images: int, encoder: Encoder, mask_ratio: float) -> tuple[jax.Array, ...]:
     """`mask_by_noise` of uniform noise for so many images."""
-    noise = jax.random.uniform(rng, (images, (encoder.grid // encoder.unit) ** 2))
+    noise = jax.random.uniform(rng, (images, encoder.units))
     return mask_by_noise(noise, mask_ratio, encoder.unit)
 
 

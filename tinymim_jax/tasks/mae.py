@@ -53,7 +53,7 @@ class MaeTask(Task):
         return matches(fixed, name) or super().is_untrained(name)
 
     def _noise(self, rng: jax.Array, batch: Batch) -> jax.Array:
-        return jax.random.uniform(rng, (len(batch["image"]), (self.cfg.grid // self.cfg.unit) ** 2))
+        return jax.random.uniform(rng, (len(batch["image"]), self.cfg.units))
 
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Variables, Frozen]:
         encoder_rng, decoder_rng = jax.random.split(rng)
